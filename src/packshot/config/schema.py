@@ -1,0 +1,329 @@
+"""The schema of ``conf/``: one dataclass per script, built from one dataclass per group.
+
+These classes are the only place where a key, its type, its default, its range and its help text are written down.
+Hydra merges YAML and overrides into them (so a misspelt key cannot pass), ``--help`` is printed from them, and below
+the scripts only they travel, never a DictConfig. Ranges that one field cannot express stand in ``validate.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+def opt(default: Any, help: str, *, min: float | None = None, max: float | None = None) -> Any:
+    """A documented field; ``min`` and ``max`` are inclusive."""
+    metadata = {"help": help, "min": min, "max": max}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Names(Enum):
+    """Enum whose members print as their name, the way they are written on the command line."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+TrackerKind = Names("TrackerKind", ["wandb", "none"])
+Mode = Names("Mode", ["train", "plan", "check"])
+MixedPrecision = Names("MixedPrecision", ["no", "fp16", "bf16"])
+LRSchedule = Names("LRSchedule", ["constant", "cosine", "linear"])
+OptimizerKind = Names("OptimizerKind", ["adamw"])
+LoraKind = Names("LoraKind", ["lora", "dora", "rslora"])
+Condition = Names("Condition", ["inpaint", "canny"])
+IPAdapterVariant = Names("IPAdapterVariant", ["base", "plus"])
+Unconditional = Names("Unconditional", ["zeros", "empty"])
+DatasetKind = Names("DatasetKind", ["background", "product", "rendered"])
+CaptionerKind = Names("CaptionerKind", ["none", "florence2"])
+CaptionTask = Names("CaptionTask", ["train", "evaluate", "caption"])
+ExecutorKind = Names("ExecutorKind", ["local"])
+Placement = Names("Placement", ["original", "center"])
+Suite = Names("Suite", ["full", "preservation", "scene"])
+
+
+@dataclass
+class RunConfig:
+    dir: str | None = opt(None, "folder of this run; default: outputs/<script>/<date-time>")
+    seed: int = opt(0, "seed of everything random", min=0)
+    resume: bool = opt(False, "go on in an existing run.dir from its newest whole checkpoint")
+
+
+@dataclass
+class TrackingConfig:
+    kind: TrackerKind = opt(TrackerKind.wandb, "wandb (offline when no key is set) or none")
+    project: str = opt("packshot", "W&B project")
+    name: str | None = opt(None, "W&B run name; default: name of run.dir")
+    tags: list[str] = opt([], "W&B tags, at most 64 characters each")
+
+
+@dataclass
+class ModelConfig:
+    base: str = opt("data/models/sdxl", "SDXL pipeline folder or hub id")
+    vae: str | None = opt(None, "VAE folder or hub id that replaces the base's (sdxl-vae-fp16-fix)")
+    image_encoder: str | None = opt(None, "CLIP vision encoder; default: <base>/image_encoder")
+    florence2: str = opt("data/models/florence2", "Florence-2 folder or hub id")
+    resolution: int = opt(128, "side of the square the base was trained on, px", min=32, max=2048)
+
+
+@dataclass
+class DataConfig:
+    train: str = opt("data/rendered/train", "dataset folder (Parquet) to train on")
+    validation: str = opt("data/rendered/heldout", "dataset folder (Parquet) to validate on")
+    num_workers: int = opt(0, "loader processes per training process", min=0, max=64)
+
+
+@dataclass
+class TrainConfig:
+    max_steps: int = opt(100, "optimizer steps", min=1)
+    batch_size: int = opt(4, "samples per process and micro-step", min=1)
+    gradient_accumulation_steps: int = opt(1, "micro-steps per optimizer step", min=1)
+    learning_rate: float = opt(1e-4, "peak learning rate", min=0, max=1)
+    lr_schedule: LRSchedule = opt(LRSchedule.cosine, "shape of the learning rate after the warm-up")
+    warmup_steps: int = opt(0, "optimizer steps of linear warm-up", min=0)
+    mixed_precision: MixedPrecision = opt(MixedPrecision.no, "precision of the frozen base and of the forward pass")
+    gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass")
+    max_grad_norm: float = opt(1.0, "clip gradients to this norm; 0 switches it off", min=0)
+    ema_decay: float = opt(0.0, "decay of the weights' moving average that is exported; 0 switches it off", min=0, max=1)
+    checkpointing_steps: int = opt(50, "optimizer steps between checkpoints", min=1)
+    checkpoints_total_limit: int = opt(2, "checkpoints kept", min=1)
+    validation_steps: int = opt(50, "optimizer steps between validations; 0 switches them off", min=0)
+    validation_samples: int = opt(4, "pictures per validation", min=1, max=64)
+    log_steps: int = opt(1, "optimizer steps between lines of metrics.jsonl", min=1)
+
+
+@dataclass
+class OptimConfig:
+    kind: OptimizerKind = opt(OptimizerKind.adamw, "optimizer")
+    beta1: float = opt(0.9, "AdamW beta1", min=0, max=1)
+    beta2: float = opt(0.999, "AdamW beta2", min=0, max=1)
+    weight_decay: float = opt(0.01, "decoupled weight decay", min=0, max=1)
+    eps: float = opt(1e-8, "AdamW epsilon", min=0)
+
+
+@dataclass
+class ObjectiveConfig:
+    snr_gamma: float | None = opt(None, "min-SNR loss weighting (5.0 is usual); null switches it off", min=0)
+    noise_offset: float = opt(0.0, "per-channel noise offset", min=0, max=1)
+    caption_dropout: float = opt(0.1, "share of samples trained without their prompt", min=0, max=1)
+    unconditional: Unconditional = opt(Unconditional.zeros, "what a dropped prompt becomes: zeros or the encoded ''")
+    background_weight: float = opt(1.0, "loss weight of background pixels where a product mask exists", min=0)
+    product_weight: float = opt(1.0, "loss weight of product pixels where a product mask exists", min=0)
+
+
+@dataclass
+class LoraMethod:
+    rank: int = opt(16, "rank of the update", min=1, max=1024)
+    alpha: float = opt(16.0, "scale numerator: the update counts alpha/rank (rslora: alpha/sqrt(rank))", min=0)
+    kind: LoraKind = opt(LoraKind.lora, "lora, dora or rslora")
+    dropout: float = opt(0.0, "dropout on the adapter's input", min=0, max=0.9)
+    target_modules: str = opt(
+        r".*(attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)$", "regular expression over the UNet's module names"
+    )
+
+
+@dataclass
+class IPAdapterMethod:
+    variant: IPAdapterVariant = opt(IPAdapterVariant.base, "base (pooled embedding) or plus (patch tokens)")
+    num_tokens: int = opt(4, "image tokens the cross-attention sees (plus: queries)", min=1, max=64)
+    image_dropout: float = opt(0.05, "share of samples without the reference", min=0, max=1)
+    scale: float = opt(1.0, "weight of the image tokens in training", min=0, max=2)
+
+
+@dataclass
+class ControlNetMethod:
+    condition: Condition = opt(Condition.inpaint, "inpaint (background = -1) or canny (edges of the product)")
+    conditioning_scale: float = opt(1.0, "weight of the control residuals", min=0, max=2)
+
+
+@dataclass
+class TrainScript:
+    """Keys that the three trainers share."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    mode: Mode = opt(Mode.train, "train; plan prints the cost; check shows what the model will see")
+
+
+@dataclass
+class ExportConfig:
+    kohya: bool = opt(False, "also write the LoRA in the kohya/ComfyUI key layout")
+
+
+@dataclass
+class TrainLora(TrainScript):
+    method: LoraMethod = field(default_factory=LoraMethod)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+@dataclass
+class TrainIPAdapter(TrainScript):
+    method: IPAdapterMethod = field(default_factory=IPAdapterMethod)
+
+
+@dataclass
+class TrainControlNet(TrainScript):
+    method: ControlNetMethod = field(default_factory=ControlNetMethod)
+
+
+@dataclass
+class CaptionerConfig:
+    kind: CaptionerKind = opt(CaptionerKind.florence2, "which captioner; none leaves captions empty")
+    adapter: str | None = opt(None, "folder of a fine-tuned captioner (caption_vlm.py's export/)")
+    prompt: str = opt("Describe the scene around the object.", "the instruction the captioner is trained and asked with")
+    max_new_tokens: int = opt(96, "longest caption, tokens", min=8, max=512)
+    batch_size: int = opt(8, "images per generation batch", min=1)
+
+
+@dataclass
+class CaptionDataConfig(DataConfig):
+    input: str | None = opt(None, "dataset folder (Parquet) to caption")
+
+
+@dataclass
+class CaptionVLM:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    task: CaptionTask = opt(CaptionTask.train, "train, evaluate (scores.json) or caption (a dataset)")
+    captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
+    data: CaptionDataConfig = field(default_factory=CaptionDataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class SourceConfig:
+    path: str = opt("data/products", "folder, glob or Parquet file of images; rendered: folder of finished renders")
+    masks: str | None = opt(None, "folder with a mask per image, same file name (white = product)")
+    license: str = opt("unknown", "licence of every image of the source (SPDX id or name)")
+
+
+@dataclass
+class MatteConfig:
+    onnx: str | None = opt(None, "ONNX file of a salient-object network; default: OpenCV GrabCut")
+    min_confidence: float = opt(0.5, "masks below this confidence are rejected", min=0, max=1)
+
+
+@dataclass
+class QualityConfig:
+    min_side: int = opt(64, "reject images with a shorter side, px", min=1)
+    max_pixels: int = opt(120_000_000, "reject larger images (decompression bombs)", min=1)
+    duplicate_distance: int = opt(4, "reject images within this Hamming distance of an earlier one; -1: keep all", min=-1)
+
+
+@dataclass
+class ExecutorConfig:
+    kind: ExecutorKind = opt(ExecutorKind.local, "where shards are processed")
+    workers: int = opt(1, "shards in work at the same time", min=1, max=256)
+
+
+@dataclass
+class BuildData:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    dataset: DatasetKind = opt(DatasetKind.product, "background (image, text), product (image, mask, text) or rendered")
+    source: SourceConfig = field(default_factory=SourceConfig)
+    matte: MatteConfig = field(default_factory=MatteConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    shard_size: int = opt(256, "input images per shard", min=1)
+
+
+@dataclass
+class SceneConfig:
+    surface: str = opt("", "where the object stands")
+    surroundings: list[str] = opt([], "things around it")
+    background: str | None = opt(None, "what is behind it")
+    lighting: str | None = opt(None, "light and shadow")
+    mood: str | None = opt(None, "mood")
+    style: list[str] = opt([], "camera and style terms")
+
+
+@dataclass
+class AdaptersConfig:
+    lora: str | None = opt(None, "export/ folder of train_lora.py")
+    lora_scale: float = opt(1.0, "weight of the LoRA", min=0, max=10)
+    controlnets: list[str] = opt([], "export/ folders of train_controlnet.py")
+    controlnet_scales: list[float] = opt([], "one weight per ControlNet; default 1.0 each")
+    ip_adapter: str | None = opt(None, "export/ folder of train_ip_adapter.py")
+    ip_adapter_scale: float = opt(1.0, "weight of the reference image", min=0, max=2)
+
+
+@dataclass
+class GenerateSettings:
+    """How one picture is made; shared by generate.py and serve.py."""
+
+    num_inference_steps: int = opt(30, "denoising steps", min=1, max=1000)
+    guidance_scale: float = opt(5.0, "classifier-free guidance; 1 switches it off", min=1, max=50)
+    negative_prompt: str | None = opt(None, "what the picture should not show")
+    placement: Placement = opt(Placement.original, "original keeps the photo's frame; center puts the product in `size`")
+    size: list[int] = opt([], "width, height of the output in px (placement=center)")
+    product_scale: float = opt(0.6, "product's share of the canvas (placement=center)", min=0.05, max=1)
+
+
+@dataclass
+class Generate(GenerateSettings):
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    product: str = opt("data/products/coffee.png", "product photo, or a folder of them")
+    mask: str | None = opt(None, "product mask (white = product); found from alpha or by segmentation if not given")
+    matte: MatteConfig = field(default_factory=MatteConfig)
+    prompt: str | None = opt(None, "free text; scene.* is the structured way")
+    scene: SceneConfig = field(default_factory=SceneConfig)
+    reference: str | None = opt(None, "image whose look the background takes (needs adapters.ip_adapter)")
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
+    num_images: int = opt(4, "pictures per product", min=1, max=64)
+
+
+@dataclass
+class Evaluate:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    suite: Suite = opt(Suite.full, "full, preservation or scene")
+    runs: list[str] = opt([], "one or two folders of generate.py to score side by side")
+    captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
+    matte: MatteConfig = field(default_factory=MatteConfig)
+
+
+@dataclass
+class ServeConfig:
+    host: str = opt("127.0.0.1", "address to listen on")
+    port: int = opt(8000, "port to listen on", min=0, max=65535)
+    api_key: str | None = opt(None, "bearer key; default: environment PACKSHOT_API_KEY, else a new one is printed")
+    max_upload_mib: float = opt(10.0, "largest accepted file", min=0.01, max=1024)
+    max_pixels: int = opt(40_000_000, "largest accepted picture, width x height", min=1)
+
+
+@dataclass
+class Serve:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
+    matte: MatteConfig = field(default_factory=MatteConfig)
+    generate: GenerateSettings = field(default_factory=GenerateSettings)
+
+
+SCRIPTS: dict[str, type] = {
+    "build_data": BuildData,
+    "caption_vlm": CaptionVLM,
+    "train_lora": TrainLora,
+    "train_ip_adapter": TrainIPAdapter,
+    "train_controlnet": TrainControlNet,
+    "generate": Generate,
+    "evaluate": Evaluate,
+    "serve": Serve,
+}

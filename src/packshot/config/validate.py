@@ -1,0 +1,129 @@
+"""Checks that run after composition and before anything heavy is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import Any, get_type_hints
+
+from packshot.config import schema
+from packshot.config.errors import ConfigError
+
+
+def fields(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Every leaf of a schema class as (dotted key, field, type)."""
+    hints = get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from fields(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f, hints[f.name]
+
+
+def describe_type(hint: Any) -> str:
+    """A type in words: ``train | plan | check``, ``integer``, ``list of text``."""
+    words = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "null"}
+    if hint in words:
+        return words[hint]
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return " | ".join(member.name for member in hint)
+    args = getattr(hint, "__args__", ())
+    if getattr(hint, "__origin__", None) is list:
+        return f"list of {describe_type(args[0])}"
+    return " or ".join(describe_type(arg) for arg in args)
+
+
+def describe(field: dataclasses.Field, hint: Any) -> str:
+    """What a key takes, with its range."""
+    low, high = field.metadata.get("min"), field.metadata.get("max")
+    bounds = {(False, False): "", (True, False): f" >= {low}", (False, True): f" <= {high}"}.get(
+        (low is not None, high is not None), f" from {low} to {high}"
+    )
+    return describe_type(hint) + bounds
+
+
+def nearest(word: str, known: list[str]) -> str | None:
+    """The known key most like ``word``; the last part counts alone too, so a wrong group is forgiven."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    tails = {key.rsplit(".", 1)[-1]: key for key in known}
+    close = difflib.get_close_matches(word.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.75)
+    return tails[close[0]] if close else None
+
+
+def check_ranges(config: Any) -> None:
+    """Raises ConfigError at the first value outside its documented range."""
+    for key, field, hint in fields(type(config)):
+        value = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        low, high = field.metadata.get("min"), field.metadata.get("max")
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+            raise ConfigError(f"{key}={value} is out of range.", f"{key} takes {describe(field, hint)}.")
+
+
+def _training(config: schema.TrainScript | schema.CaptionVLM) -> None:
+    if config.train.warmup_steps > config.train.max_steps:
+        raise ConfigError(
+            f"train.warmup_steps={config.train.warmup_steps} is longer than train.max_steps={config.train.max_steps}.",
+            "Shorten the warm-up or lengthen the training.",
+        )
+
+
+def _tracking(config: Any) -> None:
+    for tag in config.tracking.tags:
+        if len(tag) > 64:
+            raise ConfigError(f"tracking.tags: {tag!r} has {len(tag)} characters.", "W&B takes at most 64.")
+
+
+def _generation(config: schema.Generate) -> None:
+    has_scene = any((config.scene.surface, config.scene.surroundings, config.scene.background, config.scene.lighting))
+    if config.prompt and has_scene:
+        raise ConfigError("prompt and scene.* are both given.", "Use one: the scene is rendered to the prompt.")
+    if config.reference and not config.adapters.ip_adapter:
+        raise ConfigError(
+            f"reference={config.reference} needs an IP-Adapter.",
+            "Add adapters.ip_adapter=<export folder of train_ip_adapter.py>.",
+        )
+
+
+def _settings(settings: schema.GenerateSettings) -> None:
+    if settings.placement is schema.Placement.center and len(settings.size) != 2:
+        raise ConfigError("placement=center needs a canvas.", "Add size=[width,height], in px.")
+    if settings.size and (len(settings.size) != 2 or not all(64 <= side <= 8192 for side in settings.size)):
+        raise ConfigError(f"size={settings.size} is no canvas.", "size takes [width,height], each from 64 to 8192 px.")
+
+
+def _adapters(config: schema.Generate | schema.Serve) -> None:
+    adapters = config.adapters
+    if adapters.controlnet_scales and len(adapters.controlnet_scales) != len(adapters.controlnets):
+        raise ConfigError(
+            f"adapters.controlnet_scales has {len(adapters.controlnet_scales)} values for "
+            f"{len(adapters.controlnets)} ControlNets.",
+            "Give one weight per ControlNet, or none.",
+        )
+
+
+# Which cross-field checks a config gets, by the schema it is an instance of.
+_CHECKS: list[tuple[type | tuple[type, ...], Callable[[Any], None]]] = [
+    (object, check_ranges),
+    (object, _tracking),
+    ((schema.TrainScript, schema.CaptionVLM), _training),
+    (schema.Generate, _generation),
+    (schema.GenerateSettings, _settings),
+    (schema.Serve, lambda config: _settings(config.generate)),
+    ((schema.Generate, schema.Serve), _adapters),
+]
+
+
+def validate(config: Any) -> None:
+    """Raises ConfigError when a composed config cannot work. Touches neither files nor models."""
+    for kind, check in _CHECKS:
+        if isinstance(config, kind):
+            check(config)

@@ -1,0 +1,1 @@
+"""What every stage shares: run folders, tracking, progress, files, errors."""

@@ -1,0 +1,74 @@
+"""Progress with an ETA: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[..., None]
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+@contextmanager
+def progress(description: str, total: int, done: int = 0, show: bool = True) -> Iterator[Advance]:
+    """Yields ``advance(n=1, **figures)``; figures (``loss=0.12``) appear beside the bar.
+
+    done: units finished before this process started (resumed runs); they do not count for the rate.
+    show: False makes it silent (all but the main process).
+    """
+    if not show:
+        yield lambda n=1, **figures: None
+    elif sys.stderr.isatty():
+        yield from _bar(description, total, done)
+    else:
+        yield from _lines(description, total, done)
+
+
+def _figures(figures: dict[str, object]) -> str:
+    return "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items())
+
+
+def _bar(description: str, total: int, done: int) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total, completed=done, figures="")
+
+        def advance(n: int = 1, **figures: object) -> None:
+            bar.update(task, advance=n, **({"figures": _figures(figures)} if figures else {}))
+
+        yield advance
+
+
+def _lines(description: str, total: int, done: int, every_seconds: float = 10.0) -> Iterator[Advance]:
+    started = last = time.monotonic()
+    first = done
+
+    def advance(n: int = 1, **figures: object) -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if now - last < every_seconds and done < total:
+            return
+        last = now
+        rate = (done - first) / max(now - started, 1e-9)
+        eta = f"ETA {_clock((total - done) / rate)}" if done < total else f"took {_clock(now - started)}"
+        print(f"{description} {done}/{total}  {eta}  {_figures(figures)}".rstrip(), file=sys.stderr, flush=True)
+
+    yield advance

@@ -1,0 +1,75 @@
+"""The run folder: ``config.yaml``, ``metrics.jsonl``, ``log.txt`` and whatever the script adds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packshot.config.compose import to_yaml
+from packshot.core.errors import ConfigError
+from packshot.core.storage import replacing_file
+
+log = logging.getLogger("packshot")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run folder. Only the main process of a run writes to it."""
+
+    path: Path
+    resumed: bool
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def default_dir(script: str) -> str:
+    """``outputs/<script>/<date-time>``."""
+    return f"outputs/{script}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+
+
+def open_run(script: str, config: Any) -> Run:
+    """Create the folder ``config.run.dir`` (or continue in it) and start its log.
+
+    Raises:
+        ConfigError: the folder has content and run.resume is not set, or the path is no folder that can be written.
+    """
+    path = Path(config.run.dir or default_dir(script))
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"run.dir={path} is a file.", "Name a new folder.")
+    used = path.is_dir() and any(path.iterdir())
+    if used and not config.run.resume:
+        raise ConfigError(
+            f"run.dir={path} exists and is not empty.",
+            "Name a new folder, or add run.resume=true to go on in this one. Nothing was changed.",
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with replacing_file(path / "config.yaml") as file:
+            file.write_text(to_yaml(config))
+    except OSError as error:
+        raise ConfigError(f"run.dir={path} cannot be written: {error.strerror}.", "Choose another folder.") from error
+    _start_log(path / "log.txt")
+    log.info("%s in %s", "resuming" if used else "running", path)
+    return Run(path, resumed=used)
+
+
+def _start_log(file: Path) -> None:
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    to_file = logging.FileHandler(file)
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    to_screen = logging.StreamHandler(sys.stderr)
+    to_screen.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(to_file)
+    log.addHandler(to_screen)

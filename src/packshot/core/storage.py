@@ -1,0 +1,89 @@
+"""Files: where relative paths lead, and writes that are either whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from packshot.core.errors import ConfigError
+
+CHECKOUT = Path(__file__).resolve().parents[3]
+
+
+def resolve(path: str | Path) -> Path:
+    """A path as the user means it: relative to the working folder, else (shipped data) to the checkout."""
+    given = Path(path).expanduser()
+    if given.is_absolute() or given.exists():
+        return given
+    shipped = CHECKOUT / given
+    return shipped if shipped.exists() else given
+
+
+def readable(key: str, path: str | Path) -> Path:
+    """The resolved path of a file or folder that the config names under ``key``.
+
+    Raises:
+        ConfigError: when it does not exist or may not be read.
+    """
+    found = resolve(path)
+    if not found.exists():
+        raise ConfigError(f"{key}={path}: no such file or folder.", f"Looked for {found.absolute()}.")
+    if not os.access(found, os.R_OK | (os.X_OK if found.is_dir() else 0)):
+        raise ConfigError(f"{key}={path} may not be read.", f"chmod u+r {found.absolute()}")
+    return found
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``path`` when the block ends without an exception; an old ``path`` goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest of bytes: the ``id`` of a sample."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def folder_hash(folder: Path, pattern: str = "*") -> str:
+    """Digest over names and contents of a folder's files: identity of a dataset or of a model's weights."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob(pattern)):
+        if file.is_file():
+            digest.update(file.relative_to(folder).as_posix().encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,122 @@
+"""How well one Scene matches another, slot by slot, and whether a caption gives the product away."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from packshot.scene.scene import SLOTS, Scene
+
+_STOP = frozenset("a an the of on in is which with and by to from side".split())
+# The opposite of a direction differs in one word of five; token F1 would call that nearly right.
+_OPPOSITES = ({"left", "right"}, {"harsh", "soft"}, {"hard", "soft"}, {"warm", "cool"}, {"light", "dark"})
+
+PRODUCT_NOUNS = frozenset(
+    """bottle jar tube can box package packaging perfume fragrance cosmetic cosmetics cream lotion serum shampoo soap
+    lipstick mascara makeup spray dispenser flask container shoe sneaker boot sandal bag handbag backpack purse wallet
+    watch ring necklace bracelet earring jewelry jewellery camera phone smartphone headphone headphones earphones
+    speaker laptop tablet keyboard mouse lamp chair sofa cup mug glass teapot kettle vase candle book bowl plate
+    drink beverage wine beer coffee tea juice chocolate candy toy shirt dress hat cap glasses sunglasses product item
+    toothbrush toothpaste razor medicine vitamin supplement detergent cleaner gift""".split()
+)
+# Things that a packshot may have *around* the product although each could be a product itself.
+PROP_NOUNS = frozenset("box candle book vase bowl plate glass cup mug gift".split())
+
+
+def _tokens(text: str) -> list[str]:
+    return [word for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in _STOP]
+
+
+def token_f1(guess: str, truth: str) -> float:
+    """F1 over content words, in [0, 1]; 0 when the two name opposites (left/right, soft/harsh)."""
+    a, b = _tokens(guess), _tokens(truth)
+    if not a or not b:
+        return float(a == b)
+    for pair in _OPPOSITES:
+        if len(pair & set(a)) == 1 and len(pair & set(b)) == 1 and pair & set(a) != pair & set(b):
+            return 0.0
+    common = sum(min(a.count(word), b.count(word)) for word in set(a))
+    return 2 * common / (len(a) + len(b))
+
+
+def set_f1(guess: Sequence[str], truth: Sequence[str]) -> float:
+    """Soft F1 between two sets of texts under the best one-to-one matching (Hungarian), in [0, 1]."""
+    if not guess or not truth:
+        return float(len(guess) == len(truth))
+    similarity = np.array([[token_f1(g, t) for t in truth] for g in guess])
+    rows, columns = linear_sum_assignment(-similarity)
+    return float(2 * similarity[rows, columns].sum() / (len(guess) + len(truth)))
+
+
+@dataclass(frozen=True)
+class SlotScore:
+    """Exact and soft agreement of one slot, both in [0, 1]. Both absent counts as agreement."""
+
+    exact: float
+    soft: float
+
+
+def score(guess: Scene, truth: Scene) -> dict[str, SlotScore]:
+    """Agreement per slot. Surroundings and style compare as sets."""
+    result = {}
+    for slot in SLOTS:
+        a, b = guess.slots()[slot], truth.slots()[slot]
+        same = sorted(text.lower() for text in a) == sorted(text.lower() for text in b)
+        result[slot] = SlotScore(exact=float(same), soft=set_f1(a, b))
+    return result
+
+
+def mean_scores(scores: Iterable[dict[str, SlotScore]]) -> dict[str, dict[str, float]]:
+    """Average over samples: ``{slot: {"exact": …, "soft": …}}`` plus the macro average under ``"mean"``.
+
+    The macro average covers the five slots of the caption; style is reported but does not count.
+    """
+    rows = list(scores)
+    if not rows:
+        raise ValueError("no scores to average")
+    table = {
+        slot: {kind: float(np.mean([getattr(row[slot], kind) for row in rows])) for kind in ("exact", "soft")}
+        for slot in SLOTS
+    }
+    counted = [slot for slot in SLOTS if slot != "style"]
+    table["mean"] = {kind: float(np.mean([table[slot][kind] for slot in counted])) for kind in ("exact", "soft")}
+    return table
+
+
+def _singular(word: str) -> str:
+    if word in PRODUCT_NOUNS:
+        return word
+    for ending, repl in (("ies", "y"), ("es", ""), ("s", "")):
+        if word.endswith(ending) and word[: -len(ending)] + repl in PRODUCT_NOUNS:
+            return word[: -len(ending)] + repl
+    return word
+
+
+def product_words(caption: str | Scene, product: Iterable[str] = ()) -> list[str]:
+    """Words of a caption that name a product, in order; empty when the caption keeps the secret.
+
+    A prop (box, candle, book, …) is allowed inside the surroundings, nowhere else. ``product`` lists names that are
+    refused everywhere, props included: the known category or title of this very product.
+    """
+    scene, loose = (caption, "") if isinstance(caption, Scene) else _parsed(caption)
+    own = {_singular(word) for name in product for word in re.findall(r"[a-z]+", name.lower())} - {"object"}
+    hits = []
+    for slot, texts in (*scene.slots().items(), ("leftover", (loose,))):
+        allowed = PROP_NOUNS if slot == "surroundings" else frozenset()
+        for text in texts:
+            if slot == "style":
+                text = re.sub(r"\bproduct (?=photo|shot|photography)", "", text, flags=re.IGNORECASE)
+            for word in re.findall(r"[a-z]+", text.lower()):
+                noun = _singular(word)
+                if noun in own or (noun in PRODUCT_NOUNS and noun not in allowed):
+                    hits.append(word)
+    return hits
+
+
+def _parsed(caption: str) -> tuple[Scene, str]:
+    parsed = Scene.parse(caption)
+    return parsed.scene, " ".join(parsed.leftover)

@@ -1,0 +1,102 @@
+"""Composition, refusals and help (RULES: a typo is refused everywhere, before a model is loaded)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from packshot.config import compose as composing
+from packshot.config.compose import compose, to_plain, to_yaml
+from packshot.config.errors import ConfigError
+from packshot.config.schema import SCRIPTS, Mode
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_composes_validates_and_round_trips(script):
+    config = compose(script, [])
+    assert isinstance(config, SCRIPTS[script])
+    assert to_yaml(config)
+    assert to_plain(config)["run"]["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.learnign_rate=1", "train.learning_rate"),
+        ("train.lerning_rate=abc", "train.learning_rate"),
+        ("train.learning_rate=abc", "number from 0 to 1"),
+        ("train.learning_rate=5", "out of range"),
+        ("train.learning_rate=nan", "out of range"),
+        ("model=sdlx", "model=sdxl"),
+        ("mode=trian", "train | plan | check"),
+        ("learning_rate=1e-4", "train.learning_rate"),
+        ("train.max_steps=1.5", "integer"),
+        ("train.max_steps=[1", "cannot be read"),
+        ("nonsense", "key=value"),
+        ("train.warmup_steps=1000", "warm-up"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_the_way_out(override, says):
+    with pytest.raises(ConfigError) as caught:
+        compose("train_lora", [override])
+    assert says in str(caught.value)
+
+
+def test_a_typo_inside_an_experiment_file_is_refused(tmp_path, monkeypatch):
+    import shutil
+
+    conf = tmp_path / "conf"
+    shutil.copytree(composing.CONF, conf)
+    (conf / "experiment").mkdir(exist_ok=True)
+    (conf / "experiment" / "typo.yaml").write_text("# @package _global_\ntrain:\n  learnign_rate: 1\n")
+    monkeypatch.setattr(composing, "CONF", conf)
+    with pytest.raises(ConfigError, match="learnign_rate"):
+        compose("train_lora", ["experiment=typo"])
+
+
+def test_right_overrides_arrive_typed():
+    config = compose("train_lora", ["mode=check", "method.rank=4", "tracking=none", "train.batch_size=2"])
+    assert config.mode is Mode.check
+    assert (config.method.rank, config.train.batch_size, str(config.tracking.kind)) == (4, 2, "none")
+
+
+@pytest.mark.parametrize(
+    ("script", "overrides", "says"),
+    [
+        ("generate", ["prompt=a table", "scene.surface=a table"], "both"),
+        ("generate", ["reference=x.png"], "IP-Adapter"),
+        ("generate", ["placement=center"], "size"),
+        ("generate", ["adapters.controlnet_scales=[1,2]"], "controlnet_scales"),
+        ("serve", ["generate.placement=center"], "size"),
+        ("train_lora", ["tracking.tags=[" + "x" * 65 + "]"], "64"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(script, overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        compose(script, overrides)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_lists_every_key_without_heavy_imports(script):
+    code = (
+        "import sys, runpy; sys.argv = ['x', '--help']\n"
+        f"try: runpy.run_path(r'{ROOT / (script + '.py')}', run_name='__main__')\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'cv2', 'hydra', 'wandb', 'pyarrow'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "run.dir=null" in done.stdout
+
+
+def test_exit_code_of_a_wrong_key():
+    done = subprocess.run(
+        [sys.executable, "train_lora.py", "train.learnign_rate=1"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert "train.learnign_rate" in done.stderr
+    assert "train.learning_rate" in done.stderr

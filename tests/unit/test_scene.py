@@ -1,0 +1,139 @@
+"""Scene, grammar and scores."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packshot.scene import Scene, SceneSyntaxError, vocabulary
+from packshot.scene.scores import mean_scores, product_words, score, token_f1
+
+TEXT = st.text(max_size=30)
+WORDS = st.sampled_from(
+    [*vocabulary.SURFACES, *vocabulary.SURROUNDINGS, *vocabulary.BACKGROUNDS, *vocabulary.LIGHTING, *vocabulary.MOODS]
+    + ["mood", "background", "in the background", "a, b", "surrounded by", "light", 'say "hi"', "\\", "a and b"]
+)
+ANY = st.one_of(TEXT, WORDS)
+SCENES = st.builds(
+    Scene,
+    surface=ANY,
+    surroundings=st.lists(ANY, max_size=3).map(tuple),
+    background=st.none() | ANY,
+    lighting=st.none() | ANY,
+    mood=st.none() | ANY,
+    style=st.lists(ANY, max_size=2).map(tuple),
+)
+
+
+@given(SCENES)
+@settings(max_examples=500)
+def test_every_scene_survives_its_caption(scene):
+    parsed = Scene.parse(scene.render())
+    assert parsed.scene == scene
+    assert parsed.leftover == ()
+    assert Scene.parse_strict(scene.render()) == scene
+    assert Scene.from_dict(scene.to_dict()) == scene
+
+
+@given(st.text(max_size=200))
+@settings(max_examples=300)
+def test_parsing_any_text_never_raises(text):
+    Scene.parse(text)
+
+
+def test_example_of_the_design():
+    scene = Scene(
+        surface="a stone podium which is on a marble table",
+        surroundings=("palm leaves",),
+        background="a concrete wall",
+        lighting="harsh light from the left side",
+        mood="minimalist",
+    )
+    assert scene.render() == (
+        "Professional photo of an object on a stone podium which is on a marble table, surrounded by palm leaves, "
+        "a concrete wall in the background, harsh light from the left side, minimalist mood"
+    )
+
+
+@pytest.mark.parametrize("phrase", vocabulary.LIGHTING)
+def test_vocabulary_renders_as_prose(phrase):
+    assert '"' not in Scene(surface="a table", lighting=phrase).render()
+
+
+ORIGINAL = {
+    "Professional photo of an object on a white table, surrounded by white boxes, product photography, "
+    "shallow depth of field": Scene(
+        surface="a white table",
+        surroundings=("white boxes",),
+        style=("product photography", "shallow depth of field"),
+    ),
+    "Professional photo of an object on a white background, solid background, sleek and minimalist mood": Scene(
+        surface="a white background", background="solid background", mood="sleek and minimalist"
+    ),
+    "Professional photo of an object on a table, surrounded by gold beads, bokeh background, soft daylight": Scene(
+        surface="a table", surroundings=("gold beads",), background="bokeh background", lighting="soft daylight"
+    ),
+    "Professional photo of an object on a concrete floor, with a shadow, solid background, "
+    "sleek and minimalist mood": Scene(
+        surface="a concrete floor",
+        background="solid background",
+        lighting="a shadow",
+        mood="sleek and minimalist",
+    ),
+}
+
+
+@pytest.mark.parametrize("caption", ORIGINAL)
+def test_captions_of_the_original_system(caption):
+    parsed = Scene.parse(caption)
+    assert parsed.scene == ORIGINAL[caption]
+    assert parsed.leftover == ()
+
+
+def test_a_second_background_is_left_over_not_lost():
+    parsed = Scene.parse(
+        "Professional photo of an object on a stone podium, a wall in the background, with palm leaves, "
+        "a concrete wall in the background"
+    )
+    assert parsed.scene.background == "a wall"
+    assert parsed.scene.surroundings == ("palm leaves",)
+    assert parsed.leftover == ("a concrete wall in the background",)
+
+
+def test_run_on_free_caption():
+    parsed = Scene.parse("A photo of an object on a wooden table with green leaves, against a blue wall, warm mood.")
+    assert parsed.scene.surface == "a wooden table"
+    assert parsed.scene.surroundings == ("green leaves",)
+    assert parsed.scene.background == "a blue wall"
+    assert parsed.scene.mood == "warm"
+
+
+@pytest.mark.parametrize(
+    ("text", "position"),
+    [
+        ("A photo", 0),
+        ("Professional photo of an object on a table, nonsense here", 44),
+        ("Professional photo of an object on a table, calm mood, soft light", 55),
+        ("Professional photo of an object on a table, soft light, hard light", 56),
+    ],
+)
+def test_strict_parse_points_at_the_error(text, position):
+    with pytest.raises(SceneSyntaxError) as caught:
+        Scene.parse_strict(text)
+    assert caught.value.position == position
+
+
+def test_scores_know_directions_and_sets():
+    truth = Scene(surface="a marble table", surroundings=("leaves", "stones"), lighting="light from the left side")
+    assert mean_scores([score(truth, truth)])["mean"] == {"exact": 1.0, "soft": 1.0}
+    swapped = Scene(surface="a marble table", surroundings=("stones", "leaves"), lighting="light from the right side")
+    table = score(swapped, truth)
+    assert table["surroundings"].exact == 1.0
+    assert table["lighting"].soft == 0.0
+    assert 0 < token_f1("a white marble table", "a marble table") < 1
+
+
+def test_product_words():
+    assert product_words(Scene(surface="a marble table", surroundings=("candles", "white boxes"))) == []
+    assert product_words("Professional photo of a perfume bottle on a table") == ["perfume", "bottle"]
+    assert product_words("Professional photo of an object on a table, product photography") == []
+    assert product_words(Scene(surface="a table", surroundings=("candles",)), product=["scented candle"]) == ["candles"]

@@ -1,0 +1,6 @@
+"""Train a ControlNet that knows where the product is."""
+
+from packshot.config.cli import script
+
+if __name__ == "__main__":
+    script("train_controlnet", "packshot.train.run:train", __doc__)

@@ -1,0 +1,6 @@
+"""Train an IP-Adapter: a reference image guides the scene."""
+
+from packshot.config.cli import script
+
+if __name__ == "__main__":
+    script("train_ip_adapter", "packshot.train.run:train", __doc__)
