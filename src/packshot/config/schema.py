@@ -308,6 +308,8 @@ class ServeConfig:
     api_key: str | None = opt(None, "bearer key; default: environment PACKSHOT_API_KEY, else a new one is printed")
     max_upload_mib: float = opt(10.0, "largest accepted file", min=0.01, max=1024)
     max_pixels: int = opt(40_000_000, "largest accepted picture, width x height", min=1)
+    queue_size: int = opt(8, "requests that may wait behind the running one; more are answered 429", min=0, max=1000)
+    timeout_seconds: float = opt(600.0, "longest a request may take, waiting included; then 504", min=0.1, max=86400)
 
 
 @dataclass
