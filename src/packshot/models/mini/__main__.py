@@ -1,0 +1,99 @@
+"""``python -m packshot.models.mini``: build and pretrain the mini family."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+STAGES = ("tokenizer", "vae", "clip", "unet", "florence2")
+MINUTES = {"vae": 15.0, "clip": 5.0, "unet": 40.0, "florence2": 10.0}
+
+
+def _refuse_unknown(stages: set[str]) -> None:
+    if stages:
+        raise argparse.ArgumentTypeError(f"no such stage: {', '.join(sorted(stages))}; there are {', '.join(STAGES)}")
+
+
+def _minutes(text: str) -> dict[str, float]:
+    given = dict(item.split("=", 1) for item in text.split(",") if item)
+    _refuse_unknown(set(given) - set(MINUTES))
+    return {**MINUTES, **{stage: float(value) for stage, value in given.items()}}
+
+
+def _stages(text: str) -> tuple[str, ...]:
+    chosen = STAGES if text == "all" else tuple(text.split(","))
+    _refuse_unknown(set(chosen) - set(STAGES))
+    return tuple(stage for stage in STAGES if stage in chosen)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m packshot.models.mini", description=__doc__)
+    parser.add_argument("--renders", type=Path, required=True, help="<seed>/{image,plate,cutout}.png and job.json")
+    parser.add_argument("--out", type=Path, default=Path("data/models"), help="published family (default %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("outputs/mini"), help="checkpoints, curves, staging")
+    parser.add_argument("--stage", type=_stages, default=STAGES, help=f"all, or some of {','.join(STAGES)}")
+    parser.add_argument("--minutes", type=_minutes, default=MINUTES, help="training budgets: vae=15,unet=40")
+    parser.add_argument("--clip-bpe", type=Path, help="CLIP's merge table or a wheel that holds it (first run only)")
+    parser.add_argument("--latent-channels", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train the chosen stages in order and publish each family that is complete and fits together."""
+    import torch
+
+    from packshot.core.errors import PackshotError
+    from packshot.models.mini.card import model_card
+    from packshot.models.mini.clip import train_clip
+    from packshot.models.mini.data import Renders
+    from packshot.models.mini.florence2 import train_florence
+    from packshot.models.mini.folder import Family
+    from packshot.models.mini.unet import fits, train_unet
+    from packshot.models.mini.vae import train_vae
+    from packshot.models.mini.vocabulary import read_clip_merges, save_clip_tokenizers
+
+    torch.set_num_threads(args.threads)
+    renders = Renders(args.renders)
+    print(f"{len(renders.train)} training and {len(renders.held_out)} held-out scenes", flush=True)
+    sdxl, florence = Family.open(args.work, args.out, "sdxl"), Family.open(args.work, args.out, "florence2")
+    if "tokenizer" in args.stage and not (sdxl.staging / "tokenizer_2" / "merges.txt").exists():
+        if args.clip_bpe is None:
+            raise PackshotError("the first run needs CLIP's merge table", hint="pass --clip-bpe")
+        save_clip_tokenizers(read_clip_merges(args.clip_bpe), sdxl.staging)
+    train = {
+        "vae": lambda *rest: train_vae(renders, sdxl, *rest, args.latent_channels),
+        "clip": lambda *rest: train_clip(renders, sdxl, *rest),
+        "unet": lambda *rest: train_unet(renders, sdxl, *rest),
+        "florence2": lambda *rest: train_florence(renders, florence, *rest),
+    }
+    for stage in args.stage:
+        if stage in train:
+            renders.refresh()
+            train[stage](args.work / stage, args.minutes[stage], args.seed)
+        if stage == "unet" and fits(sdxl):
+            sdxl.publish(model_card("sdxl", sdxl.records))
+        if stage == "florence2":
+            florence.publish(model_card("florence2", florence.records))
+    if not fits(sdxl):
+        print("sdxl: not published, no UNet of the staged parts; run --stage unet", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line entry; 0 done, 1 failed with a sentence on stderr."""
+    args = _arguments(argv)
+    from packshot.core.errors import PackshotError
+
+    try:
+        run(args)
+    except PackshotError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

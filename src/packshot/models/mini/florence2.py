@@ -1,0 +1,224 @@
+"""Stage ``florence2``: Florence-2's classes, small, pretrained to describe renders in free sentences.
+
+It names the product on purpose, as the real checkpoint does: the structured, product-free style is what the project's
+captioner fine-tune teaches.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import (
+    CLIPImageProcessorPil,
+    Florence2Config,
+    Florence2ForConditionalGeneration,
+    Florence2Processor,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from packshot.models.mini.clip import PHRASES
+from packshot.models.mini.data import SIZE, Render, Renders, free_caption, mirrored, to_pixels
+from packshot.models.mini.folder import Family, Record, set_loading_dtype
+from packshot.models.mini.stretch import Plan, Progress, run_stretch
+from packshot.models.mini.vocabulary import train_florence_tokenizer
+from packshot.scene import Scene
+
+TASKS = ("<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>")  # index = detail of ``free_caption``
+VOCABULARY = 1536
+IMAGE_TOKENS = (SIZE // 16) ** 2 + 1  # the last stage's grid and its mean
+
+
+def build_florence(tokenizer: PreTrainedTokenizerFast) -> Florence2ForConditionalGeneration:
+    """The untrained model: a three-stage DaViT at 128 px and a BART of two layers each way."""
+    text = {
+        "model_type": "bart",
+        "vocab_size": len(tokenizer),
+        "d_model": 128,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 384,
+        "decoder_ffn_dim": 384,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "dropout": 0.0,
+        "tie_word_embeddings": True,
+    }
+    vision = {
+        "depths": (1, 1, 3),
+        "patch_size": (7, 3, 3),
+        "patch_stride": (4, 2, 2),
+        "patch_padding": (3, 1, 1),
+        "patch_prenorm": (False, True, True),
+        "embed_dim": (32, 64, 128),
+        "num_heads": (2, 4, 4),
+        "num_groups": (2, 4, 4),
+        "window_size": 8,
+        "drop_path_rate": 0.0,
+        "projection_dim": 128,
+        "max_position_embeddings": 16,
+        "max_temporal_embeddings": 4,
+    }
+    config = Florence2Config(
+        text_config=text, vision_config=vision, image_token_id=tokenizer.image_token_id, pad_token_id=1
+    )
+    model = Florence2ForConditionalGeneration(config)
+    # The defaults of the published checkpoints, hostile ones included: what works here must work there.
+    model.generation_config = GenerationConfig(
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_bos_token_id=0,
+        forced_eos_token_id=2,
+        num_beams=3,
+        early_stopping=True,
+        no_repeat_ngram_size=3,
+    )
+    return model
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> Florence2Processor:
+    """Processor with 128-px input; ``AutoProcessor`` reloads it offline."""
+    size = {"height": SIZE, "width": SIZE}
+    stats = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    images = CLIPImageProcessorPil(size=size, do_center_crop=False, crop_size=size, **stats)
+    images.image_seq_length = IMAGE_TOKENS
+    plain = {"pure_text": {}}
+    return Florence2Processor(images, tokenizer, post_processor_config=plain)
+
+
+def tokenizer_texts(renders: list[Render]) -> list[str]:
+    """Texts the vocabulary is learned from: free and structured captions, and every phrase scenes are made of."""
+    rng = random.Random(0)
+    texts = [phrase for phrases in PHRASES.values() for phrase in phrases]
+    texts += [Scene(surface=s, background=b).render() for s, b in product(PHRASES["surface"], PHRASES["background"])]
+    for render in renders:
+        texts += [render.scene.render(), *(free_caption(render, render.scene, rng, detail) for detail in range(3))]
+    return texts
+
+
+def _pixels(images: list[np.ndarray]) -> torch.Tensor:
+    """What the processor makes of 128-px images."""
+    pixels = to_pixels(images).add(1).div(2)
+    stats = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in stats)
+    return (pixels - mean) / std
+
+
+def collate(
+    processor: Florence2Processor, images: list[np.ndarray], tasks: list[str], captions: list[str]
+) -> dict[str, torch.Tensor]:
+    """Model inputs: the task's own question behind the image tokens, labels with their end token and pads as -100."""
+    tokenizer = processor.tokenizer
+    questions = processor._construct_prompts(tasks)
+    asked = [tokenizer.image_token * IMAGE_TOKENS + "<s>" + question + "</s>" for question in questions]
+    inputs = tokenizer(asked, add_special_tokens=False, padding=True, return_tensors="pt")
+    labels = tokenizer(captions, padding=True, return_tensors="pt")
+    return {
+        "input_ids": inputs.input_ids,
+        "attention_mask": inputs.attention_mask,
+        "pixel_values": _pixels(images),
+        "labels": labels.input_ids.masked_fill(labels.attention_mask == 0, -100),
+    }
+
+
+@torch.inference_mode()
+def held_out_scores(
+    model: Florence2ForConditionalGeneration, processor: Florence2Processor, renders: list[Render]
+) -> dict[str, float]:
+    """Loss per token on full captions, once with the right images and once with another scene's: the gap is sight."""
+    rng = random.Random(0)
+    captions = [free_caption(render, render.scene, rng, detail=2) for render in renders]
+    images = [render.image for render in renders]
+    result = {}
+    for name, shown in (("loss", images), ("loss_shuffled_images", images[1:] + images[:1])):
+        total = tokens = 0.0
+        for i in range(0, len(renders), 32):
+            chosen = slice(i, i + 32)
+            batch = collate(processor, shown[chosen], [TASKS[2]] * len(shown[chosen]), captions[chosen])
+            labels = batch.pop("labels")
+            logits = model(**batch, decoder_input_ids=_shift(labels)).logits
+            total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+            tokens += (labels != -100).sum().item()
+        result[name] = total / tokens
+    return result
+
+
+def _shift(labels_BT: torch.Tensor) -> torch.Tensor:
+    """Decoder inputs: the labels one place to the right behind ``</s>``, pads in place of -100."""
+    start = torch.full_like(labels_BT[:, :1], 2)
+    shifted = torch.cat([start, labels_BT[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, 1)
+
+
+@torch.inference_mode()
+def describe(model: Florence2ForConditionalGeneration, processor: Florence2Processor, images: list) -> list[str]:
+    """Greedy captions of the full kind."""
+    batch = collate(processor, images, [TASKS[2]] * len(images), [""] * len(images))
+    batch.pop("labels")
+    greedy = {"num_beams": 1, "no_repeat_ngram_size": 0, "forced_eos_token_id": None, "early_stopping": False}
+    return processor.tokenizer.batch_decode(
+        model.generate(**batch, max_new_tokens=110, do_sample=False, **greedy), skip_special_tokens=True
+    )
+
+
+def train_florence(renders: Renders, family: Family, folder: Path, minutes: float, seed: int) -> None:
+    """Train and stage model and processor. The tokenizer is learned once and kept in ``folder`` for resumed runs."""
+    torch.manual_seed(seed)
+    kept = folder / "tokenizer"
+    if kept.exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(kept)
+    else:
+        tokenizer = train_florence_tokenizer(tokenizer_texts(renders.train), VOCABULARY)
+        tokenizer.save_pretrained(kept)
+    model, processor = build_florence(tokenizer), build_processor(tokenizer)
+    plan = Plan("florence2", folder, minutes, learning_rate=1e-3, batch_size=24, seed=seed, inputs=str(len(tokenizer)))
+
+    def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        if torch.rand((), generator=generator) < 0.01:
+            renders.refresh()
+        rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+        images, tasks, captions = [], [], []
+        for render in renders.draw(generator, plan.batch_size):
+            flip, detail = rng.random() < 0.5, rng.choice((0, 1, 2, 2, 2))
+            images.append(render.image[:, ::-1] if flip else render.image)
+            tasks.append(TASKS[detail])
+            captions.append(free_caption(render, mirrored(render.scene) if flip else render.scene, rng, detail))
+        return model(**collate(processor, images, tasks, captions)).loss, {}
+
+    def preview(at: Progress) -> None:
+        print(f"florence2  step {at.step}  held out {held_out_scores(model, processor, renders.held_out)}", flush=True)
+        shown = renders.held_out[:3]
+        for render, text in zip(shown, describe(model, processor, [r.image for r in shown]), strict=True):
+            print(f"  {render.scene.render()}\n    -> {text}", flush=True)
+
+    progress = run_stretch(plan, model, loss_of, preview)
+    measures = held_out_scores(model, processor, renders.held_out)
+
+    def write(staging: Path) -> None:
+        model.half().save_pretrained(staging)
+        set_loading_dtype(staging)
+        processor.save_pretrained(staging)
+
+    record = Record(
+        score=-measures["loss"],
+        measures=measures,
+        steps=progress.step,
+        minutes=progress.seconds / 60,
+        scenes=len(renders.train),
+        parameters=model.num_parameters(),
+        inputs=f"vocabulary {len(tokenizer)}",
+    )
+    family.keep_if_better("florence2", record, write)

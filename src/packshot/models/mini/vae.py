@@ -1,0 +1,134 @@
+"""Stage ``vae``: SDXL's AutoencoderKL, narrow, with an 8x smaller latent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+
+from packshot.models.mini.data import SIZE, Render, Renders, to_images, to_pixels
+from packshot.models.mini.folder import Family, Record
+from packshot.models.mini.stretch import Plan, Progress, run_stretch
+
+CROP = 64  # px; the network is convolutional, so crops teach what whole images would at a quarter of the cost
+KL_WEIGHT = 1e-3  # on the KL per pixel: keeps latents near unit scale and the decoder tolerant of small errors
+# ITU-R BT.601 luma and colour differences, rows Y, Cb, Cr.
+TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+
+
+def build_vae(latent_channels: int = 4) -> AutoencoderKL:
+    """The untrained autoencoder: pixels_B3HW in [-1, 1] to latents_B(latent_channels)(H/8)(W/8)."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 96),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        sample_size=SIZE,
+        mid_block_add_attention=False,
+        force_upcast=False,
+    )
+
+
+def _ycbcr(pixels_BCHW: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("kc,bchw->bkhw", pixels_BCHW.new_tensor(TO_YCBCR), pixels_BCHW)
+
+
+def _edges(pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return pixels_BCHW.diff(dim=-1), pixels_BCHW.diff(dim=-2)
+
+
+def _draw_crops(renders: Renders, generator: torch.Generator, count: int) -> torch.Tensor:
+    """pixels_B3(CROP)(CROP) of images and plates, half of them mirrored; a quarter of all centre on the product."""
+    crops = []
+    for render in renders.draw(generator, count):
+        plate, flip, centred = (torch.rand(3, generator=generator) < torch.tensor([0.35, 0.5, 0.25])).tolist()
+        top, left = torch.randint(SIZE - CROP + 1, (2,), generator=generator).tolist()
+        if centred and render.mask.any():
+            rows, columns = np.nonzero(render.mask)
+            top, left = (int(np.clip(v.mean() - CROP / 2, 0, SIZE - CROP)) for v in (rows, columns))
+        crop = (render.plate if plate else render.image)[top : top + CROP, left : left + CROP]
+        crops.append(crop[:, ::-1] if flip else crop)
+    return to_pixels(crops).contiguous(memory_format=torch.channels_last)
+
+
+def reconstruction_loss(output_BCHW: torch.Tensor, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+    """L1 on luma and, weighted up because the eye's colour errors are small numbers, on chroma; L1 on edges."""
+    output, target = _ycbcr(output_BCHW.float()), _ycbcr(pixels_BCHW)
+    flat = F.l1_loss(output[:, :1], target[:, :1]) + 2.0 * F.l1_loss(output[:, 1:], target[:, 1:])
+    edges = sum(F.l1_loss(a, b) for a, b in zip(_edges(output), _edges(target), strict=True))
+    return flat + 0.5 * edges
+
+
+@torch.inference_mode()
+def encode(vae: AutoencoderKL, images: list[np.ndarray], batch_size: int = 32) -> torch.Tensor:
+    """Posterior means, unscaled latents_BCHW in fp32, of uint8 images."""
+    batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
+    return torch.cat([vae.encode(to_pixels(batch)).latent_dist.mean for batch in batches])
+
+
+@torch.inference_mode()
+def measure_vae(vae: AutoencoderKL, renders: list[Render]) -> dict[str, float]:
+    """PSNR in dB (peak 2 for pixels in [-1, 1]) over RGB, luma and chroma, and the latents' standard deviation."""
+    images = [image for render in renders for image in (render.image, render.plate)]
+    errors, latents = [], []
+    for i in range(0, len(images), 32):
+        pixels = to_pixels(images[i : i + 32])
+        latent = vae.encode(pixels).latent_dist.mean
+        delta = vae.decode(latent).sample.clamp(-1, 1) - pixels
+        converted = _ycbcr(delta)
+        errors.append(torch.stack([x.pow(2).mean((1, 2, 3)) for x in (delta, converted[:, :1], converted[:, 1:])]))
+        latents.append(latent)
+    rgb, luma, chroma = (10 * torch.log10(4 / torch.cat(errors, dim=1))).mean(dim=1).tolist()
+    return {"psnr": rgb, "psnr_luma": luma, "psnr_chroma": chroma, "latent_std": torch.cat(latents).std().item()}
+
+
+def _preview(vae: AutoencoderKL, renders: Renders, path: Path, progress: Progress) -> None:
+    images = [image for render in renders.held_out[:6] for image in (render.image, render.plate)][:8]
+    with torch.inference_mode():
+        output = to_images(vae(to_pixels(images)).sample)
+    rows = np.vstack([np.hstack(images), np.hstack(list(output))])
+    cv2.imwrite(str(path), cv2.cvtColor(rows, cv2.COLOR_RGB2BGR))
+    values = measure_vae(vae, renders.held_out[:24])
+    print(f"vae  step {progress.step}  held out {values}", flush=True)
+
+
+def train_vae(renders: Renders, family: Family, folder: Path, minutes: float, seed: int, channels: int) -> None:
+    """Train the autoencoder and stage it; its scaling factor is one over the latents' standard deviation."""
+    torch.manual_seed(seed)
+    vae = build_vae(channels).to(memory_format=torch.channels_last)
+    plan = Plan("vae", folder, minutes, learning_rate=1e-3, batch_size=16, seed=seed, inputs=f"channels {channels}")
+
+    def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        if torch.rand((), generator=generator) < 0.005:
+            renders.refresh()
+        pixels = _draw_crops(renders, generator, plan.batch_size)
+        with torch.autocast("cpu", torch.bfloat16):
+            moments = vae.quant_conv(vae.encoder(pixels)).float()
+            mean, log_variance = moments.chunk(2, dim=1)
+            log_variance = log_variance.clamp(-30, 20)
+            noise = torch.randn(mean.shape, generator=generator)
+            output = vae.decode(mean + noise * (0.5 * log_variance).exp()).sample
+        divergence = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).sum() / pixels[:, 0].numel()
+        reconstruction = reconstruction_loss(output, pixels)
+        return reconstruction + KL_WEIGHT * divergence, {"reconstruction": reconstruction.item()}
+
+    progress = run_stretch(plan, vae, loss_of, lambda at: _preview(vae, renders, folder / "preview.png", at))
+    measures = measure_vae(vae, renders.held_out)
+    vae.register_to_config(scaling_factor=round(1 / measures["latent_std"], 5))
+    record = Record(
+        score=measures["psnr"],
+        measures=measures,
+        steps=progress.step,
+        minutes=progress.seconds / 60,
+        scenes=len(renders.train),
+        parameters=vae.num_parameters(),
+    )
+    family.keep_if_better("vae", record, lambda staging: vae.half().save_pretrained(staging / "vae"))
