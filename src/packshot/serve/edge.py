@@ -1,0 +1,132 @@
+"""The outermost layer of the app: request ids, the key, the size limit, metrics, the log, the last resort.
+
+It is plain ASGI because FastAPI reads a whole form before any dependency runs: a stranger without a key must not be
+able to make the server swallow an upload first.
+"""
+
+from __future__ import annotations
+
+import hmac
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from packshot.core.run import log
+from packshot.serve.metrics import Metrics
+from packshot.serve.schemas import ApiError, ErrorResponse
+
+Record = Callable[[dict[str, Any]], None]
+# What a client may know of a failure that is ours: nothing but that it happened.
+INTERNAL_ERROR = ApiError(
+    500, "internal_error", "The server failed on this request.", "Its log has the reason under this request_id."
+)
+
+
+def error_response(error: ApiError, request_id: str) -> JSONResponse:
+    """The one form in which every failure is answered."""
+    body = ErrorResponse(error=error.detail, error_code=error.code, request_id=request_id, hint=error.hint)
+    return JSONResponse(body.model_dump(), error.status_code, error.headers)
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    return next((value for key, value in scope["headers"] if key == name), b"")
+
+
+def check_key(scope: Scope, key: str) -> None:
+    """Raises ApiError 401 unless the request carries ``Authorization: Bearer <key>``."""
+    scheme, _, given = _header(scope, b"authorization").partition(b" ")
+    right = hmac.compare_digest(given.strip(), key.encode())
+    if scheme.lower() != b"bearer" or not right:
+        raise ApiError(
+            401,
+            "unauthorized",
+            "The API key is missing or wrong.",
+            "Send the header 'Authorization: Bearer <key>' with the server's key.",
+            {"WWW-Authenticate": "Bearer"},
+        )
+
+
+def limited(scope: Scope, receive: Receive, limit: int) -> Receive:
+    """``receive`` that raises ApiError 413 as soon as the body exceeds ``limit`` bytes.
+
+    The declared length is looked at first because it is free; the bytes are counted because it may be absent or a lie.
+    """
+    too_large = ApiError(
+        413,
+        "too_large",
+        f"The request is larger than {limit / 2**20:.1f} MiB.",
+        "Send smaller files, or raise serve.max_upload_mib.",
+    )
+    declared = _header(scope, b"content-length")
+    if declared.isdigit() and int(declared) > limit:
+        raise too_large
+    seen = 0
+
+    async def counted() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > limit:
+            raise too_large
+        return message
+
+    return counted
+
+
+class Edge:
+    """ASGI middleware around the whole app.
+
+    key: what ``POST`` requests must carry; reading (health, metrics, docs) is open.
+    body_limit: bytes of a whole request.
+    record: gets one dict per request.
+    """
+
+    def __init__(self, app: ASGIApp, key: str, body_limit: int, metrics: Metrics, record: Record) -> None:
+        self._app = app
+        self._key = key
+        self._body_limit = body_limit
+        self._metrics = metrics
+        self._record = record
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        request_id = uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state.update(request_id=request_id, started=started, figures={})
+        status = 0
+
+        async def send_noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        with self._metrics.active.track_inprogress():
+            try:
+                await self._guarded(scope, receive, send_noted)
+            except Exception:
+                log.exception("request %s failed", request_id)
+                if not status:
+                    await error_response(INTERNAL_ERROR, request_id)(scope, receive, send_noted)
+        seconds = time.monotonic() - started
+        self._metrics.count(scope["method"], scope["path"], status, seconds)
+        line = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
+        self._record({**line, "seconds": round(seconds, 4), **state["figures"]})
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["method"] not in ("GET", "HEAD"):
+                check_key(scope, self._key)
+            receive = limited(scope, receive, self._body_limit)
+        except ApiError as error:
+            await error_response(error, scope["state"]["request_id"])(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)

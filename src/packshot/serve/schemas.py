@@ -1,0 +1,130 @@
+"""What travels over HTTP: the form of a request, the answers, the error. All of it shows up in ``/docs``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+from fastapi import HTTPException, UploadFile
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from packshot.config.schema import GenerateSettings, Placement
+from packshot.config.validate import nearest
+
+MAX_IMAGES = 8
+
+
+class ApiError(HTTPException):
+    """An answer other than success. ``code`` is for programs, ``message`` and ``hint`` are for people."""
+
+    def __init__(self, status: int, code: str, message: str, hint: str = "", headers: dict[str, str] | None = None):
+        super().__init__(status, message, headers)
+        self.code = code
+        self.hint = hint
+
+
+def _setting(name: str) -> Any:
+    """An optional form field with help and range of the config key of that name."""
+    metadata = next(f.metadata for f in dataclasses.fields(GenerateSettings) if f.name == name)
+    text = f"{metadata['help']}; default: the server's generate.{name}"
+    return Field(None, ge=metadata["min"], le=metadata["max"], description=text)
+
+
+def _placement(value: Any) -> Any:
+    if isinstance(value, str) and value not in Placement.__members__:
+        raise ValueError(f"takes {' or '.join(Placement.__members__)}")
+    return Placement[value] if isinstance(value, str) else value
+
+
+# The members' values are numbers that mean nothing outside; names travel.
+PlacementName = Annotated[
+    Placement, BeforeValidator(_placement), WithJsonSchema({"type": "string", "enum": list(Placement.__members__)})
+]
+Text = Annotated[str, Field(max_length=2000)]
+
+
+class GenerateForm(BaseModel):
+    """The multipart fields of ``POST /generate``. Say what to show by `prompt` or by the scene's slots, not both."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    product_file: UploadFile = Field(description="photo of the product")
+    mask_file: UploadFile | None = Field(None, description="white = product; default: found from alpha or segmentation")
+    reference_file: UploadFile | None = Field(None, description="image whose look is taken (needs an IP-Adapter)")
+    prompt: Text | None = Field(None, description="free text")
+    surface: Text = Field("", description="where the object stands")
+    surroundings: list[Text] = Field([], max_length=16, description="a thing around it; repeat the field for more")
+    background: Text | None = Field(None, description="what is behind it")
+    lighting: Text | None = Field(None, description="light and shadow")
+    mood: Text | None = None
+    style: list[Text] = Field([], max_length=16, description="camera or style term; repeat the field for more")
+    seed: int | None = Field(None, ge=0, lt=2**32, description="same seed, same answer; default: the server's run.seed")
+    num_images: int = Field(1, ge=1, le=MAX_IMAGES)
+    negative_prompt: Text | None = _setting("negative_prompt")
+    num_inference_steps: int | None = _setting("num_inference_steps")
+    guidance_scale: float | None = _setting("guidance_scale")
+    placement: PlacementName | None = _setting("placement")
+    size: str | None = Field(None, pattern=r"^\d{1,5}x\d{1,5}$", description="width x height in px: 1024x768")
+
+
+class GeneratedImage(BaseModel):
+    image: str = Field(description="base64 of the file")
+    media_type: str = "image/png"
+    seed: int = Field(description="seed of the request; image k of a request is determined by (seed, k)")
+    certificate: dict[str, Any] = Field(description="proof that the product's pixels are the upload's")
+
+
+class Prediction(BaseModel):
+    prompt: str = Field(description="text the model was prompted with")
+    images: list[GeneratedImage]
+
+
+class GenerateResponse(BaseModel):
+    success: bool = True
+    request_id: str
+    prediction: Prediction
+    processing_time_ms: float = Field(description="from the request's arrival, waiting included")
+    model_version: str
+
+
+class ErrorResponse(BaseModel):
+    success: bool = False
+    error: str = Field(description="one sentence")
+    error_code: str = Field(description="stable, for programs")
+    request_id: str
+    hint: str = Field(description="the way out; may be empty")
+
+
+class Health(BaseModel):
+    status: str = Field(description="ok, loading or failed")
+    model_loaded: bool
+    version: str
+    uptime_seconds: float
+
+
+class Info(BaseModel):
+    name: str = "packshot"
+    version: str
+    model_version: str
+    docs: str = "/docs"
+    endpoints: list[str]
+
+
+def first_field_error(errors: list[dict[str, Any]]) -> tuple[str, str]:
+    """Sentence and hint for pydantic's list of errors; values are never repeated (they may be whole files)."""
+    known = list(GenerateForm.model_fields)
+    sentences, hint = [], ""
+    for error in errors:
+        name = str(error["loc"][1]) if len(error["loc"]) > 1 else "body"
+        if error["type"] == "extra_forbidden":
+            close = nearest(name, known)
+            hint = hint or (f"Did you mean {close}?" if close else f"Fields: {', '.join(known)}.")
+            sentences.append(f"There is no field {name[:80]!r}")
+        elif error["type"] == "missing":
+            hint = hint or "Send multipart/form-data; /docs lists the fields."
+            sentences.append(f"{name} is missing")
+        elif "UploadFile" in error["msg"]:
+            sentences.append(f"{name} must be a file")
+        else:
+            sentences.append(f"{name}: {error['msg'].removeprefix('Value error, ')}")
+    return "; ".join(sentences) + ".", hint

@@ -1,0 +1,207 @@
+"""From a form to pictures: checking what strangers send, and one turn on the model."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import io
+import os
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import Request, UploadFile
+from fastapi.concurrency import run_in_threadpool
+from PIL import Image
+
+from packshot.config.schema import Generate, GenerateSettings, SceneConfig, Serve
+from packshot.config.validate import validate
+from packshot.core.errors import ConfigError, PackshotError
+from packshot.core.run import Run, log
+from packshot.core.tracking import Tracker
+from packshot.infer import Packshot
+from packshot.infer.product import decode_image
+from packshot.scene import Scene
+from packshot.serve.metrics import Metrics
+from packshot.serve.schemas import ApiError, GenerateForm
+from packshot.serve.worker import QueueFull, Worker
+
+ENDPOINTS = ["/", "/generate", "/health", "/metrics", "/docs", "/openapi.json"]
+VERSION = version("packshot")
+_QUIET = ("/health", "/metrics")  # probes ask every few seconds: no log lines for them
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """A checked request: what one turn on the model needs."""
+
+    product: Image.Image
+    mask: Image.Image | None
+    reference: Image.Image | None
+    scene: Scene | str
+    settings: GenerateSettings
+    num_images: int
+    seed: int
+
+
+class Service:
+    """What the routes of one app share: config, the worker thread, the model once it is loaded."""
+
+    def __init__(self, config: Serve, packshot: Packshot | Callable[[], Packshot], run: Run | None, tracker: Tracker):
+        self.config = config
+        self.run = run
+        self.tracker = tracker
+        self.packshot = None if callable(packshot) else packshot
+        self.load = packshot if callable(packshot) else None
+        self.failure: Exception | None = None
+        self.started = time.monotonic()
+        self.requests = 0
+        self.last_seconds = 1.0
+        self.worker = Worker(config.serve.queue_size)
+        self.metrics = Metrics(set(ENDPOINTS), lambda: self.worker.waiting, lambda: self.packshot is not None)
+        self.model_version = f"packshot {VERSION}, {os.path.basename(config.model.base.rstrip('/'))}"
+
+    def load_model(self) -> None:
+        """Runs on the worker thread, before every request."""
+        assert self.load is not None
+        try:
+            self.packshot = self.load()
+            log.info("model loaded in %.1f s", time.monotonic() - self.started)
+        except Exception as error:
+            self.failure = error
+            log.error("the model could not be loaded: %s", error)
+
+    def record(self, line: dict[str, Any]) -> None:
+        """One answered request: a line in the log and in metrics.jsonl, figures to the tracker."""
+        if line["path"] in _QUIET:
+            return
+        self.requests += 1
+        log.info("%(method)s %(path)s %(status)s %(seconds).2f s %(request_id)s", line)
+        if self.run:
+            self.run.metrics({"step": self.requests, **line})
+        figures = {key: float(value) for key, value in line.items() if isinstance(value, int | float)}
+        self.tracker.log(figures, self.requests)
+
+    def generate(self, order: Order) -> list[tuple[bytes, dict[str, Any]]]:
+        """PNG file and certificate of every picture. Runs on the worker thread."""
+        assert self.packshot is not None
+        started = time.monotonic()
+        try:
+            self.packshot.set_product(order.product, order.mask)
+        except PackshotError as error:
+            raise ApiError(422, "unusable_product", error.args[0], error.hint) from error
+        try:
+            results = self.packshot.generate(
+                order.scene,
+                num_images=order.num_images,
+                seed=order.seed,
+                reference=order.reference,
+                settings=order.settings,
+            )
+        except ConfigError as error:
+            raise ApiError(422, "invalid_field", error.args[0], error.hint) from error
+        pictures = [(_png(result.image), result.certificate) for result in results]
+        self.last_seconds = time.monotonic() - started
+        self.metrics.inference.observe(self.last_seconds)
+        return pictures
+
+    def queue_full(self) -> ApiError:
+        """What a request hears that cannot even wait."""
+        wait = max(1, round(self.last_seconds * (self.worker.waiting + 1)))
+        message = f"{self.config.serve.queue_size} requests wait already."
+        return ApiError(429, "queue_full", message, f"Try again in {wait} s.", {"Retry-After": str(wait)})
+
+    async def answer(self, order: Order, request: Request) -> list[tuple[bytes, dict[str, Any]]]:
+        """Queue an order and wait for it: as long as the client does, and no longer than the timeout."""
+        try:
+            future = self.worker.submit(self.generate, order)
+        except QueueFull:
+            raise self.queue_full() from None
+        job = asyncio.wrap_future(future)
+        gone = asyncio.ensure_future(request.receive())  # after the body, only a disconnect can come
+        limit = self.config.serve.timeout_seconds
+        try:
+            await asyncio.wait({job, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if job.done():
+                return job.result()
+            if gone.done():
+                raise ApiError(499, "client_gone", "The client closed the connection.")
+            raise ApiError(504, "timeout", f"There was no result within {limit:g} s.", "Try again later.")
+        finally:
+            gone.cancel()
+            job.cancel()  # frees the place in the queue; a turn that has begun ends by itself
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+async def read_image(name: str, upload: UploadFile, config: Serve) -> Image.Image:
+    """The picture of a file field; neither extension nor declared type are looked at.
+
+    Raises:
+        ApiError: 413 too many bytes or pixels, 415 no usable image.
+    """
+    limits = config.serve
+    if (upload.size or 0) > limits.max_upload_mib * 2**20:
+        raise ApiError(
+            413, "too_large", f"{name} is larger than {limits.max_upload_mib:g} MiB.", "Send a smaller file."
+        )
+    data = await upload.read()
+    try:
+        return await run_in_threadpool(decode_image, data, name, limits.max_pixels)
+    except PackshotError as error:
+        if getattr(error, "reason", "") == "too_many_pixels":
+            raise ApiError(
+                413, "too_large", f"{name} has more than {limits.max_pixels} pixels.", "Scale it down."
+            ) from error
+        raise ApiError(415, "not_an_image", error.args[0], error.hint) from error
+
+
+def read_settings(form: GenerateForm, config: Serve) -> tuple[GenerateSettings, Scene | str]:
+    """The form over the server's defaults, checked by the rules of ``generate.py``.
+
+    Raises:
+        ApiError: 422, a value is out of range or contradicts another.
+    """
+    names = {f.name for f in dataclasses.fields(GenerateSettings)} - {"size"}
+    given = {name: value for name in names if (value := getattr(form, name, None)) is not None}
+    if form.size:
+        given["size"] = [int(side) for side in form.size.split("x")]
+    settings = dataclasses.replace(config.generate, **given)
+    slots = {f.name: getattr(form, f.name) for f in dataclasses.fields(SceneConfig)}
+    if form.prompt and any(slots.values()):
+        raise ApiError(422, "invalid_field", "prompt and scene fields are both given.", "Use one of the two.")
+    if form.reference_file and not config.adapters.ip_adapter:
+        raise ApiError(
+            422,
+            "no_ip_adapter",
+            "reference_file needs an IP-Adapter, which this server has not loaded.",
+            "Leave it out, or start the server with adapters.ip_adapter=<export folder>.",
+        )
+    try:
+        validate(Generate(**vars(settings), num_images=form.num_images))
+    except ConfigError as error:
+        raise ApiError(422, "invalid_field", error.args[0], error.hint) from error
+    if settings.size and settings.size[0] * settings.size[1] > config.serve.max_pixels:
+        raise ApiError(422, "invalid_field", f"size={form.size} has more than {config.serve.max_pixels} pixels.")
+    return settings, form.prompt or Scene.from_dict(slots)
+
+
+async def read_order(form: GenerateForm, config: Serve) -> Order:
+    """Check a form, cheap things first; raises ApiError."""
+    settings, scene = read_settings(form, config)
+    files = {"product_file": form.product_file, "mask_file": form.mask_file, "reference_file": form.reference_file}
+    images = {name: await read_image(name, file, config) for name, file in files.items() if file is not None}
+    return Order(
+        product=images["product_file"],
+        mask=images.get("mask_file"),
+        reference=images.get("reference_file"),
+        scene=scene,
+        settings=settings,
+        num_images=form.num_images,
+        seed=config.run.seed if form.seed is None else form.seed,
+    )

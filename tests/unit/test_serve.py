@@ -1,0 +1,467 @@
+"""The HTTP service, with the real mini model: auth, limits, errors, metrics, and pictures that keep the product."""
+
+import base64
+import contextlib
+import io
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import anyio
+import httpx
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image, ImageDraw
+
+from packshot.config.compose import compose
+from packshot.core.errors import ConfigError
+from packshot.infer import Packshot
+from packshot.scene import Scene
+from packshot.serve.app import certificate_sha256, create_app, listen, wants_png
+
+ROOT = Path(__file__).resolve().parents[2]
+KEY = "correct horse battery staple"
+BEARER = {"Authorization": f"Bearer {KEY}"}
+STEPS = ["generate.num_inference_steps=2", "generate.guidance_scale=1"]
+
+
+def config(*overrides):
+    return compose("serve", [*STEPS, f"serve.api_key={KEY}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def packshot():
+    return Packshot.load(model=config().model)
+
+
+@pytest.fixture(scope="module")
+def app(packshot):
+    return create_app(config("serve.max_upload_mib=0.25", "serve.max_pixels=40000"), packshot)
+
+
+@pytest.fixture
+def client(app):
+    return TestClient(app, raise_server_exceptions=False)
+
+
+def file(image, format="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, format)
+    return buffer.getvalue()
+
+
+def product_pair(width=96, height=128):
+    """A noisy product (so that no smooth model could reproduce it by luck) and its mask."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    mask = Image.new("L", (width, height), 0)
+    ImageDraw.Draw(mask).rectangle((30, 40, 65, 99), fill=255)
+    return Image.fromarray(noise), mask
+
+
+def upload(**fields):
+    product, mask = product_pair()
+    files = {"product_file": file(product), "mask_file": file(mask)}
+    return {"files": files, "data": {"surface": "a white podium", **fields}, "headers": BEARER}
+
+
+def refused(response, status, code):
+    """The error body, after checking that it has the documented form."""
+    body = response.json()
+    assert (response.status_code, body["success"], body["error_code"]) == (status, False, code), body
+    assert set(body) == {"success", "error", "error_code", "request_id", "hint"}
+    assert body["request_id"] == response.headers["x-request-id"]
+    return body
+
+
+def core_is_kept(png):
+    product, mask = product_pair()
+    result = Image.open(io.BytesIO(png))
+    assert (result.size, result.mode) == (product.size, "RGB")
+    inside = np.zeros((mask.height, mask.width), bool)
+    inside[41:99, 31:65] = True  # the mask's rectangle less one pixel
+    same = np.asarray(result) == np.asarray(product)
+    return same[inside].all() and not same[~inside].all()
+
+
+# --- pictures
+
+
+def test_json_answer_holds_pictures_with_the_product_untouched_and_their_certificates(client):
+    response = client.post("/generate", **upload(num_images=2, seed=5, surroundings=["palm leaves", "stones"]))
+    body = response.json()
+    assert response.status_code == 200, body
+    assert body["success"] is True
+    assert body["request_id"] == response.headers["x-request-id"]
+    assert body["model_version"].endswith("sdxl")
+    assert body["processing_time_ms"] > 0
+    assert body["prediction"]["prompt"] == (
+        "Professional photo of an object on a white podium, surrounded by palm leaves and stones"
+    )
+    images = body["prediction"]["images"]
+    assert [(image["media_type"], image["seed"]) for image in images] == [("image/png", 5)] * 2
+    pngs = [base64.b64decode(image["image"], validate=True) for image in images]
+    assert all(map(core_is_kept, pngs))
+    assert pngs[0] != pngs[1]
+    assert all(image["certificate"] for image in images)
+
+
+def test_png_answer_is_the_picture_of_the_json_answer(client):
+    order = upload(seed=3)
+    image = client.post("/generate", **order).json()["prediction"]["images"][0]
+    response = client.post("/generate", **{**order, "headers": {**BEARER, "Accept": "image/png"}})
+    assert (response.status_code, response.headers["content-type"]) == (200, "image/png")
+    assert response.content == base64.b64decode(image["image"])
+    assert response.headers["x-certificate-sha256"] == certificate_sha256(image["certificate"])
+
+
+def test_the_service_gives_what_the_python_interface_gives(client, packshot):
+    png = client.post("/generate", **{**upload(seed=7), "headers": {**BEARER, "Accept": "image/png"}}).content
+    scene = Scene(surface="a white podium")
+    direct = packshot.set_product(*product_pair()).generate(scene, num_images=1, seed=7, settings=config().generate)
+    assert (np.asarray(Image.open(io.BytesIO(png))) == np.asarray(direct[0].image)).all()
+
+
+def test_png_holds_one_picture_only(client):
+    order = {**upload(num_images=2), "headers": {**BEARER, "Accept": "image/png"}}
+    refused(client.post("/generate", **order), 422, "invalid_field")
+
+
+@pytest.mark.parametrize(
+    ("accept", "png"),
+    [("*/*", False), ("image/png", True), ("image/png;q=1, */*;q=0.1", True), ("application/json, image/png", False)],
+)
+def test_json_unless_a_picture_is_asked_for(accept, png):
+    assert wants_png(accept) is png
+
+
+# --- who may
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": f"Basic {KEY}"}]
+    + [{"Authorization": "Bearer "}, {"Authorization": f"Bearer {KEY}x".encode()}, {"Authorization": b"Bearer \xff"}],
+)
+def test_generation_needs_the_key(client, headers):
+    response = client.post("/generate", **{**upload(), "headers": headers})
+    refused(response, 401, "unauthorized")
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_without_the_key_no_body_is_read(client):
+    read, sent = [], []
+
+    async def receive():
+        read.append(1)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": [], "query_string": b""}
+    anyio.run(client.app, scope, receive, send)
+    assert sent[0]["status"] == 401
+    assert not read
+
+
+def test_reading_is_open(client):
+    for path in ("/", "/health", "/metrics", "/docs", "/openapi.json"):
+        assert client.get(path).status_code == 200, path
+    assert client.get("/").json()["docs"] == "/docs"
+
+
+def test_a_key_is_made_up_and_printed_once_when_none_is_given(packshot, capsys, monkeypatch):
+    monkeypatch.delenv("PACKSHOT_API_KEY", raising=False)
+    settings = compose("serve", STEPS)
+    keys = []
+    for _ in range(2):
+        create_app(settings, packshot)
+        (line,) = capsys.readouterr().out.splitlines()
+        keys.append(line.split()[-1])
+    assert len(set(keys)) == 2
+    assert all(len(key) >= 32 for key in keys)
+    monkeypatch.setenv("PACKSHOT_API_KEY", "from the environment")
+    app = create_app(settings, packshot)
+    assert not capsys.readouterr().out
+    order = {**upload(), "headers": {"Authorization": "Bearer from the environment"}}
+    assert TestClient(app).post("/generate", **order).status_code == 200
+
+
+# --- what may be sent
+
+
+@pytest.mark.parametrize("field", ["product_file", "mask_file"])
+@pytest.mark.parametrize("content", [b"text", b"", file(product_pair()[0])[:200], b"%!PS-Adobe-3.0 EPSF-3.0\n"])
+def test_content_decides_whether_it_is_an_image(client, field, content):
+    order = upload()
+    order["files"] = {**order["files"], field: ("photo.png", content, "image/png")}
+    assert field in refused(client.post("/generate", **order), 415, "not_an_image")["error"]
+
+
+def test_too_many_bytes_in_one_file(client):
+    order = upload()
+    order["files"]["product_file"] = b"\0" * (2**18 + 1)
+    assert "product_file" in refused(client.post("/generate", **order), 413, "too_large")["error"]
+
+
+def test_a_declared_length_over_the_limit_is_refused_at_once(client):
+    order = upload()
+    order["files"]["product_file"] = b"\0" * 2**21
+    refused(client.post("/generate", **order), 413, "too_large")
+
+
+def test_an_endless_body_without_a_length_is_cut_off(client):
+    sent = 0
+
+    def body():
+        nonlocal sent
+        yield b'--b\r\nContent-Disposition: form-data; name="product_file"; filename="a.png"\r\n\r\n'
+        while sent < 50 * 2**20:
+            sent += 2**16
+            yield b"\0" * 2**16
+
+    headers = {**BEARER, "Content-Type": "multipart/form-data; boundary=b"}
+    response = client.post("/generate", content=body(), headers=headers)
+    assert "content-length" not in response.request.headers
+    refused(response, 413, "too_large")
+
+
+def test_too_many_pixels_are_refused_from_the_header(client):
+    order = upload()
+    order["files"]["product_file"] = file(Image.new("1", (4000, 4000)))[:60]  # the pixels never come
+    refused(client.post("/generate", **order), 413, "too_large")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"num_images": 9}, "num_images"),
+        ({"num_images": 0}, "num_images"),
+        ({"num_images": "many"}, "num_images"),
+        ({"seed": -1}, "seed"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"guidance_scale": "nan"}, "guidance_scale"),
+        ({"guidance_scale": 51}, "guidance_scale"),
+        ({"placement": "left"}, "original or center"),
+        ({"placement": "center"}, "size"),
+        ({"placement": "center", "size": "big"}, "size"),
+        ({"placement": "center", "size": "10x10"}, "size"),
+        ({"placement": "center", "size": "1000x1000"}, "pixels"),
+        ({"prompt": "a table"}, "both"),
+        ({"prompt": "a" * 3000, "surface": ""}, "prompt"),
+        ({"num_image": 2}, "num_images"),
+        ({"reference_file": "text"}, "must be a file"),
+    ],
+)
+def test_wrong_fields_are_named(client, fields, says):
+    body = refused(client.post("/generate", **upload(**fields)), 422, "invalid_field")
+    assert says in f"{body['error']} {body['hint']}"
+
+
+def test_a_missing_product_and_another_content_type_are_named(client):
+    answer = client.post("/generate", data={"surface": "a podium"}, headers=BEARER)
+    assert "product_file is missing" in refused(answer, 422, "invalid_field")["error"]
+    answer = client.post("/generate", json={"surface": "a podium"}, headers=BEARER)
+    assert "multipart" in refused(answer, 422, "invalid_field")["hint"]
+
+
+def test_a_reference_needs_an_ip_adapter(client):
+    order = upload()
+    order["files"]["reference_file"] = order["files"]["product_file"]
+    assert "adapters.ip_adapter" in refused(client.post("/generate", **order), 422, "no_ip_adapter")["hint"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"product_file": file(Image.new("RGB", (96, 128), "white"))},
+        {"product_file": file(product_pair()[0]), "mask_file": file(Image.new("L", (96, 128), 0))},
+        {"product_file": file(product_pair()[0]), "mask_file": file(Image.new("L", (50, 50), 255))},
+    ],
+    ids=["nothing to find", "empty mask", "mask of another size"],
+)
+def test_no_product_is_the_clients_error(client, files):
+    response = client.post("/generate", files=files, data={"surface": "a podium"}, headers=BEARER)
+    refused(response, 422, "unusable_product")
+
+
+def test_unknown_paths_and_methods(client):
+    refused(client.get("/nothing"), 404, "not_found")
+    refused(client.get("/generate"), 405, "method_not_allowed")
+
+
+def test_an_internal_failure_tells_the_request_id_and_nothing_else(packshot, caplog):
+    app = create_app(config(), packshot)
+
+    def broken(order):
+        raise RuntimeError("secret /path/to/weights")
+
+    app.state.service.generate = broken
+    response = TestClient(app, raise_server_exceptions=False).post("/generate", **upload())
+    body = refused(response, 500, "internal_error")
+    assert "secret" not in response.text
+    assert "RuntimeError" not in response.text
+    assert body["request_id"]
+
+
+# --- one at a time
+
+
+@contextlib.contextmanager
+def busy(app):
+    """The worker thread is taken by a job of ours until the block ends."""
+    started, release = threading.Event(), threading.Event()
+
+    def job():
+        started.set()
+        release.wait(60)
+
+    app.state.service.worker.submit(job)
+    assert started.wait(60)
+    try:
+        yield
+    finally:
+        release.set()
+
+
+def waits(app, number):
+    done = threading.Event()
+    for _ in range(600):
+        if app.state.service.worker.waiting == number:
+            return True
+        done.wait(0.05)
+    return False
+
+
+def test_health_answers_while_requests_wait_and_a_full_queue_is_429(packshot):
+    app = create_app(config("serve.queue_size=1"), packshot)
+    with TestClient(app) as client:
+        answers = []
+        with busy(app):
+            thread = threading.Thread(target=lambda: answers.append(client.post("/generate", **upload())))
+            thread.start()
+            assert waits(app, 1)
+            assert client.get("/health").json()["status"] == "ok"
+            assert "packshot_queue_length 1.0" in client.get("/metrics").text
+            response = client.post("/generate", **upload())
+            refused(response, 429, "queue_full")
+            assert int(response.headers["retry-after"]) >= 1
+            assert not answers
+        thread.join(60)
+        assert answers[0].status_code == 200
+        assert "packshot_queue_length 0.0" in client.get("/metrics").text
+
+
+def test_a_request_that_waits_too_long_is_504_and_gives_its_place_back(packshot):
+    app = create_app(config("serve.queue_size=1", "serve.timeout_seconds=0.1"), packshot)
+    client = TestClient(app)
+    with busy(app):
+        for _ in range(2):
+            refused(client.post("/generate", **upload()), 504, "timeout")
+            assert waits(app, 0)
+
+
+def test_loading_is_503_until_the_model_is_there(packshot):
+    release = threading.Event()
+
+    def load():
+        release.wait(60)
+        return packshot
+
+    app = create_app(config(), load)
+    with TestClient(app) as client:
+        answer = client.get("/health")
+        assert (answer.status_code, answer.json()["status"], answer.json()["model_loaded"]) == (503, "loading", False)
+        assert "packshot_model_loaded 0.0" in client.get("/metrics").text
+        refused(client.post("/generate", **upload()), 503, "model_loading")
+        release.set()
+        app.state.service.worker.submit(int).result(60)  # behind the loading
+        answer = client.get("/health")
+        assert (answer.status_code, answer.json()["status"], answer.json()["model_loaded"]) == (200, "ok", True)
+        assert "packshot_model_loaded 1.0" in client.get("/metrics").text
+
+
+def test_two_apps_in_one_process_count_for_themselves(packshot):
+    first, second = (TestClient(create_app(config(), packshot)) for _ in range(2))
+    first.get("/nothing")
+    first.post("/generate", **upload())
+    text = first.get("/metrics").text
+    assert 'http_requests_total{endpoint="/generate",method="POST",status_code="200"} 1.0' in text
+    assert 'http_requests_total{endpoint="other",method="GET",status_code="404"} 1.0' in text
+    assert "packshot_inference_duration_seconds_count 1.0" in text
+    assert "http_request_duration_seconds_bucket" in text
+    assert "http_requests_active 1.0" in text  # this very request
+    other = second.get("/metrics").text
+    assert "/generate" not in other
+    assert "packshot_inference_duration_seconds_count 0.0" in other
+
+
+# --- the script
+
+
+def test_a_port_in_use_is_a_config_error():
+    with listen("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match=r"serve\.port=\d+ is in use"):
+        listen("127.0.0.1", taken.getsockname()[1])
+
+
+def test_the_extra_is_named_when_it_is_missing():
+    code = (
+        "import sys; sys.modules['fastapi'] = None\n"
+        "from packshot.core.errors import PackshotError\n"
+        "try: import packshot.serve\n"
+        "except PackshotError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "fastapi" in done.stdout
+    assert "pip install packshot[serve]" in done.stdout
+
+
+def start(tmp_path, *overrides):
+    command = [sys.executable, "serve.py", f"run.dir={tmp_path}/run", f"serve.api_key={KEY}", *STEPS, *overrides]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_script_serves_ends_well_and_writes_its_run_folder_without_the_key(tmp_path):
+    process = start(tmp_path, "serve.port=0")
+    try:
+        line = next(line for line in process.stderr if "listening on" in line)
+        url = line.split("listening on ")[1].split(",")[0]
+        while httpx.get(f"{url}/health").status_code == 503:
+            assert process.poll() is None
+            threading.Event().wait(0.2)
+        answer = httpx.post(f"{url}/generate", **upload(seed=1), timeout=300)
+        assert answer.status_code == 200, answer.text
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["status"], line["seed"]) for line in lines] == [(1, 200, 1)]
+    assert lines[0]["request_id"] == answer.json()["request_id"]
+    written = {path.name: path.read_text() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert {"config.yaml", "log.txt", "metrics.jsonl"} <= set(written)
+    assert answer.json()["request_id"] in written["log.txt"]
+    assert not [name for name, text in written.items() if KEY in text]
+
+
+def test_the_script_refuses_a_port_in_use_with_exit_code_2(tmp_path):
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        process = start(tmp_path, f"serve.port={port}")
+        errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 2, errors
+    assert f"serve.port={port} is in use" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_script_ends_when_the_model_cannot_be_loaded(tmp_path):
+    process = start(tmp_path, "serve.port=0", "model.base=no/such/folder")
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode in (1, 2), errors
+    assert "no/such/folder" in errors
+    assert "Traceback" not in errors
