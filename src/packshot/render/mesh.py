@@ -1,0 +1,173 @@
+"""Meshes from numpy arrays: lofts, planes, displaced grids, pebbles, leaves. Units: the frame is 3 wide and high."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import bpy
+import numpy as np
+
+
+def add_mesh(name: str, vertices, faces, material=None, smooth: float | None = 35.0) -> bpy.types.Object:
+    """Link a new mesh object. `smooth` is the angle in degrees above which an edge stays sharp; None shades flat."""
+    mesh = bpy.data.meshes.new(name)
+    mesh.from_pydata([tuple(map(float, v)) for v in vertices], [], [tuple(map(int, f)) for f in faces])
+    mesh.validate()
+    if smooth is not None:
+        mesh.shade_smooth()
+        mesh.set_sharp_from_angle(angle=math.radians(smooth))
+    if material is not None:
+        mesh.materials.append(material)
+    obj = bpy.data.objects.new(name, mesh)
+    bpy.context.scene.collection.objects.link(obj)
+    return obj
+
+
+def arc(x: float, z: float, radius: float, start: float, stop: float, steps: int = 6) -> list[tuple[float, float]]:
+    """Points (r, z) on a circle around (x, z), from angle `start` to `stop` in degrees."""
+    angles = np.radians(np.linspace(start, stop, steps + 1))
+    return [(x + radius * math.cos(a), z + radius * math.sin(a)) for a in angles]
+
+
+def superellipse(angles, power: float):
+    """Unit cross section |x|^p + |y|^p = 1 at the angles (radians): 2 is a circle, 8 a square with round corners."""
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.sign(cos) * np.abs(cos) ** (2 / power), np.sign(sin) * np.abs(sin) ** (2 / power)
+
+
+def loft(name, profile, material=None, power=2.0, depths: Sequence[float] | None = None, steps=64) -> bpy.types.Object:
+    """Closed surface from a profile of (radius, z); `depths` gives y radius / x radius for each profile point."""
+    depths = depths if depths is not None else [1.0] * len(profile)
+    x, y = superellipse(np.linspace(0, 2 * np.pi, steps, endpoint=False), power)
+    rings = [np.stack([r * x, r * d * y, np.full(steps, z)], 1) for (r, z), d in zip(profile, depths, strict=True)]
+    base = np.arange(steps)
+    following = (base + 1) % steps
+    faces = [
+        quad
+        for k in range(len(profile) - 1)
+        for quad in np.stack(
+            [k * steps + base, k * steps + following, (k + 1) * steps + following, (k + 1) * steps + base], 1
+        )
+    ]
+    # End caps are fans of one n-gon: profiles start and end on the axis or close flat.
+    faces += [base[::-1], (len(profile) - 1) * steps + base]
+    return add_mesh(name, np.concatenate(rings), faces, material)
+
+
+def pillar(name, radius, height, material, bevel=0.03, power=2.0, depth=1.0) -> bpy.types.Object:
+    """Upright cylinder (or rounded square for a high power) with bevelled edges, standing on z = 0."""
+    bevel = min(bevel, radius * 0.45, height * 0.45)
+    profile = [*arc(radius - bevel, bevel, bevel, -90, 0, 4), *arc(radius - bevel, height - bevel, bevel, 0, 90, 4)]
+    return loft(name, profile, material, power, [depth] * len(profile), 96 if power > 2 else 64)
+
+
+def cuboid(name, size, material, bevel=0.02) -> bpy.types.Object:
+    """Box of size (x, y, z) standing on z = 0, with bevelled edges."""
+    sx, sy, sz = (s / 2 for s in size)
+    corners = [(x * sx, y * sy, sz + z * sz) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]
+    faces = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
+    box = add_mesh(name, corners, faces, material)
+    modifier = box.modifiers.new("bevel", "BEVEL")
+    modifier.width, modifier.segments = bevel, 2
+    return box
+
+
+def plane(name, half_x, half_y, material, location=(0, 0, 0), rotation=(0, 0, 0)) -> bpy.types.Object:
+    corners = [(-half_x, -half_y, 0), (half_x, -half_y, 0), (half_x, half_y, 0), (-half_x, half_y, 0)]
+    obj = add_mesh(name, corners, [(0, 1, 2, 3)], material, smooth=None)
+    obj.location, obj.rotation_euler = location, rotation
+    return obj
+
+
+def relief(name, x_range, y_range, height, material, steps=140) -> bpy.types.Object:
+    """Grid whose z is `height(x, y)`, a function of numpy arrays."""
+    x, y = np.meshgrid(np.linspace(*x_range, steps), np.linspace(*y_range, steps))
+    index = np.arange(steps * steps).reshape(steps, steps)
+    quads = np.stack([index[:-1, :-1], index[:-1, 1:], index[1:, 1:], index[1:, :-1]], -1).reshape(-1, 4)
+    return add_mesh(name, np.stack([x, y, height(x, y)], -1).reshape(-1, 3), quads, material, smooth=180.0)
+
+
+def sphere_points(rows=24, columns=36) -> tuple[np.ndarray, list[tuple[int, ...]]]:
+    """Vertices of a unit sphere and its faces; the first and last rows are tiny rings around the poles."""
+    polar, around = np.meshgrid(
+        np.linspace(1e-3, np.pi - 1e-3, rows), np.linspace(0, 2 * np.pi, columns, endpoint=False), indexing="ij"
+    )
+    points = np.stack([np.sin(polar) * np.cos(around), np.sin(polar) * np.sin(around), np.cos(polar)], -1).reshape(
+        -1, 3
+    )
+    faces = [
+        (r * columns + c, (r + 1) * columns + c, (r + 1) * columns + (c + 1) % columns, r * columns + (c + 1) % columns)
+        for r in range(rows - 1)
+        for c in range(columns)
+    ]
+    return points, faces
+
+
+def bumps(points: np.ndarray, rng, count=10, frequency=2.0) -> np.ndarray:
+    """Smooth noise in about [-1, 1] at points (n, 3): a sum of random plane waves."""
+    total = np.zeros(len(points))
+    for _ in range(count):
+        wave = np.array([rng.gauss(0, 1) for _ in range(3)]) * frequency
+        total += np.sin(points @ wave + rng.uniform(0, 6.28))
+    return total / math.sqrt(count)
+
+
+def pebble(name, radii, rng, material, roughness=0.08) -> bpy.types.Object:
+    """Ellipsoid with the three radii, disturbed by smooth noise, lying on z = 0."""
+    points, faces = sphere_points()
+    points = points * (1 + roughness * bumps(points, rng, 6, 1.2))[:, None] * np.array(radii)
+    points[:, 2] -= points[:, 2].min()
+    return add_mesh(name, points, faces, material, smooth=180.0)
+
+
+def leaf(name, length, width, material, curl=0.25, fold=0.2, steps=8) -> bpy.types.Object:
+    """Pointed leaf from the origin along +y, drooping by `curl` and folded along its rib by `fold`."""
+    t = np.linspace(0, 1, steps + 1)
+    half = width * np.sin(np.pi * t**0.8) ** 0.9 * 0.5
+    columns = []
+    for side in (-1.0, 0.0, 1.0):
+        columns.append(np.stack([side * half, length * t, fold * half * abs(side) - curl * length * t**2], 1))
+    points = np.concatenate(columns)
+    n = steps + 1
+    faces = [(s * n + k, (s + 1) * n + k, (s + 1) * n + k + 1, s * n + k + 1) for s in (0, 1) for k in range(steps)]
+    return add_mesh(name, points, faces, material, smooth=180.0)
+
+
+def frond(name, length, material, droop=0.3, pairs=15, leaflet=0.42, width=0.035) -> bpy.types.Object:
+    """Palm frond along +y in the xy plane, bending to -z by `droop`: a rib with pairs of narrow leaflets."""
+    points, faces = [], []
+
+    def bend(p):
+        return (p[0] * length, p[1] * length, -droop * length * p[1] ** 2 - 0.35 * abs(p[0]) ** 2 * length)
+
+    for side in (-1, 1):
+        for k in range(pairs):
+            t = 0.08 + 0.9 * k / (pairs - 1)
+            reach = leaflet * (math.sin(math.pi * (0.18 + 0.74 * t)) + 0.1)
+            angle = math.radians(62 - 34 * t)
+            along = np.array([side * math.sin(angle), math.cos(angle)])
+            across = np.array([-along[1], along[0]]) * width
+            root = np.array([0.0, t])
+            outline = [
+                root - across * 0.3,
+                root + along * reach * 0.45 - across,
+                root + along * reach,
+                root + along * reach * 0.45 + across,
+                root + across * 0.3,
+            ]
+            faces.append(tuple(range(len(points), len(points) + 5)))
+            points += [bend(p) for p in outline]
+    rib = [(-0.012, -0.3), (0.012, -0.3), (0.004, 1.0), (-0.004, 1.0)]
+    for lower, upper in zip(np.linspace(0, 1, 9)[:-1], np.linspace(0, 1, 9)[1:], strict=True):
+        quad = []
+        for left, right, t in (
+            (rib[0], rib[3], lower),
+            (rib[1], rib[2], lower),
+            (rib[1], rib[2], upper),
+            (rib[0], rib[3], upper),
+        ):
+            quad.append((left[0] + (right[0] - left[0]) * t, left[1] + (right[1] - left[1]) * t))
+        faces.append(tuple(range(len(points), len(points) + 4)))
+        points += [bend(p) for p in quad]
+    return add_mesh(name, points, faces, material, smooth=180.0)

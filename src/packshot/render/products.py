@@ -1,0 +1,301 @@
+"""Parametric products: ten kinds of packaging with labels, printed names and caps, standing on z = 0, 1 high."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import bpy
+import numpy as np
+from mathutils import Matrix
+
+from packshot.render import materials
+from packshot.render.mesh import add_mesh, arc, loft, pillar
+
+
+@dataclass(frozen=True)
+class Body:
+    """Outer skin of the labelled part: profile (radius, z), y/x ratio for each point, superellipse power."""
+
+    profile: list[tuple[float, float]]
+    depths: list[float]
+    power: float = 2.0
+    label: tuple[float, float] = (0.2, 0.6)  # z range that takes print
+
+    def front(self, x: np.ndarray, z: np.ndarray, offset: float) -> np.ndarray:
+        """y of the front surface at (x, z), moved outwards by `offset`."""
+        heights = [point[1] for point in self.profile]
+        radius = np.interp(z, heights, [point[0] for point in self.profile])
+        depth = radius * np.interp(z, heights, self.depths)
+        inside = np.clip(1 - np.abs(x / radius) ** self.power, 0, 1)
+        return -depth * inside ** (1 / self.power) - offset
+
+
+def _rgb(design: dict[str, Any], name: str) -> list[float]:
+    return design["colors"][name]
+
+
+def _skin(design: dict[str, Any]) -> bpy.types.Material:
+    color, finish = _rgb(design, "body"), design["finish"]
+    if finish == "glass":
+        return materials.glass("body", [0.25 + 0.75 * c for c in color])
+    if finish == "frosted":
+        return materials.plain(
+            "body", [0.15 + 0.85 * c for c in color], 0.32, Transmission_Weight=0.35, Coat_Weight=0.2
+        )
+    if finish == "metal":
+        tone = [0.35 + 0.6 * c for c in color]
+        return materials.metal("body", tone, 0.28)
+    return materials.plain(
+        "body", color, 0.14 if finish == "glossy" else 0.55, Coat_Weight=0.6 if finish == "glossy" else 0.0
+    )
+
+
+def _cap_material(design: dict[str, Any]) -> bpy.types.Material:
+    choices: dict[str, Callable[[], bpy.types.Material]] = {
+        "gold": lambda: materials.metal("gold"),
+        "silver": lambda: materials.metal("silver"),
+        "black": lambda: materials.plain("black", (0.012, 0.012, 0.014), 0.25, Coat_Weight=0.4),
+        "white": lambda: materials.plain("white", (0.86, 0.86, 0.85), 0.3),
+        "wood": lambda: materials.mottled(
+            "cap_wood", [(0.3, (0.3, 0.15, 0.06)), (0.7, (0.6, 0.36, 0.17))], 9, 0.5, stretch=(1, 1, 0.1)
+        ),
+        "accent": lambda: materials.plain("accent", _rgb(design, "accent"), 0.35),
+    }
+    return choices[design["cap"]]()
+
+
+def _raise(obj: bpy.types.Object, z: float) -> bpy.types.Object:
+    obj.location.z += z
+    return obj
+
+
+def _draw_body(body: Body, material: bpy.types.Material, name="body") -> bpy.types.Object:
+    return loft(name, body.profile, material, body.power, body.depths, 64 if body.power == 2 else 96)
+
+
+def _cylinder_body(radius, bottom, top, bevel, power=2.0, depth=1.0, label=(0.15, 0.85)) -> Body:
+    profile = [*arc(radius - bevel, bottom + bevel, bevel, -90, 0), *arc(radius - bevel, top - bevel, bevel, 0, 90)]
+    span = top - bottom
+    return Body(profile, [depth] * len(profile), power, (bottom + label[0] * span, bottom + label[1] * span))
+
+
+def _shouldered(radius, shoulder_z, neck_radius, top, roundness) -> Body:
+    bend = 0.03 + 0.6 * roundness * (radius - neck_radius)
+    foot = min(0.05, radius * 0.3)
+    profile = [
+        *arc(radius - foot, foot, foot, -90, 0),
+        *arc(radius - bend, shoulder_z - bend, bend, 0, 75, 8),
+        (neck_radius, shoulder_z + 0.35 * (radius - neck_radius)),
+        (neck_radius, top),
+    ]
+    return Body(profile, [1.0] * len(profile), 2.0, (foot + 0.06, shoulder_z - bend - 0.04))
+
+
+def _bottle(design):
+    radius, cap = design["aspect"] / 2, 0.13 * design["cap_height"]
+    neck = radius * design["neck"]
+    body = _shouldered(radius, 0.66 - 0.1 * design["roundness"] * radius, neck, 1 - cap, design["roundness"])
+    _draw_body(body, _skin(design))
+    _raise(pillar("cap", neck * 1.25, cap + 0.03, _cap_material(design), 0.012), 1 - cap - 0.03)
+    return body
+
+
+def _dropper(design):
+    radius, neck = design["aspect"] / 2, design["aspect"] / 2 * 0.5
+    body = _shouldered(radius, 0.6, neck, 0.68, design["roundness"])
+    _draw_body(body, _skin(design))
+    _raise(pillar("collar", neck * 1.2, 0.12, _cap_material(design), 0.01), 0.66)
+    rubber = materials.plain("rubber", (0.02, 0.02, 0.022) if design["cap"] != "white" else (0.8, 0.8, 0.78), 0.6)
+    bulb = neck * 0.72
+    loft(
+        "bulb",
+        [(bulb, 0.77), (bulb * 0.85, 0.81), (bulb * 0.95, 0.9), *arc(0.001, 1 - bulb * 0.9, bulb * 0.9, 0, 88)],
+        rubber,
+        steps=48,
+    )
+    return body
+
+
+def _pump(design):
+    radius, neck = design["aspect"] / 2, 0.07
+    body = _shouldered(radius, 0.68, neck, 0.76, design["roundness"])
+    _draw_body(body, _skin(design))
+    material = _cap_material(design)
+    _raise(pillar("collar", neck * 1.45, 0.09, material, 0.01), 0.74)
+    _raise(pillar("stem", 0.025, 0.12, material, 0.005), 0.83)
+    _raise(pillar("head", 0.075, 0.07, material, 0.015), 0.93)
+    nozzle = pillar("nozzle", 0.024, 0.24, material, 0.008)
+    nozzle.rotation_euler = (0, math.radians(-97), 0)
+    nozzle.location = (0.02, 0, 0.965)
+    return body
+
+
+def _jar(design):
+    radius = design["aspect"] / 2
+    seam = 0.62
+    body = _cylinder_body(radius * 0.97, 0.0, seam, 0.02 + 0.14 * design["roundness"] * radius, label=(0.25, 0.8))
+    _draw_body(body, _skin(design))
+    _raise(pillar("lid", radius, 1 - seam, _cap_material(design), 0.03), seam)
+    return body
+
+
+def _tube(design):
+    radius, cap = design["aspect"] / 2, 0.15
+    heights = np.linspace(cap, 1.0, 14)
+    t = (heights - cap) / (1 - cap)
+    profile = [(radius * (0.9 + 0.1 * u), z) for u, z in zip(t, heights, strict=True)]
+    body = Body(profile, [max(0.03, 1 - u**1.4) for u in t], 2.0, (0.3, 0.8))
+    _draw_body(body, _skin(design))
+    pillar("cap", radius * 0.8, cap + 0.01, _cap_material(design), 0.015)
+    return body
+
+
+def _can(design):
+    radius = design["aspect"] / 2
+    profile = [(radius * 0.72, 0), (radius * 0.78, 0.012), (radius, 0.07), (radius, 0.87), (radius * 0.83, 0.955)]
+    body = Body(profile, [1.0] * 5, 2.0, (0.09, 0.85))
+    _draw_body(body, _skin(design))
+    rim = radius * 0.83
+    aluminium = materials.metal("silver", roughness=0.25)
+    loft(
+        "rim",
+        [(rim, 0.95), (rim * 1.04, 0.975), (rim * 1.02, 1.0), (rim * 0.94, 1.0), (rim * 0.9, 0.972), (0.001, 0.972)],
+        aluminium,
+    )
+    return body
+
+
+def _aerosol(design):
+    radius, cap = design["aspect"] / 2, 0.2
+    body = _cylinder_body(radius, 0.0, 1 - cap - 0.02, 0.03, label=(0.1, 0.9))
+    _draw_body(body, _skin(design))
+    profile = [
+        (radius * 0.9, 0),
+        (radius * 0.9, cap - 0.06),
+        *arc(radius * 0.9 - 0.05, cap - 0.05, 0.05, 0, 88),
+        (0.001, cap),
+    ]
+    _raise(loft("cap", profile, _cap_material(design)), 1 - cap)
+    return body
+
+
+def _carton(design):
+    radius = design["aspect"] / 2
+    body = _cylinder_body(radius, 0.0, 1.0, 0.012, power=40, depth=0.65, label=(0.1, 0.9))
+    _draw_body(body, _skin(design))
+    return body
+
+
+def _perfume(design):
+    radius, cap = design["aspect"] / 2, 0.2 * design["cap_height"]
+    top = 1 - cap - 0.04
+    power = 2.0 + 8 * design["roundness"]
+    body = _cylinder_body(radius, 0.0, top, 0.04, power, 0.55, label=(0.2, 0.75))
+    _draw_body(body, _skin(design))
+    liquid = materials.plain(
+        "liquid", [min(1.0, 0.2 + 0.9 * c) for c in _rgb(design, "accent")], 0.05, Transmission_Weight=0.6, IOR=1.33
+    )
+    _raise(pillar("liquid", radius * 0.84, top * 0.72, liquid, 0.03, power, 0.45), 0.05)
+    _raise(pillar("collar", radius * 0.26, 0.06, materials.metal("gold"), 0.008), top - 0.01)
+    _raise(
+        pillar("cap", radius * 0.36, cap, _cap_material(design), 0.02, 2.0 if design["roundness"] < 0.5 else 6.0),
+        top + 0.04,
+    )
+    return body
+
+
+def _tin(design):
+    radius = design["aspect"] / 2
+    body = _cylinder_body(radius * 0.97, 0.0, 0.62, 0.03, label=(0.12, 0.9))
+    _draw_body(body, _skin(design))
+    lid = _cap_material(design) if design["finish"] != "metal" else materials.metal("silver", roughness=0.3)
+    _raise(pillar("lid", radius, 0.4, lid, 0.035), 0.6)
+    return body
+
+
+BUILDERS: dict[str, Callable[[dict[str, Any]], Body]] = {
+    "bottle": _bottle, "dropper": _dropper, "pump": _pump, "jar": _jar, "tube": _tube,
+    "can": _can, "aerosol": _aerosol, "carton": _carton, "perfume": _perfume, "tin": _tin,
+}  # fmt: skip
+
+
+def _patch(name, body: Body, half_width, low, high, material, offset=0.002, steps=36) -> None:
+    """A printed rectangle on the front of the body."""
+    x, z = np.meshgrid(np.linspace(-half_width, half_width, steps), np.linspace(low, high, 6))
+    index = np.arange(x.size).reshape(x.shape)
+    quads = np.stack([index[:-1, :-1], index[:-1, 1:], index[1:, 1:], index[1:, :-1]], -1).reshape(-1, 4)
+    patch = add_mesh(name, np.stack([x, body.front(x, z, offset), z], -1).reshape(-1, 3), quads, material, smooth=60.0)
+    patch.visible_shadow = False  # print lies in the skin; the gap that keeps it from flickering must cast nothing
+
+
+def _ring(name, body: Body, low, high, material, offset=0.002) -> None:
+    """A printed band all the way round."""
+    heights = np.linspace(low, high, 8)
+    points = [point[1] for point in body.profile]
+    radii = np.interp(heights, points, [point[0] for point in body.profile])
+    depths = np.interp(heights, points, body.depths)
+    x_radii = radii + offset
+    profile = list(zip(x_radii.tolist(), heights.tolist(), strict=True))
+    loft(
+        name,
+        profile,
+        material,
+        body.power,
+        ((radii * depths + offset) / x_radii).tolist(),
+        64 if body.power == 2 else 96,
+    )
+
+
+def _print_text(text, body: Body, size, z, material, offset) -> None:
+    """Lay the text on the front of the body by projecting each vertex onto it."""
+    curve = bpy.data.curves.new("text", "FONT")
+    curve.body, curve.size, curve.align_x, curve.align_y, curve.resolution_u = text, size, "CENTER", "CENTER", 3
+    holder = bpy.data.objects.new("text_curve", curve)
+    bpy.context.scene.collection.objects.link(holder)
+    bpy.context.view_layer.update()
+    flat = bpy.data.meshes.new_from_object(holder.evaluated_get(bpy.context.evaluated_depsgraph_get()))
+    points = np.array([vertex.co[:] for vertex in flat.vertices])
+    faces = [tuple(polygon.vertices) for polygon in flat.polygons]
+    for data, collection in ((holder, bpy.data.objects), (curve, bpy.data.curves), (flat, bpy.data.meshes)):
+        collection.remove(data)
+    x, heights = points[:, 0], z + points[:, 1]
+    ink = add_mesh("text", np.stack([x, body.front(x, heights, offset), heights], 1), faces, material, smooth=None)
+    ink.visible_shadow = False
+
+
+def _print_label(design: dict[str, Any], body: Body) -> None:
+    low, high = body.label
+    radius = float(np.interp((low + high) / 2, [p[1] for p in body.profile], [p[0] for p in body.profile]))
+    paper = materials.plain("paper", _rgb(design, "label"), 0.65)
+    accent = materials.plain("stripe", _rgb(design, "accent"), 0.5)
+    half_width = radius * (0.8 if body.power == 2 else 0.72)
+    if design["label"] == "wrap":
+        _ring("label", body, low, high, paper)
+    elif design["label"] == "front":
+        _patch("label", body, half_width, low, high, paper)
+    labelled = design["label"] != "none"
+    span = high - low
+    for index in range(design["stripes"]):
+        bottom = low + span * (0.08 + 0.1 * index)
+        _patch("stripe", body, half_width * (0.86 if labelled else 0.7), bottom, bottom + span * 0.05, accent, 0.004)
+    dark_body = sum(_rgb(design, "body")) < 0.9
+    ink_color = _rgb(design, "ink") if labelled else ((0.9, 0.87, 0.8) if dark_body else _rgb(design, "ink"))
+    size = min(span * 0.5, half_width * 2.5 / len(design["brand"]))
+    _print_text(design["brand"], body, size, low + span * 0.6, materials.plain("ink", ink_color, 0.55), 0.0045)
+
+
+def add_product(design: dict[str, Any], height: float, base_z: float, turn: float) -> list[bpy.types.Object]:
+    """Build the product `height` scene units high on z = `base_z`, turned by `turn` degrees; returns its objects."""
+    before = set(bpy.context.scene.objects)
+    body = BUILDERS[design["kind"]](design)
+    _print_label(design, body)
+    parts = [obj for obj in bpy.context.scene.objects if obj not in before]
+    bpy.context.view_layer.update()
+    place = Matrix.Translation((0, 0, base_z)) @ Matrix.Rotation(math.radians(turn), 4, "Z") @ Matrix.Scale(height, 4)
+    for part in parts:
+        part.matrix_world = place @ part.matrix_world
+        part.pass_index = 1
+    return parts
