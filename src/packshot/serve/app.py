@@ -103,7 +103,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         order = await read_order(form, config)
         pictures = await service.answer(order, request)
         seconds = time.monotonic() - request.state.started
-        request.state.figures.update(num_images=len(pictures), seed=order.seed, inference_seconds=service.last_seconds)
+        request.state.figures.update(num_images=len(pictures), seed=order.seed)
         if as_png:
             png, certificate = pictures[0]
             return Response(
