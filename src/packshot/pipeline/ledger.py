@@ -1,0 +1,80 @@
+"""The ledger: one line per finished shard of a step. A file without its line does not exist."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from packshot.core.run import log
+from packshot.core.storage import replacing_file
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished shard. rows: samples that reached the step; rejected: those that ended there."""
+
+    step: str
+    shard: int
+    key: str
+    file: str
+    sha256: str
+    rows: int
+    rejected: int
+
+
+class Ledger:
+    """``ledger.jsonl`` of a dataset folder. Only the main process writes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "ledger.jsonl"
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        entries = [entry for line in lines if (entry := _read(line)) is not None]
+        self._entries = {(entry.step, entry.shard): entry for entry in entries}
+        if len(entries) < len(lines):
+            log.warning("%s: %d unreadable lines; their shards are done again", self.path, len(lines) - len(entries))
+            self._write(entries)
+
+    def find(self, step: str, shard: int) -> Entry | None:
+        """The entry of a shard, whatever its key."""
+        return self._entries.get((step, shard))
+
+    def add(self, entry: Entry) -> None:
+        """Record a shard whose file is in place; on disk when this returns."""
+        with self.path.open("a") as file:
+            file.write(_line(entry))
+            file.flush()
+            os.fsync(file.fileno())
+        self._entries[entry.step, entry.shard] = entry
+
+    def finish(self, entries: Sequence[Entry]) -> None:
+        """Reduce the ledger to these entries, in this order: the same bytes however the run went."""
+        self._entries = {(entry.step, entry.shard): entry for entry in entries}
+        text = "".join(map(_line, entries))
+        if not self.path.exists() or self.path.read_text() != text:
+            self._write(entries)
+
+    def _write(self, entries: Sequence[Entry]) -> None:
+        with replacing_file(self.path) as file:
+            file.write_text("".join(map(_line, entries)))
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _line(entry: Entry) -> str:
+    return json.dumps(asdict(entry)) + "\n"
+
+
+def _read(line: bytes) -> Entry | None:
+    """None for a line that a kill cut short (or that something else damaged)."""
+    try:
+        return Entry(**json.loads(line)) if line.endswith(b"\n") else None
+    except (ValueError, TypeError):
+        return None

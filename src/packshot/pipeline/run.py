@@ -1,0 +1,166 @@
+"""Running steps over shards, with everything finished before left as it is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packshot.config.schema import ExecutorConfig, ExecutorKind
+from packshot.core.progress import progress
+from packshot.pipeline.executor import execute
+from packshot.pipeline.ledger import Entry, Ledger, file_sha256
+from packshot.pipeline.shards import batches, read_outcomes, read_samples, write_outcomes
+from packshot.pipeline.step import Sample, Step
+
+_HERE = ExecutorConfig(kind=ExecutorKind.local, workers=1)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run left. entries: per step, one per shard. worked: shards that were done now, not found done."""
+
+    folder: Path
+    entries: dict[str, list[Entry]]
+    worked: int
+
+    def files(self, step: str) -> list[Path]:
+        """A step's files in the order of the shards."""
+        return [self.folder / entry.file for entry in self.entries[step]]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A shard for a worker. inputs: items for the first step, else the files of the steps before."""
+
+    folder: Path
+    step: Step
+    shard: int
+    inputs: Sequence[Any]
+    digest: str | Callable[[Sequence[Any]], str]
+    known: Entry | None
+
+
+def run_steps(
+    folder: Path,
+    shards: Sequence[Sequence[Sample]],
+    fingerprint: Callable[[Sequence[Sample]], str],
+    steps: Sequence[Step],
+    executor: ExecutorConfig,
+) -> Report:
+    """Bring every step of every shard up to date.
+
+    A shard of a step is done again when its key (content of its input, step name, version, config) or the bytes of its
+    file are not what the ledger says. Killed anywhere and run again, the folder ends with the same bytes.
+
+    shards: the input items; the first step receives them with their position as ``index``.
+    fingerprint: digest of the content that a shard's items stand for (called in the workers).
+    """
+    for leftover in [*folder.glob(".*.tmp"), *folder.glob("steps/*/.*.tmp")]:
+        leftover.unlink()  # of a killed run
+    ledger = Ledger(folder)
+    done: dict[str, list[Entry]] = {}
+    worked = 0
+    for step in steps:
+        digest = fingerprint if not done else None
+        jobs = [
+            _job(folder, step, shard, items, digest, [entries[shard] for entries in done.values()], ledger)
+            for shard, items in enumerate(shards)
+        ]
+        results: dict[int, Entry] = {}
+        with progress(step.name, len(jobs)) as advance:
+            for entry, is_new in _results(step, jobs, executor):
+                if is_new:
+                    ledger.add(entry)
+                    worked += 1
+                results[entry.shard] = entry
+                advance(rejected=sum(e.rejected for e in results.values()))
+        done[step.name] = [results[shard] for shard in range(len(shards))]
+    ledger.finish([entry for entries in done.values() for entry in entries])
+    _prune(folder, {entry.file for entries in done.values() for entry in entries})
+    return Report(folder, done, worked)
+
+
+def rejections(report: Report, step: str, columns: Sequence[str]) -> list[tuple[int, Sample]]:
+    """(shard, row) of every sample to which a step gave a reason, kept ones with a remark included."""
+    return [
+        (shard, row)
+        for shard, file in enumerate(report.files(step))
+        for row in read_outcomes(file, columns)
+        if row["reason"] is not None
+    ]
+
+
+def _job(
+    folder: Path,
+    step: Step,
+    shard: int,
+    items: Sequence[Sample],
+    fingerprint: Callable[[Sequence[Sample]], str] | None,
+    before: Sequence[Entry],
+    ledger: Ledger,
+) -> _Job:
+    known = ledger.find(step.name, shard)
+    if fingerprint:
+        numbered = [{**item, "index": index} for index, item in enumerate(items)]
+        return _Job(folder, step, shard, numbered, fingerprint, known)
+    return _Job(folder, step, shard, [folder / entry.file for entry in before], _combined(before), known)
+
+
+def _combined(entries: Sequence[Entry]) -> str:
+    return hashlib.sha256("".join(entry.sha256 for entry in entries).encode()).hexdigest()
+
+
+def _results(step: Step, jobs: Sequence[_Job], executor: ExecutorConfig):
+    if step.whole:
+        return iter(_run_whole(step, jobs))
+    return execute(_run_shard, jobs, _HERE if step.exclusive else executor)
+
+
+def _is_done(job: _Job, key: str) -> bool:
+    known = job.known
+    if known is None or (known.key, known.file) != (key, job.step.file(job.shard)):
+        return False
+    file = job.folder / known.file
+    return file.is_file() and file_sha256(file) == known.sha256
+
+
+def _run_shard(job: _Job) -> tuple[Entry, bool]:
+    """(entry, whether it had to be done). Runs in a worker."""
+    key = job.step.key(job.digest(job.inputs) if callable(job.digest) else job.digest)
+    if _is_done(job, key):
+        assert job.known is not None
+        return job.known, False
+    samples = job.inputs if callable(job.digest) else read_samples(job.inputs, job.step.reads)
+    return _commit(job, key, ((batch, job.step.function(batch)) for batch in batches(samples))), True
+
+
+def _run_whole(step: Step, jobs: Sequence[_Job]) -> list[tuple[Entry, bool]]:
+    """All shards in one call; its key covers all of them."""
+    key = step.key(hashlib.sha256("".join(str(job.digest) for job in jobs).encode()).hexdigest())
+    if all(_is_done(job, key) for job in jobs):
+        return [(job.known, False) for job in jobs if job.known]
+    samples = [list(read_samples(job.inputs, step.reads)) for job in jobs]
+    outcomes = iter(step.function([sample for shard in samples for sample in shard]))
+    return [
+        (_commit(job, key, ((b, [next(outcomes) for _ in b]) for b in batches(shard))), True)
+        for job, shard in zip(jobs, samples, strict=True)
+    ]
+
+
+def _commit(job: _Job, key: str, pairs) -> Entry:
+    path = job.folder / job.step.file(job.shard)
+    rows, rejected = write_outcomes(path, job.step, pairs)
+    return Entry(job.step.name, job.shard, key, job.step.file(job.shard), file_sha256(path), rows, rejected)
+
+
+def _prune(folder: Path, wanted: set[str]) -> None:
+    """Remove shards of an earlier configuration (a step that is gone, more shards)."""
+    for file in [*folder.glob("part-*.parquet"), *folder.glob("steps/*/*.parquet")]:
+        if file.relative_to(folder).as_posix() not in wanted:
+            file.unlink()
+    for step in folder.glob("steps/*"):
+        if not any(step.iterdir()):
+            step.rmdir()

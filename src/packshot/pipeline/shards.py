@@ -1,0 +1,82 @@
+"""Shards on disk: reading the joined rows of several steps, writing one step's rows; a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from packshot.core.storage import replacing_file
+from packshot.pipeline.step import Outcome, Sample, Step
+
+T = TypeVar("T")
+
+BATCH = 16  # rows in memory, and rows per row group: part of the output's bytes
+_BOOKKEEPING = (
+    pa.field("index", pa.int32()),
+    pa.field("kept", pa.bool_()),
+    pa.field("reason", pa.string()),
+    pa.field("measure", pa.string()),
+)
+
+
+def split(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Consecutive slices of ``size``; the last may be shorter. Depends on the items alone."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def batches(items: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
+    """Lists of up to ``size`` consecutive items."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def read_outcomes(file: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of one step's file with ``index``, ``kept``, ``reason``, ``measure`` and the step's columns."""
+    with pq.ParquetFile(file) as parquet:
+        names = parquet.schema_arrow.names
+        if columns is not None:
+            wanted = {*columns, *(field.name for field in _BOOKKEEPING)}
+            names = [name for name in names if name in wanted]
+        for batch in parquet.iter_batches(BATCH, columns=names):
+            yield from batch.to_pylist()
+
+
+def read_samples(files: Sequence[Path], columns: Sequence[str] | None = None) -> Iterator[Sample]:
+    """Samples that every step kept, with the columns of all of them (of equal names the last step's counts)."""
+    first, *rest = [read_outcomes(file, columns) for file in files]
+    for row in first:
+        sample = dict(row)
+        for rows in rest:
+            if not sample["kept"]:
+                break
+            sample |= next(rows)  # a step has one row for every sample that those before it kept
+        if sample["kept"]:
+            yield {key: value for key, value in sample.items() if key not in ("kept", "reason", "measure")}
+
+
+def write_outcomes(path: Path, step: Step, pairs: Iterable[tuple[list[Sample], Sequence[Outcome]]]) -> tuple[int, int]:
+    """Write a step's answers, batch by batch, under a temporary name and rename; returns (rows, rejected)."""
+    schema = step.schema
+    if not step.final:
+        schema = pa.schema([*_BOOKKEEPING, *step.schema], metadata=step.schema.metadata)
+    rows = rejected = 0
+    with replacing_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for samples, outcomes in pairs:
+            lines = [_line(sample, outcome) for sample, outcome in zip(samples, outcomes, strict=True)]
+            rows += len(lines)
+            rejected += sum(not line["kept"] for line in lines)
+            if step.final:
+                lines = [line for line in lines if line["kept"]]
+            writer.write_table(pa.Table.from_pylist(lines, schema=schema))
+    return rows, rejected
+
+
+def _line(sample: Sample, outcome: Outcome) -> dict[str, Any]:
+    bookkeeping = {"index": sample["index"], "kept": outcome.kept, "reason": outcome.reason, "measure": outcome.measure}
+    return {**outcome.columns, **bookkeeping}
