@@ -1,0 +1,180 @@
+"""Bulk captioning: broken rows are recorded and passed over, finished work is kept, columns survive."""
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from caption_fixtures import CAPTIONS, caption_vlm, trained_run, write_dataset
+
+from packshot.caption.adapter import Caption
+from packshot.caption.bulk import caption_shard, judge, summary
+from packshot.caption.captioner import Captioner
+from packshot.core.errors import ConfigError, PackshotError
+from packshot.data.dataset import load_rows
+from packshot.scene import Scene
+
+
+def replace_image(shard, index, content):
+    """Put other bytes into the image cell of one row."""
+    table = pq.read_table(shard)
+    rows = table.column("image").to_pylist()
+    rows[index] = {"bytes": content, "path": None}
+    column = pa.array(rows, table.schema.field("image").type)
+    number = table.column_names.index("image")
+    pq.write_table(table.set_column(number, table.schema.field("image"), column), shard)
+
+
+class Scripted(Captioner):
+    """A captioner that answers from a function of the image's size and counts the images it is shown."""
+
+    def __init__(self, answer, batch_size=4):
+        super().__init__(adapter=None, batch_size=batch_size)
+        object.__setattr__(self, "answer", answer)
+        object.__setattr__(self, "seen", [])
+
+    def write(self, images, masks):
+        self.seen.append(len(images))
+        return [self.answer(image) for image in images]
+
+
+def say(text=CAPTIONS[0]):
+    return lambda image: Caption(text, truncated=False)
+
+
+def column(file, name):
+    return pq.read_table(file).column(name).to_pylist()
+
+
+@pytest.fixture
+def shard(tmp_path):
+    return write_dataset(tmp_path / "data", shards=(4,), captions=False) / "part-00000.parquet"
+
+
+def test_a_broken_row_is_recorded_and_the_others_are_captioned(shard, tmp_path):
+    replace_image(shard, 1, b"no image at all")
+    replace_image(shard, 2, None)
+    counts = caption_shard(shard, tmp_path / "out.parquet", Scripted(say()), "a")
+    assert (counts["rows"], counts["errors"]) == (4, 2)
+    assert column(tmp_path / "out.parquet", "text") == [CAPTIONS[0], None, None, CAPTIONS[0]]
+    errors = column(tmp_path / "out.parquet", "caption_error")
+    assert errors[0] is None
+    assert errors[3] is None
+    assert "not an image" in errors[1]
+    assert "there is no image" in errors[2]
+    assert column(tmp_path / "out.parquet", "scene")[1] is None
+    assert Scene.from_dict(column(tmp_path / "out.parquet", "scene")[3]).render() == CAPTIONS[0]
+
+
+def test_resume_does_the_failed_row_again_and_no_other(shard, tmp_path):
+    out, moods = tmp_path / "out.parquet", iter(["calm", "calm", "calm", "naming a bottle", "warm"])
+    captioner = Scripted(lambda image: Caption(f"Professional photo of an object, {next(moods)} mood", truncated=False))
+    caption_shard(shard, out, captioner, "a")
+    assert [error is None for error in column(out, "caption_error")] == [True, True, True, False]
+    counts = caption_shard(shard, out, captioner, "a")
+    assert captioner.seen == [4, 1]
+    assert (counts["captioned"], counts["kept"], counts["errors"]) == (1, 3, 0)
+    assert [text.split(", ")[1] for text in column(out, "text")] == ["calm mood"] * 3 + ["warm mood"]
+
+
+def test_finished_work_is_not_touched(shard, tmp_path):
+    out, captioner = tmp_path / "out.parquet", Scripted(say())
+    caption_shard(shard, out, captioner, "a")
+    before = out.stat()
+    caption_shard(shard, out, captioner, "a")
+    assert captioner.seen == [4]
+    assert (out.stat().st_mtime_ns, out.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+def test_another_captioner_or_another_input_redoes_the_shard(shard, tmp_path):
+    out, captioner = tmp_path / "out.parquet", Scripted(say())
+    for identity in ("a", "b"):
+        caption_shard(shard, out, captioner, identity)
+    assert captioner.seen == [4, 4]
+    replace_image(shard, 0, pq.read_table(shard).column("image")[1].as_py()["bytes"])
+    caption_shard(shard, out, captioner, "b")
+    assert captioner.seen == [4, 4, 4]
+
+
+def test_an_error_inside_the_model_costs_one_row_not_its_batch(shard, tmp_path):
+    calls = []
+
+    def answer(image):
+        red = image.getpixel((0, 0))[0] > 100
+        calls.append(red)
+        if not red:
+            raise RuntimeError("out of luck")
+        return Caption(CAPTIONS[0], truncated=False)
+
+    caption_shard(shard, tmp_path / "out.parquet", Scripted(answer), "a")
+    assert column(tmp_path / "out.parquet", "text") == [CAPTIONS[0], None, CAPTIONS[0], None]
+    assert column(tmp_path / "out.parquet", "caption_error")[1] == "RuntimeError: out of luck"
+
+
+@pytest.mark.parametrize(
+    ("caption", "reason"),
+    [
+        (Caption("Professional photo of an object on a table, calm mood", truncated=False), None),
+        (
+            Caption("Professional photo of a perfume bottle on a table", truncated=False),
+            "names the product (perfume, bottle)",
+        ),
+        (Caption("Professional photo of an object on a tab", truncated=True), "was cut at captioner.max_new_tokens"),
+        (Caption("", truncated=False), "describes no scene"),
+    ],
+)
+def test_a_caption_that_may_not_be_trained_on_is_kept_out_of_text(caption, reason):
+    row = judge(caption)
+    assert row.text == (caption.text if reason is None else None)
+    assert row.error == (None if reason is None else f"{reason}: {caption.text}")
+
+
+def test_other_columns_and_the_features_of_datasets_survive(shard, tmp_path):
+    out = tmp_path / "out" / "part-00000.parquet"
+    caption_shard(shard, out, Scripted(say()), "a")
+    before, after = pq.read_table(shard), pq.read_table(out)
+    for name in ("image", "mask", "id", "source", "license"):
+        assert after.column(name).equals(before.column(name)), name
+    opened = datasets.load_dataset("parquet", data_files=str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    assert isinstance(opened.features["image"], datasets.Image)
+    assert opened[0]["image"].size == (32, 32)
+    assert opened[0]["scene"]["surroundings"] == ["palm leaves"]
+
+
+def test_a_set_without_text_columns_gets_them(shard, tmp_path):
+    pq.write_table(pq.read_table(shard).select(["id", "image"]), shard)
+    caption_shard(shard, tmp_path / "part-00000.parquet", Scripted(say()), "a")
+    rows = load_rows("data.train", str(tmp_path / "part-00000.parquet"))
+    assert rows.texts == [CAPTIONS[0]] * 4
+    assert rows[0]["scene"].render() == CAPTIONS[0]
+
+
+def test_not_one_caption_is_a_failure_with_an_example(shard, tmp_path):
+    caption_shard(shard, tmp_path / shard.name, Scripted(say("A photo of a bottle on a table")), "a")
+    with pytest.raises(PackshotError, match=r"none of 4 images got a caption; the first: names the product"):
+        summary(tmp_path, [shard])
+
+
+def test_task_caption_end_to_end_with_resume(tmp_path):
+    run = trained_run()
+    data = write_dataset(tmp_path / "data", shards=(2, 3), captions=False)
+    whole = (data / "part-00001.parquet").read_bytes()
+    replace_image(data / "part-00001.parquet", 0, b"broken")
+    settings = (f"model.florence2={run.parent / 'base'}", f"captioner.adapter={run / 'export'}", f"data.input={data}")
+    out = caption_vlm(tmp_path, "captioned", *settings, task="caption")
+    first = (out / "part-00000.parquet").read_bytes()
+    assert column(out / "part-00000.parquet", "text") == CAPTIONS
+    assert column(out / "part-00001.parquet", "text") == [None, CAPTIONS[1], CAPTIONS[0]]
+    with pytest.raises(ConfigError, match="is not empty"):
+        caption_vlm(tmp_path, "captioned", *settings, task="caption")
+    (data / "part-00001.parquet").write_bytes(whole)
+    caption_vlm(tmp_path, "captioned", *settings, "run.resume=true", task="caption")
+    assert (out / "part-00000.parquet").read_bytes() == first
+    assert load_rows("data.train", str(out)).texts == [*CAPTIONS, CAPTIONS[0], CAPTIONS[1], CAPTIONS[0]]
+
+
+def test_captions_never_replace_their_input(tmp_path):
+    data = write_dataset(tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"run.dir=.* is data.input itself"):
+        caption_vlm(tmp_path, "data", f"data.input={data}", "run.resume=true", task="caption")
+    with pytest.raises(ConfigError, match=r"data.input is not set"):
+        caption_vlm(tmp_path, "out", task="caption")
