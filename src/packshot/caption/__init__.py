@@ -1,0 +1,1 @@
+"""Captioners: teaching one to describe scenes, scoring it, and letting it caption a dataset."""
