@@ -220,6 +220,7 @@ class MatteConfig:
 class QualityConfig:
     min_side: int = opt(64, "reject images with a shorter side, px", min=1)
     max_pixels: int = opt(120_000_000, "reject larger images (decompression bombs)", min=1)
+    min_sharpness: float = opt(0.001, "reject blurred images (edges against contrast at 512 px; in focus: 0.05 up)", min=0)
     duplicate_distance: int = opt(4, "reject images within this Hamming distance of an earlier one; -1: keep all", min=-1)
 
 
@@ -288,6 +289,7 @@ class Generate(GenerateSettings):
     reference: str | None = opt(None, "image whose look the background takes (needs adapters.ip_adapter)")
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     num_images: int = opt(4, "pictures per product", min=1, max=64)
+    baseline: str | None = opt(None, "folder of an earlier run; report.html shows its pictures beside these")
 
 
 @dataclass

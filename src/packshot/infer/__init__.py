@@ -1,0 +1,209 @@
+"""Putting a product into a scene: ``Packshot.load(...).set_product(photo).generate(scene)``."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from packshot.config.compose import compose as compose_config
+from packshot.config.schema import AdaptersConfig, GenerateSettings, MatteConfig, ModelConfig
+from packshot.config.validate import validate
+from packshot.core.errors import ConfigError
+from packshot.infer import certificate as certificates
+from packshot.infer.canvas import Canvas, Working, make_working, place, plan_frame
+from packshot.infer.composite import compose, make_layers
+from packshot.infer.denoise import denoise, encode
+from packshot.infer.pipeline import Models, load_models
+from packshot.infer.product import Product, open_image, prepare
+from packshot.scene import Scene
+
+__all__ = ["Packshot", "Result"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One picture.
+
+    image: RGB at the output's size. certificate: JSON-able, see docs of ``packshot.infer.certificate``.
+    layers: ``background`` RGB, ``product`` RGBA, ``mask`` L, ``raw`` RGB (the model's own drawing, working size).
+    png: the encoded image that the certificate was measured on.
+    """
+
+    image: Image.Image
+    certificate: dict[str, Any]
+    layers: dict[str, Image.Image]
+    png: bytes = field(repr=False)
+
+
+@dataclass
+class Packshot:
+    """Loaded models and, after :meth:`set_product`, a product.
+
+    ``generate`` may be called from several threads: instances that share models take turns, picture by picture, and
+    a request keeps the product it started with. Threads with different products use :meth:`with_product`.
+    """
+
+    models: Models
+    matte: MatteConfig = field(default_factory=MatteConfig)
+    product: Product | None = None
+    _turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | ModelConfig = "mini",
+        lora: str | None = None,
+        controlnets: Sequence[str] = (),
+        ip_adapter: str | None = None,
+        adapters: AdaptersConfig | None = None,
+        matte: MatteConfig | None = None,
+    ) -> Packshot:
+        """Load a base and its adapters.
+
+        model: the name of a file in ``conf/model`` or a ModelConfig.
+        lora, controlnets, ip_adapter: export folders, each at weight 1; ``adapters`` says the same with weights.
+
+        Raises:
+            ConfigError: both ways of naming adapters are used, or a part is missing or does not fit.
+        """
+        if adapters is not None and (lora or controlnets or ip_adapter):
+            raise ConfigError("adapters and lora/controlnets/ip_adapter are both given.", "Use one of the two ways.")
+        wanted = adapters or AdaptersConfig(lora=lora, controlnets=list(controlnets), ip_adapter=ip_adapter)
+        config = compose_config("generate", [f"model={model}"]).model if isinstance(model, str) else model
+        return cls(load_models(config, wanted), matte or MatteConfig())
+
+    def set_product(
+        self,
+        image: str | Path | Image.Image,
+        mask: str | Path | Image.Image | None = None,
+        name: str | None = None,
+    ) -> Packshot:
+        """Take this product from now on; returns ``self``.
+
+        image: RGB, or RGBA whose alpha is the mask. mask: white = product, of the image's size; found when not given.
+
+        Raises:
+            ConfigError, PackshotError: see :func:`packshot.infer.product.prepare`.
+        """
+        known = name or (Path(image).stem if isinstance(image, str | Path) else "product")
+        self.product = prepare(image, mask, self.matte, known)
+        return self
+
+    def with_product(self, product: Product) -> Packshot:
+        """Another Packshot with a prepared product; shares models and turns with this one."""
+        return replace(self, product=product)
+
+    def generate(
+        self,
+        scene: Scene | str,
+        num_images: int = 4,
+        seed: int = 0,
+        reference: str | Path | Image.Image | None = None,
+        settings: GenerateSettings | None = None,
+    ) -> list[Result]:
+        """``num_images`` pictures, the k-th from ``seed + k``. Same inputs and machine: same bytes.
+
+        scene: a Scene or free text. reference: the picture whose look the background takes (needs an IP-Adapter).
+
+        Raises:
+            ConfigError: no product is set, or a setting cannot work.
+            PackshotError: the model failed (NaN).
+        """
+        return list(self.stream(scene, num_images, seed, reference, settings))
+
+    def stream(
+        self,
+        scene: Scene | str,
+        num_images: int = 4,
+        seed: int = 0,
+        reference: str | Path | Image.Image | None = None,
+        settings: GenerateSettings | None = None,
+    ) -> Iterator[Result]:
+        """Like :meth:`generate`, one result as soon as it is there."""
+        settings = settings or GenerateSettings()
+        validate(settings)
+        if num_images < 1:
+            raise ConfigError(f"num_images={num_images} is out of range.", "Ask for at least one.")
+        guide = self._reference(reference)
+        product, canvas = self.product, self.canvas(settings)
+        assert product is not None
+        working = make_working(canvas, plan_frame(*canvas.matte_HW.shape, self.models.resolution, self.models.unit))
+        prompt = scene.render() if isinstance(scene, Scene) else scene
+        request = {"scene": _scene_of(scene).to_dict(), "prompt": prompt, **_settings_of(settings)}
+        request["reference_sha256"] = guide[1] if guide else None
+        with self._turn:
+            conditioning = encode(self.models, prompt, settings, guide[0] if guide else None)
+        for k in range(num_images):
+            with self._turn:
+                decoded = denoise(self.models, working, conditioning, settings, seed + k)
+            details = {**request, "seed": seed + k}
+            yield self._finish(product, canvas, working, decoded, details, conditioning.lost_words)
+
+    def canvas(self, settings: GenerateSettings) -> Canvas:
+        """The product on the output's pixel grid."""
+        if self.product is None:
+            raise ConfigError("no product is set.", "Call set_product(image) first.")
+        return place(self.product, settings)
+
+    def _reference(self, reference: str | Path | Image.Image | None) -> tuple[Image.Image, str] | None:
+        if reference is None:
+            return None
+        if not self.models.has_ip_adapter:
+            raise ConfigError("a reference needs an IP-Adapter, none is loaded.", "Load one: adapters.ip_adapter.")
+        return open_image("reference", reference)
+
+    def _finish(
+        self,
+        product: Product,
+        canvas: Canvas,
+        working: Working,
+        decoded_HW3: np.ndarray,
+        request: dict[str, Any],
+        lost_words: dict[str, str],
+    ) -> Result:
+        picture, background, fit = compose(canvas, working, decoded_HW3)
+        image = Image.fromarray(picture)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        measured = certificates.measure(buffer.getvalue(), canvas)
+        certificate = {
+            "version": certificates.VERSION,
+            "packshot": version("packshot"),
+            **certificates.judge(picture, canvas, measured),
+            **measured,
+            "input": {"name": product.name, "sha256": product.sha256},
+            "mask": {
+                "sha256": certificates.digest(product.alpha_HW),
+                "method": product.method,
+                "confidence": round(product.confidence, 4),
+                "edge": "as given" if product.matte_HW is product.alpha_HW else "hard mask, anti-aliased by 1 px",
+            },
+            "transform": canvas.transform,
+            "working_size": [working.frame.width, working.frame.height],
+            "colour_fit": fit.report,
+            "request": request,
+            "lost_words": lost_words,
+            "model": self.models.manifest,
+            "product_extension": None,  # needs a second segmentation; evaluate.py measures it
+        }
+        return Result(image, certificate, make_layers(canvas, working, decoded_HW3, background), buffer.getvalue())
+
+
+def _scene_of(scene: Scene | str) -> Scene:
+    return scene if isinstance(scene, Scene) else Scene.parse(scene).scene
+
+
+def _settings_of(settings: GenerateSettings) -> dict[str, Any]:
+    return {
+        "negative_prompt": settings.negative_prompt,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+    }

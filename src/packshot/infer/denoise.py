@@ -1,0 +1,161 @@
+"""Text and reference to embeddings, noise to a decoded picture; the product's known latents guide the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from packshot.config.schema import GenerateSettings
+from packshot.core.errors import PackshotError
+from packshot.core.run import log
+from packshot.infer.canvas import Working
+from packshot.infer.conditions import control_map
+from packshot.infer.pipeline import Models
+
+GREY = (127, 127, 127)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """All that steers the denoiser besides the product: keyword arguments of the pipeline, and what did not fit.
+
+    lost_words: the tail of the prompt (and of the negative prompt) beyond the text encoders' 77 tokens, "" if none.
+    """
+
+    arguments: dict[str, Any]
+    lost_words: dict[str, str]
+
+
+def lost_words(tokenizer: Any, text: str) -> str:
+    """The part of a text that a CLIP tokenizer's context cuts off, as the tokenizer spells it."""
+    ids = tokenizer(text, verbose=False).input_ids
+    limit = tokenizer.model_max_length
+    return tokenizer.decode(ids[limit - 1 : -1]).strip() if len(ids) > limit else ""
+
+
+@torch.no_grad()
+def encode(
+    models: Models, prompt: str, settings: GenerateSettings, reference: Image.Image | None = None
+) -> Conditioning:
+    """Encode prompt, negative prompt and reference once for all pictures of a request."""
+    pipe = models.pipe
+    lost = {}
+    for key, text in (("prompt", prompt), ("negative_prompt", settings.negative_prompt or "")):
+        lost[key] = lost_words(pipe.tokenizer, text)
+        if lost[key]:
+            log.warning("%s is longer than %d tokens, lost: %r", key, pipe.tokenizer.model_max_length, lost[key])
+    guided = settings.guidance_scale > 1
+    embeds = pipe.encode_prompt(
+        prompt, device=pipe.device, do_classifier_free_guidance=guided, negative_prompt=settings.negative_prompt
+    )
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    arguments: dict[str, Any] = dict(zip(names, embeds, strict=True))
+    if models.has_ip_adapter:
+        arguments["ip_adapter_image_embeds"] = [_image_embeds(pipe, reference, guided)]
+    return Conditioning(arguments, lost)
+
+
+def _image_embeds(pipe: Any, reference: Image.Image | None, guided: bool) -> torch.Tensor:
+    """(2 or 1, 1, ...) with the null image first; without a reference the null image stands on both sides."""
+    if reference is not None and reference.mode == "RGBA":
+        reference = Image.alpha_composite(Image.new("RGBA", reference.size, (*GREY, 255)), reference)
+    picture = (reference or Image.new("RGB", (64, 64), GREY)).convert("RGB")
+    projection = pipe.unet.encoder_hid_proj.image_projection_layers[0]
+    # diffusers' own rule: a pooled projection takes the pooled embedding, every other one the hidden states.
+    hidden = type(projection).__name__ != "ImageProjection"
+    positive, null = pipe.encode_image(picture, pipe.device, 1, hidden)
+    halves = [null] if guided else []
+    halves.append(positive if reference is not None else null)
+    return torch.stack(halves)
+
+
+def _to_latents(vae: Any, image_HW3: np.ndarray) -> torch.Tensor:
+    """Uint8 picture to scaled latents (1, C, h, w), fp32; the posterior's mode, so nothing random."""
+    pixels = torch.from_numpy(image_HW3.copy()).to(vae.device).permute(2, 0, 1)[None].float() / 127.5 - 1
+    latents = vae.encode(pixels).latent_dist.mode()
+    mean, std = _latent_statistics(vae, latents)
+    return (latents - mean) / std * vae.config.scaling_factor
+
+
+def _from_latents(vae: Any, latents_BCHW: torch.Tensor) -> np.ndarray:
+    """Scaled latents of one picture to float32 (H, W, 3) in [0, 1]."""
+    mean, std = _latent_statistics(vae, latents_BCHW)
+    pixels = vae.decode(latents_BCHW.float() / vae.config.scaling_factor * std + mean).sample
+    return (pixels[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).cpu().numpy()
+
+
+def _latent_statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def channel(values: list[float] | None, default: float) -> torch.Tensor:
+        return like.new_tensor(values if values is not None else [default]).view(1, -1, 1, 1).float()
+
+    return channel(vae.config.get("latents_mean"), 0.0), channel(vae.config.get("latents_std"), 1.0)
+
+
+def known_share(working: Working, resolution: int, factor: int) -> torch.Tensor:
+    """(1, 1, h, w) in [0, 1]: how much of a latent cell is held to the product; the average over its pixels.
+
+    The product is eroded by 1/128 of the resolution (8 px at 1024) first: the scene is generated a little way under
+    the edge, so no unfilled rim can show between the two.
+    """
+    radius = max(1, round(resolution / 128))
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+    inner = cv2.erode(working.coverage_HW, kernel)
+    return torch.nn.functional.avg_pool2d(torch.from_numpy(inner)[None, None], factor)
+
+
+@torch.no_grad()
+def denoise(
+    models: Models, working: Working, conditioning: Conditioning, settings: GenerateSettings, seed: int
+) -> np.ndarray:
+    """One picture, decoded: float32 (H, W, 3) in [0, 1] at the working size.
+
+    One picture per pipeline call: the guidance pair fills an accelerator at SDXL's size, memory does not grow with
+    the number asked for, and no picture depends on its neighbours in a batch. Noise comes from a CPU generator.
+    After every step the product's latents are put back at the noise level reached (blended latent diffusion,
+    Avrahami et al. 2022, arXiv 2206.02779), so the scene grows around the product with any base and any adapters.
+
+    Raises:
+        PackshotError: the denoiser or the decoder produced NaN or infinity.
+    """
+    pipe, vae = models.pipe, models.pipe.vae
+    frame, factor = working.frame, pipe.vae_scale_factor
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shape = (1, pipe.unet.config.in_channels, frame.height // factor, frame.width // factor)
+    noise = torch.randn(shape, generator=generator).to(pipe.device)
+    known = _to_latents(vae, working.image_HW3)
+    share = known_share(working, models.resolution, factor).to(pipe.device)
+
+    def keep_product(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        latents = tensors["latents"]
+        later = pipe.scheduler.timesteps[step + 1 : step + 2]
+        target = pipe.scheduler.add_noise(known, noise, later) if len(later) else known
+        return {"latents": torch.lerp(latents.float(), target, share).to(latents.dtype)}
+
+    controls: dict[str, Any] = {}
+    if models.conditions:
+        controls["image"] = [control_map(name, working) for name in models.conditions]
+        controls["controlnet_conditioning_scale"] = list(models.controlnet_scales)
+    latents = pipe(
+        **conditioning.arguments,
+        **controls,
+        height=frame.height,
+        width=frame.width,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        latents=noise.to(pipe.unet.dtype),
+        generator=generator,
+        output_type="latent",
+        callback_on_step_end=keep_product,
+    ).images
+    decoded = _from_latents(vae, latents)
+    if not (torch.isfinite(latents).all() and np.isfinite(decoded).all()):
+        raise PackshotError(
+            f"the denoiser produced NaN or infinity for seed {seed}.",
+            "Lower guidance_scale or the adapters' scales; on fp16 hardware use model.vae=madebyollin/sdxl-vae-fp16-fix.",
+        )
+    return decoded

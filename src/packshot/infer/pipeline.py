@@ -1,0 +1,179 @@
+"""The stock diffusers pipeline with every adapter that was asked for, and the identity of all its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    ControlNetModel,
+    MultiControlNetModel,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLPipeline,
+)
+
+from packshot.config.schema import AdaptersConfig, ModelConfig
+from packshot.core.errors import ConfigError
+from packshot.core.storage import readable
+from packshot.infer.conditions import read_condition
+from packshot.models.load import load_parts, model_folder
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+IP_ADAPTER_FILE = "ip_adapter.safetensors"
+_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError)
+
+
+@dataclass(frozen=True)
+class Models:
+    """A pipeline ready to draw.
+
+    conditions, controlnet_scales: one entry per ControlNet, in the pipeline's order.
+    has_ip_adapter: every call must then bring image embeddings.
+    unit: sides of the working copy are multiples of this, px.
+    resolution: side of the square the base was trained on, px.
+    manifest: names and SHA-256 of everything that was loaded, for certificates.
+    """
+
+    pipe: StableDiffusionXLPipeline | StableDiffusionXLControlNetPipeline
+    conditions: tuple[str, ...]
+    controlnet_scales: tuple[float, ...]
+    has_ip_adapter: bool
+    unit: int
+    resolution: int
+    manifest: dict[str, Any]
+
+
+def pick_device() -> tuple[torch.device, torch.dtype]:
+    """CUDA in fp16 when there is one, otherwise the CPU in fp32."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.float16
+    return torch.device("cpu"), torch.float32
+
+
+def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> Models:
+    """Load base and adapters.
+
+    Raises:
+        ConfigError: a part is missing, broken or does not fit the base; names the key.
+    """
+    adapters = adapters or AdaptersConfig()
+    folders = _adapter_folders(adapters)
+    conditions = tuple(read_condition(folder) for folder in folders["controlnets"])
+    scales = tuple(adapters.controlnet_scales or [1.0] * len(conditions))
+    device, dtype = pick_device()
+    parts = load_parts(model).to(device, dtype)
+    pipe: Any
+    if conditions:
+        nets = [_load_controlnet(folder).to(device, dtype) for folder in folders["controlnets"]]
+        pipe = StableDiffusionXLControlNetPipeline(**parts.pipeline_components(), controlnet=MultiControlNetModel(nets))
+    else:
+        pipe = StableDiffusionXLPipeline(**parts.pipeline_components())
+    for folder in folders["lora"]:
+        _add_lora(pipe, folder, adapters.lora_scale)
+    for folder in folders["ip_adapter"]:
+        _add_ip_adapter(pipe, folder, adapters.ip_adapter_scale)
+    pipe.set_progress_bar_config(disable=True)
+    return Models(
+        pipe=pipe,
+        conditions=conditions,
+        controlnet_scales=scales,
+        has_ip_adapter=bool(folders["ip_adapter"]),
+        unit=pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1),
+        resolution=model.resolution,
+        manifest=_manifest(model, adapters, folders, conditions, scales, device, dtype),
+    )
+
+
+def check_adapters(adapters: AdaptersConfig) -> None:
+    """What can be known without loading: folders, their main files, conditions. Raises ConfigError."""
+    for folder in _adapter_folders(adapters)["controlnets"]:
+        read_condition(folder)
+
+
+def _adapter_folders(adapters: AdaptersConfig) -> dict[str, list[Path]]:
+    wanted = {
+        "lora": ([adapters.lora] if adapters.lora else [], LORA_FILE),
+        "controlnets": (adapters.controlnets, "config.json"),
+        "ip_adapter": ([adapters.ip_adapter] if adapters.ip_adapter else [], IP_ADAPTER_FILE),
+    }
+    folders = {}
+    for kind, (paths, file) in wanted.items():
+        key = f"adapters.{kind}"
+        folders[kind] = [readable(key, path) for path in paths]
+        for path, folder in zip(paths, folders[kind], strict=True):
+            if not (folder / file).is_file():
+                raise ConfigError(f"{key}={path} has no {file}.", "Name the export/ folder that the trainer wrote.")
+    return folders
+
+
+def _refusal(key: str, folder: Path, error: Exception) -> ConfigError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return ConfigError(f"{key}={folder} cannot be loaded into this base: {reason}", "Was it trained on another model?")
+
+
+def _load_controlnet(folder: Path) -> ControlNetModel:
+    try:
+        return ControlNetModel.from_pretrained(folder).eval()
+    except _LOAD_ERRORS as error:
+        raise _refusal("adapters.controlnets", folder, error) from error
+
+
+def _add_lora(pipe: Any, folder: Path, scale: float) -> None:
+    try:
+        pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="lora")
+        pipe.set_adapters(["lora"], [scale])
+    except _LOAD_ERRORS as error:
+        raise _refusal("adapters.lora", folder, error) from error
+
+
+def _add_ip_adapter(pipe: Any, folder: Path, scale: float) -> None:
+    try:
+        pipe.load_ip_adapter(str(folder), subfolder="", weight_name=IP_ADAPTER_FILE, image_encoder_folder=None)
+        pipe.set_ip_adapter_scale(scale)
+    except _LOAD_ERRORS as error:
+        raise _refusal("adapters.ip_adapter", folder, error) from error
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 by relative name of a folder's weights and JSON configs; streams, so large files are fine."""
+    hashes = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".safetensors", ".json") and file.is_file():
+            with file.open("rb") as stream:
+                hashes[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
+
+
+def _source(value: str) -> dict[str, Any]:
+    folder = model_folder(ModelConfig(base=value))
+    if folder is not None:
+        used = {n: h for n, h in file_hashes(folder).items() if n.endswith(".safetensors")}
+        return {"name": value, "files": used}
+    from huggingface_hub import snapshot_download
+
+    # The snapshot's folder is named by its commit; it was downloaded a moment ago, so this asks nobody.
+    return {"name": value, "revision": Path(snapshot_download(value, local_files_only=True)).name}
+
+
+def _manifest(
+    model: ModelConfig,
+    adapters: AdaptersConfig,
+    folders: dict[str, list[Path]],
+    conditions: tuple[str, ...],
+    scales: tuple[float, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    used = {"base": model.base, "vae": model.vae, "image_encoder": model.image_encoder}
+    parts = {name: _source(value) for name, value in used.items() if value}
+    entries = []
+    for kind, weights in (("lora", [adapters.lora_scale]), ("controlnets", scales), ("ip_adapter", [adapters.ip_adapter_scale])):
+        for number, folder in enumerate(folders[kind]):
+            entry = {"kind": kind.removesuffix("s"), "name": str(folder), "scale": weights[number]}
+            if kind == "controlnets":
+                entry["condition"] = conditions[number]
+            entries.append({**entry, "files": file_hashes(folder)})
+    return {**parts, "adapters": entries, "device": device.type, "dtype": str(dtype).removeprefix("torch.")}

@@ -1,0 +1,177 @@
+"""A product photo made ready: decoded, its mask found and checked, its edge un-mixed from the old background."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from packshot.config.schema import MatteConfig
+from packshot.core.errors import ConfigError, PackshotError
+from packshot.core.run import log
+from packshot.core.storage import readable
+from packshot.data.decode import decode_image
+from packshot.data.masks import find_mask
+
+MIN_SIDE = 32
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_SQUARE = np.ones((3, 3), np.uint8)
+_CROP_MARGIN = 32  # px around the product that foreground estimation sees
+
+
+@dataclass(frozen=True)
+class Product:
+    """A photo with its product told apart.
+
+    rgb_HW3: the photo, uint8. alpha_HW: the mask as given or found, uint8, 255 = product.
+    matte_HW: the alpha that compositing uses: alpha_HW, with a one-pixel soft edge where the mask had none.
+    foreground_HW3: the product's own colours, uint8; equals the photo wherever matte_HW is 255.
+    method, confidence: where the mask came from (``file``, ``alpha``, ``onnx``, ``grabcut``) and how sure that is.
+    """
+
+    name: str
+    rgb_HW3: np.ndarray
+    alpha_HW: np.ndarray
+    matte_HW: np.ndarray
+    foreground_HW3: np.ndarray
+    method: str
+    confidence: float
+    sha256: str
+
+
+def open_image(key: str, source: str | Path | Image.Image) -> tuple[Image.Image, str]:
+    """An image (mode RGB or RGBA) and the SHA-256 of its file (of its pixels, when it comes from memory).
+
+    Raises:
+        ConfigError: names ``key`` when the file is missing, not readable or not an image.
+    """
+    if isinstance(source, Image.Image):
+        image = source if source.mode in ("RGB", "RGBA") else source.convert("RGB")
+        return image, hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
+    path = readable(key, source)
+    if path.is_dir():
+        raise ConfigError(f"{key}={source} is a folder, an image file is needed.")
+    data = path.read_bytes()
+    try:
+        return decode_image(path, str(source)), hashlib.sha256(data).hexdigest()
+    except ConfigError:
+        raise
+    except PackshotError as error:
+        raise ConfigError(f"{key}={source} is no usable image: {error.args[0]}", error.hint) from error
+
+
+def product_files(key: str, path: str) -> list[Path]:
+    """The file itself, or the images of a folder in the order of their names.
+
+    Raises:
+        ConfigError: the path does not exist or the folder has no images.
+    """
+    found = readable(key, path)
+    if found.is_file():
+        return [found]
+    files = sorted(file for file in found.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
+    if not files:
+        raise ConfigError(f"{key}={path} has no images.", f"Looked for {', '.join(SUFFIXES)}.")
+    return files
+
+
+def unique_names(files: list[Path]) -> Iterator[tuple[str, Path]]:
+    """(name, file): the stem, or the whole file name where two files share a stem."""
+    stems = [file.stem for file in files]
+    for file, stem in zip(files, stems, strict=True):
+        yield (stem if stems.count(stem) == 1 else file.name), file
+
+
+def prepare(
+    image: str | Path | Image.Image,
+    mask: str | Path | Image.Image | None = None,
+    matte: MatteConfig | None = None,
+    name: str = "product",
+) -> Product:
+    """Decode, find or check the mask, un-mix the edge.
+
+    Raises:
+        ConfigError: a file is missing or no image; the mask has another size, is empty or leaves no background.
+        PackshotError: no mask was given and no product is found.
+    """
+    photo, digest = open_image("product", image)
+    if min(photo.size) < MIN_SIDE:
+        raise ConfigError(
+            f"product: {name} is {photo.width}x{photo.height} px.", f"Each side needs at least {MIN_SIDE} px."
+        )
+    given = None if mask is None else _open_mask(mask, photo, name)
+    found = find_mask(photo, matte or MatteConfig(), given, name)
+    alpha = np.rint(np.clip(found.alpha_HW, 0, 1) * 255).astype(np.uint8)
+    _check_alpha(alpha, name, "file" if given is not None else found.method)
+    rgb = np.ascontiguousarray(photo.convert("RGB"))
+    soft = soften_hard_edge(alpha)
+    return Product(name, rgb, alpha, soft, unmix(rgb, soft), found.method, float(found.confidence), digest)
+
+
+def _open_mask(mask: str | Path | Image.Image, photo: Image.Image, name: str) -> Image.Image:
+    picture, _ = open_image("mask", mask)
+    if picture.size != photo.size:
+        raise ConfigError(
+            f"mask is {picture.width}x{picture.height} px, the product photo {name} is {photo.width}x{photo.height} px.",
+            "Give a mask of the photo's size; it is not resized, because that would move its edge.",
+        )
+    return picture
+
+
+def _check_alpha(alpha_HW: np.ndarray, name: str, method: str) -> None:
+    share = float((alpha_HW >= 128).mean())
+    kind = ConfigError if method == "file" else PackshotError
+    source = "the given mask" if method == "file" else f"the mask found ({method})"
+    if share == 0:
+        raise kind(f"product: {source} of {name} is empty (all black).", "White marks the product, black the background.")
+    if share > 0.995:
+        raise kind(
+            f"product: {source} of {name} covers the whole picture.",
+            "White marks the product, black the background that is replaced.",
+        )
+
+
+def core_of(alpha_HW: np.ndarray) -> np.ndarray:
+    """Bool (H, W): pixels with alpha 255 whose eight neighbours have it too. The picture's border does not erode."""
+    return cv2.erode((alpha_HW == 255).astype(np.uint8), _SQUARE).astype(bool)
+
+
+def soften_hard_edge(alpha_HW: np.ndarray) -> np.ndarray:
+    """Anti-alias a mask that has no half-covered pixels; a soft matte is returned as it is.
+
+    Only the pixels on both sides of the contour change, so the core is the same before and after.
+    """
+    ring = cv2.dilate(alpha_HW, _SQUARE) != cv2.erode(alpha_HW, _SQUARE)
+    partial = (alpha_HW > 0) & (alpha_HW < 255)
+    if partial.sum() >= 0.2 * ring.sum():
+        return alpha_HW
+    return np.where(ring, cv2.GaussianBlur(alpha_HW, (3, 3), 0), alpha_HW)
+
+
+def unmix(rgb_HW3: np.ndarray, alpha_HW: np.ndarray) -> np.ndarray:
+    """The product's colours without what shines through from the old background.
+
+    Multi-level foreground estimation (Germer et al. 2020, arXiv 2006.14970) on the product's surroundings. Uint8
+    (H, W, 3); equals the photo where alpha is 255, continues the product's colours outwards where it is 0.
+    """
+    if "pymatting" not in sys.modules:
+        log.info("loading pymatting; its very first import on a machine compiles for about a minute")
+    from pymatting import estimate_foreground_ml
+
+    rows, columns = np.nonzero(alpha_HW)
+    top, left = max(rows.min() - _CROP_MARGIN, 0), max(columns.min() - _CROP_MARGIN, 0)
+    window = np.s_[top : rows.max() + 1 + _CROP_MARGIN, left : columns.max() + 1 + _CROP_MARGIN]
+    solid = alpha_HW >= 128
+    foreground = np.empty_like(rgb_HW3)
+    foreground[:] = np.rint(rgb_HW3[solid].mean(axis=0))
+    estimate = estimate_foreground_ml(
+        rgb_HW3[window].astype(np.float32) / 255, alpha_HW[window].astype(np.float32) / 255
+    )
+    foreground[window] = np.rint(np.clip(estimate, 0, 1) * 255)
+    return np.where((alpha_HW == 255)[..., None], rgb_HW3, foreground)

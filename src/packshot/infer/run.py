@@ -1,0 +1,148 @@
+"""generate.py: one or many product photos, one request, a folder of results."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from packshot.config.schema import Generate
+from packshot.core.errors import ConfigError, PackshotError
+from packshot.core.progress import progress
+from packshot.core.run import Run, log, open_run
+from packshot.core.storage import readable, replacing_file
+from packshot.core.tracking import open_tracker
+from packshot.infer import Packshot, Result
+from packshot.infer.canvas import Canvas
+from packshot.infer.certificate import LAYERS, judge, load_certificates, measure, read_png
+from packshot.infer.pipeline import check_adapters, load_models
+from packshot.infer.product import Product, open_image, prepare, product_files, unique_names
+from packshot.infer.report import write_report
+from packshot.scene import Scene
+
+
+def generate(config: Generate) -> None:
+    """Make ``num_images`` pictures of every product.
+
+    Inputs are checked before the run folder is made. In a folder of products, one that fails is named and left out,
+    and the others are still made.
+
+    Raises:
+        ConfigError: inputs or adapters are wrong.
+        PackshotError: a product failed.
+    """
+    request = requested(config)
+    files = product_files("product", config.product)
+    masks = mask_files(config.mask, files)
+    baseline = _folder("baseline", config.baseline)
+    if config.reference:
+        open_image("reference", config.reference)
+    first = prepare(files[0], masks[files[0]], config.matte, files[0].stem) if len(files) == 1 else None
+    check_adapters(config.adapters)
+    run = open_run("generate", config)
+    tool = Packshot(load_models(config.model, config.adapters), config.matte)
+    tracker = open_tracker(run, config, "generate")
+    failures = []
+    with progress("pictures", total=len(files) * config.num_images) as advance:
+        for name, file in unique_names(files):
+            try:
+                product = first or prepare(file, masks[file], config.matte, name)
+                copy_input(run, file, name)
+                make_pictures(config, run, tool.with_product(product), request, advance)
+            except PackshotError as error:
+                log.error("%s: %s", file, error)
+                failures.append((file, error))
+    write_report(run.path, baseline)
+    pictures = [run.path / f"{name}.png" for name in load_certificates(run.path)]
+    tracker.images("pictures", pictures, [picture.stem for picture in pictures], step=0)
+    tracker.finish()
+    log.info("%d pictures; report: %s", len(pictures), run.path / "report.html")
+    _raise(failures, len(files))
+
+
+def _raise(failures: list[tuple[Path, PackshotError]], total: int) -> None:
+    if len(failures) == 1 == total:
+        raise failures[0][1]
+    if failures:
+        names = ", ".join(file.name for file, _ in failures[:5])
+        raise PackshotError(f"{len(failures)} of {total} products failed: {names}.", "log.txt says why, one by one.")
+
+
+def requested(config: Generate) -> Scene | str:
+    """The free prompt, or the Scene of ``scene.*`` (an empty one asks for nothing in particular)."""
+    return config.prompt if config.prompt else Scene.from_dict(asdict(config.scene))
+
+
+def _folder(key: str, path: str | None) -> Path | None:
+    found = readable(key, path) if path else None
+    if found and not found.is_dir():
+        raise ConfigError(f"{key}={path} is no folder.", "Name a folder that generate.py wrote.")
+    return found
+
+
+def mask_files(mask: str | None, files: list[Path]) -> dict[Path, Path | None]:
+    """The mask of every product: none, one file for one product, or a folder with a file of the same stem for each.
+
+    Raises:
+        ConfigError: one mask for several products, or a folder that lacks some.
+    """
+    if mask is None:
+        return dict.fromkeys(files)
+    found = readable("mask", mask)
+    if found.is_file():
+        if len(files) > 1:
+            raise ConfigError(f"mask={mask} is one file for {len(files)} products.", "Give a folder of masks.")
+        return {files[0]: found}
+    by_stem = {file.stem: file for file in sorted(found.iterdir()) if file.is_file()}
+    missing = [file.name for file in files if file.stem not in by_stem]
+    if missing:
+        raise ConfigError(f"mask={mask} has no mask for {', '.join(missing[:5])}.", "File names must agree.")
+    return {file: by_stem[file.stem] for file in files}
+
+
+def copy_input(run: Run, file: Path, name: str) -> None:
+    """Keep the product photo itself beside the layers, so that reports and evaluations need nothing from outside."""
+    target = run.path / LAYERS / f"{name}-input{file.suffix.lower()}"
+    with replacing_file(target) as temporary:
+        shutil.copyfile(file, temporary)
+
+
+def make_pictures(
+    config: Generate, run: Run, tool: Packshot, request: Scene | str, advance: Callable[..., None]
+) -> None:
+    """All pictures of one product that the run folder does not have yet."""
+    assert tool.product is not None
+    name, canvas = tool.product.name, tool.canvas(config)
+    for k in range(config.num_images):
+        stem = f"{name}-{k}"
+        if (run.path / f"{stem}.json").exists():
+            advance()
+            continue
+        started = time.monotonic()
+        [result] = tool.generate(request, 1, config.run.seed + k, config.reference, config)
+        certificate = write(run.path, stem, result, canvas)
+        seconds = time.monotonic() - started
+        run.metrics({"step": k, "picture": stem, "seconds": seconds, "status": certificate["status"]})
+        advance(seconds_each=seconds)
+
+
+def write(folder: Path, stem: str, result: Result, canvas: Canvas) -> dict[str, Any]:
+    """Picture, layers and, last, the certificate, measured anew on the file as it lies on disk."""
+    path = folder / f"{stem}.png"
+    for layer, image in result.layers.items():
+        with replacing_file(folder / LAYERS / f"{stem}-{layer}.png") as temporary:
+            image.save(temporary, "PNG")
+    with replacing_file(path) as temporary:
+        temporary.write_bytes(result.png)
+    png = path.read_bytes()
+    measured = measure(png, canvas)
+    certificate = {**result.certificate, **measured, **judge(read_png(png), canvas, measured)}
+    with replacing_file(folder / f"{stem}.json") as temporary:
+        temporary.write_text(json.dumps(certificate, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if certificate["reasons"]:
+        log.warning("%s needs review: %s", path, ", ".join(certificate["reasons"]))
+    return certificate
