@@ -113,7 +113,7 @@ def _adapters(config: schema.Generate | schema.Serve) -> None:
 # Which cross-field checks a config gets, by the schema it is an instance of.
 _CHECKS: list[tuple[type | tuple[type, ...], Callable[[Any], None]]] = [
     (object, check_ranges),
-    (object, _tracking),
+    (tuple(schema.SCRIPTS.values()), _tracking),
     ((schema.TrainScript, schema.CaptionVLM), _training),
     (schema.Generate, _generation),
     (schema.GenerateSettings, _settings),
