@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import signal
@@ -102,11 +103,15 @@ def test_json_answer_holds_pictures_with_the_product_untouched_and_their_certifi
         "Professional photo of an object on a white podium, surrounded by palm leaves and stones"
     )
     images = body["prediction"]["images"]
-    assert [(image["media_type"], image["seed"]) for image in images] == [("image/png", 5)] * 2
+    assert [(image["media_type"], image["seed"]) for image in images] == [("image/png", 5), ("image/png", 6)]
     pngs = [base64.b64decode(image["image"], validate=True) for image in images]
     assert all(map(core_is_kept, pngs))
     assert pngs[0] != pngs[1]
-    assert all(image["certificate"] for image in images)
+    for image, png in zip(images, pngs, strict=True):
+        certificate = image["certificate"]
+        assert certificate["core"]["max_abs_diff"] == 0
+        assert certificate["output_sha256"] == hashlib.sha256(png).hexdigest()
+        assert certificate["request"]["seed"] == image["seed"]
 
 
 def test_png_answer_is_the_picture_of_the_json_answer(client):

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import uvicorn
 from fastapi import FastAPI, Form, Request, Response, Security
@@ -30,7 +30,6 @@ from packshot.config.schema import Serve
 from packshot.core.errors import ConfigError
 from packshot.core.run import Run, log, open_run
 from packshot.core.tracking import NullTracker, Tracker, open_tracker
-from packshot.infer import Packshot
 from packshot.scene import Scene
 from packshot.serve.edge import Edge, error_response
 from packshot.serve.schemas import (
@@ -45,6 +44,9 @@ from packshot.serve.schemas import (
     first_field_error,
 )
 from packshot.serve.service import ENDPOINTS, VERSION, Service, read_order
+
+if TYPE_CHECKING:
+    from packshot.infer import Packshot
 
 _FORM_MIB = 1.0  # room for the text fields of a request beside its files
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
@@ -114,8 +116,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
             prediction=Prediction(
                 prompt=order.scene.render() if isinstance(order.scene, Scene) else order.scene,
                 images=[
-                    GeneratedImage(image=base64.b64encode(png).decode(), seed=order.seed, certificate=certificate)
-                    for png, certificate in pictures
+                    GeneratedImage(image=base64.b64encode(png).decode(), seed=order.seed + k, certificate=certificate)
+                    for k, (png, certificate) in enumerate(pictures)
                 ],
             ),
             processing_time_ms=round(seconds * 1000, 1),
@@ -242,7 +244,10 @@ def serve(config: Serve) -> None:
             logging.getLogger("uvicorn").addHandler(handler)
 
         def load() -> Packshot:
+            # Torch and diffusers take seconds to import: on the worker thread, with the server answering meanwhile.
             try:
+                from packshot.infer import Packshot
+
                 return Packshot.load(model=config.model, adapters=config.adapters, matte=config.matte)
             except Exception:
                 server.should_exit = True  # Service keeps the error; it is raised below

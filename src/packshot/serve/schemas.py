@@ -70,7 +70,9 @@ class GenerateForm(BaseModel):
 class GeneratedImage(BaseModel):
     image: str = Field(description="base64 of the file")
     media_type: str = "image/png"
-    seed: int = Field(description="seed of the request; image k of a request is determined by (seed, k)")
+    seed: int = Field(
+        description="the request's seed + k for its k-th picture; asked for alone it gives the same picture"
+    )
     certificate: dict[str, Any] = Field(description="proof that the product's pixels are the upload's")
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import io
 import os
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, UploadFile
 from fastapi.concurrency import run_in_threadpool
@@ -20,12 +19,13 @@ from packshot.config.validate import validate
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.run import Run, log
 from packshot.core.tracking import Tracker
-from packshot.infer import Packshot
-from packshot.infer.product import decode_image
 from packshot.scene import Scene
 from packshot.serve.metrics import Metrics
 from packshot.serve.schemas import ApiError, GenerateForm
 from packshot.serve.worker import QueueFull, Worker
+
+if TYPE_CHECKING:
+    from packshot.infer import Packshot
 
 ENDPOINTS = ["/", "/generate", "/health", "/metrics", "/docs", "/openapi.json"]
 VERSION = version("packshot")
@@ -88,11 +88,11 @@ class Service:
         assert self.packshot is not None
         started = time.monotonic()
         try:
-            self.packshot.set_product(order.product, order.mask)
+            packshot = self.packshot.set_product(order.product, order.mask)
         except PackshotError as error:
             raise ApiError(422, "unusable_product", error.args[0], error.hint) from error
         try:
-            results = self.packshot.generate(
+            results = packshot.generate(
                 order.scene,
                 num_images=order.num_images,
                 seed=order.seed,
@@ -101,7 +101,7 @@ class Service:
             )
         except ConfigError as error:
             raise ApiError(422, "invalid_field", error.args[0], error.hint) from error
-        pictures = [(_png(result.image), result.certificate) for result in results]
+        pictures = [(result.png, result.certificate) for result in results]
         self.last_seconds = time.monotonic() - started
         self.metrics.inference.observe(self.last_seconds)
         return pictures
@@ -133,18 +133,14 @@ class Service:
             job.cancel()  # frees the place in the queue; a turn that has begun ends by itself
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 async def read_image(name: str, upload: UploadFile, config: Serve) -> Image.Image:
     """The picture of a file field; neither extension nor declared type are looked at.
 
     Raises:
         ApiError: 413 too many bytes or pixels, 415 no usable image.
     """
+    from packshot.infer.product import decode_image  # loaded with the model, see serve()
+
     limits = config.serve
     if (upload.size or 0) > limits.max_upload_mib * 2**20:
         raise ApiError(
