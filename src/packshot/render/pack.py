@@ -24,7 +24,7 @@ from packshot.scene import Scene
 HELDOUT_PRODUCTS = product_pool()[-len(KINDS) :]
 LICENSE = "CC0-1.0"
 ROWS_PER_SHARD = 300
-_LAYERS = ("image", "plate", "cutout", "depth")
+LAYERS = ("image", "plate", "cutout", "depth")
 
 
 def _encode(image: Image.Image, quality: int | None) -> dict[str, Any]:
@@ -38,11 +38,11 @@ def _encode(image: Image.Image, quality: int | None) -> dict[str, Any]:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def _row(folder: Path, plate_quality: int | None) -> dict[str, Any]:
+def row(folder: Path, plate_quality: int | None = None) -> dict[str, Any]:
     """One dataset row from a finished render folder."""
     job = json.loads((folder / "job.json").read_text())
     try:
-        layers = {name: Image.open(folder / f"{name}.png") for name in _LAYERS}
+        layers = {name: Image.open(folder / f"{name}.png") for name in LAYERS}
         for layer in layers.values():
             layer.load()
     except OSError as error:
@@ -168,8 +168,8 @@ def pack(
     """
     train, heldout = split_by_product(renders, heldout_products)
     splits = {
-        "train": [_row(folder, plate_quality) for folder in train[:train_limit]],
-        "heldout": [_row(folder, None) for folder in heldout[:heldout_limit]],
+        "train": [row(folder, plate_quality) for folder in train[:train_limit]],
+        "heldout": [row(folder, None) for folder in heldout[:heldout_limit]],
     }
     sizes = {name: (len(rows), write_shards(rows, out / name)) for name, rows in splits.items()}
     (out / "README.md").write_text(_card(splits))
