@@ -3,4 +3,4 @@
 from packshot.config.cli import script
 
 if __name__ == "__main__":
-    script("build_data", "packshot.data.build:build", __doc__)
+    script("build_data", "packshot.caption.build:build", __doc__)

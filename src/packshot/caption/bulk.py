@@ -74,11 +74,12 @@ def _caption_rows(table: pa.Table, indices: Sequence[int], captioner: Captioner)
             samples[index] = decode_row(table, index)
         except PackshotError as error:
             results[index] = CaptionedRow(error=error.args[0])
-    results |= _write(samples, captioner)
+    results |= write_rows(samples, captioner)
     return [results[index] for index in indices]
 
 
-def _write(samples: dict[int, tuple[Image, Image | None]], captioner: Captioner) -> dict[int, CaptionedRow]:
+def write_rows(samples: dict[int, tuple[Image, Image | None]], captioner: Captioner) -> dict[int, CaptionedRow]:
+    """Captions of (RGB image, mask or None) by index; what fails or may not be used carries its error."""
     if not samples:
         return {}
     try:
@@ -90,7 +91,7 @@ def _write(samples: dict[int, tuple[Image, Image | None]], captioner: Captioner)
             return {index: CaptionedRow(error=f"{type(error).__name__}: {error}")}
         items = list(samples.items())
         half = len(items) // 2
-        return _write(dict(items[:half]), captioner) | _write(dict(items[half:]), captioner)
+        return write_rows(dict(items[:half]), captioner) | write_rows(dict(items[half:]), captioner)
     return {index: judge(caption) for index, caption in zip(samples, captions, strict=True)}
 
 

@@ -40,6 +40,10 @@ class NoProductError(PackshotError):
         self.confidence = confidence
 
 
+class MaskFileError(ConfigError):
+    """A given mask does not fit its image, or marks nothing or everything."""
+
+
 @dataclass(frozen=True)
 class Mask:
     """alpha_HW: float32 in [0, 1], 1 = product. method: file, alpha, onnx or grabcut. confidence: in [0, 1]."""
@@ -61,7 +65,8 @@ def find_mask(image: Image.Image, matte: MatteConfig, mask: Image.Image | None =
     name: how messages call the image.
     Raises:
         NoProductError: nothing found, or the confidence is below ``matte.min_confidence``.
-        ConfigError: the mask has another size than the image, is empty or full, or ``matte.onnx`` is no usable model.
+        MaskFileError: the mask has another size than the image, or marks nothing or everything.
+        ConfigError: ``matte.onnx`` is no usable model.
     """
     if mask is not None:
         found = _from_file(image, mask, name)
@@ -78,7 +83,7 @@ def find_mask(image: Image.Image, matte: MatteConfig, mask: Image.Image | None =
 
 def _from_file(image: Image.Image, mask: Image.Image, name: str) -> Mask:
     if mask.size != image.size:
-        raise ConfigError(
+        raise MaskFileError(
             f"the mask of {name} is {mask.width}x{mask.height}, the image {image.width}x{image.height}.",
             "Export the mask at the image's size; it would not fit its pixels otherwise.",
         )
@@ -86,12 +91,14 @@ def _from_file(image: Image.Image, mask: Image.Image, name: str) -> Mask:
     if alpha_HW is None:
         alpha_HW = np.asarray(mask.convert("L"), np.float32) / 255
     if alpha_HW.max() < 0.5:
-        raise ConfigError(
+        raise MaskFileError(
             f"the mask of {name} is empty: its brightest value is {round(float(alpha_HW.max()) * 255)} of 255.",
             "White (255) marks the product.",
         )
     if alpha_HW.min() >= 0.5:
-        raise ConfigError(f"the mask of {name} marks the whole picture as product.", "Black (0) marks the background.")
+        raise MaskFileError(
+            f"the mask of {name} marks the whole picture as product.", "Black (0) marks the background."
+        )
     return Mask(alpha_HW, "file", 1.0)
 
 
@@ -113,7 +120,12 @@ _NORMALISATION = {1024: ISNET, 320: U2NET}
 
 
 @lru_cache(maxsize=1)
-def _session(path: str) -> Any:
+def load_network(path: str) -> Any:
+    """The ONNX session of ``matte.onnx``; loaded once per process.
+
+    Raises:
+        ConfigError: no such file, no ONNX model, or not one with a 1x3xSxS input.
+    """
     import onnxruntime
 
     file = readable("matte.onnx", path)
@@ -133,7 +145,7 @@ def _session(path: str) -> Any:
 def _from_onnx(image: Image.Image, path: str) -> Mask:
     """A salient-object network. Its input size is read from the model (a free size means 1024); IS-Net's
     normalisation, (x - 128) / 256, holds for every size but U²-Net's 320."""
-    session = _session(path)
+    session = load_network(path)
     node = session.get_inputs()[0]
     side = node.shape[2] if isinstance(node.shape[2], int) else 1024
     mean, scale = _NORMALISATION.get(side, ISNET)

@@ -37,7 +37,7 @@ class Step:
     config: JSON-able, everything else that changes the result (the hash of a model file, say, not its path).
     schema: the columns it adds.
     function: a batch of samples -> one Outcome each, in order. It must be picklable (a function of a module, or a
-        partial of one) and must not depend on how samples are batched.
+        partial of one) unless the step is exclusive, and must not depend on how samples are batched.
     reads: the columns it needs; None for all.
     whole: it sees the samples of all shards in one call (deduplication); keep ``reads`` small.
     exclusive: it runs in the main process, one shard at a time (it holds a model on a GPU).

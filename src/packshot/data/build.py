@@ -1,0 +1,333 @@
+"""From images to a dataset: the steps, their order, and what is written beside the shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from packshot.config.compose import to_plain
+from packshot.config.schema import BuildData, DatasetKind, MatteConfig, QualityConfig, SourceConfig
+from packshot.core.errors import ConfigError, PackshotError
+from packshot.core.run import log, open_run
+from packshot.core.storage import folder_hash, readable, replacing_file, sha256
+from packshot.core.tracking import open_tracker
+from packshot.data import card as cards
+from packshot.data.decode import DecodeError, decode_image, flatten
+from packshot.data.dedup import find_duplicates, perceptual_hash
+from packshot.data.masks import MaskFileError, NoProductError, find_mask, load_network
+from packshot.data.quality import check
+from packshot.data.sources import Raw, fingerprint, list_items, read_items
+from packshot.pipeline import Outcome, Report, Step, run_steps
+from packshot.pipeline.ledger import file_sha256
+from packshot.pipeline.run import rejections
+from packshot.pipeline.shards import split
+from packshot.pipeline.step import Sample
+from packshot.render import pack
+from packshot.scene import Scene
+from packshot.scene.scores import product_words
+
+SHEET_ROWS = 24
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_BASE = ("image", "text", "id", "scene", "source", "license", "width", "height")
+_COLUMNS = {DatasetKind.background: _BASE, DatasetKind.product: ("image", "mask", *_BASE[1:])}
+_MEANING = {
+    "image": "photograph; transparent ones over white",
+    "mask": "white = product",
+    "text": "caption of everything but the product; empty when there is none",
+    "id": "SHA-256 of the source's bytes",
+    "scene": "the caption's slots: surface, surroundings, background, lighting, mood, style",
+    "source": "where the image came from, relative to the source",
+    "license": "licence of the image",
+    "width": "px",
+    "height": "px",
+    "plate": "the same scene without the product",
+    "cutout": "the product alone, with alpha",
+    "depth": "inverse depth, near is bright",
+    "product_id": "design of the product",
+}
+
+
+def png(image: Image.Image) -> Sample:
+    """An image as the ``image`` feature of ``datasets`` stores it."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=4)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def open_png(value: Sample) -> Image.Image:
+    """Inverse of :func:`png`."""
+    return Image.open(io.BytesIO(value["bytes"]))
+
+
+def without_product(text: str) -> Outcome:
+    """The columns ``text`` for a caption; one that names the product is blanked, with a remark."""
+    words = product_words(text)
+    if words:
+        return Outcome({"text": ""}, "caption_names_product", ", ".join(words))
+    return Outcome({"text": text})
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def _ingest(samples: list[Sample], quality: QualityConfig, license: str) -> list[Outcome]:
+    return [_ingest_one(raw, quality, license) for raw in read_items(samples)]
+
+
+def _ingest_one(raw: Raw, quality: QualityConfig, license: str) -> Outcome:
+    known = {"id": sha256(raw.data) if raw.data is not None else "", "source": raw.name}
+    if raw.data is None:
+        return Outcome(known, "unreadable", raw.error, kept=False)
+    try:
+        image = decode_image(raw.data, raw.name, quality.max_pixels)
+    except DecodeError as error:
+        return Outcome(known, error.reason, error.measure, kept=False)
+    if problem := check(image, quality):
+        return Outcome(known, *problem, kept=False)
+    text = without_product(raw.text)
+    columns = {
+        **known,
+        **text.columns,
+        "image": png(image),
+        "mask_file": raw.mask,
+        "license": raw.license or license,
+        "width": image.width,
+        "height": image.height,
+        "phash": f"{perceptual_hash(flatten(image)):016x}",
+    }
+    return dataclasses.replace(text, columns=columns)
+
+
+def _dedup(samples: list[Sample], max_distance: int) -> list[Outcome]:
+    """Rejects what was there before: first equal bytes, then near-equal pictures. The measure is the earlier id."""
+    if max_distance < 0:
+        return [Outcome() for _ in samples]
+    first: dict[str, int] = {}
+    for position, sample in enumerate(samples):
+        first.setdefault(sample["id"], position)
+    unique = sorted(first.values())
+    matches = find_duplicates([int(samples[position]["phash"], 16) for position in unique], max_distance)
+    near = {position: unique[match] for position, match in zip(unique, matches, strict=True) if match is not None}
+
+    def judge(position: int, sample: Sample) -> Outcome:
+        if first[sample["id"]] != position:
+            return Outcome({}, "duplicate", sample["id"], kept=False)
+        if position in near:
+            return Outcome({}, "near_duplicate", samples[near[position]]["id"], kept=False)
+        return Outcome()
+
+    return [judge(position, sample) for position, sample in enumerate(samples)]
+
+
+def _mask(samples: list[Sample], matte: MatteConfig) -> list[Outcome]:
+    return [_mask_one(sample, matte) for sample in samples]
+
+
+def _mask_one(sample: Sample, matte: MatteConfig) -> Outcome:
+    name = sample["source"]
+    try:
+        given = decode_image(sample["mask_file"], f"the mask of {name}") if sample["mask_file"] is not None else None
+        found = find_mask(open_png(sample["image"]), matte, given, name)
+    except NoProductError as error:
+        return Outcome({}, "no_product", f"confidence {error.confidence:.2f}", kept=False)
+    except (DecodeError, MaskFileError) as error:
+        return Outcome({}, "bad_mask", str(error.args[0]), kept=False)
+    return Outcome({"mask": png(found.to_image()), "mask_method": found.method, "mask_confidence": found.confidence})
+
+
+def _row(samples: list[Sample], dataset: str) -> list[Outcome]:
+    return [Outcome(_finished(sample, _COLUMNS[DatasetKind[dataset]])) for sample in samples]
+
+
+def _finished(sample: Sample, columns: Sequence[str]) -> Sample:
+    image = open_png(sample["image"])
+    # Over white: readers take RGB, and would show whatever colour lies hidden under alpha 0.
+    flat = {"image": png(flatten(image))} if image.mode == "RGBA" else {}
+    whole = {**sample, **flat, "scene": Scene.parse(sample["text"]).scene.to_dict()}
+    return {name: whole[name] for name in columns}
+
+
+def _final(columns: Sequence[str], function: Callable[[list[Sample]], list[Outcome]], config: dict[str, Any]) -> Step:
+    from datasets import Features
+
+    known = pack.features()
+    schema = Features({name: known[name] for name in columns}).arrow_schema
+    return Step("part", 1, config, schema, function, final=True)
+
+
+def _photo_steps(config: BuildData, captions: Sequence[Step]) -> list[Step]:
+    quality, product = config.quality, config.dataset is DatasetKind.product
+    text = [(name, pa.string()) for name in ("id", "text", "source", "license", "phash")]
+    base = pa.schema(
+        [*text, ("image", _IMAGE), ("mask_file", pa.binary()), ("width", pa.int32()), ("height", pa.int32())]
+    )
+    checks = {key: value for key, value in dataclasses.asdict(quality).items() if key != "duplicate_distance"}
+    steps = [
+        Step(
+            "ingest",
+            1,
+            {**checks, "license": config.source.license},
+            base,
+            partial(_ingest, quality=quality, license=config.source.license),
+        ),
+        Step(
+            "dedup",
+            1,
+            {"max_distance": quality.duplicate_distance},
+            pa.schema([]),
+            partial(_dedup, max_distance=quality.duplicate_distance),
+            reads=("id", "phash"),
+            whole=True,
+        ),
+    ]
+    if product:
+        network = file_sha256(readable("matte.onnx", config.matte.onnx)) if config.matte.onnx else None
+        columns = pa.schema([("mask", _IMAGE), ("mask_method", pa.string()), ("mask_confidence", pa.float32())])
+        settings = {"onnx": network, "min_confidence": config.matte.min_confidence}
+        reads = ("image", "mask_file", "source")
+        steps.append(Step("mask", 1, settings, columns, partial(_mask, matte=config.matte), reads=reads))
+    dataset = config.dataset.name
+    return [*steps, *captions, _final(_COLUMNS[config.dataset], partial(_row, dataset=dataset), {"dataset": dataset})]
+
+
+# --- rendered packshots -----------------------------------------------------------------------------------------------
+
+
+def _render_items(source: SourceConfig) -> list[Sample]:
+    folder = readable("source.path", source.path)
+    found = [path.parent for path in folder.glob("*/job.json")] if folder.is_dir() else []
+    whole = [path for path in found if all((path / f"{layer}.png").exists() for layer in pack.LAYERS)]
+    if not whole:
+        raise ConfigError(
+            f"source.path={source.path} holds no finished render.",
+            f"Each is a folder with job.json and {', '.join(f'{layer}.png' for layer in pack.LAYERS)}.",
+        )
+    if len(whole) < len(found):
+        log.warning("%d renders are unfinished and left out", len(found) - len(whole))
+    ordered = sorted(whole, key=lambda path: (len(path.name), path.name))  # seeds by number
+    return [{"folder": str(path), "source": path.name} for path in ordered]
+
+
+def _render_fingerprint(items: Sequence[Sample]) -> str:
+    return sha256("".join(folder_hash(Path(item["folder"])) for item in items).encode())
+
+
+def _pack(samples: list[Sample]) -> list[Outcome]:
+    return [_pack_one(sample) for sample in samples]
+
+
+def _pack_one(sample: Sample) -> Outcome:
+    try:
+        return Outcome(pack.row(Path(sample["folder"])))
+    except PackshotError as error:
+        return Outcome({"id": "", "source": sample["source"]}, "damaged", str(error.args[0]), kept=False)
+
+
+def _copy(samples: list[Sample]) -> list[Outcome]:
+    return [Outcome(sample) for sample in samples]
+
+
+def _render_steps() -> list[Step]:
+    features = pack.features()
+    return [Step("pack", 1, {}, features.arrow_schema, _pack), _final(list(features), _copy, {"dataset": "rendered"})]
+
+
+# --- the build --------------------------------------------------------------------------------------------------------
+
+
+def build(config: BuildData, captions: Sequence[Step] = ()) -> None:
+    """Build ``config.dataset`` from ``config.source`` into the run folder; resumes to the same bytes.
+
+    captions: steps that fill ``text`` after the masks are known (``packshot.caption.build``).
+    Raises:
+        ConfigError: nothing to build from, an unusable model, or a run folder in use.
+        PackshotError: not one image was accepted, or a worker died.
+    """
+    rendered = config.dataset is DatasetKind.rendered
+    items = _render_items(config.source) if rendered else list_items(config.source)
+    if config.matte.onnx and config.dataset is DatasetKind.product:
+        load_network(config.matte.onnx)  # refuse it here, not in a worker
+    steps = _render_steps() if rendered else _photo_steps(config, captions)
+    run = open_run("build_data", config)
+    tracker = open_tracker(run, config, "build_data")
+    started = time.monotonic()
+    shards = split(items, config.shard_size)
+    report = run_steps(run.path, shards, _render_fingerprint if rendered else fingerprint, steps, config.executor)
+    figures = _write_extras(report, steps, config, len(items))
+    if report.worked:
+        line = {"step": 0, **figures, "seconds": round(time.monotonic() - started, 1)}
+        run.metrics(line)
+        tracker.log({key: float(value) for key, value in line.items()}, 0)
+    else:
+        log.info("everything was done already")
+    log.info("%(accepted)d of %(images)d images accepted, %(rejected)d rejected", figures)
+    sheet = run.path / "contact_sheet.png"
+    if sheet.exists():
+        tracker.images("contact_sheet", [sheet], [f"first {SHEET_ROWS}"], 0)
+    tracker.finish()
+    if not figures["accepted"]:
+        raise PackshotError(
+            f"None of the {len(items)} images of source.path={config.source.path} was accepted.",
+            f"{run.path / 'rejected.parquet'} says why, image by image.",
+        )
+
+
+def _write_extras(report: Report, steps: Sequence[Step], config: BuildData, images: int) -> dict[str, int]:
+    """``rejected.parquet``, the card and the contact sheet, each only where it changed."""
+    rejected = _rejected(report, steps)
+    parts = report.files("part")
+    licenses = cards.count(name for file in parts for name in pq.read_table(file, columns=["license"])[0].to_pylist())
+    columns = {name: _MEANING[name] for name in steps[-1].schema.names}
+    plain = to_plain(config)
+    settings = {key: plain[key] for key in ("dataset", "source", "matte", "quality", "captioner", "shard_size")}
+    reasons = cards.count(row["reason"] for row in rejected)
+    text = cards.card(config.dataset.name, licenses, reasons, columns, settings)
+    schema = pa.schema([(name, pa.string()) for name in ("id", "reason", "measure", "source")])
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rejected, schema=schema), buffer)
+    _write_if_changed(report.folder / "rejected.parquet", buffer.getvalue())
+    _write_if_changed(report.folder / "README.md", text.encode())
+    first = [(open_png(row["image"]), row.get("mask") and open_png(row["mask"])) for row in _first_rows(parts)]
+    if first:
+        _write_if_changed(report.folder / "contact_sheet.png", png(cards.contact_sheet(first))["bytes"])
+    lost = sum(entry.rejected for entries in report.entries.values() for entry in entries)
+    return {"images": images, "accepted": images - lost, "rejected": lost}
+
+
+def _rejected(report: Report, steps: Sequence[Step]) -> list[Sample]:
+    """Rows of ``rejected.parquet``: by step, then in the order of the input."""
+    first = steps[0].name
+    table = [pq.read_table(file, columns=["id", "source"]).to_pylist() for file in report.files(first)]
+    return [
+        {**table[shard][row["index"]], "reason": row["reason"], "measure": row["measure"]}
+        for step in steps
+        if not step.final
+        for shard, row in rejections(report, step.name, ())
+    ]
+
+
+def _first_rows(parts: Sequence[Path]) -> list[Sample]:
+    def rows() -> Iterator[Sample]:
+        for part in parts:
+            with pq.ParquetFile(part) as parquet:
+                columns = [name for name in ("image", "mask") if name in parquet.schema_arrow.names]
+                for batch in parquet.iter_batches(SHEET_ROWS, columns=columns):
+                    yield from batch.to_pylist()
+
+    return list(islice(rows(), SHEET_ROWS))
+
+
+def _write_if_changed(path: Path, content: bytes) -> None:
+    if not path.exists() or path.read_bytes() != content:
+        with replacing_file(path) as file:
+            file.write_bytes(content)

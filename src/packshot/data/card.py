@@ -1,0 +1,87 @@
+"""The dataset card and the contact sheet: what a person looks at before training."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+_TILE = 192  # px
+_COLUMNS = 6
+# Names that the hub knows; anything else is "other" there, and named in full in the table.
+_HUB_LICENSES = {name.lower(): name.lower() for name in ("CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "MIT", "Apache-2.0")}
+
+
+def card(
+    dataset: str, licenses: Mapping[str, int], reasons: Mapping[str, int], columns: Mapping[str, str], settings: Any
+) -> str:
+    """``README.md`` of a dataset: hub metadata, counts, licences, what was left out, columns, settings.
+
+    licenses: rows per licence. reasons: rejected samples per reason. columns: meaning by name.
+    """
+    rows = sum(licenses.values())
+    hub = {_HUB_LICENSES.get(name.lower(), "other") for name in licenses}
+    lines = [
+        "---",
+        f"license: {hub.pop() if len(hub) == 1 else 'other'}",
+        f"size_categories: {_size_category(rows)}",
+        "configs:",
+        "- config_name: default",
+        "  data_files: part-*.parquet",
+        "---",
+        f"# Packshot {dataset} set\n",
+        f"Images: {rows}. `rejected.parquet` names what was left out, with the reason and the value that decided;",
+        "`contact_sheet.png` shows the first images; `ledger.jsonl` says how each shard came about.\n",
+        *_table(("licence", "images"), licenses),
+        *(_table(("left out because", "images"), reasons) if reasons else ["Nothing was left out.\n"]),
+        *_table(("column", "meaning"), columns),
+        "Settings:\n",
+        "```json",
+        json.dumps(settings, indent=2, sort_keys=True),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:
+    return [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
+
+
+def _size_category(rows: int) -> str:
+    limits = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
+    return next((name for limit, name in limits.items() if rows < limit), "n>1M")
+
+
+def count(values: Iterable[str]) -> dict[str, int]:
+    """Occurrences by value, most frequent first, ties by name."""
+    return dict(sorted(Counter(values).items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def contact_sheet(pairs: Sequence[tuple[Image.Image, Image.Image | None]]) -> Image.Image:
+    """Tiles of (image | image with everything but the product tinted), or of images alone where there is no mask."""
+    tiles = [_tile(image, mask) for image, mask in pairs]
+    width = max(tile.width for tile in tiles)
+    columns = min(_COLUMNS if width == _TILE else _COLUMNS // 2, len(tiles))
+    sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * _TILE), "white")
+    for number, tile in enumerate(tiles):
+        sheet.paste(tile, (number % columns * width, number // columns * _TILE))
+    return sheet
+
+
+def _tile(image: Image.Image, mask: Image.Image | None) -> Image.Image:
+    views = [image.convert("RGB")]
+    if mask is not None:
+        alpha_HW1 = np.asarray(mask.convert("L"), np.float32)[..., None] / 255
+        pixels_HWC = np.asarray(views[0], np.float32)
+        tinted_HWC = 0.3 * pixels_HWC + 0.7 * np.float32([255, 0, 255])
+        mixed_HWC = alpha_HW1 * pixels_HWC + (1 - alpha_HW1) * tinted_HWC
+        views.append(Image.fromarray(np.round(mixed_HWC).astype(np.uint8)))
+    tile = Image.new("RGB", (_TILE * len(views), _TILE), "white")
+    for number, view in enumerate(views):
+        view.thumbnail((_TILE - 4, _TILE - 4))
+        tile.paste(view, (number * _TILE + (_TILE - view.width) // 2, (_TILE - view.height) // 2))
+    return tile
