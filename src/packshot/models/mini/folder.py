@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 RECORD = "mini.json"
@@ -29,13 +29,12 @@ class Record:
     inputs: str = ""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Family:
     """A staging folder where parts are put together, and the folder it is published to."""
 
     staging: Path
     out: Path
-    records: dict[str, Record] = field(default_factory=dict)
 
     @classmethod
     def open(cls, work: Path, out: Path, name: str) -> Family:
@@ -44,9 +43,14 @@ class Family:
         if not staging.exists() and published.exists():
             shutil.copytree(published, staging)
         staging.mkdir(parents=True, exist_ok=True)
-        path = staging / RECORD
+        return cls(staging, published)
+
+    @property
+    def records(self) -> dict[str, Record]:
+        """The staged parts' records, read afresh: another process may be training another part."""
+        path = self.staging / RECORD
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return cls(staging, published, {stage: Record(**values) for stage, values in known.items()})
+        return {stage: Record(**values) for stage, values in known.items()}
 
     def keep_if_better(self, stage: str, record: Record, write: Callable[[Path], None]) -> bool:
         """Let ``write`` put the stage's files into staging unless the part there scores higher on the same inputs."""
@@ -55,8 +59,7 @@ class Family:
             print(f"{stage}: kept the present part, {old.score:.4f} against {record.score:.4f}", flush=True)
             return False
         write(self.staging)
-        self.records[stage] = record
-        values = {name: asdict(item) for name, item in self.records.items()}
+        values = {name: asdict(item) for name, item in {**self.records, stage: record}.items()}
         (self.staging / RECORD).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         print(f"{stage}: new part, score {record.score:.4f} {record.measures}", flush=True)
         return True

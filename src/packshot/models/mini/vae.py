@@ -104,7 +104,7 @@ def train_vae(renders: Renders, family: Family, folder: Path, minutes: float, se
     """Train the autoencoder and stage it; its scaling factor is one over the latents' standard deviation."""
     torch.manual_seed(seed)
     vae = build_vae(channels).to(memory_format=torch.channels_last)
-    plan = Plan("vae", folder, minutes, learning_rate=1e-3, batch_size=16, seed=seed, inputs=f"channels {channels}")
+    plan = Plan("vae", folder, minutes, learning_rate=1e-3, batch_size=8, seed=seed, inputs=f"channels {channels}")
 
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         if torch.rand((), generator=generator) < 0.005:
