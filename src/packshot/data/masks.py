@@ -195,10 +195,10 @@ def _saliency(rgb_HWC: np.ndarray) -> np.ndarray:
     """(H, W) in [0, 1]: how much a pixel differs from the frame of the picture; all 0 when nothing does."""
     flat_HWC = _lab(cv2.pyrMeanShiftFiltering(rgb_HWC, 8, 16))  # texture goes, edges stay
     geodesic_HW = _geodesic_from_border(flat_HWC)
-    colour_HW = _distance_to_border_colours(_lab(cv2.GaussianBlur(rgb_HWC, (0, 0), 1.5)))
     top = float(np.percentile(geodesic_HW, 98))
     if top < 4.0:  # ΔE: no region stands out from the border at all
         return np.zeros(rgb_HWC.shape[:2], np.float32)
+    colour_HW = _distance_to_border_colours(_lab(cv2.GaussianBlur(rgb_HWC, (0, 0), 1.5)))
     colour_top = max(float(np.percentile(colour_HW, 98)), 1e-6)
     return (np.clip(geodesic_HW / top, 0, 1) / 2 + np.clip(colour_HW / colour_top, 0, 1) / 2).astype(np.float32)
 

@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
-from typing import TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from multiprocessing import get_context, parent_process
+from typing import Any
 
 from packshot.config.schema import ExecutorConfig, ExecutorKind
 from packshot.core.errors import PackshotError
 
-Job = TypeVar("Job")
-Result = TypeVar("Result")
+Execute = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
-def _local(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
+def _die_with_parent() -> None:
+    """A pool's workers wait for ever when their parent is killed outright."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _local(workers: int) -> Iterator[Execute]:
     """Processes of this machine. Spawned, not forked: OpenCV and torch threads do not survive a fork."""
-    if workers == 1 or len(jobs) < 2:
-        yield from map(function, jobs)
+    if workers == 1:
+        yield map
         return
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(function, job) for job in jobs]
-        try:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_die_with_parent) as pool:
+
+        def execute(function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
+            futures = [pool.submit(function, job) for job in jobs]
             for future in as_completed(futures):
                 yield future.result()
+
+        try:
+            yield execute
         except BrokenProcessPool as error:
             raise PackshotError(
                 "A worker process died (killed, or out of memory).",
@@ -37,12 +56,11 @@ def _local(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int)
 _EXECUTORS = {ExecutorKind.local: _local}
 
 
-def execute(function: Callable[[Job], Result], jobs: Sequence[Job], config: ExecutorConfig) -> Iterator[Result]:
-    """Results of ``function`` over the jobs, as they are ready.
+def open_executor(config: ExecutorConfig) -> AbstractContextManager[Execute]:
+    """Workers for a ``with`` block: ``execute(function, jobs)`` yields results as they are ready.
 
-    function, jobs: picklable.
+    function, jobs: picklable. What a function raises comes out of ``execute``; jobs not yet started are dropped.
     Raises:
-        PackshotError: a worker died.
-        Exception: whatever the function raised; jobs not yet started are dropped.
+        PackshotError: (on leaving the block) a worker died.
     """
-    return _EXECUTORS[config.kind](function, jobs, config.workers)
+    return _EXECUTORS[config.kind](config.workers)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packshot.config.schema import ExecutorConfig, ExecutorKind
+from packshot.config.schema import ExecutorConfig
 from packshot.core.progress import progress
-from packshot.pipeline.executor import execute
+from packshot.core.storage import sha256
+from packshot.pipeline.executor import Execute, open_executor
 from packshot.pipeline.ledger import Entry, Ledger, file_sha256
 from packshot.pipeline.shards import batches, read_outcomes, read_samples, write_outcomes
-from packshot.pipeline.step import Sample, Step
-
-_HERE = ExecutorConfig(kind=ExecutorKind.local, workers=1)
+from packshot.pipeline.step import Outcome, Sample, Step
 
 
 @dataclass(frozen=True)
@@ -63,23 +61,21 @@ def run_steps(
     ledger = Ledger(folder)
     done: dict[str, list[Entry]] = {}
     worked = 0
-    for step in steps:
-        digest = fingerprint if not done else None
-        jobs = [
-            _job(folder, step, shard, items, digest, [entries[shard] for entries in done.values()], ledger)
-            for shard, items in enumerate(shards)
-        ]
-        results: dict[int, Entry] = {}
-        with progress(step.name, len(jobs)) as advance:
-            for entry, is_new in _results(step, jobs, executor):
-                if is_new:
-                    ledger.add(entry)
-                    worked += 1
-                results[entry.shard] = entry
-                advance(rejected=sum(e.rejected for e in results.values()))
-        done[step.name] = [results[shard] for shard in range(len(shards))]
-    ledger.finish([entry for entries in done.values() for entry in entries])
-    _prune(folder, {entry.file for entries in done.values() for entry in entries})
+    with open_executor(executor) as execute:
+        for step in steps:
+            jobs = _jobs(folder, step, shards, fingerprint, list(done.values()), ledger)
+            entries: dict[int, Entry] = {}
+            with progress(step.name, len(jobs)) as advance:
+                for entry, is_new in _results(step, jobs, execute):
+                    if is_new:
+                        ledger.add(entry)
+                        worked += 1
+                    entries[entry.shard] = entry
+                    advance(rejected=sum(entry.rejected for entry in entries.values()))
+            done[step.name] = [entries[shard] for shard in range(len(shards))]
+    everything = [entry for entries in done.values() for entry in entries]
+    ledger.finish(everything)
+    _prune(folder, {entry.file for entry in everything})
     return Report(folder, done, worked)
 
 
@@ -93,30 +89,31 @@ def rejections(report: Report, step: str, columns: Sequence[str]) -> list[tuple[
     ]
 
 
-def _job(
+def _jobs(
     folder: Path,
     step: Step,
-    shard: int,
-    items: Sequence[Sample],
-    fingerprint: Callable[[Sequence[Sample]], str] | None,
-    before: Sequence[Entry],
+    shards: Sequence[Sequence[Sample]],
+    fingerprint: Callable[[Sequence[Sample]], str],
+    before: Sequence[Sequence[Entry]],
     ledger: Ledger,
-) -> _Job:
-    known = ledger.find(step.name, shard)
-    if fingerprint:
-        numbered = [{**item, "index": index} for index, item in enumerate(items)]
-        return _Job(folder, step, shard, numbered, fingerprint, known)
-    return _Job(folder, step, shard, [folder / entry.file for entry in before], _combined(before), known)
+) -> list[_Job]:
+    """A job per shard: over the items for the first step, over the files of all steps before it for the others."""
+    jobs = []
+    for shard, items in enumerate(shards):
+        inputs: list[Any] = [{**item, "index": index} for index, item in enumerate(items)]
+        digest: str | Callable[[Sequence[Any]], str] = fingerprint
+        if before:
+            entries = [of_step[shard] for of_step in before]
+            inputs = [folder / entry.file for entry in entries]
+            digest = sha256("".join(entry.sha256 for entry in entries).encode())
+        jobs.append(_Job(folder, step, shard, inputs, digest, ledger.find(step.name, shard)))
+    return jobs
 
 
-def _combined(entries: Sequence[Entry]) -> str:
-    return hashlib.sha256("".join(entry.sha256 for entry in entries).encode()).hexdigest()
-
-
-def _results(step: Step, jobs: Sequence[_Job], executor: ExecutorConfig):
+def _results(step: Step, jobs: Sequence[_Job], execute: Execute) -> Iterator[tuple[Entry, bool]]:
     if step.whole:
         return iter(_run_whole(step, jobs))
-    return execute(_run_shard, jobs, _HERE if step.exclusive else executor)
+    return map(_run_shard, jobs) if step.exclusive else execute(_run_shard, jobs)
 
 
 def _is_done(job: _Job, key: str) -> bool:
@@ -139,7 +136,7 @@ def _run_shard(job: _Job) -> tuple[Entry, bool]:
 
 def _run_whole(step: Step, jobs: Sequence[_Job]) -> list[tuple[Entry, bool]]:
     """All shards in one call; its key covers all of them."""
-    key = step.key(hashlib.sha256("".join(str(job.digest) for job in jobs).encode()).hexdigest())
+    key = step.key(sha256("".join(str(job.digest) for job in jobs).encode()))
     if all(_is_done(job, key) for job in jobs):
         return [(job.known, False) for job in jobs if job.known]
     samples = [list(read_samples(job.inputs, step.reads)) for job in jobs]
@@ -150,7 +147,7 @@ def _run_whole(step: Step, jobs: Sequence[_Job]) -> list[tuple[Entry, bool]]:
     ]
 
 
-def _commit(job: _Job, key: str, pairs) -> Entry:
+def _commit(job: _Job, key: str, pairs: Iterable[tuple[list[Sample], Sequence[Outcome]]]) -> Entry:
     path = job.folder / job.step.file(job.shard)
     rows, rejected = write_outcomes(path, job.step, pairs)
     return Entry(job.step.name, job.shard, key, job.step.file(job.shard), file_sha256(path), rows, rejected)
