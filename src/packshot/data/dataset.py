@@ -1,0 +1,91 @@
+"""Reading datasets: Parquet shards as a map-style list of samples."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow.parquet as pq
+from PIL import Image
+
+from packshot.core.errors import ConfigError, PackshotError
+from packshot.core.storage import readable
+from packshot.scene import Scene
+
+_IMAGES = ("image", "mask", "plate", "cutout")
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """Samples of a dataset folder; ``rows[i]`` decodes one.
+
+    Each is a dict with ``image`` (PIL RGB), ``mask`` (PIL L, or None when the set has none), ``text``, ``scene``
+    (Scene), ``id`` and every other column as it is (``plate``: PIL RGB; ``cutout``: PIL RGBA).
+    """
+
+    def __init__(self, path: str, files: list[str], table: Any) -> None:
+        self.path, self.files, self._table = path, files, table
+        self.ids: list[str] = table.column("id").to_pylist()
+        self.texts: list[str] = table.column("text").to_pylist()
+        self.licenses = sorted(set(table.column("license").to_pylist())) if "license" in table.column_names else []
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = {name: self._table.column(name)[index].as_py() for name in self._table.column_names}
+        for name in _IMAGES:
+            if row.get(name) is not None:
+                row[name] = self._decode(row, name)
+        row.setdefault("mask", None)
+        row["scene"] = Scene.from_dict(row["scene"]) if row.get("scene") else Scene.parse(row["text"]).scene
+        return row
+
+    def _decode(self, row: dict[str, Any], name: str) -> Image.Image:
+        mode = {"image": "RGB", "plate": "RGB", "mask": "L", "cutout": "RGBA"}[name]
+        try:
+            return Image.open(io.BytesIO(row[name]["bytes"])).convert(mode)
+        except (OSError, KeyError, TypeError) as error:
+            raise PackshotError(
+                f"{self.path}: sample {row['id']} has a broken {name} ({error}).", "Build the dataset again."
+            ) from error
+
+    def fingerprint(self) -> str:
+        """Digest over sample ids and texts, in order: the identity of what a run was trained on."""
+        return hashlib.sha256("\n".join(f"{i}\t{t}" for i, t in zip(self.ids, self.texts, strict=True)).encode()).hexdigest()
+
+
+def load_rows(key: str, path: str, *, captions: bool = True) -> Rows:
+    """Open a dataset folder (or one Parquet file) that the config names under ``key``.
+
+    captions: refuse a set in which a sample has no text.
+
+    Raises:
+        ConfigError: nothing there, no Parquet, missing columns, no rows, missing captions.
+    """
+    folder = readable(key, path)
+    files = sorted(folder.glob("part-*.parquet")) or sorted(folder.glob("*.parquet")) if folder.is_dir() else [folder]
+    files = [file for file in files if file.name != "rejected.parquet"]
+    if not files:
+        raise ConfigError(f"{key}={path} holds no part-*.parquet.", "build_data.py writes such folders.")
+    try:
+        table = pq.read_table(files)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{key}={path} cannot be read as Parquet ({reason}).", "Build the dataset again.") from error
+    missing = {"id", "image", "text"} - set(table.column_names)
+    if missing:
+        raise ConfigError(f"{key}={path} lacks the column {', '.join(sorted(missing))}.", "build_data.py writes them.")
+    if table.num_rows == 0:
+        raise ConfigError(f"{key}={path} has no rows.", "Its rejected.parquet says why images were left out.")
+    rows = Rows(path, [file.name for file in files], table)
+    bare = sum(not text for text in rows.texts)
+    if captions and bare:
+        raise ConfigError(
+            f"{key}={path}: {bare} of {len(rows)} samples have no caption.",
+            f"python caption_vlm.py task=caption data.input={path} writes them.",
+        )
+    return rows

@@ -1,0 +1,82 @@
+"""One geometry per sample: image, mask, control map and reference go through the same resize, crop and padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Resize to ``resized``, then cut ``target`` at ``crop``; a negative crop pads. All (height, width) or (top, left), px."""
+
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
+
+    def time_ids(self) -> tuple[float, ...]:
+        """SDXL's micro-conditioning: original (h, w), crop (top, left), target (h, w) (arXiv 2307.01952, section 2.2)."""
+        top, left = (max(0, value) for value in self.crop)
+        return tuple(map(float, (*self.original, top, left, *self.target)))
+
+
+def product_box(mask: Image.Image | None) -> tuple[int, int, int, int] | None:
+    """Tight (top, left, bottom, right) of a mask's pixels above half, or None when there are none."""
+    if mask is None:
+        return None
+    rows, columns = np.nonzero(np.asarray(mask.convert("L")) >= 128)
+    if rows.size == 0:
+        return None
+    return int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1
+
+
+def plan(size: tuple[int, int], target: tuple[int, int], box: tuple[int, int, int, int] | None = None) -> Geometry:
+    """The geometry that brings a picture of ``size`` (h, w) into ``target`` without stretching.
+
+    The picture covers the target and the rest is cropped, in the middle, or shifted as far as the product's ``box``
+    (top, left, bottom, right) needs. A product too large for that is letterboxed: it is never cut.
+    """
+    cover = max(target[0] / size[0], target[1] / size[1])
+    contain = min(target[0] / size[0], target[1] / size[1])
+    fits = box is None or all((box[2 + a] - box[a]) * cover <= target[a] for a in (0, 1))
+    scale = cover if fits else contain
+    resized = tuple(max(1, round(side * scale)) for side in size)
+    crop = []
+    for axis in (0, 1):
+        start = (resized[axis] - target[axis]) // 2
+        if box is not None and fits:
+            low, high = int(np.floor(box[axis] * scale)), int(np.ceil(box[axis + 2] * scale))
+            start = min(max(start, high - target[axis]), low)
+            start = min(max(start, 0), resized[axis] - target[axis])
+        crop.append(start)
+    return Geometry(size, (resized[0], resized[1]), (crop[0], crop[1]), target)
+
+
+def apply(geometry: Geometry, array: np.ndarray, *, hard: bool = False, pad: str = "edge") -> np.ndarray:
+    """Push one picture through a geometry.
+
+    array: (H, W) or (H, W, C), any dtype OpenCV resizes, with (H, W) == geometry.original.
+    hard: nearest neighbour, for label maps; otherwise area when shrinking and cubic when growing.
+    pad: how letterbox bars are filled: "edge" repeats the border, "constant" is zero (masks).
+
+    Raises:
+        ValueError: the array has another size than the geometry was planned for.
+    """
+    if array.shape[:2] != geometry.original:
+        raise ValueError(f"array of {array.shape[:2]} px, geometry for {geometry.original} px")
+    height, width = geometry.resized
+    shrinking = height < array.shape[0]
+    method = cv2.INTER_NEAREST if hard else (cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
+    resized = array if (height, width) == array.shape[:2] else cv2.resize(array, (width, height), interpolation=method)
+    margins = []
+    for axis in (0, 1):
+        start, stop = geometry.crop[axis], geometry.crop[axis] + geometry.target[axis]
+        margins.append((max(0, -start), max(0, stop - geometry.resized[axis])))
+    margins += [(0, 0)] * (resized.ndim - 2)
+    padded = np.pad(resized, margins, mode="edge" if pad == "edge" else "constant") if any(map(any, margins)) else resized
+    top, left = (max(0, value) for value in geometry.crop)
+    return np.ascontiguousarray(padded[top : top + geometry.target[0], left : left + geometry.target[1]])

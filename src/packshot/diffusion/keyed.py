@@ -1,0 +1,40 @@
+"""Randomness that depends on what is drawn, not on who draws it or when.
+
+Every draw of the training takes its generator from (seed, epoch, sample id, use). Noise, timesteps and dropout are
+then the same whatever the number of processes, the batch size or the number of times a run was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+
+def generator(*key: object) -> torch.Generator:
+    """A CPU generator seeded by the hash of ``key``; equal keys give equal streams."""
+    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@dataclass(frozen=True)
+class SampleKey:
+    """One access to one sample: what its random draws are keyed by."""
+
+    seed: int
+    epoch: int
+    sample_id: str
+
+    def generator(self, use: str) -> torch.Generator:
+        """The generator of one use ("noise", "timestep", "caption_dropout", …) of this access."""
+        return generator(self.seed, self.epoch, self.sample_id, use)
+
+    def uniform(self, use: str) -> float:
+        """One draw from [0, 1)."""
+        return torch.rand((), generator=self.generator(use)).item()
+
+
+def permutation(seed: int, epoch: int, size: int) -> torch.Tensor:
+    """Order of an epoch, shape (size,), int64: stateless, so a cursor is all that a checkpoint needs."""
+    return torch.randperm(size, generator=generator(seed, "order", epoch))

@@ -1,0 +1,62 @@
+"""The five things a method has to say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from packshot.diffusion.keyed import SampleKey
+
+
+class Method(Protocol):
+    """A trainable extension of a frozen SDXL. Implementations are ``nn.Module``s; what has ``requires_grad`` is trained.
+
+    Built as ``Class(parts, method_config)``. Trainable parameters are fp32 from the start.
+    """
+
+    def encode(self, sample: dict[str, Any]) -> dict[str, Tensor]:
+        """Frozen-encoder results of one sample that are worth caching (may be empty). No batch dimension."""
+        ...
+
+    def cache_key(self) -> str:
+        """Names whatever ``encode`` depends on besides the sample (encoder weights, variant)."""
+        ...
+
+    def condition(self, sample: dict[str, Any], encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
+        """Extra conditioning of one access, no batch dimension; dropout is drawn from ``key``."""
+        ...
+
+    def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The network's output for a batch: shape (B, C, H, W)."""
+        ...
+
+    def pipeline(self) -> DiffusionPipeline:
+        """A stock pipeline with the adapter in its present state, for validation pictures."""
+        ...
+
+    def pipeline_inputs(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Extra call arguments of that pipeline for one validation sample."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write the adapter in the format stock tools load."""
+        ...
+
+
+def unet_conditioning(batch: dict[str, Tensor]) -> dict[str, Any]:
+    """The UNet's text and size conditioning, from a batch."""
+    return {
+        "encoder_hidden_states": batch["prompt_embeds"],
+        "added_cond_kwargs": {"text_embeds": batch["pooled_prompt_embeds"], "time_ids": batch["time_ids"]},
+    }
+
+
+def trainable_fp32(module: nn.Module) -> nn.Module:
+    """Master weights in fp32: bf16 parameters at usual learning rates mostly round back to where they were."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return module

@@ -1,0 +1,181 @@
+"""IP-Adapter: a reference image enters through its own keys and values in every cross-attention."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterPlusImageProjection, ImageProjection, MultiIPAdapterImageProjection
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from packshot.config.schema import IPAdapterMethod, IPAdapterVariant
+from packshot.diffusion.keyed import SampleKey
+from packshot.methods.base import trainable_fp32, unet_conditioning
+from packshot.models.load import Parts, weights_hash
+
+# diffusers derives the number of heads of a "plus" resampler from this head width when it loads one.
+RESAMPLER_DIM_HEAD = 64
+RESAMPLER_DEPTH = 4
+
+
+class IPAdapter(nn.Module):
+    """Decoupled cross-attention for image tokens (Ye et al. 2023, arXiv 2308.06721).
+
+    The modules are those that diffusers itself builds when it loads an IP-Adapter, so that what is trained is what
+    runs. ``base`` projects CLIP's pooled embedding to ``num_tokens`` tokens, ``plus`` resamples its patch tokens.
+    """
+
+    def __init__(self, parts: Parts, config: IPAdapterMethod) -> None:
+        super().__init__()
+        self.config, self._parts = config, parts
+        self.unet, self.image_encoder = parts.unet, parts.image_encoder
+        width, vision = self.unet.config.cross_attention_dim, self.image_encoder.config
+        if config.variant is IPAdapterVariant.base:
+            projection: nn.Module = ImageProjection(vision.projection_dim, width, config.num_tokens)
+        else:
+            projection = IPAdapterPlusImageProjection(
+                embed_dims=vision.hidden_size,
+                output_dims=width,
+                hidden_dims=max(RESAMPLER_DIM_HEAD, width),
+                depth=RESAMPLER_DEPTH,
+                dim_head=RESAMPLER_DIM_HEAD,
+                heads=max(1, width // RESAMPLER_DIM_HEAD),
+                num_queries=config.num_tokens,
+            )
+        self.processors = nn.ModuleList(_add_image_attention(self.unet, config))
+        self.unet.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
+        self.unet.config.encoder_hid_dim_type = "ip_image_proj"
+        self.projection = projection
+        self.null_reference = self._null_reference()
+        for module in (self.projection, self.processors):
+            module.requires_grad_(True).train()
+            trainable_fp32(module)
+
+    def encode(self, sample: dict[str, Any]) -> dict[str, Tensor]:
+        """``reference``: what CLIP says of the picture without its product: (D,) for base, (tokens, D) for plus."""
+        return {"reference": self._clip(_without_product(sample))}
+
+    @torch.no_grad()
+    def _clip(self, image: Image.Image) -> Tensor:
+        pixels = self._parts.feature_extractor(images=image, return_tensors="pt").pixel_values
+        return self._states(pixels)
+
+    def _states(self, pixels_1CHW: Tensor) -> Tensor:
+        encoder = self.image_encoder
+        pixels_1CHW = pixels_1CHW.to(encoder.device, encoder.dtype)
+        if self.config.variant is IPAdapterVariant.base:
+            return encoder(pixels_1CHW).image_embeds[0].float().cpu()
+        return encoder(pixels_1CHW, output_hidden_states=True).hidden_states[-2][0].float().cpu()
+
+    @torch.no_grad()
+    def _null_reference(self) -> Tensor:
+        """What "no reference" is at inference: zeros (base), the encoding of a zero image (plus)."""
+        size = self.image_encoder.config.image_size
+        states = self._states(torch.zeros(1, 3, size, size))
+        return torch.zeros_like(states) if self.config.variant is IPAdapterVariant.base else states
+
+    def cache_key(self) -> str:
+        """Variant and encoder weights."""
+        return f"reference-{self.config.variant.name}-{weights_hash(self.image_encoder)}"
+
+    def condition(self, sample: dict[str, Any], encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
+        """``reference``, or the null reference in ``image_dropout`` of the accesses."""
+        dropped = key.uniform("image_dropout") < self.config.image_dropout
+        return {"reference": self.null_reference if dropped else encoded["reference"]}
+
+    def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The UNet's output with image tokens attended to."""
+        conditioning = unet_conditioning(batch)
+        conditioning["added_cond_kwargs"]["image_embeds"] = [batch["reference"].unsqueeze(1)]
+        return self.unet(noisy_BCHW, timesteps_B, **conditioning).sample
+
+    def pipeline(self) -> DiffusionPipeline:
+        """Text and reference to image."""
+        return StableDiffusionXLPipeline(**self._parts.pipeline_components())
+
+    def pipeline_inputs(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """The sample's own surroundings as the reference; unconditional half first, as the pipeline expects."""
+        pair = torch.stack([self.null_reference, self.encode(sample)["reference"]])
+        return {"ip_adapter_image_embeds": [pair.unsqueeze(1).to(self.unet.device, self.unet.dtype)]}
+
+    def export(self, folder: Path) -> None:
+        """``ip_adapter.safetensors`` in the layout of the original IP-Adapter, and ``packshot.json``."""
+        tensors = {f"image_proj.{_original_key(k)}": v for k, v in _merge_kv(self.projection.state_dict()).items()}
+        for number, processor in enumerate(self.processors):
+            # the original numbers every attention; cross-attentions are the odd ones
+            tensors[f"ip_adapter.{2 * number + 1}.to_k_ip.weight"] = processor.to_k_ip[0].weight
+            tensors[f"ip_adapter.{2 * number + 1}.to_v_ip.weight"] = processor.to_v_ip[0].weight
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "ip_adapter.safetensors")
+        described = {"variant": self.config.variant.name, "num_tokens": self.config.num_tokens}
+        (folder / "packshot.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _without_product(sample: dict[str, Any]) -> Image.Image:
+    """The picture with its product painted over in mid-grey: a reference lends its scene, not its object."""
+    image = sample["image"]
+    if sample.get("mask") is None:
+        return image
+    grey = Image.new("RGB", image.size, (127, 127, 127))
+    return Image.composite(grey, image, sample["mask"])
+
+
+def _add_image_attention(unet: Any, config: IPAdapterMethod) -> list[IPAdapterAttnProcessor2_0]:
+    """Give every cross-attention image keys and values, copied from its text ones; returns them in order."""
+    processors, added = {}, []
+    modules = dict(unet.named_modules())
+    for name, processor in unet.attn_processors.items():
+        attention = modules[name.removesuffix(".processor")]
+        if name.endswith("attn1.processor"):
+            processors[name] = processor
+            continue
+        new = IPAdapterAttnProcessor2_0(
+            hidden_size=attention.to_k.out_features,
+            cross_attention_dim=attention.to_k.in_features,
+            num_tokens=(config.num_tokens,),
+            scale=config.scale,
+        )
+        new.to_k_ip[0].weight.data.copy_(attention.to_k.weight.data)
+        # Values start at zero, so that at step 0 the adapter changes nothing and training is not spent on undoing it.
+        nn.init.zeros_(new.to_v_ip[0].weight)
+        processors[name] = new
+        added.append(new)
+    unet.set_attn_processor(processors)
+    return added
+
+
+def _merge_kv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The resampler's keys and values in one matrix, as the original stores them."""
+    merged = {}
+    for key, value in state.items():
+        if key.endswith("attn.to_k.weight"):
+            merged[key.replace("to_k", "to_kv")] = torch.cat([value, state[key.replace("to_k", "to_v")]])
+        elif not key.endswith("attn.to_v.weight"):
+            merged[key] = value
+    return merged
+
+
+_ORIGINAL_NAMES = (
+    (r"^image_embeds\.", "proj."),
+    (r"^layers\.(\d)\.ln0\.", r"layers.\1.0.norm1."),
+    (r"^layers\.(\d)\.ln1\.", r"layers.\1.0.norm2."),
+    (r"^layers\.(\d)\.attn\.to_out\.0\.", r"layers.\1.0.to_out."),
+    (r"^layers\.(\d)\.attn\.", r"layers.\1.0."),
+    (r"^layers\.(\d)\.ff\.0\.", r"layers.\1.1.0."),
+    (r"^layers\.(\d)\.ff\.1\.net\.0\.proj\.", r"layers.\1.1.1."),
+    (r"^layers\.(\d)\.ff\.1\.net\.2\.", r"layers.\1.1.3."),
+)
+
+
+def _original_key(key: str) -> str:
+    for pattern, replacement in _ORIGINAL_NAMES:
+        renamed = re.sub(pattern, replacement, key)
+        if renamed != key:
+            return renamed
+    return key

@@ -1,0 +1,1 @@
+"""The two model families: how their parts are loaded, and how the mini one is built."""

@@ -1,0 +1,202 @@
+"""The training loop: one, for every method and for the captioners.
+
+What is trained is a Task, an ``nn.Module`` whose ``forward(batch)`` returns the loss of every sample. All random
+draws happen in ``collate``, keyed by sample; the loop itself draws nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from packshot.config.schema import OptimConfig, TrainConfig
+from packshot.core.errors import PackshotError
+from packshot.core.progress import progress as progress_bar
+from packshot.core.run import Run, log
+from packshot.core.tracking import Tracker
+from packshot.diffusion.keyed import SampleKey
+from packshot.train import state as checkpoints
+from packshot.train.optimizer import OPTIMIZERS, learning_rate
+from packshot.train.order import RankBatches, Stream, batches
+
+
+class Task(Protocol):
+    """What the loop needs besides ``nn.Module``."""
+
+    def __call__(self, batch: dict[str, Any]) -> Tensor:
+        """Loss per sample, shape (B,), fp32."""
+        ...
+
+    def collate(self, samples: list[dict[str, Any]], keys: list[SampleKey]) -> dict[str, Any]:
+        """A batch of CPU tensors; every random draw comes from the sample's key."""
+        ...
+
+    def validate(self, folder: Path, accelerator: Accelerator) -> tuple[dict[str, float], list[Path], list[str]]:
+        """Figures, pictures written under ``folder`` and a line for each. Called on all processes, without gradients."""
+        ...
+
+
+def make_accelerator(train: TrainConfig) -> Accelerator:
+    """Accelerate, set up so that one optimizer step is one step of everything."""
+    return Accelerator(
+        mixed_precision=train.mixed_precision.name,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def peak_memory_gib() -> float:
+    """Peak memory so far, GiB: the accelerator's if there is one, else this process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Tensors of a batch on the device; the rest as it is."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def validate(
+    task: Any, ema: checkpoints.EMA | None, run: Run | None, step: int, accelerator: Accelerator, tracker: Tracker | None
+) -> dict[str, float]:
+    """Validation with the averaged weights, which are put back whatever happens."""
+    inner = accelerator.unwrap_model(task)
+    training = inner.training
+    inner.eval()
+    if ema:
+        ema.swap(inner)
+    try:
+        with torch.no_grad():
+            folder = (run.path if run else Path(".")) / "samples" / f"{step:08d}"
+            figures, pictures, captions = inner.validate(folder, accelerator)
+    finally:
+        if ema:
+            ema.swap(inner)
+        inner.train(training)
+    if run and tracker:
+        run.metrics({"step": step, **figures})
+        tracker.log(figures, step)
+        tracker.images("samples", pictures, captions, step)
+        log.info("validation at step %d: %s", step, "  ".join(f"{k} {v:.4f}" for k, v in figures.items()) or "pictures")
+    return figures
+
+
+def fit(
+    task: Any,
+    rows: Sequence[dict[str, Any]],
+    ids: Sequence[str],
+    *,
+    seed: int,
+    train: TrainConfig,
+    optim: OptimConfig,
+    num_workers: int,
+    accelerator: Accelerator,
+    run_path: Path,
+    run: Run | None,
+    tracker: Tracker | None,
+) -> checkpoints.EMA | None:
+    """Train ``task`` (see :class:`Task`) to ``train.max_steps``, from the newest whole checkpoint if there is one.
+
+    run, tracker: on the main process only. Returns the moving average, if one is kept.
+
+    Raises:
+        PackshotError: loss or gradient is not finite (with the sample ids), or a checkpoint does not fit.
+    """
+    parameters = list(checkpoints.trainable(task).values())
+    optimizer = OPTIMIZERS[optim.kind](parameters, optim, train.learning_rate)
+    ema = checkpoints.EMA(task, train.ema_decay) if train.ema_decay else None
+    task, optimizer = accelerator.prepare(task, optimizer)
+    inner = accelerator.unwrap_model(task)
+    if ema:
+        ema.shadow = {name: tensor.to(accelerator.device) for name, tensor in ema.shadow.items()}
+    folder = run_path / "checkpoints"
+    newest = checkpoints.newest_whole(folder)
+    where = checkpoints.Progress()
+    if newest:
+        where = checkpoints.load(newest, inner, optimizer.optimizer, ema, accelerator.scaler)
+        log.info("resuming at step %d from %s", where.step, newest)
+    accelerator.wait_for_everyone()
+
+    world, accumulation = accelerator.num_processes, train.gradient_accumulation_steps
+    order = RankBatches(where.samples_seen, train.batch_size, accelerator.process_index, world)
+    stream = batches(Stream(rows, ids, seed), inner.collate, order, num_workers)
+    task.train()
+    if train.validation_steps and where.step == 0:
+        validate(task, ema, run, 0, accelerator, tracker)
+
+    window_loss, window_start, window_wait, window_steps = torch.zeros((), device=accelerator.device), time.monotonic(), 0.0, 0
+    with progress_bar("training", train.max_steps, where.step, show=run is not None) as advance:
+        while where.step < train.max_steps:
+            rate = learning_rate(where.step, train)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            step_ids: list[str] = []
+            grad_norm = torch.zeros(())
+            for _ in range(accumulation):
+                waiting = time.monotonic()
+                batch = to_device(next(stream), accelerator.device)
+                window_wait += time.monotonic() - waiting
+                step_ids += batch.pop("ids")
+                with accelerator.accumulate(task):
+                    # Dropout and the like inside the network draw from the global generator: tie it to the position.
+                    torch.manual_seed(hash((seed, where.samples_seen, accelerator.process_index)) & 0x7FFFFFFF)
+                    loss = task(batch).mean()
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(parameters, train.max_grad_norm or math.inf)
+                    optimizer_step_allowed = not accelerator.sync_gradients or _finite(grad_norm, accelerator)
+                    if not optimizer_step_allowed:
+                        raise PackshotError(
+                            f"loss {loss.item():.4g} / gradient norm {float(grad_norm):.4g} at step {where.step + 1} is "
+                            f"not finite; samples {', '.join(step_ids)}.",
+                            "Lower train.learning_rate or look at these samples; the last checkpoint is untouched.",
+                        )
+                    optimizer.step()
+                    optimizer.zero_grad()
+                window_loss += loss.detach() / accumulation
+                where.samples_seen += train.batch_size * world
+            if ema:
+                ema.update(inner)
+            where.step += 1
+            window_steps += 1
+
+            if where.step % train.log_steps == 0 or where.step == train.max_steps:
+                mean_loss = accelerator.reduce(window_loss, "mean").item() / window_steps
+                elapsed = time.monotonic() - window_start
+                figures = {
+                    "loss": mean_loss,
+                    "learning_rate": rate,
+                    "grad_norm": float(grad_norm),
+                    "images_per_second": window_steps * accumulation * train.batch_size * world / elapsed,
+                    "data_wait_share": window_wait / elapsed,
+                    "peak_memory_gib": peak_memory_gib(),
+                }
+                if run and tracker:
+                    run.metrics({"step": where.step, **figures})
+                    tracker.log(figures, where.step)
+                advance(window_steps, loss=mean_loss, lr=rate)
+                window_loss.zero_()
+                window_start, window_wait, window_steps = time.monotonic(), 0.0, 0
+            if where.step % train.checkpointing_steps == 0 or where.step == train.max_steps:
+                if run:
+                    checkpoints.save(folder, inner, optimizer.optimizer, ema, accelerator.scaler, where)
+                    checkpoints.prune(folder, train.checkpoints_total_limit)
+                accelerator.wait_for_everyone()
+            if train.validation_steps and (where.step % train.validation_steps == 0 or where.step == train.max_steps):
+                validate(task, ema, run, where.step, accelerator, tracker)
+                window_start = time.monotonic()
+    return ema
+
+
+def _finite(grad_norm: Tensor, accelerator: Accelerator) -> bool:
+    """fp16 overflows now and then by design: its scaler skips such steps. Otherwise a bad gradient ends the run."""
+    return accelerator.scaler is not None or bool(torch.isfinite(grad_norm))

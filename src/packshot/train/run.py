@@ -1,0 +1,131 @@
+"""What the three training scripts do: load, encode, fit, export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from packshot.config.schema import SCRIPTS, MixedPrecision, Mode, TrainConfig, TrainScript
+from packshot.core.errors import PackshotError
+from packshot.core.run import Run, log, open_run
+from packshot.core.storage import replacing_folder
+from packshot.core.tracking import Tracker, open_tracker
+from packshot.data.dataset import Rows, load_rows
+from packshot.methods import METHODS
+from packshot.models.load import load_parts
+from packshot.train import preview
+from packshot.train.cache import TensorCache
+from packshot.train.card import write_card
+from packshot.train.loop import fit, make_accelerator
+from packshot.train.state import EMA
+from packshot.train.task import DiffusionTask
+
+DTYPES = {MixedPrecision.no: torch.float32, MixedPrecision.fp16: torch.float16, MixedPrecision.bf16: torch.bfloat16}
+
+
+@dataclass
+class Session:
+    """One run over one or many processes. ``run`` and ``tracker`` exist on the main process only."""
+
+    accelerator: Accelerator
+    path: Path
+    run: Run | None
+    tracker: Tracker | None
+
+
+def start(script: str, config: Any, train: TrainConfig) -> Session:
+    """Open the run on the main process and tell the others where it is.
+
+    Raises:
+        PackshotError: on every process, when the main one cannot open the folder.
+    """
+    accelerator = make_accelerator(train)
+    message: list[Any] = [None, None]
+    run = tracker = None
+    if accelerator.is_main_process:
+        try:
+            run = open_run(script, config)
+            tracker = open_tracker(run, config, job_type=script)
+            message = [str(run.path), None]
+        except PackshotError as error:
+            message = [None, error]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(message)
+    if message[1] is not None:
+        raise message[1]
+    return Session(accelerator, Path(message[0]), run, tracker)
+
+
+def train(config: TrainScript) -> None:
+    """Entry point of train_lora.py, train_ip_adapter.py and train_controlnet.py."""
+    script = next(name for name, schema in SCRIPTS.items() if schema is type(config))
+    rows = load_rows("data.train", config.data.train)
+    validation = load_rows("data.validation", config.data.validation)
+    parts = load_parts(config.model)
+    session = start(script, config, config.train)
+    accelerator = session.accelerator
+    method: Any = METHODS[type(config.method)](parts, config.method)  # type: ignore[attr-defined]
+    if config.train.gradient_checkpointing:
+        preview.enable_checkpointing(method)
+    task = DiffusionTask(method, parts, config, TensorCache(Path("outputs/cache")), validation)
+    _place(task, parts, accelerator, config.train)
+    try:
+        MODES[config.mode](session, task, rows, validation, config)
+    finally:
+        if session.tracker:
+            session.tracker.finish()
+
+
+def _place(task: DiffusionTask, parts: Any, accelerator: Accelerator, train: TrainConfig) -> None:
+    """Frozen weights in the mixed-precision dtype, trained ones in fp32, all on the device."""
+    trained = {id(p): p.data for p in task.parameters() if p.requires_grad}
+    parts.to(accelerator.device, DTYPES[train.mixed_precision])
+    for parameter in task.parameters():
+        if parameter.requires_grad:
+            parameter.data = trained[id(parameter)].to(accelerator.device)
+    task.alphas_cumprod_T = task.alphas_cumprod_T.to(accelerator.device)
+
+
+def _train(session: Session, task: DiffusionTask, rows: Rows, validation: Rows, config: TrainScript) -> None:
+    for part in (rows, validation):
+        task.fill_cache(part, session.accelerator)
+    ema = fit(
+        task,
+        rows,
+        rows.ids,
+        seed=config.run.seed,
+        train=config.train,
+        optim=config.optim,
+        num_workers=config.data.num_workers,
+        accelerator=session.accelerator,
+        run_path=session.path,
+        run=session.run,
+        tracker=session.tracker,
+    )
+    if session.run:
+        export(session, task, task.method, ema, rows, config)
+
+
+def export(session: Session, module: torch.nn.Module, exporter: Any, ema: EMA | None, rows: Rows, config: Any) -> None:
+    """``<run>/export``: the adapter (its moving average, if kept), its config, its data's identity and a model card."""
+    if ema:
+        ema.swap(module)
+    with replacing_folder(session.path / "export") as folder:
+        exporter.export(folder)
+        if getattr(getattr(config, "export", None), "kohya", False):
+            exporter.export_kohya(folder)
+        write_card(folder, session.path, rows, config)
+    log.info("exported to %s", session.path / "export")
+
+
+MODES: dict[Mode, Callable[[Session, DiffusionTask, Rows, Rows, Any], None]] = {
+    Mode.train: _train,
+    Mode.plan: preview.plan,
+    Mode.check: preview.check,
+}

@@ -1,0 +1,48 @@
+"""Two gloo processes: one run folder, and the same result as one process on the same global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def launch(processes, folder, *overrides):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29513"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, str(WORKER), str(folder), *overrides], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_number_of_processes_does_not_change_the_result(tmp_path):
+    launch(2, tmp_path / "two", "train.batch_size=2", "train.max_steps=10")
+    launch(1, tmp_path / "one", "train.batch_size=4", "train.max_steps=10")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "one", "two"]
+    first, second = (load_file(tmp_path / name / "gradients.safetensors") for name in ("one", "two"))
+    assert len(first) > 10
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-6)
+    first, second = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
+    a, b = (torch.cat([weights[name].flatten() for name in sorted(weights)]) for weights in (first, second))
+    assert (a - b).norm() / a.norm() <= 1e-4
+    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 10
+
+
+def test_an_existing_folder_is_refused_by_every_process(tmp_path):
+    (tmp_path / "kept.txt").write_text("mine")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29514"]
+    done = subprocess.run(
+        [*command, "train_lora.py", f"run.dir={tmp_path}", "tracking=none"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode != 0
+    assert "is not empty" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]

@@ -1,0 +1,51 @@
+"""Run by torchrun from test_world_size.py: trains the mini LoRA and writes its weights and first gradient."""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from packshot.config.compose import compose
+from packshot.data.dataset import load_rows
+from packshot.methods import METHODS
+from packshot.models.load import load_parts
+from packshot.train import loop
+from packshot.train.cache import TensorCache
+from packshot.train.run import start
+from packshot.train.state import trainable
+from packshot.train.task import DiffusionTask
+
+HELDOUT = "data/rendered/heldout"
+
+
+def main(folder: str, *overrides: str) -> None:
+    torch.set_num_threads(1)
+    common = [f"data.train={HELDOUT}", f"data.validation={HELDOUT}", "tracking=none", f"run.dir={folder}"]
+    config = compose("train_lora", [*common, "train.validation_steps=0", *overrides])
+    rows = load_rows("data.train", config.data.train)
+    parts = load_parts(config.model)
+    session = start("train_lora", config, config.train)
+    method = METHODS[type(config.method)](parts, config.method)
+    task = DiffusionTask(method, parts, config, TensorCache(Path(folder).parent / "cache"), rows)
+    task.fill_cache(rows, session.accelerator)
+    gradients: dict[str, torch.Tensor] = {}
+    clip = session.accelerator.clip_grad_norm_
+
+    def remember(parameters, norm):
+        if not gradients:
+            gradients.update({n: p.grad.detach().clone() for n, p in trainable(task).items()})
+        return clip(parameters, norm)
+
+    session.accelerator.clip_grad_norm_ = remember
+    loop.fit(
+        task, rows, rows.ids, seed=0, train=config.train, optim=config.optim, num_workers=0,
+        accelerator=session.accelerator, run_path=session.path, run=session.run, tracker=session.tracker,
+    )  # fmt: skip
+    if session.run:
+        save_file(gradients, Path(folder) / "gradients.safetensors")
+        save_file({n: p.detach().clone() for n, p in trainable(task).items()}, Path(folder) / "weights.safetensors")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

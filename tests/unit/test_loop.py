@@ -1,0 +1,194 @@
+"""The loop and its state, on a task small enough to run hundreds of steps."""
+
+import json
+import math
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+
+from packshot.config.schema import LRSchedule, OptimConfig, TrainConfig
+from packshot.core.errors import PackshotError
+from packshot.core.run import Run
+from packshot.core.tracking import NullTracker
+from packshot.train import state as checkpoints
+from packshot.train.loop import fit, make_accelerator, validate
+from packshot.train.optimizer import learning_rate
+from packshot.train.order import RankBatches, Stream, batches
+
+
+class Regression(nn.Module):
+    """A linear model that learns to denoise: random draws keyed by sample, as the real tasks do it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.linear = nn.Linear(4, 4)
+
+    def collate(self, samples, keys):
+        noise = torch.stack([torch.randn(4, generator=key.generator("noise")) for key in keys])
+        return {"x": torch.stack([s["x"] for s in samples]), "noise": noise}
+
+    def forward(self, batch):
+        return (self.linear(self.frozen(batch["x"] + batch["noise"])) - batch["x"]).square().mean(dim=1)
+
+    def validate(self, folder, accelerator):
+        return {"validation_loss": float(self.linear.weight.sum())}, [], []
+
+
+ROWS = [{"x": torch.randn(4, generator=torch.Generator().manual_seed(i))} for i in range(7)]
+IDS = [f"s{i}" for i in range(7)]
+
+
+def run_fit(path, task=None, rows=ROWS, **settings):
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    defaults = {"max_steps": 12, "batch_size": 3, "checkpointing_steps": 4, "validation_steps": 0, "ema_decay": 0.9}
+    train = TrainConfig(**{**defaults, "learning_rate": 1e-2, **settings})
+    path.mkdir(exist_ok=True)
+    task = task or Regression()
+    ema = fit(
+        task, rows, IDS, seed=0, train=train, optim=OptimConfig(), num_workers=0,
+        accelerator=make_accelerator(train), run_path=path, run=Run(path, False), tracker=NullTracker(),
+    )  # fmt: skip
+    return task, ema
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("kind", list(LRSchedule))
+def test_learning_rate_is_the_closed_form_in_optimizer_steps(tmp_path, accumulation, kind):
+    run_fit(tmp_path, max_steps=10, warmup_steps=3, gradient_accumulation_steps=accumulation, lr_schedule=kind)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    shapes = {
+        LRSchedule.constant: lambda d: 1.0,
+        LRSchedule.linear: lambda d: 1 - d,
+        LRSchedule.cosine: lambda d: (1 + math.cos(math.pi * d)) / 2,
+    }
+    expected = [1e-2 * (s + 1) / 3 if s < 3 else 1e-2 * shapes[kind]((s - 3) / 7) for s in range(10)]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(expected)
+
+
+def test_learning_rate_ends_where_the_schedule_says():
+    config = TrainConfig(max_steps=100, learning_rate=1.0)
+    assert learning_rate(0, config) == 1.0
+    assert learning_rate(99, config) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.99)))
+
+
+def test_accumulated_gradient_is_the_mean_over_all_samples(tmp_path):
+    whole, _ = run_fit(tmp_path / "a", max_steps=5, batch_size=6)
+    parts, _ = run_fit(tmp_path / "b", max_steps=5, batch_size=2, gradient_accumulation_steps=3)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_every_sample_comes_once_an_epoch_whatever_the_batch_and_the_processes():
+    seen = {}
+    for world, size in ((1, 3), (2, 4), (3, 1)):
+        streams = [
+            batches(
+                Stream(ROWS, IDS, 0),
+                lambda s, k: {"epochs": [key.epoch for key in k]},
+                RankBatches(0, size, rank, world),
+                0,
+            )
+            for rank in range(world)
+        ]
+        order = []
+        while len(order) < 21:
+            for stream in streams:
+                batch = next(stream)
+                order += list(zip(batch["epochs"], batch["ids"], strict=True))
+        seen[world] = order[:21]
+    assert seen[1] == seen[2] == seen[3]
+    for epoch in range(3):
+        assert sorted(i for e, i in seen[1] if e == epoch) == IDS
+
+
+def test_resume_is_bit_exact_with_accumulation_and_ema(tmp_path):
+    settings = {"gradient_accumulation_steps": 2}
+    unbroken, ema = run_fit(tmp_path / "a", **settings)
+
+    class Killed(Exception):
+        pass
+
+    class Dying(Regression):
+        calls = 0
+
+        def forward(self, batch):
+            Dying.calls += 1
+            if Dying.calls > 13:
+                raise Killed
+            return super().forward(batch)
+
+    with pytest.raises(Killed):
+        run_fit(tmp_path / "b", Dying(), **settings)
+    resumed, ema_resumed = run_fit(tmp_path / "b", **settings)
+    for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert ema.updates == ema_resumed.updates == 12
+    assert all(torch.equal(ema.shadow[name], ema_resumed.shadow[name]) for name in ema.shadow)
+
+
+def test_a_damaged_checkpoint_is_skipped_and_the_one_before_used(tmp_path):
+    constant = {"lr_schedule": LRSchedule.constant}
+    unbroken, _ = run_fit(tmp_path / "a", **constant)
+    run_fit(tmp_path / "b", max_steps=8, **constant)
+    folder = tmp_path / "b" / "checkpoints"
+    newest = folder / "00000008" / "trainable.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-3])
+    (folder / ".00000099.1.tmp").mkdir()
+    assert checkpoints.newest_whole(folder).name == "00000004"
+    resumed, _ = run_fit(tmp_path / "b", **constant)
+    for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
+    run_fit(tmp_path, max_steps=4)
+
+    class Larger(Regression):
+        def __init__(self):
+            super().__init__()
+            self.more = nn.Linear(4, 4)
+
+    with pytest.raises(PackshotError, match="other parameters"):
+        run_fit(tmp_path, Larger())
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    run_fit(tmp_path, checkpoints_total_limit=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000012"]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_with_the_sample_ids(tmp_path):
+    rows = [dict(row) for row in ROWS]
+    rows[4] = {"x": torch.full((4,), float("nan"))}
+    with pytest.raises(PackshotError, match="s4") as caught:
+        run_fit(tmp_path, rows=rows)
+    assert "not finite" in str(caught.value)
+
+
+def test_validation_puts_the_weights_back_even_when_it_fails(tmp_path):
+    task, ema = run_fit(tmp_path)
+    before = {name: p.clone() for name, p in task.named_parameters()}
+
+    def fail(folder, accelerator):
+        assert torch.equal(task.linear.weight, ema.shadow["linear.weight"]) is False
+        assert not torch.equal(task.linear.weight, before["linear.weight"])
+        raise RuntimeError("out of memory")
+
+    task.validate = fail
+    with pytest.raises(RuntimeError):
+        validate(task, ema, None, 0, make_accelerator(TrainConfig()), None)
+    assert all(torch.equal(before[name], p) for name, p in task.named_parameters())
+    assert task.training
+
+
+def test_checkpoints_hold_only_what_is_trained(tmp_path):
+    from safetensors.torch import load_file
+
+    run_fit(tmp_path)
+    saved = load_file(tmp_path / "checkpoints" / "00000012" / "trainable.safetensors")
+    assert set(saved) == {"linear.weight", "linear.bias"}

@@ -1,0 +1,260 @@
+"""LoRA, ControlNet, IP-Adapter on the mini SDXL: nothing at step 0, and exports that stock diffusers reads alike."""
+
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file
+
+from packshot.config.schema import (
+    ControlNetMethod,
+    IPAdapterMethod,
+    IPAdapterVariant,
+    LoraKind,
+    LoraMethod,
+    TrainLora,
+)
+from packshot.core.storage import resolve
+from packshot.diffusion.keyed import SampleKey
+from packshot.methods import METHODS
+from packshot.models.load import load_parts
+from packshot.train.cache import TensorCache
+from packshot.train.task import DiffusionTask, framed
+
+BASE = resolve("data/models/sdxl")
+CONFIGS = [
+    LoraMethod(rank=4),
+    LoraMethod(rank=4, alpha=8, kind=LoraKind.rslora),
+    LoraMethod(rank=4, kind=LoraKind.dora),
+    ControlNetMethod(),
+    IPAdapterMethod(),
+    IPAdapterMethod(variant=IPAdapterVariant.plus),
+]
+NAMES = ["lora", "rslora", "dora", "controlnet", "ip_adapter", "ip_adapter_plus"]
+
+
+def example(parts, rows, method):
+    """A batch of one for ``method.predict``, without a cache."""
+    seen = framed(rows[0], 128)
+    g = torch.Generator().manual_seed(0)
+    width = parts.unet.config.cross_attention_dim
+    pooled = parts.text_encoder_2.config.projection_dim
+    batch = {
+        "prompt_embeds": torch.randn(1, 77, width, generator=g),
+        "pooled_prompt_embeds": torch.randn(1, pooled, generator=g),
+        "time_ids": torch.tensor([[128.0, 128, 0, 0, 128, 128]]),
+    }
+    key = SampleKey(0, 0, rows.ids[0])
+    condition = method.condition(seen, method.encode(seen), key) if method else {}
+    batch |= {name: tensor[None] for name, tensor in condition.items()}
+    noisy = torch.randn(1, parts.unet.config.in_channels, 16, 16, generator=g)
+    return noisy, torch.tensor([500]), batch
+
+
+@torch.no_grad()
+def bare(parts, noisy, timesteps, batch):
+    added = {"text_embeds": batch["pooled_prompt_embeds"], "time_ids": batch["time_ids"]}
+    return parts.unet(
+        noisy, timesteps, encoder_hidden_states=batch["prompt_embeds"], added_cond_kwargs=added
+    ).sample
+
+
+def wake(method):
+    """Give every trained parameter a value that shows."""
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in method.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=g))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+def test_at_step_0_the_adapter_changes_nothing(config, parts, rows):
+    before = bare(parts, *example(parts, rows, None))
+    method = METHODS[type(config)](parts, config)
+    with torch.no_grad():
+        after = method.predict(*example(parts, rows, method))
+    if isinstance(config, ControlNetMethod):
+        assert torch.equal(before, after)
+    else:
+        torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+def test_only_the_adapter_is_trained_and_in_fp32(config, parts, rows):
+    parts.unet.to(torch.bfloat16)
+    method = METHODS[type(config)](parts, config)
+    trained = [p for p in method.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.dtype == torch.float32 for p in trained)
+    marks = {"LoraMethod": "lora", "ControlNetMethod": "controlnet.", "IPAdapterMethod": "proj"}
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            assert marks[type(config).__name__] in name or "to_k_ip" in name or "to_v_ip" in name
+
+
+@pytest.mark.parametrize("config", CONFIGS[:3], ids=NAMES[:3])
+def test_stock_diffusers_loads_the_lora_alike(config, parts, rows, tmp_path):
+    method = METHODS[type(config)](parts, config)
+    wake(method)
+    ours = method.predict(*example(parts, rows, method)).detach()
+    method.export(tmp_path)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+    plain = bare(pipeline, *example(parts, rows, None))
+    pipeline.load_lora_weights(tmp_path)
+    theirs = bare(pipeline, *example(parts, rows, None))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert (theirs - plain).abs().max() > 1e-2
+
+
+def test_the_kohya_copy_of_the_lora_gives_the_same_output(parts, rows, tmp_path):
+    method = METHODS[LoraMethod](parts, LoraMethod(rank=4, alpha=2))
+    wake(method)
+    ours = method.predict(*example(parts, rows, method)).detach()
+    method.export_kohya(tmp_path)
+    state = load_file(tmp_path / "kohya_lora.safetensors")
+    assert all(key.startswith("lora_unet_") for key in state)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+    pipeline.load_lora_weights(tmp_path, weight_name="kohya_lora.safetensors")
+    torch.testing.assert_close(ours, bare(pipeline, *example(parts, rows, None)), rtol=1e-4, atol=1e-5)
+
+
+def test_two_loras_are_both_active_with_their_weights(parts, rows, tmp_path):
+    method = METHODS[LoraMethod](parts, LoraMethod(rank=4))
+    wake(method)
+    method.export(tmp_path)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+    plain = bare(pipeline, *example(parts, rows, None))
+    for name in ("one", "two"):
+        pipeline.load_lora_weights(tmp_path, adapter_name=name)
+    pipeline.set_adapters(["one", "two"], [1.0, -1.0])
+    torch.testing.assert_close(bare(pipeline, *example(parts, rows, None)), plain, rtol=1e-3, atol=1e-4)
+
+
+def test_stock_diffusers_loads_the_controlnet_alike(parts, rows, tmp_path):
+    method = METHODS[ControlNetMethod](parts, ControlNetMethod())
+    wake(method)
+    noisy, timesteps, batch = example(parts, rows, method)
+    ours = method.predict(noisy, timesteps, batch).detach()
+    method.export(tmp_path)
+    method.controlnet = ControlNetModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(method.predict(noisy, timesteps, batch).detach(), ours)
+    pipeline = StableDiffusionXLControlNetPipeline.from_pretrained(BASE, controlnet=method.controlnet)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline(
+        "a table", image=batch["control"], num_inference_steps=1, height=128, width=128, output_type="np"
+    ).images
+    assert image.shape == (1, 128, 128, 3)
+
+
+@pytest.mark.parametrize("variant", list(IPAdapterVariant), ids=str)
+def test_stock_diffusers_loads_the_ip_adapter_alike(variant, parts, rows, tmp_path):
+    method = METHODS[IPAdapterMethod](parts, IPAdapterMethod(variant=variant, image_dropout=0))
+    wake(method)
+    noisy, timesteps, batch = example(parts, rows, method)
+    ours = method.predict(noisy, timesteps, batch).detach()
+    method.export(tmp_path)
+    keys = load_file(tmp_path / "ip_adapter.safetensors")
+    assert {"ip_adapter.1.to_k_ip.weight", "ip_adapter.3.to_v_ip.weight"} <= set(keys)
+    assert not any(key.startswith("unet") for key in keys)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+    pipeline.load_ip_adapter(
+        str(tmp_path), subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None
+    )
+    pipeline.set_ip_adapter_scale(1.0)
+    added = {
+        "text_embeds": batch["pooled_prompt_embeds"],
+        "time_ids": batch["time_ids"],
+        "image_embeds": [batch["reference"].unsqueeze(1)],
+    }
+    with torch.no_grad():
+        theirs = pipeline.unet(
+            noisy, timesteps, encoder_hidden_states=batch["prompt_embeds"], added_cond_kwargs=added
+        ).sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", list(IPAdapterVariant), ids=str)
+def test_the_null_reference_is_the_one_of_inference(variant, parts):
+    method = METHODS[IPAdapterMethod](parts, IPAdapterMethod(variant=variant))
+    pipeline = StableDiffusionXLPipeline(**parts.pipeline_components())
+    from PIL import Image
+
+    plus = variant is IPAdapterVariant.plus
+    _, null = pipeline.encode_image(Image.new("RGB", (64, 64)), "cpu", 1, output_hidden_states=plus or None)
+    torch.testing.assert_close(method.null_reference, null[0].float())
+
+
+def test_gradients_are_equal_with_and_without_checkpointing(parts, rows):
+    from packshot.train.preview import enable_checkpointing
+
+    method = METHODS[ControlNetMethod](parts, ControlNetMethod())
+    wake(method)
+    arguments = example(parts, rows, method)
+
+    def gradients():
+        method.zero_grad()
+        method.predict(*arguments).square().mean().backward()
+        return [p.grad.clone() for p in method.parameters() if p.requires_grad and p.grad is not None]
+
+    plain = gradients()
+    enable_checkpointing(method)
+    for a, b in zip(plain, gradients(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def make_task(rows, tmp_path, **objective):
+    config = TrainLora()
+    for name, value in objective.items():
+        setattr(config.objective, name, value)
+    parts = load_parts(config.model)
+    method = METHODS[LoraMethod](parts, LoraMethod(rank=4))
+    task = DiffusionTask(method, parts, config, TensorCache(tmp_path / "cache"), rows)
+    for index in range(2):
+        sample = rows[index]
+        task._cache.put(task._latent_key(sample), task._encode_latents(sample))
+        task._cache.put(task._text_key(sample["text"]), task._encode_text(sample["text"]))
+    return task
+
+
+def test_batches_are_made_of_the_sample_not_of_the_batch(rows, tmp_path):
+    task = make_task(rows, tmp_path)
+    samples = [rows[0], rows[1]]
+    keys = [SampleKey(0, 2, sample["id"]) for sample in samples]
+    together = task.collate(samples, keys)
+    for index in (0, 1):
+        alone = task.collate([samples[index]], [keys[index]])
+        assert all(torch.equal(alone[name][0], together[name][index]) for name in alone)
+    assert together["time_ids"].dtype == torch.float32
+    assert torch.isfinite(task(together)).all()
+
+
+def test_dropped_captions_lose_sequence_and_pooled_embedding_together(rows, tmp_path):
+    task = make_task(rows, tmp_path, caption_dropout=0.5)
+    kinds = set()
+    for epoch in range(20):
+        batch = task.collate([rows[0]], [SampleKey(0, epoch, rows.ids[0])])
+        zero = [bool((batch[name] == 0).all()) for name in ("prompt_embeds", "pooled_prompt_embeds")]
+        assert zero[0] == zero[1]
+        kinds.add(zero[0])
+    assert kinds == {True, False}
+
+
+def test_text_embeddings_are_those_of_the_stock_pipeline(rows, tmp_path):
+    task = make_task(rows, tmp_path)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+    embeds, negative, pooled, _ = pipeline.encode_prompt(rows.texts[0], do_classifier_free_guidance=True)
+    ours = task._encode_text(rows.texts[0])
+    torch.testing.assert_close(ours["prompt_embeds"], embeds[0])
+    torch.testing.assert_close(ours["pooled_prompt_embeds"], pooled[0])
+    # what training calls unconditional is what inference subtracts
+    assert bool((negative == 0).all()) == (str(task.config.objective.unconditional) == "zeros")
+
+
+def test_a_changed_picture_or_vae_never_meets_an_old_latent(rows, tmp_path):
+    task = make_task(rows, tmp_path)
+    first = task._latent_key(rows[0])
+    assert first != task._latent_key(rows[1])
+    with torch.no_grad():
+        next(task._parts.vae.parameters()).mul_(1.5)
+    other = DiffusionTask(task.method, task._parts, task.config, task._cache, rows)
+    assert other._latent_key(rows[0]) != first
