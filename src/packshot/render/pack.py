@@ -28,13 +28,17 @@ LAYERS = ("image", "plate", "cutout", "depth")
 
 
 def _encode(image: Image.Image, quality: int | None) -> dict[str, Any]:
-    """WebP bytes, lossless when `quality` is None, as the struct that `datasets` decodes to an image."""
+    """The struct that `datasets` decodes to this image: PNG for one channel, which WebP lacks, else WebP.
+
+    quality: None for lossless, or WebP's 0 to 100.
+    """
     buffer = io.BytesIO()
-    image.save(
-        buffer,
-        "WEBP",
-        **({"lossless": True, "method": 6, "exact": False} if quality is None else {"quality": quality, "method": 6}),
-    )
+    if image.mode == "L":
+        image.save(buffer, "PNG", optimize=True)
+    elif quality is None:
+        image.save(buffer, "WEBP", lossless=True, method=6)
+    else:
+        image.save(buffer, "WEBP", quality=quality, method=6)
     return {"bytes": buffer.getvalue(), "path": None}
 
 
@@ -123,7 +127,7 @@ def _card(splits: dict[str, Sequence[dict[str, Any]]]) -> str:
         "Product photographs rendered with Blender Cycles by `packshot.render`. Each row has the photograph, the same",
         "scene without the product (`plate`), the product alone (`cutout`, `mask`), inverse depth (near is bright) and",
         "the scene in words (`text`, `scene`). The splits share no product design (`product_id`).\n",
-        f"Licence: {LICENSE}. Geometry and materials are procedural; world light comes from Blender's CC0 studio images.\n",
+        f"Licence: {LICENSE}. Procedural geometry and materials; world light is from Blender's CC0 studio images.\n",
         "| split | rows | sizes | product designs |",
         "|---|---|---|---|",
     ]

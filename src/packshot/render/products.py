@@ -24,6 +24,11 @@ class Body:
     power: float = 2.0
     label: tuple[float, float] = (0.2, 0.6)  # z range that takes print
 
+    def rows(self, low: float, high: float) -> np.ndarray:
+        """Heights for print from `low` to `high`: with the body's own rows, or the skin would poke through."""
+        own = [z for _, z in self.profile if low < z < high]
+        return np.unique([low, *own, *np.linspace(low, high, 6)])
+
     def front(self, x: np.ndarray, z: np.ndarray, offset: float) -> np.ndarray:
         """y of the front surface at (x, z), moved outwards by `offset`."""
         heights = [point[1] for point in self.profile]
@@ -224,7 +229,7 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], Body]] = {
 
 def _patch(name, body: Body, half_width, low, high, material, offset=0.002, steps=36) -> None:
     """A printed rectangle on the front of the body."""
-    x, z = np.meshgrid(np.linspace(-half_width, half_width, steps), np.linspace(low, high, 6))
+    x, z = np.meshgrid(np.linspace(-half_width, half_width, steps), body.rows(low, high))
     index = np.arange(x.size).reshape(x.shape)
     quads = np.stack([index[:-1, :-1], index[:-1, 1:], index[1:, 1:], index[1:, :-1]], -1).reshape(-1, 4)
     patch = add_mesh(name, np.stack([x, body.front(x, z, offset), z], -1).reshape(-1, 3), quads, material, smooth=60.0)
@@ -233,7 +238,7 @@ def _patch(name, body: Body, half_width, low, high, material, offset=0.002, step
 
 def _ring(name, body: Body, low, high, material, offset=0.002) -> None:
     """A printed band all the way round."""
-    heights = np.linspace(low, high, 8)
+    heights = body.rows(low, high)
     points = [point[1] for point in body.profile]
     radii = np.interp(heights, points, [point[0] for point in body.profile])
     depths = np.interp(heights, points, body.depths)
