@@ -135,13 +135,19 @@ def _check_in_frame(coverage: np.ndarray, job: dict[str, Any]) -> None:
         raise ValueError(f"job {job['seed']}: the product leaves the frame or is hidden (it covers {share:.1%})")
 
 
+def _draft(job: dict[str, Any], out: Path) -> Path:
+    return out / f".{job['seed']}.draft"
+
+
 def render_job(job: dict[str, Any], out: Path) -> None:
     """Render one job into `<out>/<seed>/` by way of a temporary folder.
 
     Raises ValueError if the product leaves the frame or is hidden.
     """
-    target, draft = out / str(job["seed"]), out / f".{job['seed']}.{os.getpid()}"
-    draft.mkdir(parents=True, exist_ok=True)
+    target, draft = out / str(job["seed"]), _draft(job, out)
+    if draft.exists():  # of a run that was killed
+        shutil.rmtree(draft)
+    draft.mkdir()
     clear_scene()
     product = build(job)
     image = _render_to(draft / "image.png")
@@ -186,7 +192,7 @@ def main() -> int:
             render_job(job, args.out)
         except ValueError as error:
             refused += 1
-            shutil.rmtree(args.out / f".{job['seed']}.{os.getpid()}")
+            shutil.rmtree(_draft(job, args.out))
             print(f"refused: {error}")
         rate = done / (time.monotonic() - begin)
         eta = math.ceil((len(todo) - done) / rate / 60)
