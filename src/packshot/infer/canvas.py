@@ -143,7 +143,7 @@ class Working:
     """What the diffusion model is told of the product.
 
     image_HW3: uint8, product colours everywhere (they continue past the edge, so no old background leaks in).
-    keep_HW: bool, max-pooled: true wherever any product pixel falls; for conditioning, where thin parts must not vanish.
+    keep_HW: bool, max-pooled: true wherever a product pixel falls; for conditioning, so that thin parts do not vanish.
     coverage_HW: float32 in [0, 1], averaged; for blending.
     """
 

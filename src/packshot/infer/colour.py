@@ -31,7 +31,7 @@ def ciede2000(lab_1: np.ndarray, lab_2: np.ndarray) -> np.ndarray:
     turn = np.where(coloured, (h2 - h1 + 180) % 360 - 180, 0.0)
     delta_l, delta_c = l2 - l1, c2 - c1
     delta_h = 2 * np.sqrt(c1 * c2) * np.sin(np.radians(turn / 2))
-    l, c = (l1 + l2) / 2, (c1 + c2) / 2
+    lightness, c = (l1 + l2) / 2, (c1 + c2) / 2
     # The mean hue lies half a turn from either; a colourless partner has no hue, then the other's counts.
     h = np.where(coloured, (h1 + turn / 2) % 360, h1 + h2)
     t = (
@@ -41,7 +41,7 @@ def ciede2000(lab_1: np.ndarray, lab_2: np.ndarray) -> np.ndarray:
         + 0.32 * np.cos(np.radians(3 * h + 6))
         - 0.20 * np.cos(np.radians(4 * h - 63))
     )
-    s_l = 1 + 0.015 * (l - 50) ** 2 / np.sqrt(20 + (l - 50) ** 2)
+    s_l = 1 + 0.015 * (lightness - 50) ** 2 / np.sqrt(20 + (lightness - 50) ** 2)
     s_c, s_h = 1 + 0.045 * c, 1 + 0.015 * c * t
     rotation = -np.sin(np.radians(60 * np.exp(-(((h - 275) / 25) ** 2)))) * 2 * np.sqrt(c**7 / (c**7 + 25.0**7))
     dl, dc, dh = delta_l / s_l, delta_c / s_c, delta_h / s_h

@@ -20,7 +20,7 @@ def read_condition(folder: Path) -> str:
         ConfigError: the file is missing, broken, or names a condition that does not exist.
     """
     file = folder / "packshot.json"
-    way_out = f'Write {{"condition": "{"|".join(CONDITIONS)}"}} to {file}: it says which map the ControlNet was trained on.'
+    way_out = f'Write {{"condition": "{"|".join(CONDITIONS)}"}} to {file}: the map it was trained on.'
     try:
         name = json.loads(file.read_text())["condition"]
     except FileNotFoundError as error:

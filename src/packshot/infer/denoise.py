@@ -156,6 +156,6 @@ def denoise(
     if not (torch.isfinite(latents).all() and np.isfinite(decoded).all()):
         raise PackshotError(
             f"the denoiser produced NaN or infinity for seed {seed}.",
-            "Lower guidance_scale or the adapters' scales; on fp16 hardware use model.vae=madebyollin/sdxl-vae-fp16-fix.",
+            "Lower guidance_scale or the adapters' scales, and check the adapters' training for NaN.",
         )
     return decoded

@@ -170,7 +170,11 @@ def _manifest(
     used = {"base": model.base, "vae": model.vae, "image_encoder": model.image_encoder}
     parts = {name: _source(value) for name, value in used.items() if value}
     entries = []
-    for kind, weights in (("lora", [adapters.lora_scale]), ("controlnets", scales), ("ip_adapter", [adapters.ip_adapter_scale])):
+    for kind, weights in (
+        ("lora", [adapters.lora_scale]),
+        ("controlnets", scales),
+        ("ip_adapter", [adapters.ip_adapter_scale]),
+    ):
         for number, folder in enumerate(folders[kind]):
             entry = {"kind": kind.removesuffix("s"), "name": str(folder), "scale": weights[number]}
             if kind == "controlnets":

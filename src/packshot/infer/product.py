@@ -75,7 +75,9 @@ def product_files(key: str, path: str) -> list[Path]:
     found = readable(key, path)
     if found.is_file():
         return [found]
-    files = sorted(file for file in found.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
+    files = sorted(
+        file for file in found.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+    )
     if not files:
         raise ConfigError(f"{key}={path} has no images.", f"Looked for {', '.join(SUFFIXES)}.")
     return files
@@ -118,7 +120,7 @@ def _open_mask(mask: str | Path | Image.Image, photo: Image.Image, name: str) ->
     picture, _ = open_image("mask", mask)
     if picture.size != photo.size:
         raise ConfigError(
-            f"mask is {picture.width}x{picture.height} px, the product photo {name} is {photo.width}x{photo.height} px.",
+            f"mask is {picture.width}x{picture.height} px, the photo {name} is {photo.width}x{photo.height} px.",
             "Give a mask of the photo's size; it is not resized, because that would move its edge.",
         )
     return picture
@@ -129,7 +131,7 @@ def _check_alpha(alpha_HW: np.ndarray, name: str, method: str) -> None:
     kind = ConfigError if method == "file" else PackshotError
     source = "the given mask" if method == "file" else f"the mask found ({method})"
     if share == 0:
-        raise kind(f"product: {source} of {name} is empty (all black).", "White marks the product, black the background.")
+        raise kind(f"product: {source} of {name} is empty (all black).", "White marks the product.")
     if share > 0.995:
         raise kind(
             f"product: {source} of {name} covers the whole picture.",

@@ -23,14 +23,16 @@ p.note { opacity: .75; margin: .25rem 0 1rem; max-width: 75ch; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 1rem; }
 .sources { grid-template-columns: repeat(auto-fill, minmax(180px, 240px)); }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
-figure img { display: block; width: 100%; background: repeating-conic-gradient(#8883 0 25%, #8881 0 50%) 0 0/18px 18px; }
+figure img { display: block; width: 100%;
+background: repeating-conic-gradient(#8883 0 25%, #8881 0 50%) 0 0/18px 18px; }
 figcaption { padding: .6rem .8rem; font-size: .86rem; }
 .tag { border-radius: 99px; padding: .05rem .6rem; font-weight: 600; color: #fff; background: var(--good); }
 .tag.review { background: var(--bad); }
 dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem .8rem; margin: .5rem 0 0; }
 dt { opacity: .65; } dd { margin: 0; overflow-wrap: anywhere; } code { font-size: .92em; }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .4rem .7rem .4rem 0;
-border-bottom: 1px solid var(--line); vertical-align: top; } td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
+border-bottom: 1px solid var(--line); vertical-align: top; }
+td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; } .warn { color: var(--bad); font-weight: 600; }
 """
 
@@ -39,7 +41,8 @@ def page(title: str, body: str) -> str:
     """A whole HTML document around ``body`` (trusted markup); the title is escaped."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
     name = html.escape(title)
-    return f"<!doctype html><html lang=en><head>{head}<title>{name}</title><style>{STYLE}</style></head><body>{body}</body></html>"
+    head += f"<title>{name}</title><style>{STYLE}</style>"
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{body}</body></html>"
 
 
 def data_uri(image: Image.Image) -> str:
@@ -88,9 +91,7 @@ def write_report(folder: Path, baseline: Path | None = None) -> None:
         file.write_text(page("Packshot report", "".join(body)), encoding="utf-8")
 
 
-def _product_section(
-    folder: Path, name: str, results: list[tuple[str, dict[str, Any]]], baseline: Path | None
-) -> str:
+def _product_section(folder: Path, name: str, results: list[tuple[str, dict[str, Any]]], baseline: Path | None) -> str:
     stem, first = results[0]
     request, mask = first["request"], first["mask"]
     scene = {slot: ", ".join(v) if isinstance(v, list) else v for slot, v in request["scene"].items()}
@@ -134,7 +135,9 @@ def _card(folder: Path, stem: str, certificate: dict[str, Any], baseline: Path |
         "reasons": ", ".join(certificate["reasons"]),
         "core": f"{core['pixels']:,} px, largest difference {core['max_abs_diff']}",
         "edge ΔE": f"median {edge['p50']:.1f}, 95th percentile {edge['p95']:.1f}",
-        "colour fit": f"error {fit['error_before']:.3f} → {fit['error_after']:.3f}" if fit["applied"] else fit["reason"],
+        "colour fit": f"error {fit['error_before']:.3f} → {fit['error_after']:.3f}"
+        if fit["applied"]
+        else fit["reason"],
         "placement": f"{certificate['transform']['placement']}, resampling {certificate['transform']['resampling']}",
         "seed": str(certificate["request"]["seed"]),
     }

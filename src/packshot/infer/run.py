@@ -20,7 +20,7 @@ from packshot.infer import Packshot, Result
 from packshot.infer.canvas import Canvas
 from packshot.infer.certificate import LAYERS, judge, load_certificates, measure, read_png
 from packshot.infer.pipeline import check_adapters, load_models
-from packshot.infer.product import Product, open_image, prepare, product_files, unique_names
+from packshot.infer.product import open_image, prepare, product_files, unique_names
 from packshot.infer.report import write_report
 from packshot.scene import Scene
 

@@ -1,0 +1,67 @@
+"""Does the picture show the scene that was asked for: a captioner describes it, the grammar reads the caption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from packshot.caption.captioner import load_captioner
+from packshot.config.schema import CaptionerConfig, ModelConfig
+from packshot.core.errors import PackshotError
+from packshot.evaluate.samples import Sample
+from packshot.scene import SLOTS, Scene
+from packshot.scene.scores import score
+
+CONSTANT = Scene(surface="a white table", background="a white wall", lighting="soft light", mood="calm")
+
+
+def slot_means(read: Sequence[Scene], wanted: Sequence[Scene]) -> dict[str, float]:
+    """Mean soft agreement in [0, 1] per slot, over the pictures whose request names that slot; ``mean`` over slots."""
+    values: dict[str, list[float]] = {}
+    for guess, truth in zip(read, wanted, strict=True):
+        scores, asked = score(guess, truth), truth.slots()
+        for slot in SLOTS:
+            if asked[slot]:
+                values.setdefault(slot, []).append(scores[slot].soft)
+    means = {slot: float(np.mean(found)) for slot, found in values.items()}
+    return {**means, "mean": float(np.mean(list(means.values())))} if means else {}
+
+
+def baseline_scenes(wanted: Sequence[Scene]) -> tuple[str, list[list[Scene]]]:
+    """What the score is worth: the captions of pictures with other requests, or one constant caption.
+
+    Returns a name and, per sample, the scenes that stand in for the caption's; see :func:`adherence`.
+    """
+    others = [[scene for scene in dict.fromkeys(wanted) if scene != own] for own in wanted]
+    if all(others):
+        return "shuffled: the same captions scored against the other requests' scenes", others
+    return "constant caption, for want of a second scene", []
+
+
+def adherence(samples: Sequence[Sample], model: ModelConfig, captioner: CaptionerConfig) -> dict[str, Any]:
+    """Slot scores of pictures with their baseline, or ``{"measured": False, "reason": ...}``."""
+    wanted = [Scene.from_dict(sample.certificate["request"]["scene"]) for sample in samples]
+    if not any(any(scene.slots().values()) for scene in wanted):
+        return {"measured": False, "reason": "no request names a slot of a scene"}
+    try:
+        writer = load_captioner(model, captioner)
+    except PackshotError as error:
+        return {"measured": False, "reason": f"no captioner: {error.args[0]}"}
+    images = [Image.fromarray(sample.picture_HW3) for sample in samples]
+    captions = writer.caption(images, [Image.fromarray(sample.matte_HW) for sample in samples])
+    read = [Scene.parse(caption).scene for caption in captions]
+    name, others = baseline_scenes(wanted)
+    if others:
+        pairs = [(guess, other) for guess, scenes in zip(read, others, strict=True) for other in scenes]
+        baseline = slot_means([guess for guess, _ in pairs], [other for _, other in pairs])
+    else:
+        baseline = slot_means([CONSTANT] * len(wanted), wanted)
+    return {
+        "measured": True,
+        "scores": slot_means(read, wanted),
+        "baseline": {"kind": name, "scores": baseline},
+        "captions": {sample.stem: caption for sample, caption in zip(samples, captions, strict=True)},
+    }

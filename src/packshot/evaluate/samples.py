@@ -1,0 +1,113 @@
+"""Pictures of a generate.py run with everything that is known of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from packshot.core.errors import ConfigError, PackshotError
+from packshot.core.storage import readable, resolve
+from packshot.data.decode import decode_image
+from packshot.infer.certificate import LAYERS, load_certificates
+from packshot.infer.product import core_of
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture. All arrays uint8 on the picture's pixel grid (H, W[, 3]), but raw_HW3, the model's own drawing.
+
+    photo_HW3: the input photo, brought here by the transform that the certificate states (zero outside).
+    matte_HW, foreground_HW3, background_HW3: the layers. core_HW: bool, matte 255 less one pixel.
+    """
+
+    stem: str
+    certificate: dict[str, Any]
+    picture_HW3: np.ndarray
+    photo_HW3: np.ndarray
+    matte_HW: np.ndarray
+    foreground_HW3: np.ndarray
+    background_HW3: np.ndarray
+    raw_HW3: np.ndarray
+    core_HW: np.ndarray
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A finished run: its name for tables, its folder, and certificates by ``<product>-<k>``."""
+
+    name: str
+    path: Path
+    certificates: dict[str, dict[str, Any]]
+
+
+def open_runs(paths: list[str]) -> list[RunFolder]:
+    """One or two run folders; without any, the newest under ``outputs/generate``.
+
+    Raises:
+        ConfigError: too many, none to be found, or a folder that generate.py did not write.
+    """
+    if len(paths) > 2:
+        raise ConfigError(f"runs has {len(paths)} folders.", "Two can be laid side by side.")
+    folders = [readable("runs", path) for path in paths] or _newest()
+    runs = [RunFolder(folder.name, folder, load_certificates(folder)) for folder in folders]
+    for run in runs:
+        if not run.certificates or not (run.path / LAYERS).is_dir():
+            raise ConfigError(f"runs: {run.path} has no finished pictures.", "Name a folder that generate.py wrote.")
+    if len(runs) == 2 and runs[0].name == runs[1].name:
+        runs = [RunFolder(f"{run.path.parent.name}/{run.name}", run.path, run.certificates) for run in runs]
+    return runs
+
+
+def _newest() -> list[Path]:
+    folders = [path for path in resolve("outputs/generate").glob("*") if any(path.glob("*.json"))]
+    if not folders:
+        raise ConfigError("runs is empty and outputs/generate has no finished run.", "Add 'runs=[<folder>]'.")
+    return [max(folders, key=lambda path: path.stat().st_mtime)]
+
+
+def load_sample(run: RunFolder, stem: str) -> Sample:
+    """Read one picture and its layers.
+
+    Raises:
+        PackshotError: a file of the run is missing or damaged.
+    """
+    certificate, layers = run.certificates[stem], run.path / LAYERS
+
+    def pixels(file: Path, mode: str) -> np.ndarray:
+        try:
+            return np.asarray(Image.open(file).convert(mode))
+        except OSError as error:
+            raise PackshotError(f"{file} cannot be read ({error}).", "Make the run again.") from error
+
+    name = stem.rsplit("-", 1)[0]
+    inputs = [file for file in layers.iterdir() if file.stem == f"{name}-input"]
+    if not inputs:
+        raise PackshotError(f"{layers} has no {name}-input picture.", "Make the run again.")
+    product = pixels(layers / f"{stem}-product.png", "RGBA")
+    matte = product[..., 3]
+    return Sample(
+        stem=stem,
+        certificate=certificate,
+        picture_HW3=pixels(run.path / f"{stem}.png", "RGB"),
+        photo_HW3=place_photo(decode_image(inputs[0], inputs[0].name).convert("RGB"), certificate["transform"]),
+        matte_HW=matte,
+        foreground_HW3=product[..., :3],
+        background_HW3=pixels(layers / f"{stem}-background.png", "RGB"),
+        raw_HW3=pixels(layers / f"{stem}-raw.png", "RGB"),
+        core_HW=core_of(matte),
+    )
+
+
+def place_photo(photo: Image.Image, transform: dict[str, Any]) -> np.ndarray:
+    """The photo on the output's grid, from the certificate's words alone: this is what makes it checkable."""
+    if transform["resampling"] == "none":
+        return np.asarray(photo)
+    method = Image.Resampling[transform["resampling"].removeprefix("pillow ").upper()]
+    placed = photo.resize(tuple(transform["placed_size"]), method, box=tuple(transform["source_box"]))
+    canvas = Image.new("RGB", tuple(transform["size"]))
+    canvas.paste(placed, tuple(transform["offset"]))
+    return np.asarray(canvas)
