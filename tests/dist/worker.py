@@ -8,13 +8,11 @@ from safetensors.torch import save_file
 
 from packshot.config.compose import compose
 from packshot.data.dataset import load_rows
-from packshot.methods import METHODS
 from packshot.models.load import load_parts
 from packshot.train import loop
 from packshot.train.cache import TensorCache
-from packshot.train.run import start
+from packshot.train.run import build_task, start
 from packshot.train.state import trainable
-from packshot.train.task import DiffusionTask
 
 HELDOUT = "data/rendered/heldout"
 
@@ -26,8 +24,7 @@ def main(folder: str, *overrides: str) -> None:
     rows = load_rows("data.train", config.data.train)
     parts = load_parts(config.model)
     session = start("train_lora", config, config.train)
-    method = METHODS[type(config.method)](parts, config.method)
-    task = DiffusionTask(method, parts, config, TensorCache(Path(folder).parent / "cache"), rows)
+    task = build_task(config, parts, TensorCache(Path(folder).parent / "cache"), rows, session.accelerator)
     task.fill_cache(rows, session.accelerator)
     gradients: dict[str, torch.Tensor] = {}
     clip = session.accelerator.clip_grad_norm_

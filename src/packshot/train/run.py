@@ -18,7 +18,7 @@ from packshot.core.storage import replacing_folder
 from packshot.core.tracking import Tracker, open_tracker
 from packshot.data.dataset import Rows, load_rows
 from packshot.methods import METHODS
-from packshot.models.load import load_parts
+from packshot.models.load import Parts, load_parts
 from packshot.train import preview
 from packshot.train.cache import TensorCache
 from packshot.train.card import write_card
@@ -69,17 +69,25 @@ def train(config: TrainScript) -> None:
     validation = load_rows("data.validation", config.data.validation)
     parts = load_parts(config.model)
     session = start(script, config, config.train)
-    accelerator = session.accelerator
-    method: Any = METHODS[type(config.method)](parts, config.method)  # type: ignore[attr-defined]
-    if config.train.gradient_checkpointing:
-        preview.enable_checkpointing(method)
-    task = DiffusionTask(method, parts, config, TensorCache(Path("outputs/cache")), validation)
-    _place(task, parts, accelerator, config.train)
+    task = build_task(config, parts, TensorCache(Path("outputs/cache")), validation, session.accelerator)
     try:
         MODES[config.mode](session, task, rows, validation, config)
     finally:
         if session.tracker:
             session.tracker.finish()
+
+
+def build_task(
+    config: Any, parts: Parts, cache: TensorCache, validation: Rows, accelerator: Accelerator
+) -> DiffusionTask:
+    """The task of a training config, on its device. New weights are drawn from run.seed: the same on every process."""
+    torch.manual_seed(config.run.seed)
+    method: Any = METHODS[type(config.method)](parts, config.method)
+    if config.train.gradient_checkpointing:
+        preview.enable_checkpointing(method)
+    task = DiffusionTask(method, parts, config, cache, validation)
+    _place(task, parts, accelerator, config.train)
+    return task
 
 
 def _place(task: DiffusionTask, parts: Any, accelerator: Accelerator, train: TrainConfig) -> None:
