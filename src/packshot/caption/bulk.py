@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -95,7 +96,7 @@ def write_rows(samples: dict[int, tuple[Image, Image | None]], captioner: Captio
     return {index: judge(caption) for index, caption in zip(samples, captions, strict=True)}
 
 
-def summary(folder: Path, files: Sequence[Path]) -> dict[str, object]:
+def summary(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Counts over the written shards: rows, captioned, and the errors by their first words.
 
     Raises:

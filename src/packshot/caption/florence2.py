@@ -40,7 +40,7 @@ class Florence2:
     """
 
     model: Any
-    processor: Florence2Processor
+    processor: Any  # Florence2Processor; its keyword arguments are not in its signature
     prompt: str
     product_box: bool
     max_new_tokens: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from packshot.caption.adapter import Adapter, Caption, loss_per_sample
 from packshot.caption.captioner import Captioner, caption_rows
 from packshot.caption.evaluate import with_baselines
 from packshot.data.dataset import Rows
-from packshot.diffusion.keyed import SampleKey
 
 VALIDATION_SCORE_SAMPLES = 32
 
@@ -32,8 +32,8 @@ class CaptioningTask(nn.Module):
         self.adapter: Adapter = captioner.adapter
         self.model: nn.Module = captioner.adapter.model
 
-    def collate(self, samples: list[dict[str, Any]], keys: list[SampleKey]) -> dict[str, Any]:
-        """The adapter's training batch."""
+    def collate(self, samples: list[dict[str, Any]], keys: Sequence[object]) -> dict[str, Any]:
+        """The adapter's training batch; the keys go unused, nothing is drawn."""
         return self.adapter.train_batch(
             [sample["image"] for sample in samples],
             [sample["mask"] for sample in samples],
@@ -66,7 +66,8 @@ class CaptioningTask(nn.Module):
             batch = self.collate([self._validation[index]], [])
             with accelerator.autocast():
                 total += self({name: tensor.to(accelerator.device) for name, tensor in batch.items()}).sum()
-        return accelerator.reduce(total, "sum").item() / len(indices)
+        summed: Any = accelerator.reduce(total, "sum")
+        return summed.item() / len(indices)
 
     def _write_pictures(
         self, folder: Path, captions: list[Caption], accelerator: Accelerator
