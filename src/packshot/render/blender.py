@@ -83,7 +83,9 @@ def _render_to(path: Path) -> np.ndarray:
     bpy.context.scene.render.filepath = str(path)
     bpy.ops.render.render(write_still=True)
     with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+        pixels = np.asarray(image.convert("RGB"))
+    Image.fromarray(pixels).save(path)  # without Blender's date and render time: same seed, same bytes
+    return pixels
 
 
 def _render_measures(path: Path) -> tuple[np.ndarray, np.ndarray]:
