@@ -56,10 +56,10 @@ def list_items(source: SourceConfig) -> list[Item]:
         paths, base = sorted(fs.find(root)), root.rstrip("/")
     else:
         paths, base = [root], root.rpartition("/")[0]
-    tables = [path for path in paths if path.endswith(".parquet") and not path.endswith("rejected.parquet")]
+    tables = [path for path in paths if _is_table(path[len(base) :].lstrip("/"))]
+    if tables:  # a dataset; pictures beside its shards (a contact sheet) belong to its documentation
+        return [item for path in tables for item in _table_items(fs, path, base)]
     images = [path for path in paths if _is_image(path) or path == root]
-    if tables and not [path for path in images if path not in tables]:
-        return [item for path in tables if "/steps/" not in path for item in _table_items(fs, path, base)]
     masks = _masks(source)
     if source.masks:
         images = [path for path in images if path not in masks.values()]
@@ -93,6 +93,12 @@ def _open(path: str) -> tuple[Any, str]:
         return fsspec.url_to_fs(path if "://" in path else str(resolve(path).absolute()))
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{path} cannot be opened: {error}", "s3:// needs the package s3fs.") from error
+
+
+def _is_table(inside: str) -> bool:
+    """A shard of a dataset, not what ``build_data.py`` keeps beside it (paths relative to the source)."""
+    parts = PurePosixPath(inside)
+    return parts.suffix == ".parquet" and parts.name != "rejected.parquet" and parts.parts[0] != "steps"
 
 
 def _is_image(path: str) -> bool:

@@ -1,0 +1,376 @@
+"""build_data: what goes in, what comes out, what is left out and why (rules 27-31 of the data chapter)."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+
+from packshot.caption.build import build
+from packshot.config.compose import compose
+from packshot.core.errors import ConfigError, PackshotError
+from packshot.data.dataset import load_rows
+from packshot.data.dedup import find_duplicates, hamming, perceptual_hash
+from packshot.data.quality import sharpness
+from packshot.scene import Scene
+
+ROOT = Path(__file__).resolve().parents[2]
+CAPTION = "Professional photo of an object on a marble table, a white wall in the background"
+
+
+def photo(seed, size=(96, 80)):
+    """An ellipse on a plain background, both of a colour, at a place, and of a shape that follow from the seed."""
+    rng = np.random.default_rng(seed)
+    light, dark = rng.integers(190, 256, 3), rng.integers(0, 90, 3)
+    image = Image.new("RGB", size, tuple(map(int, light)))
+    left, top = int(rng.integers(12, size[0] // 3)), int(rng.integers(10, size[1] // 3))
+    box = (left, top, left + int(rng.integers(28, 50)), top + int(rng.integers(24, 44)))
+    ImageDraw.Draw(image).ellipse(box, fill=tuple(map(int, dark)))
+    pixels = np.asarray(image) + rng.normal(0, 3, (size[1], size[0], 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for seed in range(5):
+        photo(seed).save(folder / f"{seed}.png")
+    photo(5).save(folder / "more" / "5.png")
+    return folder
+
+
+def run(source, out, *overrides):
+    # The path is quoted for Hydra: a glob has brackets.
+    keys = [f"source.path='{source}'", f"run.dir={out}", "quality.duplicate_distance=0", *overrides]
+    build(compose("build_data", keys))
+    return out
+
+
+def rows(out):
+    return [row for part in sorted(out.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
+
+
+def rejected(out):
+    return {row["source"].split("/", 1)[1]: row for row in pq.read_table(out / "rejected.parquet").to_pylist()}
+
+
+def dataset_bytes(out):
+    """Everything but what says when and where: the log, the metrics, the config."""
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name not in ("log.txt", "metrics.jsonl", "config.yaml")
+    }
+
+
+# --- what comes out
+
+
+def test_a_product_set_opens_in_datasets_as_it_is(photos, tmp_path):
+    import datasets
+
+    (photos / "0.png.txt").write_text(CAPTION)
+    out = run(photos, tmp_path / "out", "source.license=CC0-1.0", "shard_size=4")
+    files = str(out / "part-*.parquet")
+    table = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))["train"]
+    assert table.column_names == ["image", "mask", "text", "id", "scene", "source", "license", "width", "height"]
+    assert len(table) == 6
+    assert isinstance(table.features["image"], datasets.Image)
+    assert isinstance(table.features["mask"], datasets.Image)
+    first = table[0]
+    np.testing.assert_array_equal(np.asarray(first["image"]), np.asarray(photo(0)))
+    assert first["mask"].size == first["image"].size == (first["width"], first["height"]) == (96, 80)
+    assert first["mask"].getextrema() == (0, 255)
+    assert (first["text"], first["license"], first["source"]) == (CAPTION, "CC0-1.0", "photos/0.png")
+    assert Scene.from_dict(first["scene"]) == Scene.parse(CAPTION).scene
+    assert (table[5]["source"], table[5]["text"]) == ("photos/more/5.png", "")
+    assert Scene.from_dict(table[5]["scene"]) == Scene()
+
+
+def test_a_background_set_has_no_masks_and_is_read_by_the_trainers(photos, tmp_path):
+    for seed in range(5):
+        (photos / f"{seed}.txt").write_text(CAPTION)
+    (photos / "more" / "5.txt").write_text(CAPTION)
+    out = run(photos, tmp_path / "out", "dataset=background")
+    assert "mask" not in rows(out)[0]
+    loaded = load_rows("data.train", str(out))
+    assert len(loaded) == 6
+    assert loaded[0]["scene"] == Scene.parse(CAPTION).scene
+
+
+def test_card_and_contact_sheet_show_counts_licences_and_pictures(photos, tmp_path):
+    (photos / "empty.png").write_bytes(b"")
+    out = run(photos, tmp_path / "out", "source.license=CC-BY-4.0")
+    card = (out / "README.md").read_text()
+    assert "| CC-BY-4.0 | 6 |" in card
+    assert "| empty_file | 1 |" in card
+    assert "data_files: part-*.parquet" in card
+    assert Image.open(out / "contact_sheet.png").size == (3 * 384, 2 * 192)
+    counts = json.loads((out / "metrics.jsonl").read_text())
+    assert (counts["images"], counts["accepted"], counts["rejected"]) == (7, 6, 1)
+
+
+def test_transparent_cut_outs_are_stored_over_white_with_their_alpha_as_mask(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 200, (80, 80, 4), np.uint8)
+    pixels[..., 3] = 0
+    pixels[20:60, 20:60, 3] = 255
+    (tmp_path / "in").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "in" / "cut.png")
+    (row,) = rows(run(tmp_path / "in", tmp_path / "out"))
+    image = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
+    assert (image[:20] == 255).all()
+    np.testing.assert_array_equal(image[20:60, 20:60], pixels[20:60, 20:60, :3])
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(row["mask"]["bytes"]))), pixels[..., 3])
+
+
+# --- what is left out
+
+
+def test_every_rejected_sample_is_kept_with_its_reason_and_measure(photos, tmp_path):
+    Image.new("RGB", (90, 90), "white").save(photos / "blank.png")
+    photo(6, (40, 300)).save(photos / "narrow.png")
+    photo(7).filter(ImageFilter.GaussianBlur(12)).save(photos / "soft.png")
+    noise = np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8)
+    Image.fromarray(noise).save(photos / "noise.png")
+    (photos / "list.png").write_text("milk, bread")
+    shutil.copy(photos / "0.png", photos / "copy.png")
+    photo(8).convert("RGB").save(photos / "wrong.png", "JPEG", quality=95)  # decoded by content, kept
+    before = {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()}
+    out = run(photos, tmp_path / "out")
+    found = rejected(out)
+    assert {name: row["reason"] for name, row in found.items()} == {
+        "blank.png": "empty",
+        "copy.png": "duplicate",
+        "list.png": "not_an_image",
+        "narrow.png": "too_small",
+        "noise.png": "no_product",
+        "soft.png": "blurred",
+    }
+    assert found["narrow.png"]["measure"] == "40x300"
+    assert found["noise.png"]["measure"].startswith("confidence 0.")
+    assert found["copy.png"]["measure"] == rows(out)[0]["id"]
+    assert all(len(row["id"]) == 64 for row in found.values())
+    assert {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()} == before
+    assert len(rows(out)) == 7
+
+
+def test_near_duplicates_across_shards_lose_against_the_earlier_one(photos, tmp_path):
+    photo(1).resize((192, 160)).save(photos / "z.jpg", quality=80)
+    for name, extra in (("one", ["shard_size=2"]), ("two", ["shard_size=2", "executor.workers=2"])):
+        run(photos, tmp_path / name, "quality.duplicate_distance=4", *extra)
+    row = rejected(tmp_path / "one")["z.jpg"]
+    original = next(r for r in rows(tmp_path / "one") if r["source"] == "photos/1.png")
+    assert (row["reason"], row["measure"]) == ("near_duplicate", original["id"])
+    assert dataset_bytes(tmp_path / "one") == dataset_bytes(tmp_path / "two")
+
+
+def test_captions_that_name_the_product_are_blanked_and_recorded(photos, tmp_path):
+    (photos / "1.txt").write_text("Professional photo of a perfume bottle on a marble table")
+    out = run(photos, tmp_path / "out", "dataset=background")
+    row = rejected(out)["1.png"]
+    assert (row["reason"], row["measure"]) == ("caption_names_product", "perfume, bottle")
+    kept = next(r for r in rows(out) if r["source"] == "photos/1.png")
+    assert kept["text"] == ""
+
+
+def test_when_nothing_is_accepted_the_build_fails_and_says_where_to_look(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"")
+    with pytest.raises(PackshotError, match="None of the 1 images") as caught:
+        run(tmp_path / "in", tmp_path / "out")
+    assert "rejected.parquet" in caught.value.hint
+    assert rejected(tmp_path / "out")["a.png"]["reason"] == "empty_file"
+
+
+# --- sources
+
+
+def test_mask_files_are_used_and_bad_ones_rejected(photos, tmp_path):
+    masks = tmp_path / "masks"
+    (masks / "more").mkdir(parents=True)
+    given = Image.new("L", (96, 80))
+    given.paste(255, (10, 10, 50, 50))
+    given.save(masks / "0.png")
+    given.save(masks / "more" / "5.png")
+    given.resize((48, 40)).save(masks / "1.png")
+    out = run(photos, tmp_path / "out", f"source.masks={masks}")
+    stored = {row["source"]: Image.open(io.BytesIO(row["mask"]["bytes"])) for row in rows(out)}
+    for name in ("photos/0.png", "photos/more/5.png"):
+        np.testing.assert_array_equal(np.asarray(stored[name]), np.asarray(given))
+    assert rejected(out)["1.png"]["reason"] == "bad_mask"
+    assert "48x40" in rejected(out)["1.png"]["measure"]
+
+
+def test_globs_parquet_and_remote_stores_are_sources(photos, tmp_path):
+    (photos / "1.txt").write_text(CAPTION)
+    first = run(photos / "[01].png", tmp_path / "glob", "source.license=MIT")
+    assert [row["source"] for row in rows(first)] == ["photos/0.png", "photos/1.png"]
+    again = rows(run(first, tmp_path / "parquet", "dataset=background"))
+    assert [(row["license"], row["text"]) for row in again] == [("MIT", ""), ("MIT", CAPTION)]
+    assert again[0]["image"] == rows(first)[0]["image"]
+    store = fsspec.filesystem("memory")
+    store.pipe("/shop/0.png", (photos / "0.png").read_bytes())
+    assert rows(run("memory://shop", tmp_path / "remote"))[0]["id"] == rows(first)[0]["id"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("gone", "no such file"), ("texts", "holds no image"), ("texts/a.parquet", "Parquet")]
+)
+def test_sources_without_images_are_config_errors(tmp_path, name, says):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.md").write_text("x")
+    if name.endswith("parquet"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(ConfigError, match=says):
+        run(tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rendered_sets_keep_every_layer(tmp_path):
+    renders = tmp_path / "renders"
+    for seed in (2, 10):
+        folder = renders / str(seed)
+        folder.mkdir(parents=True)
+        for layer, mode in (("image", "RGB"), ("plate", "RGB"), ("cutout", "RGBA"), ("depth", "L")):
+            photo(seed).convert(mode).save(folder / f"{layer}.png")
+        scene = Scene(surface="a marble table").to_dict()
+        (folder / "job.json").write_text(json.dumps({"seed": seed, "scene": scene, "product_id": "jar-1"}))
+    (renders / "11").mkdir()
+    (renders / "11" / "job.json").write_text("{}")  # still rendering
+    out = run(renders, tmp_path / "out", "dataset=rendered")
+    table = rows(out)
+    assert [row["source"] for row in table] == ["rendered, seed 2", "rendered, seed 10"]
+    assert set(table[0]) >= {"plate", "cutout", "depth", "product_id", "mask", "scene"}
+    loaded = load_rows("data.train", str(out))[0]
+    np.testing.assert_array_equal(np.asarray(loaded["plate"]), np.asarray(photo(2)))
+    with pytest.raises(ConfigError, match="no finished render"):
+        run(renders / "11", tmp_path / "none", "dataset=rendered")
+
+
+# --- going on
+
+
+def test_a_rerun_on_finished_work_does_nothing(photos, tmp_path):
+    out = run(photos, tmp_path / "out")
+    quiet = ("config.yaml", "log.txt")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name not in quiet}
+    run(photos, out, "run.resume=true")
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name not in quiet}
+    assert after == before
+
+
+def test_killed_and_resumed_equals_unbroken(photos, tmp_path):
+    settings = ["shard_size=2", "executor.workers=2", "quality.duplicate_distance=0"]
+    command = [sys.executable, str(ROOT / "build_data.py"), f"source.path={photos}", *settings]
+    broken = tmp_path / "broken"
+    process = subprocess.Popen([*command, f"run.dir={broken}"], stderr=subprocess.DEVNULL, start_new_session=True)
+    ledger = broken / "ledger.jsonl"
+    while process.poll() is None and not (ledger.exists() and ledger.read_text().count("\n") >= 2):
+        time.sleep(0.005)
+    assert process.poll() is None, "finished before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list(broken.glob("part-00002.parquet"))
+    subprocess.run([*command, f"run.dir={broken}", "run.resume=true"], check=True, stderr=subprocess.DEVNULL)
+    assert dataset_bytes(broken) == dataset_bytes(run(photos, tmp_path / "whole", "shard_size=2"))
+
+
+class FakeCaptioner:
+    """Writes one caption for all, and breaks on one picture size."""
+
+    calls = 0
+
+    def __init__(self, text):
+        self.text = text
+
+    def write(self, images, masks):
+        from packshot.caption.adapter import Caption
+
+        type(self).calls += len(images)
+        if any(image.size == (100, 80) for image in images):
+            raise RuntimeError("out of memory")
+        return [Caption(self.text, truncated=False) for _ in images]
+
+
+@pytest.fixture
+def captioner(monkeypatch, tmp_path):
+    """``load_captioner`` gives a fake whose caption ends with the prompt."""
+    monkeypatch.setattr(FakeCaptioner, "calls", 0)
+    load = lambda model, captioner: FakeCaptioner(f"{CAPTION}, {captioner.prompt} mood")  # noqa: E731
+    monkeypatch.setattr("packshot.caption.captioner.load_captioner", load)
+    (tmp_path / "weights").mkdir()
+    return ["captioner=florence2", f"model.florence2={tmp_path / 'weights'}", "captioner.prompt=calm"]
+
+
+def test_a_captioner_fills_empty_captions_and_one_failure_stops_nothing(photos, tmp_path, captioner):
+    (photos / "0.txt").write_text("An object on a rock")
+    photo(9, (100, 80)).save(photos / "9.png")
+    out = run(photos, tmp_path / "out", *captioner)
+    texts = {row["source"]: row["text"] for row in rows(out)}
+    assert texts.pop("photos/0.png") == "An object on a rock"
+    assert texts.pop("photos/9.png") == ""
+    assert set(texts.values()) == {f"{CAPTION}, calm mood"}
+    row = rejected(out)["9.png"]
+    assert row["reason"] == "no_caption"
+    assert "out of memory" in row["measure"]
+    assert rows(out)[1]["scene"]["mood"] == "calm"
+
+
+def test_a_changed_prompt_redoes_captions_not_masks(photos, tmp_path, captioner):
+    out = run(photos, tmp_path / "out", *captioner)
+    assert FakeCaptioner.calls == 6
+    masks = {path: path.stat().st_mtime_ns for path in out.glob("steps/*/*") if path.parent.name != "caption"}
+    assert {path.parent.name for path in masks} == {"ingest", "dedup", "mask"}
+    run(photos, out, "run.resume=true", *captioner)
+    assert FakeCaptioner.calls == 6
+    run(photos, out, "run.resume=true", *captioner[:-1], "captioner.prompt=warm")
+    assert FakeCaptioner.calls == 12
+    assert {path: path.stat().st_mtime_ns for path in masks} == masks
+    assert {row["scene"]["mood"] for row in rows(out)} == {"warm"}
+
+
+# --- measures
+
+
+def test_perceptual_hash_survives_encoding_and_tells_pictures_apart(tmp_path):
+    coffee = Image.open(ROOT / "data/products/coffee.png").convert("RGB")
+    coffee.resize((300, 200)).save(tmp_path / "c.jpg", quality=60)
+    assert hamming(perceptual_hash(coffee), perceptual_hash(Image.open(tmp_path / "c.jpg"))) <= 4
+    assert hamming(perceptual_hash(coffee), perceptual_hash(coffee.transpose(Image.Transpose.ROTATE_180))) > 12
+
+
+@pytest.mark.parametrize("distance", [0, 1, 4, 9, 64])
+def test_banded_search_finds_what_comparing_all_pairs_finds(distance):
+    rng = np.random.default_rng(distance)
+    hashes = [int.from_bytes(rng.bytes(8), "big") for _ in range(60)]
+    for origin in hashes[:40]:  # copies with a few bits turned, up to beyond the limit
+        turned = rng.choice(64, size=int(rng.integers(0, 13)), replace=False)
+        hashes.append(origin ^ sum(1 << int(bit) for bit in turned))
+    expected, kept = [], []
+    for position, value in enumerate(hashes):
+        match = next((other for other in kept if hamming(value, hashes[other]) <= distance), None)
+        expected.append(match)
+        if match is None:
+            kept.append(position)
+    assert find_duplicates(hashes, distance) == expected
+    assert any(match is not None for match in expected)
+
+
+def test_sharpness_does_not_depend_on_contrast_or_resolution():
+    coffee = Image.open(ROOT / "data/products/coffee.png").convert("RGB")
+    sharp = sharpness(coffee)
+    assert sharpness(coffee.filter(ImageFilter.GaussianBlur(4))) < sharp / 50
+    faint = coffee.point(lambda value: 200 + value // 8)
+    assert sharpness(faint) == pytest.approx(sharp, rel=0.5)
+    assert sharpness(coffee.resize((1800, 1200))) == pytest.approx(sharp, rel=0.5)
