@@ -220,7 +220,7 @@ class MatteConfig:
 class QualityConfig:
     min_side: int = opt(64, "reject images with a shorter side, px", min=1)
     max_pixels: int = opt(120_000_000, "reject larger images (decompression bombs)", min=1)
-    min_sharpness: float = opt(0.001, "reject blurred images (edges against contrast at 512 px; in focus: 0.05 up)", min=0)
+    min_sharpness: float = opt(0.003, "reject blurred images (edges against contrast at 512 px; in focus: 0.05 up)", min=0)
     duplicate_distance: int = opt(4, "reject images within this Hamming distance of an earlier one; -1: keep all", min=-1)
 
 
