@@ -13,7 +13,7 @@ WORKER = Path(__file__).with_name("worker.py")
 
 def launch(processes, folder, *overrides):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29513"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(WORKER), str(folder), *overrides], capture_output=True, text=True, env=environment
     )
@@ -41,7 +41,7 @@ def test_an_existing_folder_is_refused_by_every_process(tmp_path):
         [*command, "train_lora.py", f"run.dir={tmp_path}", "tracking=none"],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode != 0
     assert "is not empty" in done.stderr

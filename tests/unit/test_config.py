@@ -1,4 +1,4 @@
-"""Composition, refusals and help (RULES: a typo is refused everywhere, before a model is loaded)."""
+"""Composition, refusals and help (a typo is refused everywhere, before a model is loaded)."""
 
 import subprocess
 import sys

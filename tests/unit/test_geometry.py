@@ -1,4 +1,4 @@
-"""One geometry for everything (RULES: joint transform, products never cut or stretched, time_ids in SDXL's order)."""
+"""One geometry for everything (joint transform, products never cut or stretched, time_ids in SDXL's order)."""
 
 import numpy as np
 import pytest
@@ -41,9 +41,7 @@ def test_image_and_mask_stay_aligned(picture, target):
     mask = np.zeros(size, np.uint8)
     mask[box[0] : box[2], box[1] : box[3]] = 255
     hard = apply(geometry, mask, hard=True, pad="constant")
-    inside = (
-        (seen[..., 0] >= box[0]) & (seen[..., 0] < box[2]) & (seen[..., 1] >= box[1]) & (seen[..., 1] < box[3])
-    )
+    inside = (seen[..., 0] >= box[0]) & (seen[..., 0] < box[2]) & (seen[..., 1] >= box[1]) & (seen[..., 1] < box[3])
     real = apply(geometry, np.ones(size, np.uint8), hard=True, pad="constant") == 1
     assert np.array_equal(hard[real] == 255, inside[real])
     assert seen.shape[:2] == target

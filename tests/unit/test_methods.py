@@ -53,9 +53,7 @@ def example(parts, rows, method):
 @torch.no_grad()
 def bare(parts, noisy, timesteps, batch):
     added = {"text_embeds": batch["pooled_prompt_embeds"], "time_ids": batch["time_ids"]}
-    return parts.unet(
-        noisy, timesteps, encoder_hidden_states=batch["prompt_embeds"], added_cond_kwargs=added
-    ).sample
+    return parts.unet(noisy, timesteps, encoder_hidden_states=batch["prompt_embeds"], added_cond_kwargs=added).sample
 
 
 def wake(method):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
+import os
 import sys
 from enum import Enum
 from typing import Any
@@ -38,6 +40,12 @@ def help_text(script: str, doc: str) -> str:
     return "\n".join(lines)
 
 
+def _quiet_libraries() -> None:
+    """Silence remarks that libraries make on import about parts we do not use (torchvision, GPU kernels)."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def script(name: str, target: str, doc: str | None) -> None:
     """Run a script and exit: 0 done, 1 failed, 2 bad arguments or config.
 
@@ -54,6 +62,7 @@ def script(name: str, target: str, doc: str | None) -> None:
         if "--cfg" in arguments:
             print(to_yaml(config), end="")
             raise SystemExit(0)
+        _quiet_libraries()
         module, function = target.split(":")
         getattr(importlib.import_module(module), function)(config)
     except PackshotError as error:

@@ -38,7 +38,8 @@ def _check_override(override: str, keys: dict[str, str]) -> None:
             close = nearest(value, options(key))
             raise ConfigError(
                 f"{key}={value}: there is no conf/{key}/{value}.yaml.",
-                (f"Did you mean {key}={close}? " if close else "") + f"{key} takes {', '.join(options(key)) or 'null'}.",
+                (f"Did you mean {key}={close}? " if close else "")
+                + f"{key} takes {', '.join(options(key)) or 'null'}.",
             )
         return
     if key in keys or key in _nodes(list(keys)):

@@ -87,7 +87,9 @@ class TrainConfig:
     mixed_precision: MixedPrecision = opt(MixedPrecision.no, "precision of the frozen base and of the forward pass")
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass")
     max_grad_norm: float = opt(1.0, "clip gradients to this norm; 0 switches it off", min=0)
-    ema_decay: float = opt(0.0, "decay of the weights' moving average that is exported; 0 switches it off", min=0, max=1)
+    ema_decay: float = opt(
+        0.0, "decay of the weights' moving average that is exported; 0 switches it off", min=0, max=1
+    )
     checkpointing_steps: int = opt(50, "optimizer steps between checkpoints", min=1)
     checkpoints_total_limit: int = opt(2, "checkpoints kept", min=1)
     validation_steps: int = opt(50, "optimizer steps between validations; 0 switches them off", min=0)
@@ -178,7 +180,9 @@ class TrainControlNet(TrainScript):
 class CaptionerConfig:
     kind: CaptionerKind = opt(CaptionerKind.florence2, "which captioner; none leaves captions empty")
     adapter: str | None = opt(None, "folder of a fine-tuned captioner (caption_vlm.py's export/)")
-    prompt: str = opt("Describe the scene around the object.", "the instruction the captioner is trained and asked with")
+    prompt: str = opt(
+        "Describe the scene around the object.", "the instruction the captioner is trained and asked with"
+    )
     product_box: bool = opt(False, "tell the captioner where the product is (box of its mask as <loc_…> tokens)")
     tuning: Tuning = opt(Tuning.full, "what task=train trains: all weights, or a LoRA on the language model")
     lora_rank: int = opt(16, "rank of tuning=language_lora", min=1, max=1024)
@@ -220,8 +224,12 @@ class MatteConfig:
 class QualityConfig:
     min_side: int = opt(64, "reject images with a shorter side, px", min=1)
     max_pixels: int = opt(120_000_000, "reject larger images (decompression bombs)", min=1)
-    min_sharpness: float = opt(0.003, "reject blurred images (edges against contrast at 512 px; in focus: 0.05 up)", min=0)
-    duplicate_distance: int = opt(4, "reject images within this Hamming distance of an earlier one; -1: keep all", min=-1)
+    min_sharpness: float = opt(
+        0.003, "reject blurred images (edges against contrast at 512 px; in focus: 0.05 up)", min=0
+    )
+    duplicate_distance: int = opt(
+        4, "reject images within this Hamming distance of an earlier one; -1: keep all", min=-1
+    )
 
 
 @dataclass
@@ -271,7 +279,9 @@ class GenerateSettings:
     num_inference_steps: int = opt(30, "denoising steps", min=1, max=1000)
     guidance_scale: float = opt(5.0, "classifier-free guidance; 1 switches it off", min=1, max=50)
     negative_prompt: str | None = opt(None, "what the picture should not show")
-    placement: Placement = opt(Placement.original, "original keeps the photo's frame; center puts the product in `size`")
+    placement: Placement = opt(
+        Placement.original, "original keeps the photo's frame; center puts the product in `size`"
+    )
     size: list[int] = opt([], "width, height of the output in px (placement=center)")
     product_scale: float = opt(0.6, "product's share of the canvas (placement=center)", min=0.05, max=1)
 

@@ -32,7 +32,9 @@ def progress(description: str, total: int, done: int = 0, show: bool = True) -> 
 
 
 def _figures(figures: dict[str, object]) -> str:
-    return "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items())
+    return "  ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()
+    )
 
 
 def _bar(description: str, total: int, done: int) -> Iterator[Advance]:

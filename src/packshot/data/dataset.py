@@ -7,10 +7,12 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
 from packshot.core.errors import ConfigError, PackshotError
+from packshot.core.run import log
 from packshot.core.storage import readable
 from packshot.scene import Scene
 
@@ -55,7 +57,9 @@ class Rows(Sequence[dict[str, Any]]):
 
     def fingerprint(self) -> str:
         """Digest over sample ids and texts, in order: the identity of what a run was trained on."""
-        return hashlib.sha256("\n".join(f"{i}\t{t}" for i, t in zip(self.ids, self.texts, strict=True)).encode()).hexdigest()
+        return hashlib.sha256(
+            "\n".join(f"{i}\t{t}" for i, t in zip(self.ids, self.texts, strict=True)).encode()
+        ).hexdigest()
 
 
 def load_rows(key: str, path: str, *, captions: bool = True) -> Rows:
@@ -79,6 +83,11 @@ def load_rows(key: str, path: str, *, captions: bool = True) -> Rows:
     missing = {"id", "image", "text"} - set(table.column_names)
     if missing:
         raise ConfigError(f"{key}={path} lacks the column {', '.join(sorted(missing))}.", "build_data.py writes them.")
+    if "caption_error" in table.column_names:
+        failed = table.num_rows - table.filter(pc.is_null(table.column("caption_error"))).num_rows
+        if captions and failed:
+            log.warning("%s=%s: %d samples without a usable caption are left out (caption_error)", key, path, failed)
+            table = table.filter(pc.is_null(table.column("caption_error")))
     if table.num_rows == 0:
         raise ConfigError(f"{key}={path} has no rows.", "Its rejected.parquet says why images were left out.")
     rows = Rows(path, [file.name for file in files], table)

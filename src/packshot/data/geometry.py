@@ -11,7 +11,10 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Geometry:
-    """Resize to ``resized``, then cut ``target`` at ``crop``; a negative crop pads. All (height, width) or (top, left), px."""
+    """Resize to ``resized``, then cut ``target`` at ``crop``; a negative crop pads.
+
+    All are (height, width) or (top, left), in px.
+    """
 
     original: tuple[int, int]
     resized: tuple[int, int]
@@ -19,7 +22,7 @@ class Geometry:
     target: tuple[int, int]
 
     def time_ids(self) -> tuple[float, ...]:
-        """SDXL's micro-conditioning: original (h, w), crop (top, left), target (h, w) (arXiv 2307.01952, section 2.2)."""
+        """SDXL's micro-conditioning (arXiv 2307.01952, section 2.2): original (h, w), crop (top, left), target (h, w)."""
         top, left = (max(0, value) for value in self.crop)
         return tuple(map(float, (*self.original, top, left, *self.target)))
 
@@ -77,6 +80,8 @@ def apply(geometry: Geometry, array: np.ndarray, *, hard: bool = False, pad: str
         start, stop = geometry.crop[axis], geometry.crop[axis] + geometry.target[axis]
         margins.append((max(0, -start), max(0, stop - geometry.resized[axis])))
     margins += [(0, 0)] * (resized.ndim - 2)
-    padded = np.pad(resized, margins, mode="edge" if pad == "edge" else "constant") if any(map(any, margins)) else resized
+    padded = (
+        np.pad(resized, margins, mode="edge" if pad == "edge" else "constant") if any(map(any, margins)) else resized
+    )
     top, left = (max(0, value) for value in geometry.crop)
     return np.ascontiguousarray(padded[top : top + geometry.target[0], left : left + geometry.target[1]])

@@ -135,7 +135,7 @@ def extension_of(object_HW: np.ndarray, keep_HW: np.ndarray) -> dict[str, float]
 
 
 def compare_size(sample: Sample) -> tuple[int, int]:
-    """(width, height) at which outlines are compared: the model's own, at most SEGMENT_SIDE, for every picture alike."""
+    """(width, height) at which outlines are compared: the model's, at most SEGMENT_SIDE, for all pictures alike."""
     scale = min(1.0, SEGMENT_SIDE / max(sample.raw_HW3.shape[:2]))
     height, width = (max(1, round(side * scale)) for side in sample.raw_HW3.shape[:2])
     return width, height

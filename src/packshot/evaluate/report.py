@@ -41,8 +41,9 @@ def _preservation(scored: dict[str, Any], definitions: dict[str, str]) -> str:
     return (
         "<h2>The product</h2>"
         f'<p class="note">Outlines by {html.escape(scored["segmenter"])}. Hard paste: the same layers through a '
-        "binarised mask that was taken to the model's size and back by nearest neighbour, colours not un-mixed. Noise floor: the same measure "
-        "where nothing was extended. Raw decode: the model's own drawing before the product is laid over it.</p>"
+        "binarised mask taken to the model's size and back by nearest neighbour, nothing un-mixed. Noise floor: the "
+        "same measure where nothing was extended. Raw decode: the model's drawing before the product is laid over "
+        "it.</p>"
         f"{_table(['measure', *systems], rows)}<dl>{notes}</dl>"
     )
 
@@ -51,7 +52,7 @@ def _scene(scored: dict[str, Any]) -> str:
     parts = [
         "<h2>The scene</h2>",
         '<p class="note">A captioner describes each picture and the grammar reads its caption; soft agreement '
-        "(token F1) with the slots that were asked for, from 0 to 1, beside the score that ignoring the request would get.</p>",
+        "(token F1) with the slots that were asked for, 0 to 1. The baseline is what ignoring the request gets.</p>",
     ]
     for name, result in scored.items():
         if not result["measured"]:

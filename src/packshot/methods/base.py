@@ -12,7 +12,7 @@ from packshot.diffusion.keyed import SampleKey
 
 
 class Method(Protocol):
-    """A trainable extension of a frozen SDXL. Implementations are ``nn.Module``s; what has ``requires_grad`` is trained.
+    """A trainable extension of a frozen SDXL: an ``nn.Module`` whose parameters with ``requires_grad`` are trained.
 
     Built as ``Class(parts, method_config)``. Trainable parameters are fp32 from the start.
     """

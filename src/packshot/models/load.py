@@ -105,9 +105,7 @@ def load_parts(model: ModelConfig) -> Parts:
     else:
         encoder, sub, sub_processor = base, {"subfolder": "image_encoder"}, {"subfolder": "feature_extractor"}
     key = "model.image_encoder"
-    loaded["image_encoder"] = _from_pretrained(
-        key, CLIPVisionModelWithProjection, encoder, dtype=torch.float32, **sub
-    )
+    loaded["image_encoder"] = _from_pretrained(key, CLIPVisionModelWithProjection, encoder, dtype=torch.float32, **sub)
     loaded["feature_extractor"] = _from_pretrained(key, CLIPImageProcessor, encoder, **sub_processor)
     for name in ("vae", "unet", "text_encoder", "text_encoder_2", "image_encoder"):
         loaded[name].requires_grad_(False).eval()

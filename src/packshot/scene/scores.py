@@ -11,15 +11,20 @@ from scipy.optimize import linear_sum_assignment
 
 from packshot.scene.scene import SLOTS, Scene
 
-_STOP = frozenset(["a", "an", "the", "of", "on", "in", "is", "which", "with", "and", "by", "to", "from", "side"])
+_STOP = frozenset("a an the of on in is which with and by to from side".split())
 # The opposite of a direction differs in one word of five; token F1 would call that nearly right.
 _OPPOSITES = ({"left", "right"}, {"harsh", "soft"}, {"hard", "soft"}, {"warm", "cool"}, {"light", "dark"})
 
 PRODUCT_NOUNS = frozenset(
-    ["bottle", "jar", "tube", "can", "box", "package", "packaging", "perfume", "fragrance", "cosmetic", "cosmetics", "cream", "lotion", "serum", "shampoo", "soap", "lipstick", "mascara", "makeup", "spray", "dispenser", "flask", "container", "shoe", "sneaker", "boot", "sandal", "bag", "handbag", "backpack", "purse", "wallet", "watch", "ring", "necklace", "bracelet", "earring", "jewelry", "jewellery", "camera", "phone", "smartphone", "headphone", "headphones", "earphones", "speaker", "laptop", "tablet", "keyboard", "mouse", "lamp", "chair", "sofa", "cup", "mug", "glass", "teapot", "kettle", "vase", "candle", "book", "bowl", "plate", "drink", "beverage", "wine", "beer", "coffee", "tea", "juice", "chocolate", "candy", "toy", "shirt", "dress", "hat", "cap", "glasses", "sunglasses", "product", "item", "toothbrush", "toothpaste", "razor", "medicine", "vitamin", "supplement", "detergent", "cleaner", "gift"]
+    """bottle jar tube can box package packaging perfume fragrance cosmetic cosmetics cream lotion serum shampoo soap
+    lipstick mascara makeup spray dispenser flask container shoe sneaker boot sandal bag handbag backpack purse wallet
+    watch ring necklace bracelet earring jewelry jewellery camera phone smartphone headphone headphones earphones
+    speaker laptop tablet keyboard mouse lamp chair sofa cup mug glass teapot kettle vase candle book bowl plate
+    drink beverage wine beer coffee tea juice chocolate candy toy shirt dress hat cap glasses sunglasses product item
+    toothbrush toothpaste razor medicine vitamin supplement detergent cleaner gift""".split()
 )
 # Things that a packshot may have *around* the product although each could be a product itself.
-PROP_NOUNS = frozenset(["box", "candle", "book", "vase", "bowl", "plate", "glass", "cup", "mug", "gift"])
+PROP_NOUNS = frozenset("box candle book vase bowl plate glass cup mug gift".split())
 
 
 def _tokens(text: str) -> list[str]:

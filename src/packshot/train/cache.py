@@ -39,7 +39,9 @@ class TensorCache:
         try:
             return load_file(self._path(key))
         except (OSError, SafetensorError) as error:
-            raise PackshotError(f"cache entry {self._path(key)} is unreadable ({error}).", "Delete it and rerun.") from error
+            raise PackshotError(
+                f"cache entry {self._path(key)} is unreadable ({error}).", "Delete it and rerun."
+            ) from error
 
     def __contains__(self, key: str) -> bool:
         return self._path(key).exists()
@@ -48,7 +50,9 @@ class TensorCache:
         """Store tensors; all must be finite."""
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                raise PackshotError(f"{name} has values that are not finite.", "An fp16 VAE does that; use fp32 or fp16-fix.")
+                raise PackshotError(
+                    f"{name} has values that are not finite.", "An fp16 VAE does that; use fp32 or fp16-fix."
+                )
         with replacing_file(self._path(key)) as file:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 

@@ -40,13 +40,15 @@ class Task(Protocol):
         ...
 
     def validate(self, folder: Path, accelerator: Accelerator) -> tuple[dict[str, float], list[Path], list[str]]:
-        """Figures, pictures written under ``folder`` and a line for each. Called on all processes, without gradients."""
+        """Figures, pictures written under ``folder``, a line for each. Called on every process, without gradients."""
         ...
 
 
 def make_accelerator(train: TrainConfig) -> Accelerator:
     """Accelerate, set up so that one optimizer step is one step of everything."""
     return Accelerator(
+        # without this, torchrun on a machine without accelerator starts processes that know nothing of each other
+        cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         mixed_precision=train.mixed_precision.name,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
@@ -66,7 +68,12 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def validate(
-    task: Any, ema: checkpoints.EMA | None, run: Run | None, step: int, accelerator: Accelerator, tracker: Tracker | None
+    task: Any,
+    ema: checkpoints.EMA | None,
+    run: Run | None,
+    step: int,
+    accelerator: Accelerator,
+    tracker: Tracker | None,
 ) -> dict[str, float]:
     """Validation with the averaged weights, which are put back whatever happens."""
     inner = accelerator.unwrap_model(task)
@@ -133,7 +140,12 @@ def fit(
     if train.validation_steps and where.step == 0:
         validate(task, ema, run, 0, accelerator, tracker)
 
-    window_loss, window_start, window_wait, window_steps = torch.zeros((), device=accelerator.device), time.monotonic(), 0.0, 0
+    window_loss, window_start, window_wait, window_steps = (
+        torch.zeros((), device=accelerator.device),
+        time.monotonic(),
+        0.0,
+        0,
+    )
     with progress_bar("training", train.max_steps, where.step, show=run is not None) as advance:
         while where.step < train.max_steps:
             rate = learning_rate(where.step, train)
@@ -156,8 +168,8 @@ def fit(
                     optimizer_step_allowed = not accelerator.sync_gradients or _finite(grad_norm, accelerator)
                     if not optimizer_step_allowed:
                         raise PackshotError(
-                            f"loss {loss.item():.4g} / gradient norm {float(grad_norm):.4g} at step {where.step + 1} is "
-                            f"not finite; samples {', '.join(step_ids)}.",
+                            f"loss {loss.item():.4g} / gradient norm {float(grad_norm):.4g} at step {where.step + 1} "
+                            f"is not finite; samples {', '.join(step_ids)}.",
                             "Lower train.learning_rate or look at these samples; the last checkpoint is untouched.",
                         )
                     optimizer.step()

@@ -10,7 +10,9 @@ import torch
 from packshot.config.schema import LRSchedule, OptimConfig, OptimizerKind, TrainConfig
 
 
-def _adamw(parameters: Iterable[torch.nn.Parameter], config: OptimConfig, learning_rate: float) -> torch.optim.Optimizer:
+def _adamw(
+    parameters: Iterable[torch.nn.Parameter], config: OptimConfig, learning_rate: float
+) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         parameters,
         lr=learning_rate,

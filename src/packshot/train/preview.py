@@ -66,7 +66,9 @@ def check(session: Any, task: Any, rows: Any, validation: Any, config: Any) -> N
     folder = session.path / "check"
     folder.mkdir(exist_ok=True)
     _grid([framed(sample, config.model.resolution) for sample in samples]).save(folder / "batch.png")
-    _curve([learning_rate(step, config.train) for step in range(config.train.max_steps)]).save(folder / "learning_rate.png")
+    _curve([learning_rate(step, config.train) for step in range(config.train.max_steps)]).save(
+        folder / "learning_rate.png"
+    )
     tokenizer = task._parts.tokenizer
     long = [text for text in rows.texts if len(tokenizer(text).input_ids) > tokenizer.model_max_length]
     for text in long[:5]:
@@ -77,7 +79,9 @@ def check(session: Any, task: Any, rows: Any, validation: Any, config: Any) -> N
     loss = task(batch_to(batch, session.accelerator.device)).mean()
     loss.backward()
     if not torch.isfinite(loss):
-        raise PackshotError("the loss of the first batch is not finite.", "Look at check/batch.png and the learning rate.")
+        raise PackshotError(
+            "the loss of the first batch is not finite.", "Look at check/batch.png and the learning rate."
+        )
     figures = {
         "samples": len(rows),
         "captions_too_long": len(long),

@@ -51,7 +51,9 @@ class Keys:
 class DiffusionTask(nn.Module):
     """Loss of a Method (see ``methods.base``) on a dataset; the loop's Task."""
 
-    def __init__(self, method: nn.Module, parts: Parts, config: TrainScript, cache: TensorCache, validation: Rows) -> None:
+    def __init__(
+        self, method: nn.Module, parts: Parts, config: TrainScript, cache: TensorCache, validation: Rows
+    ) -> None:
         super().__init__()
         self.method: Any = method
         self._parts, self.config, self._cache, self._validation = parts, config, cache, validation

@@ -1,7 +1,8 @@
 """Stage ``clip``: SDXL's two text encoders and the image encoder, trained together by contrast.
 
 A text names some slots of its scene; it matches every image in the batch whose scene agrees in those slots, so one
-embedding learns to hold surface, surroundings, background, light and mood side by side.
+embedding learns to hold surface, surroundings, background, light and mood side by side. A classifier of the
+vocabulary's phrases, one for images and texts alike and thrown away afterwards, brings both there much sooner.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _text_config(hidden: int, heads: int, activation: str) -> CLIPTextConfig:
 
 
 def build_encoders() -> torch.nn.ModuleDict:
-    """Untrained ``text_encoder`` (width 48), ``text_encoder_2`` (80) and ``image_encoder``, two throw-away heads.
+    """Untrained ``text_encoder`` (width 48), ``text_encoder_2`` (80) and ``image_encoder``, and what training alone needs.
 
     The widths differ as SDXL's do, so that a mixed-up order fails instead of passing unseen.
     """
@@ -68,7 +69,7 @@ def build_encoders() -> torch.nn.ModuleDict:
         num_hidden_layers=4,
         num_attention_heads=4,
         image_size=IMAGE_SIZE,
-        patch_size=12,
+        patch_size=16,
         projection_dim=EMBEDDING,
         hidden_act="gelu",
     )
@@ -78,6 +79,7 @@ def build_encoders() -> torch.nn.ModuleDict:
             "text_encoder_2": CLIPTextModelWithProjection(_text_config(80, 5, "gelu")),
             "image_encoder": CLIPVisionModelWithProjection(vision),
             "head": torch.nn.Linear(48, EMBEDDING, bias=False),
+            "phrases": torch.nn.Linear(EMBEDDING, sum(map(len, PHRASES.values())), bias=False),
             "log_scale": torch.nn.ParameterDict({"value": torch.nn.Parameter(torch.tensor(2.5))}),
         }
     )
@@ -109,8 +111,10 @@ def _draw_slots(scene: Scene, rng: random.Random) -> set[str]:
     return set(rng.sample(filled, rng.choice((1, 1, rng.randint(1, len(filled)), len(filled)))))
 
 
-def _draw_batch(renders: Renders, generator: torch.Generator, count: int) -> tuple[list, list[str], torch.Tensor]:
-    """Images, texts and the matches_BB matrix: row = text, column = image, 1 where the image shows what is said."""
+def _draw_batch(
+    renders: Renders, generator: torch.Generator, count: int
+) -> tuple[list[np.ndarray], list[str], list[Scene], list[Scene]]:
+    """Images, texts, the scenes of the images, and what of them the texts say."""
     rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
     images, scenes, texts, named = [], [], [], []
     for render in renders.draw(generator, count):
@@ -120,13 +124,17 @@ def _draw_batch(renders: Renders, generator: torch.Generator, count: int) -> tup
         scenes.append(mirrored(render.scene) if flip else render.scene)
         named.append(sub_scene(scenes[-1], _draw_slots(scenes[-1], rng)))
         texts.append(named[-1].render() if rng.random() < 0.5 else loose_caption(named[-1], rng))
+    return images, texts, scenes, named
+
+
+def match_matrix(named: list[Scene], scenes: list[Scene]) -> torch.Tensor:
+    """matches_TI: row = text, column = image, 1 where the image shows all that the text says."""
 
     def shows(scene: Scene, asked: Scene) -> bool:
         slots = scene.slots()
         return all(set(values) <= set(slots[slot]) for slot, values in asked.slots().items())
 
-    matches = torch.tensor([[shows(scene, asked) for scene in scenes] for asked in named], dtype=torch.float32)
-    return images, texts, matches
+    return torch.tensor([[shows(scene, asked) for scene in scenes] for asked in named], dtype=torch.float32)
 
 
 def contrast(logits_TI: torch.Tensor, matches_TI: torch.Tensor) -> torch.Tensor:
@@ -134,6 +142,20 @@ def contrast(logits_TI: torch.Tensor, matches_TI: torch.Tensor) -> torch.Tensor:
     to_images = matches_TI / matches_TI.sum(1, keepdim=True)
     to_texts = (matches_TI / matches_TI.sum(0, keepdim=True)).T
     return 0.5 * (F.cross_entropy(logits_TI, to_images) + F.cross_entropy(logits_TI.T, to_texts))
+
+
+def phrase_loss(logits_BP: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
+    """Cross-entropy per filled slot over the slot's phrases, evenly spread where a scene has several of them."""
+    losses, start = [], 0
+    for slot, phrases in PHRASES.items():
+        wanted = [scene.slots()[slot] for scene in scenes]
+        target = torch.tensor([[float(phrase in values) for phrase in phrases] for values in wanted])
+        known = target.sum(1) > 0
+        if known.any():
+            logits = logits_BP[known, start : start + len(phrases)]
+            losses.append(F.cross_entropy(logits, target[known] / target[known].sum(1, keepdim=True)))
+        start += len(phrases)
+    return torch.stack(losses).mean()
 
 
 @torch.inference_mode()
@@ -184,13 +206,18 @@ def train_clip(renders: Renders, family: Family, folder: Path, minutes: float, s
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         if torch.rand((), generator=generator) < 0.01:
             renders.refresh()
-        images, texts, matches = _draw_batch(renders, generator, plan.batch_size)
+        images, texts, scenes, named = _draw_batch(renders, generator, plan.batch_size)
+        matches, scale = match_matrix(named, scenes), model["log_scale"]["value"].clamp(max=4.0).exp()
+        anchors = F.normalize(model["phrases"].weight, dim=-1)
         seen = F.normalize(model["image_encoder"](to_clip_pixels(images)).image_embeds, dim=-1)
-        first = model["text_encoder"](token_ids(tokenizers["tokenizer"], texts)).pooler_output
+        first = model["head"](model["text_encoder"](token_ids(tokenizers["tokenizer"], texts)).pooler_output)
         second = model["text_encoder_2"](token_ids(tokenizers["tokenizer_2"], texts)).text_embeds
-        scale = model["log_scale"]["value"].clamp(max=4.0).exp()
-        losses = [contrast(scale * F.normalize(x, dim=-1) @ seen.T, matches) for x in (model["head"](first), second)]
-        return losses[0] + losses[1], {"loss_1": losses[0].item(), "loss_2": losses[1].item()}
+        said = [F.normalize(embedding, dim=-1) for embedding in (first, second)]
+        contrasts = torch.stack([contrast(scale * text @ seen.T, matches) for text in said]).mean()
+        of_images = phrase_loss(scale * seen @ anchors.T, scenes)
+        of_texts = torch.stack([phrase_loss(scale * text @ anchors.T, named) for text in said]).mean()
+        values = {"contrast": contrasts.item(), "image_phrases": of_images.item(), "text_phrases": of_texts.item()}
+        return contrasts + of_images + of_texts, values
 
     def preview(at: Progress) -> None:
         print(f"clip  step {at.step}  held out {measure_clip({**model, **tokenizers}, renders.held_out)}", flush=True)

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 
 from packshot.models.mini.data import SIZE, Render, Renders, to_images, to_pixels
 from packshot.models.mini.folder import Family, Record
@@ -16,13 +19,15 @@ from packshot.models.mini.stretch import Plan, Progress, run_stretch
 
 CROP = 64  # px; the network is convolutional, so crops teach what whole images would at a quarter of the cost
 KL_WEIGHT = 1e-3  # on the KL per pixel: keeps latents near unit scale and the decoder tolerant of small errors
+CARRIED = 12  # channels of the residual stream that carry the three colours at the start
+STREAM_CONSTANT = 4.0
 # ITU-R BT.601 luma and colour differences, rows Y, Cb, Cr.
 TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 
 def build_vae(latent_channels: int = 4) -> AutoencoderKL:
-    """The untrained autoencoder: pixels_B3HW in [-1, 1] to latents_B(latent_channels)(H/8)(W/8)."""
-    return AutoencoderKL(
+    """The autoencoder before training: pixels_B3HW in [-1, 1] to latents_B(latent_channels)(H/8)(W/8)."""
+    vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -35,6 +40,72 @@ def build_vae(latent_channels: int = 4) -> AutoencoderKL:
         mid_block_add_attention=False,
         force_upcast=False,
     )
+    start_as_block_means(vae)
+    return vae
+
+
+@torch.no_grad()
+def start_as_block_means(vae: AutoencoderKL) -> None:
+    """Initialise the network as the linear autoencoder that keeps the mean colour of every 8 x 8 block.
+
+    Left to itself the normalised network spends most of a short training on finding out how to pass a flat colour.
+    So the first channels of the residual stream carry, per colour x, the four values x, -x, K, -K: the constants make
+    the group's norm almost independent of x, and silu(y) - silu(-y) = y undoes the activation. Residual branches start
+    at zero (Zhang et al. 2019, Fixup) and everything else keeps its random start.
+    """
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock2D):
+            torch.nn.init.zeros_(module.conv2.weight)
+            torch.nn.init.zeros_(module.conv2.bias)
+            if module.conv_shortcut is not None:
+                _carry(module.conv_shortcut, torch.ones(1, 1))
+        elif isinstance(module, Downsample2D):
+            mean = torch.zeros(3, 3)
+            mean[:2, :2] = 0.25  # the padding is on the right and below, so this window is the pixel's own block
+            _carry(module.conv, mean)
+        elif isinstance(module, Upsample2D):
+            centre = torch.zeros(3, 3)
+            centre[1, 1] = 1.0
+            _carry(module.conv, centre)
+    _open_stream(vae.encoder.conv_in)
+    _open_stream(vae.decoder.conv_in)
+    _close_stream(vae.encoder.conv_out, vae.encoder.conv_norm_out)
+    _close_stream(vae.decoder.conv_out, vae.decoder.conv_norm_out)
+    channels = vae.config.latent_channels
+    vae.encoder.conv_out.weight[channels:] = 0.0
+    vae.encoder.conv_out.bias[channels:] = -6.0  # log variance: little noise at first
+    for conv in (vae.quant_conv, vae.post_quant_conv):
+        torch.nn.init.dirac_(conv.weight)
+        torch.nn.init.zeros_(conv.bias)
+
+
+def _carry(conv: torch.nn.Conv2d, kernel_HW: torch.Tensor) -> None:
+    """Let a convolution hand the carried channels on, each through ``kernel``."""
+    conv.weight[:CARRIED], conv.bias[:CARRIED] = 0.0, 0.0
+    for channel in range(CARRIED):
+        conv.weight[channel, channel] = kernel_HW
+
+
+def _open_stream(conv: torch.nn.Conv2d) -> None:
+    """Write x, -x, K, -K for the first three input channels."""
+    conv.weight[:CARRIED], conv.bias[:CARRIED] = 0.0, 0.0
+    centre = conv.kernel_size[0] // 2
+    for colour in range(3):
+        first = 4 * colour
+        conv.weight[first, colour, centre, centre], conv.weight[first + 1, colour, centre, centre] = 1.0, -1.0
+        conv.bias[first + 2], conv.bias[first + 3] = STREAM_CONSTANT, -STREAM_CONSTANT
+
+
+def _close_stream(conv: torch.nn.Conv2d, norm: torch.nn.GroupNorm) -> None:
+    """Read the first three output channels from the stream behind its last norm and activation."""
+    conv.weight[:3], conv.bias[:3] = 0.0, 0.0
+    per_group = norm.num_channels // norm.num_groups
+    constants = min(CARRIED, per_group) // 2  # of the channels in a carried group that hold +K or -K
+    scale = STREAM_CONSTANT * (constants / per_group) ** 0.5
+    centre = conv.kernel_size[0] // 2
+    for colour in range(3):
+        first = 4 * colour
+        conv.weight[colour, first, centre, centre], conv.weight[colour, first + 1, centre, centre] = scale, -scale
 
 
 def _ycbcr(pixels_BCHW: torch.Tensor) -> torch.Tensor:

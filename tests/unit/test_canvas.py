@@ -1,0 +1,142 @@
+"""Where the product stands: placement, the working copy, and the control maps made from it."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw, ImageFilter
+
+from packshot.config.schema import GenerateSettings, Placement
+from packshot.core.errors import ConfigError
+from packshot.evaluate.samples import place_photo
+from packshot.infer.canvas import background_at, make_working, place, plan_frame
+from packshot.infer.conditions import control_map, read_condition
+from packshot.infer.product import core_of, prepare, soften_hard_edge
+
+CENTER = {"placement": Placement.center}
+
+
+def photo_and_mask(width=90, height=61, box=(20, 12, 60, 50)):
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    mask = Image.new("L", (width, height))
+    ImageDraw.Draw(mask).ellipse(box, fill=255)
+    return Image.fromarray(noise), mask
+
+
+@given(st.integers(32, 6000), st.integers(32, 6000), st.sampled_from([128, 512, 1024]))
+def test_working_copy_is_letterboxed_never_stretched_and_fits_the_networks(height, width, resolution):
+    frame = plan_frame(height, width, resolution, 32)
+    assert frame.height % 32 == frame.width % 32 == 0
+    assert 0 <= frame.top <= frame.height - frame.content_height
+    assert 0 <= frame.left <= frame.width - frame.content_width
+    scale = min(frame.height / height, frame.width / width)
+    assert abs(frame.content_height - height * scale) <= 0.5 or frame.content_height == 1
+    assert abs(frame.content_width - width * scale) <= 0.5 or frame.content_width == 1
+
+
+def test_original_placement_is_the_photo_itself():
+    photo, mask = photo_and_mask()
+    canvas = place(prepare(photo, mask), GenerateSettings())
+    assert (canvas.rgb_HW3 == np.asarray(photo)).all()
+    assert (canvas.core_HW == core_of(np.asarray(mask))).all()
+    assert canvas.transform["resampling"] == "none"
+
+
+@pytest.mark.parametrize("scale", [0.2, 0.5, 0.9])
+def test_centered_product_is_exactly_the_resampling_the_certificate_states(scale):
+    photo, mask = photo_and_mask()
+    settings = GenerateSettings(**CENTER, size=[160, 96], product_scale=scale)
+    canvas = place(prepare(photo, mask), settings)
+    again = place_photo(photo, json.loads(json.dumps(canvas.transform)))
+    assert canvas.core_HW.any()
+    assert (canvas.rgb_HW3 == again)[canvas.core_HW].all()
+    assert (canvas.foreground_HW3 == canvas.rgb_HW3)[canvas.core_HW].all()
+
+
+@pytest.mark.parametrize("scale", [0.2, 0.5, 0.9])
+def test_centered_core_has_seen_nothing_of_the_old_background(scale):
+    """Same product before two backgrounds: the core must not tell them apart."""
+    photo, mask = photo_and_mask()
+    white = Image.composite(photo, Image.new("RGB", photo.size, "white"), mask)
+    black = Image.composite(photo, Image.new("RGB", photo.size, "black"), mask)
+    settings = GenerateSettings(**CENTER, size=[160, 96], product_scale=scale)
+    a, b = (place(prepare(image, mask), settings) for image in (white, black))
+    assert (a.core_HW == b.core_HW).all()
+    assert np.abs(a.rgb_HW3[a.core_HW].astype(int) - b.rgb_HW3[a.core_HW]).max() <= 1
+
+
+def test_centered_product_is_whole_centred_and_not_stretched():
+    photo, mask = photo_and_mask(box=(5, 20, 25, 30))
+    canvas = place(prepare(photo, mask), GenerateSettings(**CENTER, size=[200, 200], product_scale=0.5))
+    rows, columns = np.nonzero(canvas.matte_HW >= 128)
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    assert 90 <= width <= 102
+    assert abs(width / height - 21 / 11) < 0.15
+    assert abs(rows.mean() - 99.5) < 1.5
+    assert abs(columns.mean() - 99.5) < 1.5
+
+
+def test_conditioning_mask_is_max_pooled_and_blending_mask_is_averaged():
+    """A one-pixel strap survives in the first, counts by its area in the second."""
+    photo = Image.fromarray(np.full((400, 400, 3), 90, np.uint8))
+    mask = Image.new("L", photo.size)
+    ImageDraw.Draw(mask).rectangle((100, 100, 299, 199), fill=255)
+    ImageDraw.Draw(mask).line((203, 200, 203, 330), fill=255)
+    canvas = place(prepare(photo, mask), GenerateSettings())
+    working = make_working(canvas, plan_frame(400, 400, 100, 4))
+    assert working.keep_HW[50:82, 50].all()
+    assert (working.coverage_HW[55:80, 50] > 0.05).all()
+    assert (working.coverage_HW[55:80, 50] < 0.5).all()
+    assert not working.keep_HW[60, 60]
+
+
+def test_inpaint_map_is_minus_one_on_the_background_and_shows_no_old_background():
+    """Without un-mixing, the green wall would stand in the map's edge pixels."""
+    mask = Image.new("L", (96, 96))
+    ImageDraw.Draw(mask).ellipse((20, 20, 75, 75), fill=255)
+    photo = Image.composite(Image.new("RGB", mask.size, (200, 40, 40)), Image.new("RGB", mask.size, (0, 255, 0)), mask)
+    canvas = place(prepare(photo, mask), GenerateSettings())
+    working = make_working(canvas, plan_frame(96, 96, 64, 32))
+    known = control_map("inpaint", working)[0].permute(1, 2, 0).numpy()
+    assert (known[~working.keep_HW] == -1).all()
+    assert (known[working.keep_HW] >= 0).all()
+    assert (known[working.keep_HW][:, 0] > known[working.keep_HW][:, 1]).mean() > 0.99
+
+
+def test_canny_map_is_binary_and_empty_on_the_background():
+    photo, mask = photo_and_mask()
+    working = make_working(place(prepare(photo, mask), GenerateSettings()), plan_frame(61, 90, 128, 32))
+    edges = control_map("canny", working)[0]
+    assert set(edges.unique().tolist()) == {0.0, 1.0}
+    far = np.asarray(Image.fromarray(working.keep_HW).filter(ImageFilter.MaxFilter(5)))
+    assert not edges[:, ~far].any()
+
+
+def test_control_condition_is_read_from_the_export(tmp_path):
+    (tmp_path / "packshot.json").write_text('{"condition": "canny"}')
+    assert read_condition(tmp_path) == "canny"
+    for content in ("{}", "[]", "nonsense", '{"condition": "depthy"}'):
+        (tmp_path / "packshot.json").write_text(content)
+        with pytest.raises(ConfigError, match="condition"):
+            read_condition(tmp_path)
+    (tmp_path / "packshot.json").unlink()
+    with pytest.raises(ConfigError, match=r"has no packshot\.json"):
+        read_condition(tmp_path)
+
+
+def test_hard_masks_get_a_soft_edge_without_touching_the_core_and_soft_ones_stay():
+    _, mask = photo_and_mask()
+    hard = np.asarray(mask)
+    soft = soften_hard_edge(hard)
+    assert ((soft > 0) & (soft < 255)).any()
+    assert (soft[core_of(hard)] == 255).all()
+    assert soften_hard_edge(soft) is soft
+
+
+def test_letterbox_is_cut_off_again():
+    frame = plan_frame(40, 90, 64, 32)
+    decoded = np.zeros((frame.height, frame.width, 3), np.float32)
+    decoded[frame.content] = 1
+    assert (background_at(decoded, frame, 40, 90) == 255).all()

@@ -1,0 +1,335 @@
+"""The whole way from a photo to a picture with its certificate, on the mini family with stock adapters."""
+
+import hashlib
+import io
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+
+from packshot.config.compose import compose
+from packshot.config.schema import AdaptersConfig, GenerateSettings, IPAdapterMethod, LoraMethod, ModelConfig, Placement
+from packshot.core.errors import ConfigError, PackshotError
+from packshot.evaluate.samples import place_photo
+from packshot.infer import Packshot
+from packshot.infer.certificate import digest, judge, load_certificates, measure
+from packshot.infer.composite import blend
+from packshot.infer.denoise import encode, known_share, lost_words
+from packshot.infer.pipeline import load_models
+from packshot.infer.product import core_of, prepare
+from packshot.infer.run import generate
+from packshot.methods import METHODS
+from packshot.models.load import load_parts
+from packshot.scene import Scene
+
+QUICK = GenerateSettings(num_inference_steps=2, guidance_scale=2.0)
+SCENE = Scene(surface="a white podium", background="a grey wall")
+
+
+def photo_and_mask(width=96, height=128, hard=True):
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    mask = Image.new("L", (width, height))
+    ImageDraw.Draw(mask).ellipse((width // 4, height // 4, 3 * width // 4, 3 * height // 4), fill=255)
+    return Image.fromarray(noise), mask
+
+
+@pytest.fixture(scope="module")
+def tool():
+    return Packshot.load()
+
+
+def shaken(folder, file, pattern=""):
+    """Random weights instead of an export's zeros, so that the adapter does something."""
+    path = folder / file
+    g = torch.Generator().manual_seed(0)
+    tensors = {k: torch.randn(v.shape, generator=g) * 0.05 if pattern in k else v for k, v in load_file(path).items()}
+    save_file(tensors, path)
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Export folders as the trainers write them, filled with random weights."""
+    root = tmp_path_factory.mktemp("exports")
+    parts = load_parts(ModelConfig())
+    for name in ("inpaint", "canny"):
+        ControlNetModel.from_unet(parts.unet).save_pretrained(root / name)
+        (root / name / "packshot.json").write_text(json.dumps({"condition": name}))
+        shaken(root / name, "diffusion_pytorch_model.safetensors", "controlnet_")
+    for name, config in (("lora", LoraMethod(rank=4)), ("ip_adapter", IPAdapterMethod())):
+        method = METHODS[type(config)](load_parts(ModelConfig()), config)
+        (root / name).mkdir()
+        method.export(root / name)
+    shaken(root / "lora", "pytorch_lora_weights.safetensors")
+    shaken(root / "ip_adapter", "ip_adapter.safetensors", "_ip.weight")
+    return root
+
+
+def pixels(result):
+    return np.asarray(result.image).astype(int)
+
+
+@pytest.mark.parametrize("size", [(96, 128), (601, 399), (33, 190), (1999, 1501)])
+def test_core_is_the_input_byte_for_byte_at_full_resolution(tool, size):
+    photo, mask = photo_and_mask(*size)
+    [result] = tool.set_product(photo, mask).generate(SCENE, 1, settings=QUICK)
+    core = core_of(np.asarray(mask))
+    written = np.asarray(Image.open(io.BytesIO(result.png)))
+    assert written.shape == (size[1], size[0], 3)
+    assert (written == np.asarray(photo))[core].all()
+    certificate = result.certificate
+    assert certificate["core"]["pixels"] == core.sum()
+    assert certificate["core"]["max_abs_diff"] == 0
+    assert (
+        certificate["core"]["sha256_input"] == certificate["core"]["sha256_output"] == digest(np.asarray(photo)[core])
+    )
+    outside = np.asarray(mask) == 0
+    assert (written != np.asarray(photo))[outside].mean() > 0.9
+
+
+def test_centered_core_is_the_stated_resampling(tool):
+    photo, mask = photo_and_mask(300, 200)
+    settings = GenerateSettings(num_inference_steps=2, guidance_scale=1, placement=Placement.center, size=[160, 128])
+    [result] = tool.set_product(photo, mask).generate(SCENE, 1, settings=settings)
+    core = core_of(np.asarray(result.layers["mask"]))
+    assert result.image.size == (160, 128)
+    stated = place_photo(photo, result.certificate["transform"])
+    assert core.sum() > 100
+    assert (np.asarray(result.image) == stated)[core].all()
+
+
+def test_layers_give_the_picture_again_exactly(tool):
+    [result] = tool.set_product(*photo_and_mask()).generate(SCENE, 1, settings=QUICK)
+    product = np.asarray(result.layers["product"])
+    again = blend(product[..., :3], product[..., 3], np.asarray(result.layers["background"]))
+    assert (again == np.asarray(result.image)).all()
+    assert (np.asarray(result.layers["mask"]) == product[..., 3]).all()
+
+
+def test_same_seed_gives_the_same_bytes_and_the_number_of_pictures_changes_none(tool):
+    tool.set_product(*photo_and_mask())
+    three = tool.generate(SCENE, 3, seed=5, settings=QUICK)
+    [alone] = tool.generate(SCENE, 1, seed=7, settings=QUICK)
+    assert np.abs(pixels(three[2]) - pixels(alone)).max() <= 1
+    assert three[2].png == alone.png
+    assert three[0].png != three[1].png
+
+
+def test_threads_with_different_products_do_not_mix(tool):
+    products = [prepare(*photo_and_mask(96, height), name=str(height)) for height in (96, 128)]
+    alone = [tool.with_product(p).generate(SCENE, 1, settings=QUICK)[0].png for p in products]
+    found = [None, None]
+
+    def work(i):
+        found[i] = tool.with_product(products[i]).generate(SCENE, 2, settings=QUICK)[0].png
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert found == alone
+
+
+def test_rgba_input_is_its_own_mask(tool):
+    photo, mask = photo_and_mask()
+    cutout = photo.copy()
+    cutout.putalpha(mask)
+    [result] = tool.set_product(cutout).generate(SCENE, 1, settings=QUICK)
+    core = core_of(np.asarray(mask))
+    assert result.certificate["mask"]["method"] == "alpha"
+    assert (np.asarray(result.image) == np.asarray(photo))[core].all()
+
+
+@pytest.mark.parametrize("kind", ["lora", "inpaint", "canny", "ip_adapter"])
+def test_every_adapter_changes_the_picture_and_is_named_with_its_hash(tool, exports, kind):
+    key = {"inpaint": "controlnets", "canny": "controlnets"}.get(kind, kind)
+    value = [str(exports / kind)] if key == "controlnets" else str(exports / kind)
+    adapted = Packshot.load(adapters=AdaptersConfig(**{key: value}))
+    reference = Image.new("RGB", (50, 80), "orange") if kind == "ip_adapter" else None
+    product = photo_and_mask()
+    [before] = tool.set_product(*product).generate(SCENE, 1, settings=QUICK)
+    [after] = adapted.set_product(*product).generate(SCENE, 1, reference=reference, settings=QUICK)
+    assert np.abs(pixels(before) - pixels(after)).max() > 1
+    [entry] = after.certificate["model"]["adapters"]
+    file = next(name for name in entry["files"] if name.endswith(".safetensors"))
+    assert entry["files"][file] == hashlib.sha256((exports / kind / file).read_bytes()).hexdigest()
+
+
+def test_all_adapters_work_together_and_scale_zero_switches_each_off(tool, exports):
+    nets = [str(exports / "inpaint"), str(exports / "canny")]
+    rest = {"lora": str(exports / "lora"), "ip_adapter": str(exports / "ip_adapter"), "controlnets": nets}
+    scene, product, look = SCENE, photo_and_mask(), Image.new("RGBA", (40, 40), (255, 0, 0, 60))
+    full = Packshot.load(adapters=AdaptersConfig(**rest)).set_product(*product)
+    [on] = full.generate(scene, 1, reference=look, settings=QUICK)
+    off = Packshot.load(
+        adapters=AdaptersConfig(**rest, lora_scale=0, ip_adapter_scale=0, controlnet_scales=[0.0, 0.0])
+    ).set_product(*product)
+    [silent] = off.generate(scene, 1, reference=look, settings=QUICK)
+    [bare] = tool.set_product(*product).generate(scene, 1, settings=QUICK)
+    assert np.abs(pixels(on) - pixels(bare)).max() > 1
+    assert np.abs(pixels(silent) - pixels(bare)).max() <= 1
+    assert [a.get("condition") for a in on.certificate["model"]["adapters"]] == [None, "inpaint", "canny", None]
+
+
+def test_without_a_reference_the_ip_adapter_gets_its_null_image(exports):
+    models = load_models(ModelConfig(), AdaptersConfig(ip_adapter=str(exports / "ip_adapter")))
+    [embeds] = encode(models, "a wall", QUICK).arguments["ip_adapter_image_embeds"]
+    assert embeds.shape[0] == 2
+    assert not embeds.any()
+    [seen] = encode(models, "a wall", QUICK, Image.new("RGB", (9, 9), "red")).arguments["ip_adapter_image_embeds"]
+    assert not seen[0].any()
+    assert seen[1].any()
+
+
+def test_reference_without_ip_adapter_is_refused(tool):
+    with pytest.raises(ConfigError, match="needs an IP-Adapter"):
+        tool.set_product(*photo_and_mask()).generate(SCENE, 1, reference=Image.new("RGB", (8, 8)))
+
+
+def test_scene_is_generated_a_little_under_the_product():
+    from packshot.infer.canvas import make_working, place, plan_frame
+
+    product = prepare(*photo_and_mask(128, 128))
+    working = make_working(place(product, QUICK), plan_frame(128, 128, 128, 32))
+    share = known_share(working, 1024, 8)[0, 0].numpy()  # 8 px at 1024
+    cells = torch.nn.functional.avg_pool2d(torch.from_numpy(working.coverage_HW)[None, None], 8)[0, 0].numpy()
+    assert (share <= cells + 1e-6).all()
+    assert share.max() == pytest.approx(1)
+    assert share.sum() < 0.7 * cells.sum()
+
+
+def test_lost_words_are_reported_in_log_and_certificate(tool, caplog):
+    prompt = "a wall, " + " ".join(f"word{i}" for i in range(200))
+    import logging
+
+    logging.getLogger("packshot").propagate = True
+    [result] = tool.set_product(*photo_and_mask()).generate(prompt, 1, settings=QUICK)
+    assert result.certificate["lost_words"]["prompt"].replace(" ", "").endswith("word199")
+    assert "word199" in caplog.text.replace(" ", "")
+    assert lost_words(tool.models.pipe.tokenizer, SCENE.render()) == ""
+
+
+def test_nan_is_an_error_that_names_the_seed(tool, monkeypatch):
+    tool.set_product(*photo_and_mask())
+    forward = tool.models.pipe.unet.forward
+    monkeypatch.setattr(tool.models.pipe.unet, "forward", lambda *a, **k: (forward(*a, **k)[0] * float("nan"),))
+    with pytest.raises(PackshotError, match="NaN or infinity for seed 3"):
+        tool.generate(SCENE, 1, seed=3, settings=QUICK)
+
+
+def encoded(picture):
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_verdict_names_what_is_wrong(tool):
+    photo, mask = photo_and_mask()
+    canvas = tool.set_product(photo, mask).canvas(QUICK)
+    rgb, flat = np.asarray(photo), np.full((128, 96, 3), 77, np.uint8)
+    touched = rgb.copy()
+    touched[64, 48] ^= 1
+    pasted = blend(canvas.foreground_HW3, canvas.matte_HW, flat)
+    cases = {"background_unchanged": rgb, "core_changed": touched, "background_flat": pasted}
+    for reason, picture in cases.items():
+        verdict = judge(picture, canvas, measure(encoded(picture), canvas))
+        assert verdict["status"] == "needs_review"
+        assert reason in verdict["reasons"]
+    assert measure(encoded(touched), canvas)["core"]["max_abs_diff"] == 1
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Image.new("L", (10, 10), 255), "mask is 10x10 px, the photo product is 96x128 px"),
+        (Image.new("L", (96, 128), 0), "is empty"),
+        (Image.new("L", (96, 128), 255), "covers the whole picture"),
+    ],
+)
+def test_unusable_masks_are_refused_with_a_sentence(mask, message):
+    with pytest.raises(ConfigError, match=message):
+        prepare(photo_and_mask()[0], mask)
+
+
+def test_unusable_photos_are_refused_with_a_sentence(tmp_path):
+    text = tmp_path / "text.png"
+    text.write_text("hello")
+    for path in (tmp_path / "missing.png", text, tmp_path):
+        with pytest.raises(ConfigError, match="product="):
+            prepare(path)
+    with pytest.raises(ConfigError, match="at least 32 px"):
+        prepare(Image.new("RGB", (8, 8)), Image.new("L", (8, 8), 255))
+
+
+def test_generate_without_a_product_says_what_to_do():
+    with pytest.raises(ConfigError, match="no product is set"):
+        Packshot(models=None).generate(SCENE)
+
+
+def configured(tmp_path, *overrides):
+    photo, mask = photo_and_mask()
+    for folder, image in (("in", photo), ("masks", mask)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        image.save(tmp_path / folder / "a.png")
+    paths = [f"product={tmp_path}/in", f"mask={tmp_path}/masks", f"run.dir={tmp_path}/run"]
+    quick = ["num_images=2", "num_inference_steps=1", "guidance_scale=1", "tracking=none"]
+    return compose("generate", [*paths, *quick, "scene.surface=a white podium", *overrides])
+
+
+def test_run_folder_holds_pictures_layers_certificates_and_report(tmp_path):
+    generate(configured(tmp_path))
+    run = tmp_path / "run"
+    certificates = load_certificates(run)
+    assert list(certificates) == ["a-0", "a-1"]
+    for stem, certificate in certificates.items():
+        assert certificate["output_sha256"] == hashlib.sha256((run / f"{stem}.png").read_bytes()).hexdigest()
+        assert certificate["request"]["scene"]["surface"] == "a white podium"
+        assert all((run / "layers" / f"{stem}-{x}.png").exists() for x in ("background", "product", "mask", "raw"))
+    page = (run / "report.html").read_text()
+    assert "a white podium" in page
+    assert page.count("data:image/") >= 5
+    assert "http" not in page.replace("http-equiv", "")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["picture"] for line in lines] == ["a-0", "a-1"]
+
+
+def test_resumed_run_makes_only_what_is_missing_and_overwrites_nothing(tmp_path):
+    generate(configured(tmp_path))
+    run = tmp_path / "run"
+    kept = (run / "a-0.png").stat().st_mtime_ns
+    expected = (run / "a-1.png").read_bytes()
+    (run / "a-1.json").unlink()
+    with pytest.raises(ConfigError, match="not empty"):
+        generate(configured(tmp_path))
+    generate(configured(tmp_path, "run.resume=true"))
+    assert (run / "a-0.png").stat().st_mtime_ns == kept
+    assert (run / "a-1.png").read_bytes() == expected
+    assert (run / "a-1.json").exists()
+
+
+def test_one_bad_product_does_not_stop_the_others_and_fails_the_run(tmp_path):
+    config = configured(tmp_path)
+    for folder in ("in", "masks"):
+        Path(tmp_path / folder / "b.png").write_text("no image")
+    with pytest.raises(PackshotError, match=r"1 of 2 products failed: b\.png"):
+        generate(config)
+    assert list(load_certificates(tmp_path / "run")) == ["a-0", "a-1"]
+
+
+def test_prompt_is_escaped_in_the_report(tmp_path):
+    generate(configured(tmp_path, "num_images=1", "scene.surface=null", "prompt='<script>alert(1)</script>'"))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+@pytest.mark.parametrize("kind", ["lora", "controlnets", "ip_adapter"])
+def test_wrong_adapter_folder_is_refused_before_a_run_folder_exists(tmp_path, kind):
+    value = f"[{tmp_path}]" if kind == "controlnets" else str(tmp_path)
+    with pytest.raises(ConfigError, match=f"adapters.{kind}"):
+        generate(configured(tmp_path, f"adapters.{kind}={value}"))
+    assert not (tmp_path / "run").exists()
