@@ -77,7 +77,7 @@ def _tile(image: Image.Image, mask: Image.Image | None) -> Image.Image:
     if mask is not None:
         alpha_HW1 = np.asarray(mask.convert("L"), np.float32)[..., None] / 255
         pixels_HWC = np.asarray(views[0], np.float32)
-        tinted_HWC = 0.3 * pixels_HWC + 0.7 * np.float32([255, 0, 255])
+        tinted_HWC = 0.3 * pixels_HWC + 0.7 * np.array([255, 0, 255], np.float32)
         mixed_HWC = alpha_HW1 * pixels_HWC + (1 - alpha_HW1) * tinted_HWC
         views.append(Image.fromarray(np.round(mixed_HWC).astype(np.uint8)))
     tile = Image.new("RGB", (_TILE * len(views), _TILE), "white")

@@ -141,7 +141,8 @@ def _to_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Imag
     except OSError as error:
         log.warning("%s: its colour profile is damaged (%s); read as sRGB", name, error)
         return image.convert("RGB")
-    channels = {"RGB ": "RGB", "CMYK": "CMYK"}.get(source.profile.xcolor_space)
+    space = profile[16:20]  # the data colour space of an ICC header (ICC.1:2022, 7.2.8)
+    channels = {b"RGB ": "RGB", b"CMYK": "CMYK"}.get(space)
     # Most files carry sRGB: leaving them alone keeps their bytes. A profile for another number of channels (a grey
     # one left in an RGB file) says nothing about these pixels.
     if channels != image.mode or "srgb" in ImageCms.getProfileDescription(source).lower():

@@ -115,7 +115,10 @@ def _cutout_alpha(image: Image.Image) -> np.ndarray | None:
 
 # Side of the network's input -> (mean, scale) of its pixels in 0..255; all take RGB as 1x3xSxS and give 1x1xSxS first.
 ISNET = (np.float32(128), np.float32(256))  # IS-Net (DIS), 1024 px
-U2NET = (np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375]))  # U²-Net, 320 px: ImageNet's
+U2NET = (
+    np.array([123.675, 116.28, 103.53], np.float32),
+    np.array([58.395, 57.12, 57.375], np.float32),
+)  # U²-Net, 320 px: ImageNet's
 _NORMALISATION = {1024: ISNET, 320: U2NET}
 
 
@@ -231,7 +234,9 @@ def _distance_to_border_colours(lab_HWC: np.ndarray, clusters: int = 5) -> np.nd
     pixels = np.ascontiguousarray(lab_HWC[frame])
     cv2.setRNGSeed(0)
     criteria = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 20, 0.1)
-    _, labels, centres = cv2.kmeans(pixels, min(clusters, len(pixels)), None, criteria, 3, cv2.KMEANS_PP_CENTERS)
+    _, labels, centres = cv2.kmeans(
+        pixels, min(clusters, len(pixels)), np.empty(0, np.int32), criteria, 3, cv2.KMEANS_PP_CENTERS
+    )
     nearest = np.full((height, width), np.inf)
     for k, centre in enumerate(centres):
         members = pixels[labels[:, 0] == k]
@@ -258,7 +263,9 @@ def _grabcut(rgb_HWC: np.ndarray, saliency_HW: np.ndarray, iterations: int = 6) 
     labels[saliency_HW < 0.3 * threshold] = cv2.GC_BGD
     cv2.setRNGSeed(0)
     models = np.zeros((1, 65)), np.zeros((1, 65))
-    cv2.grabCut(np.ascontiguousarray(rgb_HWC[..., ::-1]), labels, None, *models, iterations, cv2.GC_INIT_WITH_MASK)
+    cv2.grabCut(
+        np.ascontiguousarray(rgb_HWC[..., ::-1]), labels, (0, 0, 0, 0), *models, iterations, cv2.GC_INIT_WITH_MASK
+    )
     return (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
 
 
