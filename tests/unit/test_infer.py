@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,19 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from packshot.config.compose import compose
-from packshot.config.schema import AdaptersConfig, GenerateSettings, IPAdapterMethod, LoraMethod, ModelConfig, Placement
+from packshot.config.schema import (
+    AdaptersConfig,
+    GenerateSettings,
+    IPAdapterMethod,
+    LoraMethod,
+    ModelConfig,
+    Placement,
+    SceneConfig,
+)
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.evaluate.samples import place_photo
 from packshot.infer import Packshot
+from packshot.infer.canvas import make_working, place, plan_frame
 from packshot.infer.certificate import digest, judge, load_certificates, measure
 from packshot.infer.composite import blend
 from packshot.infer.denoise import encode, known_share, lost_words
@@ -191,8 +202,6 @@ def test_reference_without_ip_adapter_is_refused(tool):
 
 
 def test_scene_is_generated_a_little_under_the_product():
-    from packshot.infer.canvas import make_working, place, plan_frame
-
     product = prepare(*photo_and_mask(128, 128))
     working = make_working(place(product, QUICK), plan_frame(128, 128, 128, 32))
     share = known_share(working, 1024, 8)[0, 0].numpy()  # 8 px at 1024
@@ -204,8 +213,6 @@ def test_scene_is_generated_a_little_under_the_product():
 
 def test_lost_words_are_reported_in_log_and_certificate(tool, caplog):
     prompt = "a wall, " + " ".join(f"word{i}" for i in range(200))
-    import logging
-
     logging.getLogger("packshot").propagate = True
     [result] = tool.set_product(*photo_and_mask()).generate(prompt, 1, settings=QUICK)
     assert result.certificate["lost_words"]["prompt"].replace(" ", "").endswith("word199")
@@ -247,7 +254,7 @@ def test_verdict_names_what_is_wrong(tool):
     [
         (Image.new("L", (10, 10), 255), "mask is 10x10 px, the photo product is 96x128 px"),
         (Image.new("L", (96, 128), 0), "is empty"),
-        (Image.new("L", (96, 128), 255), "covers the whole picture"),
+        (Image.new("L", (96, 128), 255), "the whole picture"),
     ],
 )
 def test_unusable_masks_are_refused_with_a_sentence(mask, message):
@@ -321,7 +328,8 @@ def test_one_bad_product_does_not_stop_the_others_and_fails_the_run(tmp_path):
 
 
 def test_prompt_is_escaped_in_the_report(tmp_path):
-    generate(configured(tmp_path, "num_images=1", "scene.surface=null", "prompt='<script>alert(1)</script>'"))
+    config = configured(tmp_path, "num_images=1")
+    generate(replace(config, scene=SceneConfig(), prompt="<script>alert(1)</script>"))
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<script>" not in page
     assert "&lt;script&gt;" in page

@@ -1,0 +1,159 @@
+"""Scores of finished runs: formulas with known answers, and the report over a real run."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from packshot.config.compose import compose
+from packshot.core.errors import ConfigError
+from packshot.evaluate.adherence import adherence, baseline_scenes, slot_means
+from packshot.evaluate.preservation import core_identity, extension_of, grabcut, hard_paste, preservation
+from packshot.evaluate.run import evaluate, summary, without_nan
+from packshot.evaluate.samples import load_sample, open_runs
+from packshot.infer.run import generate
+from packshot.scene import Scene
+
+
+def keep_mask():
+    keep = np.zeros((100, 100), bool)
+    keep[30:70, 30:70] = True
+    return keep
+
+
+def test_extension_is_unsigned_growth_does_not_pay_for_loss():
+    """20 columns grown and 20 lost: a signed area difference would say 0."""
+    keep = keep_mask()
+    found = np.roll(keep, 20, axis=1)
+    scored = extension_of(found, keep)
+    assert scored["expansion"] == pytest.approx(20 * 40 / 10_000)
+    assert scored["extension"] == pytest.approx((20 * 40 - 40) / 1600)  # less a rim of the 1 px tolerance
+    assert scored["loss"] == pytest.approx(19 * 38 / 1600)
+
+
+def test_extension_of_the_product_itself_is_zero_and_other_objects_do_not_count():
+    keep = keep_mask()
+    other = keep.copy()
+    other[5:15, 5:15] = True
+    assert extension_of(keep, keep) == {"extension": 0, "loss": 0, "expansion": 0}
+    assert extension_of(other, keep) == {"extension": 0, "loss": 0, "expansion": 0}
+
+
+def test_grabcut_sees_a_grown_product():
+    keep = keep_mask()
+    picture = np.full((100, 100, 3), 230, np.uint8)
+    picture += np.random.default_rng(0).integers(0, 12, picture.shape, np.uint8)
+    same, grown = picture.copy(), picture.copy()
+    same[keep] = (180, 30, 30)
+    grown[30:70, 30:78] = (180, 30, 30)
+    assert extension_of(grabcut(same, keep), keep)["extension"] < 0.02
+    assert extension_of(grabcut(grown, keep), keep)["extension"] == pytest.approx(7 * 40 / 1600, abs=0.03)
+
+
+def test_hard_paste_through_a_nearest_resized_mask_loses_product_pixels():
+    mask = Image.new("L", (200, 200))
+    ImageDraw.Draw(mask).ellipse((40, 40, 160, 160), fill=255)
+    photo, wall = np.full((200, 200, 3), 50, np.uint8), np.full((200, 200, 3), 200, np.uint8)
+    coarse = hard_paste(photo, np.asarray(mask), wall, np.zeros((32, 32, 3), np.uint8))
+    exact = hard_paste(photo, np.asarray(mask), wall, np.zeros((200, 200, 3), np.uint8))
+    inside = np.asarray(mask) == 255
+    assert (exact[inside] == 50).all()
+    assert (coarse[inside] == 200).any()
+
+
+def test_slot_means_count_only_the_slots_that_were_asked_for():
+    asked = [Scene(surface="a stone podium"), Scene(surface="a white table", mood="calm")]
+    read = [Scene(surface="a stone podium", background="a wall"), Scene(surface="grass", mood="calm")]
+    assert slot_means(read, asked) == {"surface": 0.5, "mood": 1.0, "mean": 0.75}
+
+
+def test_scene_baseline_is_other_requests_or_else_a_constant():
+    a, b = Scene(surface="a stone podium"), Scene(surface="grass")
+    name, others = baseline_scenes([a, b, a])
+    assert name.startswith("shuffled")
+    assert others == [[b], [a], [b]]
+    assert baseline_scenes([a, a])[0].startswith("constant")
+
+
+def test_summary_takes_the_worst_identity_and_the_mean_of_the_rest():
+    rows = [{"core_max_abs_diff": 0.0, "loss": 0.2}, {"core_max_abs_diff": 9.0, "loss": float("nan")}]
+    assert summary(rows) == {"core_max_abs_diff": 9.0, "loss": 0.2}
+    assert without_nan({"a": float("nan"), "b": {"c": 1.0}}) == {"a": None, "b": {"c": 1.0}}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run folder of generate.py, two pictures of one product."""
+    root = tmp_path_factory.mktemp("runs")
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 3, 3), np.uint8))
+    photo = noise.resize((96, 128), Image.Resampling.BICUBIC)
+    mask = Image.new("L", (96, 128))
+    ImageDraw.Draw(mask).ellipse((20, 30, 75, 100), fill=255)
+    photo.save(root / "a.png")
+    mask.save(root / "mask.png")
+    keys = [f"product={root}/a.png", f"mask={root}/mask.png", f"run.dir={root}/run", "num_images=2"]
+    quick = ["num_inference_steps=1", "guidance_scale=1", "tracking=none", "scene.surface=a white podium"]
+    generate(compose("generate", keys + quick))
+    return root / "run"
+
+
+def test_preservation_finds_ours_identical_and_a_touched_core_not(finished):
+    [run] = open_runs([str(finished)])
+    sample = load_sample(run, "a-0")
+    scored = preservation(sample, grabcut)
+    assert scored["ours"]["core_max_abs_diff"] == 0
+    assert scored["ours"]["core_identical_share"] == 1
+    assert scored["ours"]["edge_halo_p95"] < scored["hard_paste"]["edge_halo_p95"]
+    touched = sample.picture_HW3.copy()
+    touched[64, 48] ^= 255
+    pixels = sample.core_HW.sum()
+    assert core_identity(touched, sample)["core_identical_share"] == pytest.approx(1 - 1 / pixels)
+
+
+def test_report_holds_every_system_and_says_what_was_not_measured(finished, tmp_path):
+    keys = [f"runs=[{finished}]", f"run.dir={tmp_path}/out", "captioner=none", "tracking=none"]
+    evaluate(compose("evaluate", keys))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    systems = report["preservation"]["systems"]
+    assert set(systems) == {"run", "run, raw decode", "hard paste", "noise floor"}
+    assert systems["run"]["core_identical_share"] == 1
+    assert set(systems["run"]) <= set(report["definitions"])
+    assert report["scene"]["run"]["measured"] is False
+    assert "captioner=none" in report["scene"]["run"]["reason"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "not measured" in page
+    assert page.count("data:image/") == 4
+
+
+def test_suite_preservation_leaves_the_scene_out(finished, tmp_path):
+    keys = [f"runs=[{finished}]", f"run.dir={tmp_path}/out", "suite=preservation", "tracking=none"]
+    evaluate(compose("evaluate", keys))
+    assert "scene" not in json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+def test_adherence_scores_captions_against_the_request(finished, monkeypatch):
+    class Writer:
+        def caption(self, images, masks):
+            return ["Professional photo of an object on a white podium", "Professional photo of an object on grass"]
+
+    monkeypatch.setattr("packshot.evaluate.adherence.load_captioner", lambda *_: Writer())
+    [run] = open_runs([str(finished)])
+    samples = [load_sample(run, stem) for stem in run.certificates]
+    scored = adherence(samples, compose("evaluate", []).model, compose("evaluate", []).captioner)
+    assert scored["scores"] == {"surface": 0.5, "mean": 0.5}
+    request = {**samples[1].certificate["request"], "scene": {"surface": "grass"}}
+    other = replace(samples[1], certificate={**samples[1].certificate, "request": request})
+    shuffled = adherence([samples[0], other], compose("evaluate", []).model, compose("evaluate", []).captioner)
+    assert shuffled["scores"]["mean"] == 1
+    assert shuffled["baseline"]["scores"]["mean"] == 0
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path, finished):
+    with pytest.raises(ConfigError, match="no finished pictures"):
+        open_runs([str(tmp_path)])
+    with pytest.raises(ConfigError, match="no such file"):
+        open_runs([str(tmp_path / "missing")])
+    with pytest.raises(ConfigError, match="3 folders"):
+        open_runs([str(finished)] * 3)
