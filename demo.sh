@@ -12,7 +12,7 @@ scene=(
     "scene.lighting=soft light from the left side"
     "scene.mood=fresh"
 )
-product=(product=data/products/coffee.png mask=data/products/coffee_mask.png num_images=4)
+product=(product=data/products/coffee.png num_images=4)
 
 step() {
     printf '\n\033[1m%s\033[0m\n' "$1"
@@ -23,7 +23,7 @@ step() {
 
 started=$SECONDS
 step "1/8  build a product dataset from photographs" \
-    build_data.py dataset=product source.path=data/products source.masks=data/products/masks \
+    build_data.py dataset=product source.path=data/products \
     source.license=CC0-1.0 run.dir=$out/dataset
 step "2/8  teach Florence-2 to describe scenes and to keep the product to itself" \
     caption_vlm.py experiment=captioner_mini run.dir=$out/captioner

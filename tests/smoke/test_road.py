@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+COFFEE = "data/products/coffee.png"
 HELDOUT = "data/rendered/heldout"
 COMMON = (
     f"data.train={HELDOUT}", "tracking=none", "train.batch_size=2", "train.validation_steps=0",
@@ -58,18 +59,16 @@ def test_a_killed_run_resumes_to_the_same_weights(exports, folder):
 def test_generate_with_all_three_keeps_the_product_to_the_byte(exports, folder):
     out = folder / "packshots"
     run(
-        "generate", "product=data/products/coffee.png", "mask=data/products/coffee_mask.png", f"run.dir={out}",
+        "generate", f"product={COFFEE}", f"run.dir={out}",
         "scene.surface=a white marble table", "scene.background=a pink wall", "num_images=1", "num_inference_steps=3",
         f"adapters.lora={exports['train_lora']}", f"adapters.controlnets=[{exports['train_controlnet']}]",
-        f"adapters.ip_adapter={exports['train_ip_adapter']}", "reference=data/products/coffee.png",
+        f"adapters.ip_adapter={exports['train_ip_adapter']}", f"reference={COFFEE}",
     )  # fmt: skip
     certificate = json.loads((out / "coffee-0.json").read_text())
     assert certificate["core"]["max_abs_diff"] == 0
     # what the certificate says, seen without our code
-    before, after = (
-        np.asarray(Image.open(p).convert("RGB")) for p in ("data/products/coffee.png", out / "coffee-0.png")
-    )
-    alpha = np.asarray(Image.open("data/products/coffee_mask.png").convert("L"))
+    before, after = (np.asarray(Image.open(path).convert("RGB")) for path in (COFFEE, out / "coffee-0.png"))
+    alpha = np.asarray(Image.open(out / "layers" / "coffee-0-mask.png").convert("L"))
     import cv2
 
     core = cv2.erode((alpha == 255).astype(np.uint8), np.ones((3, 3), np.uint8)) == 1

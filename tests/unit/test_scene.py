@@ -135,5 +135,6 @@ def test_scores_know_directions_and_sets():
 def test_product_words():
     assert product_words(Scene(surface="a marble table", surroundings=("candles", "white boxes"))) == []
     assert product_words("Professional photo of a perfume bottle on a table") == ["perfume", "bottle"]
+    assert product_words("a perfume bottle on a marble table") == ["perfume", "bottle"]
     assert product_words("Professional photo of an object on a table, product photography") == []
     assert product_words(Scene(surface="a table", surroundings=("candles",)), product=["scented candle"]) == ["candles"]

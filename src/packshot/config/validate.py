@@ -30,7 +30,7 @@ def describe_type(hint: Any) -> str:
         return words[hint]
     if isinstance(hint, type) and issubclass(hint, Enum):
         return " | ".join(member.name for member in hint)
-    args = getattr(hint, "__args__", ())
+    args: tuple[Any, ...] = getattr(hint, "__args__", ())
     if getattr(hint, "__origin__", None) is list:
         return f"list of {describe_type(args[0])}"
     return " or ".join(describe_type(arg) for arg in args)

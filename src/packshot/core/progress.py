@@ -60,7 +60,9 @@ def _bar(description: str, total: int, done: int) -> Iterator[Advance]:
         task = bar.add_task(description, total=total, completed=done, figures="")
 
         def advance(n: int = 1, **figures: object) -> None:
-            bar.update(task, advance=n, **({"figures": _figures(figures)} if figures else {}))
+            bar.advance(task, n)
+            if figures:
+                bar.update(task, figures=_figures(figures))
 
         yield advance
 

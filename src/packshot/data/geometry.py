@@ -22,7 +22,7 @@ class Geometry:
     target: tuple[int, int]
 
     def time_ids(self) -> tuple[float, ...]:
-        """SDXL's micro-conditioning (arXiv 2307.01952, section 2.2): original (h, w), crop (top, left), target (h, w)."""
+        """SDXL's micro-conditioning (arXiv 2307.01952, 2.2): original (h, w), crop (top, left), target (h, w)."""
         top, left = (max(0, value) for value in self.crop)
         return tuple(map(float, (*self.original, top, left, *self.target)))
 

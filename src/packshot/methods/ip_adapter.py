@@ -35,7 +35,8 @@ class IPAdapter(nn.Module):
     def __init__(self, parts: Parts, config: IPAdapterMethod) -> None:
         super().__init__()
         self.config, self._parts = config, parts
-        self.unet, self.image_encoder = parts.unet, parts.image_encoder
+        self.unet: Any = parts.unet
+        self.image_encoder: Any = parts.image_encoder
         width, vision = self.unet.config.cross_attention_dim, self.image_encoder.config
         if config.variant is IPAdapterVariant.base:
             projection: nn.Module = ImageProjection(vision.projection_dim, width, config.num_tokens)
@@ -49,7 +50,7 @@ class IPAdapter(nn.Module):
                 heads=max(1, width // RESAMPLER_DIM_HEAD),
                 num_queries=config.num_tokens,
             )
-        self.processors = nn.ModuleList(_add_image_attention(self.unet, config))
+        self.processors: Any = nn.ModuleList(_add_image_attention(self.unet, config))
         self.unet.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
         self.unet.config.encoder_hid_dim_type = "ip_image_proj"
         self.projection = projection
@@ -135,7 +136,7 @@ def _add_image_attention(unet: Any, config: IPAdapterMethod) -> list[IPAdapterAt
         if name.endswith("attn1.processor"):
             processors[name] = processor
             continue
-        new = IPAdapterAttnProcessor2_0(
+        new: Any = IPAdapterAttnProcessor2_0(
             hidden_size=attention.to_k.out_features,
             cross_attention_dim=attention.to_k.in_features,
             num_tokens=(config.num_tokens,),

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
-from diffusers.schedulers import EulerDiscreteScheduler
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from transformers import (
     CLIPImageProcessor,
@@ -27,17 +26,20 @@ from packshot.core.storage import resolve
 
 @dataclass
 class Parts:
-    """Everything SDXL consists of, named as in its pipeline. All frozen and in eval mode."""
+    """Everything SDXL consists of, named as in its pipeline. All frozen and in eval mode.
 
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    text_encoder_2: CLIPTextModelWithProjection
-    tokenizer: CLIPTokenizer
-    tokenizer_2: CLIPTokenizer
-    unet: UNet2DConditionModel
-    scheduler: SchedulerMixin
-    image_encoder: CLIPVisionModelWithProjection
-    feature_extractor: CLIPImageProcessor
+    Typed Any because the libraries' annotations call every model config a dict and every output a tuple.
+    """
+
+    vae: Any  # AutoencoderKL
+    text_encoder: Any  # CLIPTextModel
+    text_encoder_2: Any  # CLIPTextModelWithProjection
+    tokenizer: Any  # CLIPTokenizer
+    tokenizer_2: Any  # CLIPTokenizer
+    unet: Any  # UNet2DConditionModel
+    scheduler: Any  # EulerDiscreteScheduler
+    image_encoder: Any  # CLIPVisionModelWithProjection
+    feature_extractor: Any  # CLIPImageProcessor
 
     def pipeline_components(self) -> dict[str, Any]:
         """Keyword arguments for the stock SDXL pipelines."""

@@ -41,6 +41,11 @@ _FREE_HEAD = re.compile(
     re.IGNORECASE,
 )
 
+_HEAD_WORDS = frozenset(
+    """a an the of on upon in top at professional photo photograph photography image picture shot studio object product
+    placed standing stands sitting sits displayed resting rests lying lies is""".split()
+)
+
 
 class SceneSyntaxError(ValueError):
     """A caption leaves the grammar. ``position`` is the index of the first character that does not fit."""
@@ -226,6 +231,7 @@ def parse(text: str) -> Parsed:
         head = _FREE_HEAD.match(clause) if number == 0 else None
         if head and clause[head.end() :].strip():
             placed = "surface", (clause[head.end() :].rstrip(" ."),)
+            leftover += _named(head.group())
         elif placed is None and previous == "surroundings" and len(clause.split()) <= 5:
             placed = "surroundings", (re.sub(r"^and\s+", "", clause.rstrip(" .")),)
         elif number == 0 and placed and placed[0] not in ("background", "surroundings"):
@@ -240,6 +246,12 @@ def parse(text: str) -> Parsed:
         else:
             found[slot] = found.get(slot, ()) + values
     return Parsed(_split_surface(_build(found)), tuple(leftover))
+
+
+def _named(head: str) -> list[str]:
+    """What the head of a free caption says besides "photo of an object on": usually the product's name."""
+    words = [word for word in re.findall(r"[\w-]+", head) if word.lower() not in _HEAD_WORDS]
+    return [" ".join(words)] if words else []
 
 
 def _split_surface(scene: Scene) -> Scene:

@@ -152,7 +152,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             step_ids: list[str] = []
-            grad_norm = torch.zeros(())
+            grad_norm: Any = torch.zeros(())
             for _ in range(accumulation):
                 waiting = time.monotonic()
                 batch = to_device(next(stream), accelerator.device)
@@ -182,7 +182,8 @@ def fit(
             window_steps += 1
 
             if where.step % train.log_steps == 0 or where.step == train.max_steps:
-                mean_loss = accelerator.reduce(window_loss, "mean").item() / window_steps
+                reduced: Any = accelerator.reduce(window_loss, "mean")
+                mean_loss = reduced.item() / window_steps
                 elapsed = time.monotonic() - window_start
                 figures = {
                     "loss": mean_loss,

@@ -56,6 +56,7 @@ class DiffusionTask(nn.Module):
     ) -> None:
         super().__init__()
         self.method: Any = method
+        self.alphas_cumprod_T: Tensor
         self._parts, self.config, self._cache, self._validation = parts, config, cache, validation
         self._text = StableDiffusionXLPipeline(**parts.pipeline_components())
         self._keys = Keys(
@@ -72,7 +73,7 @@ class DiffusionTask(nn.Module):
     def _latent_key(self, sample: dict[str, Any]) -> str:
         frame = geometry.plan(
             (sample["image"].height, sample["image"].width),
-            (self.config.model.resolution,) * 2,
+            (self.config.model.resolution, self.config.model.resolution),
             geometry.product_box(sample["mask"]),
         )
         return content_key("latent", sample["id"], frame, self._keys.vae)
@@ -146,19 +147,19 @@ class DiffusionTask(nn.Module):
         if objective.noise_offset:
             shift = torch.randn((shape[0], 1, 1), generator=key.generator("noise_offset"))
             noise = noise + objective.noise_offset * shift
-        steps = len(self.alphas_cumprod_T)
+        steps = self.alphas_cumprod_T.numel()
         encoded = self._cache.get(self._method_key(sample)) if self._keys.method else {}
         return {
             "latents": latents * self._parts.vae.config.scaling_factor,
             "noise": noise,
             "timesteps": torch.randint(0, steps, (), generator=key.generator("timestep")),
             "time_ids": torch.tensor(seen["geometry"].time_ids()),
-            "weight": self._weight(seen, shape[1:]),
+            "weight": self._weight(seen, (shape[1], shape[2])),
             **self._text_embeds(sample["text"], key),
             **self.method.condition(seen, encoded, key),
         }
 
-    def _weight(self, seen: dict[str, Any], latent_size: tuple[int, ...]) -> Tensor:
+    def _weight(self, seen: dict[str, Any], latent_size: tuple[int, int]) -> Tensor:
         """Loss weight per latent pixel, (1, h, w): background and product weighted by their share of the cell."""
         objective = self.config.objective
         if seen["mask"] is None:
@@ -211,7 +212,8 @@ class DiffusionTask(nn.Module):
             batch = self.collate([sample], [SampleKey(self.config.run.seed, -1, sample["id"])])
             with accelerator.autocast():
                 total += self(batch_to(batch, accelerator.device)).sum()
-        return (accelerator.reduce(total, "sum") / count).item()
+        summed: Any = accelerator.reduce(total, "sum")
+        return summed.item() / count
 
     def _picture(self, pipeline: Any, index: int, accelerator: Accelerator) -> Image.Image:
         resolution = self.config.model.resolution

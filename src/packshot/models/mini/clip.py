@@ -59,7 +59,7 @@ def _text_config(hidden: int, heads: int, activation: str) -> CLIPTextConfig:
 
 
 def build_encoders() -> torch.nn.ModuleDict:
-    """Untrained ``text_encoder`` (width 48), ``text_encoder_2`` (80) and ``image_encoder``, and what training alone needs.
+    """Untrained ``text_encoder`` (width 48), ``text_encoder_2`` (80), ``image_encoder``; parts only training needs.
 
     The widths differ as SDXL's do, so that a mixed-up order fails instead of passing unseen.
     """

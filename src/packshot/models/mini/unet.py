@@ -58,7 +58,7 @@ def sdxl_scheduler() -> EulerDiscreteScheduler:
 
 def build_unet(latent_channels: int, text_width: int, pooled_width: int) -> UNet2DConditionModel:
     """The untrained UNet in SDXL's arrangement: no attention at the finest level, most at the coarsest."""
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         sample_size=SIDE,
         in_channels=latent_channels,
         out_channels=latent_channels,
@@ -75,6 +75,9 @@ def build_unet(latent_channels: int, text_width: int, pooled_width: int) -> UNet
         projection_class_embeddings_input_dim=pooled_width + 6 * TIME_EMBEDDING,
         norm_num_groups=16,
     )
+    torch.nn.init.zeros_(unet.conv_out.weight)  # Dhariwal and Nichol 2021: start from the prediction "no noise"
+    torch.nn.init.zeros_(unet.conv_out.bias)
+    return unet
 
 
 def load_parts(folder: Path) -> dict:
@@ -211,7 +214,7 @@ def train_unet(renders: Renders, family: Family, folder: Path, minutes: float, s
     unet = build_unet(parts["vae"].config.latent_channels, width, pooled).to(memory_format=torch.channels_last)
     noiser, cache = DDPMScheduler(**BETAS), LatentCache(parts["vae"])
     inputs = fingerprint(*(family.staging / name for name in INPUT_PARTS))
-    plan = Plan("unet", folder, minutes, learning_rate=6e-4, batch_size=24, seed=seed, inputs=inputs, ema_decay=0.998)
+    plan = Plan("unet", folder, minutes, learning_rate=6e-4, batch_size=16, seed=seed, inputs=inputs, ema_decay=0.998)
 
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         if torch.rand((), generator=generator) < 0.01:
