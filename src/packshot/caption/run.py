@@ -15,13 +15,13 @@ from packshot.caption.captioner import Captioner, caption_rows, load_adapter, lo
 from packshot.caption.data import shard_files
 from packshot.caption.evaluate import constant_caption, soft_f1, with_baselines, worst_page
 from packshot.caption.task import CaptioningTask
-from packshot.config.compose import to_yaml
 from packshot.config.schema import CaptionTask, CaptionVLM
 from packshot.core.errors import ConfigError
 from packshot.core.progress import progress
 from packshot.core.run import log
 from packshot.core.storage import folder_hash, replacing_file, replacing_folder, resolve
 from packshot.data.dataset import Rows, load_rows
+from packshot.train.card import write_provenance
 from packshot.train.loop import fit
 from packshot.train.run import Session, start
 from packshot.train.state import EMA
@@ -92,9 +92,7 @@ def _export(session: Session, task: CaptioningTask, ema: EMA | None, rows: Rows,
         ema.swap(task)
     with replacing_folder(session.path / "export") as folder:
         task.adapter.save(folder)
-        (folder / "config.yaml").write_text(to_yaml(config))
-        data = {"path": rows.path, "rows": len(rows), "sha256": rows.fingerprint(), "licenses": rows.licenses}
-        (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")
+        data = write_provenance(folder, rows, config)
         (folder / "README.md").write_text(_card(config, data, _last_validation(session.path / "metrics.jsonl")))
     log.info("exported to %s", session.path / "export")
 

@@ -12,11 +12,17 @@ from packshot.config.schema import SCRIPTS
 from packshot.data.dataset import Rows
 
 
-def write_card(folder: Path, run: Path, rows: Rows, config: Any) -> None:
-    """``config.yaml``, ``data.json`` (manifest hash, licences) and ``README.md`` with the last validation pictures."""
+def write_provenance(folder: Path, rows: Rows, config: Any) -> dict[str, Any]:
+    """``config.yaml`` and ``data.json`` (the training data: manifest hash, licences); returns the latter."""
     (folder / "config.yaml").write_text(to_yaml(config))
     data = {"path": rows.path, "rows": len(rows), "sha256": rows.fingerprint(), "licenses": rows.licenses}
     (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")
+    return data
+
+
+def write_card(folder: Path, run: Path, rows: Rows, config: Any) -> None:
+    """Provenance, and a ``README.md`` with the last validation pictures."""
+    data = write_provenance(folder, rows, config)
     script = next(name for name, schema in SCRIPTS.items() if schema is type(config))
     pictures = _copy_samples(run / "samples", folder / "samples")
     figures = _last_figures(run / "metrics.jsonl")
