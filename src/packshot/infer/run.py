@@ -43,8 +43,8 @@ def generate(config: Generate) -> None:
         open_image("reference", config.reference)
     first = prepare(files[0], masks[files[0]], config.matte, files[0].stem) if len(files) == 1 else None
     check_adapters(config.adapters)
-    run = open_run("generate", config)
     tool = Packshot(load_models(config.model, config.adapters), config.matte)
+    run = open_run("generate", config)
     tracker = open_tracker(run, config, "generate")
     failures = []
     with progress("pictures", total=len(files) * config.num_images) as advance:
