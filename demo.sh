@@ -39,10 +39,14 @@ step "     " \
     generate.py "${product[@]}" "${scene[@]}" adapters.lora=$out/lora/export \
     "adapters.controlnets=[$out/controlnet/export]" adapters.ip_adapter=$out/ip_adapter/export baseline=$out/before \
     run.dir=$out/packshots
+step "     and once more, a cut-out led by a reference picture alone" \
+    generate.py product=data/products/serum.png reference=data/references/yellow_wall.png num_images=2 \
+    "adapters.controlnets=[$out/controlnet/export]" adapters.ip_adapter=$out/ip_adapter/export \
+    run.dir=$out/by_reference
 step "8/8  compare" \
     evaluate.py "runs=[$out/before,$out/packshots]" captioner.adapter=$out/captioner/export run.dir=$out/evaluation
 
 printf '\n\033[1mDone in %d min %02d s.\033[0m\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
-printf '  packshots:   %s\n' $out/packshots/*-[0-9]*.png
+printf '  packshots:   %s\n' $out/packshots/*-[0-9].png $out/by_reference/*-[0-9].png
 printf '  certificate: %s\n' $out/packshots/coffee-0.json
-printf '  report:      %s\n' $out/packshots/report.html "$out/evaluation/report.html (before and after training)"
+printf '  report:      %s\n' $out/{packshots,by_reference}/report.html "$out/evaluation/report.html (before and after training)"

@@ -38,6 +38,11 @@ def test_rows_decode_images_masks_and_scenes(tmp_path):
     assert [row["id"] for row in rows[:2]] == ["a", "b"]
 
 
+def test_transparent_pixels_come_out_white(tmp_path):
+    path = write(tmp_path, image=[png("RGBA", (200, 0, 0, 0)), png()])
+    assert load_rows("data.train", path)[0]["image"].getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_the_fingerprint_follows_ids_and_texts(tmp_path):
     first = load_rows("data.train", write(tmp_path)).fingerprint()
     assert load_rows("data.train", write(tmp_path)).fingerprint() == first

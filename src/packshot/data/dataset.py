@@ -14,6 +14,7 @@ from PIL import Image
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.run import log
 from packshot.core.storage import readable
+from packshot.data.decode import flatten
 from packshot.scene import Scene
 
 _IMAGES = ("image", "mask", "plate", "cutout")
@@ -49,7 +50,9 @@ class Rows(Sequence[dict[str, Any]]):
     def _decode(self, row: dict[str, Any], name: str) -> Image.Image:
         mode = {"image": "RGB", "plate": "RGB", "mask": "L", "cutout": "RGBA"}[name]
         try:
-            return Image.open(io.BytesIO(row[name]["bytes"])).convert(mode)
+            image = Image.open(io.BytesIO(row[name]["bytes"]))
+            # over white: a plain conversion would show the colours that transparency hides
+            return flatten(image.convert("RGBA")) if mode == "RGB" and "A" in image.mode else image.convert(mode)
         except (OSError, KeyError, TypeError) as error:
             raise PackshotError(
                 f"{self.path}: sample {row['id']} has a broken {name} ({error}).", "Build the dataset again."

@@ -99,6 +99,7 @@ class _Head:
 
     def __init__(self, rows: Any, samples: list[dict[str, Any]]) -> None:
         self._samples = samples
+        self.ids = rows.ids[: len(samples)]
         self.texts = rows.texts[: len(samples)]
 
     def __len__(self) -> int:

@@ -106,10 +106,14 @@ class DiffusionTask(nn.Module):
 
     def fill_cache(self, rows: Rows, accelerator: Accelerator) -> None:
         """Encode pictures, captions and references that no earlier run has encoded."""
-        samples = [rows[i] for i in range(len(rows))]
+        # jobs hold an index, not a sample: a large set must not be decoded into memory
+        indices = range(len(rows))
         self._cache.fill(
             "encoding pictures",
-            ((self._latent_key(s), f"sample {s['id']}", lambda s=s: self._encode_latents(s)) for s in samples),
+            (
+                (self._latent_key(rows[i]), f"sample {rows.ids[i]}", lambda i=i: self._encode_latents(rows[i]))
+                for i in indices
+            ),
             accelerator,
         )
         texts = sorted({*rows.texts, ""})
@@ -121,8 +125,12 @@ class DiffusionTask(nn.Module):
         if self._keys.method:
             resolution = self.config.model.resolution
             jobs = (
-                (self._method_key(s), f"sample {s['id']}", lambda s=s: self.method.encode(framed(s, resolution)))
-                for s in samples
+                (
+                    self._method_key(rows[i]),
+                    f"sample {rows.ids[i]}",
+                    lambda i=i: self.method.encode(framed(rows[i], resolution)),
+                )
+                for i in indices
             )
             self._cache.fill("encoding references", jobs, accelerator)
 

@@ -1,7 +1,8 @@
 """Stage ``florence2``: Florence-2's classes, small, pretrained to describe renders in free sentences.
 
 It names the product on purpose, as the real checkpoint does: the structured, product-free style is what the project's
-captioner fine-tune teaches.
+captioner fine-tune teaches. While it trains, the mean image feature also has to name the scene's phrases: left to the
+captions alone, a short training learns fluent sentences that do not look at the image.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers import (
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from packshot.models.mini.clip import PHRASES
+from packshot.models.mini.clip import PHRASES, phrase_loss
 from packshot.models.mini.data import SIZE, Render, Renders, free_caption, mirrored, to_pixels
 from packshot.models.mini.folder import Family, Record, set_loading_dtype
 from packshot.models.mini.stretch import Plan, Progress, run_stretch
@@ -184,19 +185,23 @@ def train_florence(renders: Renders, family: Family, folder: Path, minutes: floa
         tokenizer = train_florence_tokenizer(tokenizer_texts(renders.train), VOCABULARY)
         tokenizer.save_pretrained(kept)
     model, processor = build_florence(tokenizer), build_processor(tokenizer)
+    phrases = torch.nn.Linear(model.config.vision_config.projection_dim, sum(map(len, PHRASES.values())))
     plan = Plan("florence2", folder, minutes, learning_rate=1e-3, batch_size=24, seed=seed, inputs=str(len(tokenizer)))
 
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         if torch.rand((), generator=generator) < 0.01:
             renders.refresh()
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
-        images, tasks, captions = [], [], []
+        images, tasks, captions, scenes = [], [], [], []
         for render in renders.draw(generator, plan.batch_size):
             flip, detail = rng.random() < 0.5, rng.choice((0, 1, 2, 2, 2))
             images.append(render.image[:, ::-1] if flip else render.image)
             tasks.append(TASKS[detail])
-            captions.append(free_caption(render, mirrored(render.scene) if flip else render.scene, rng, detail))
-        return model(**collate(processor, images, tasks, captions)).loss, {}
+            scenes.append(mirrored(render.scene) if flip else render.scene)
+            captions.append(free_caption(render, scenes[-1], rng, detail))
+        output = model(**collate(processor, images, tasks, captions))
+        seen = phrase_loss(phrases(output.image_hidden_states.mean(dim=1)), scenes)
+        return output.loss + seen, {"caption": output.loss.item(), "image_phrases": seen.item()}
 
     def preview(at: Progress) -> None:
         print(f"florence2  step {at.step}  held out {held_out_scores(model, processor, renders.held_out)}", flush=True)
@@ -204,7 +209,7 @@ def train_florence(renders: Renders, family: Family, folder: Path, minutes: floa
         for render, text in zip(shown, describe(model, processor, [r.image for r in shown]), strict=True):
             print(f"  {render.scene.render()}\n    -> {text}", flush=True)
 
-    progress = run_stretch(plan, model, loss_of, preview)
+    progress = run_stretch(plan, torch.nn.ModuleList([model, phrases]), loss_of, preview)
     measures = held_out_scores(model, processor, renders.held_out)
 
     def write(staging: Path) -> None:
