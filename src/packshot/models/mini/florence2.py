@@ -1,8 +1,8 @@
 """Stage ``florence2``: Florence-2's classes, small, pretrained to describe renders in free sentences.
 
 It names the product on purpose, as the real checkpoint does: the structured, product-free style is what the project's
-captioner fine-tune teaches. While it trains, the mean image feature also has to name the scene's phrases: left to the
-captions alone, a short training learns fluent sentences that do not look at the image.
+captioner fine-tune teaches. While it trains, the encoder's mean over image tokens also has to name the scene's
+phrases: left to the captions alone, a short training learns fluent sentences that do not look at the image.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def train_florence(renders: Renders, family: Family, folder: Path, minutes: floa
         tokenizer = train_florence_tokenizer(tokenizer_texts(renders.train), VOCABULARY)
         tokenizer.save_pretrained(kept)
     model, processor = build_florence(tokenizer), build_processor(tokenizer)
-    phrases = torch.nn.Linear(model.config.vision_config.projection_dim, sum(map(len, PHRASES.values())))
+    phrases = torch.nn.Linear(model.config.text_config.d_model, sum(map(len, PHRASES.values())))
     plan = Plan("florence2", folder, minutes, learning_rate=1e-3, batch_size=24, seed=seed, inputs=str(len(tokenizer)))
 
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
@@ -200,7 +200,7 @@ def train_florence(renders: Renders, family: Family, folder: Path, minutes: floa
             scenes.append(mirrored(render.scene) if flip else render.scene)
             captions.append(free_caption(render, scenes[-1], rng, detail))
         output = model(**collate(processor, images, tasks, captions))
-        seen = phrase_loss(phrases(output.image_hidden_states.mean(dim=1)), scenes)
+        seen = phrase_loss(phrases(output.encoder_last_hidden_state[:, :IMAGE_TOKENS].mean(dim=1)), scenes)
         return output.loss + seen, {"caption": output.loss.item(), "image_phrases": seen.item()}
 
     def preview(at: Progress) -> None:
