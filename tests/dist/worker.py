@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from packshot.config.compose import compose
 from packshot.data.dataset import load_rows
 from packshot.models.load import load_parts
-from packshot.train import loop
 from packshot.train.cache import TensorCache
-from packshot.train.run import build_task, start
+from packshot.train.loop import fit
+from packshot.train.run import build_task
+from packshot.train.session import start
 from packshot.train.state import trainable
 
 HELDOUT = "data/rendered/heldout"
@@ -35,10 +36,7 @@ def main(folder: str, *overrides: str) -> None:
         return clip(parameters, norm)
 
     session.accelerator.clip_grad_norm_ = remember
-    loop.fit(
-        task, rows, rows.ids, seed=0, train=config.train, optim=config.optim, num_workers=0,
-        accelerator=session.accelerator, run_path=session.path, run=session.run, tracker=session.tracker,
-    )  # fmt: skip
+    fit(task, rows, config, session)
     if session.run:
         save_file(gradients, Path(folder) / "gradients.safetensors")
         save_file({n: p.detach().clone() for n, p in trainable(task).items()}, Path(folder) / "weights.safetensors")

@@ -8,14 +8,15 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from packshot.config.schema import LRSchedule, OptimConfig, TrainConfig
+from packshot.config.schema import CaptionVLM, LRSchedule, TrainConfig
 from packshot.core.errors import PackshotError
 from packshot.core.run import Run
 from packshot.core.tracking import NullTracker
 from packshot.train import state as checkpoints
-from packshot.train.loop import fit, make_accelerator, validate
+from packshot.train.loop import fit, validate
 from packshot.train.optimizer import learning_rate
 from packshot.train.order import RankBatches, Stream, batches
+from packshot.train.session import Session, make_accelerator
 
 
 class Regression(nn.Module):
@@ -42,18 +43,22 @@ ROWS = [{"x": torch.randn(4, generator=torch.Generator().manual_seed(i))} for i 
 IDS = [f"s{i}" for i in range(7)]
 
 
+class Samples(list):
+    """Rows with ids, as a dataset has them."""
+
+    ids = IDS
+
+
 def run_fit(path, task=None, rows=ROWS, **settings):
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    defaults = {"max_steps": 12, "batch_size": 3, "checkpointing_steps": 4, "validation_steps": 0, "ema_decay": 0.9}
-    train = TrainConfig(**{**defaults, "learning_rate": 1e-2, **settings})
     path.mkdir(exist_ok=True)
+    config = CaptionVLM()
+    defaults = {"max_steps": 12, "batch_size": 3, "checkpointing_steps": 4, "validation_steps": 0, "ema_decay": 0.9}
+    config.train = TrainConfig(**{**defaults, "learning_rate": 1e-2, **settings})
     task = task or Regression()
-    ema = fit(
-        task, rows, IDS, seed=0, train=train, optim=OptimConfig(), num_workers=0,
-        accelerator=make_accelerator(train), run_path=path, run=Run(path, False), tracker=NullTracker(),
-    )  # fmt: skip
-    return task, ema
+    session = Session(make_accelerator(config.train), path, Run(path, False), NullTracker())
+    return task, fit(task, Samples(rows), config, session)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

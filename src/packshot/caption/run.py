@@ -23,7 +23,7 @@ from packshot.core.storage import folder_hash, replacing_file, replacing_folder,
 from packshot.data.dataset import Rows, load_rows
 from packshot.train.card import write_provenance
 from packshot.train.loop import fit
-from packshot.train.run import Session, start
+from packshot.train.session import Session, start
 from packshot.train.state import EMA
 
 WORST = 32
@@ -57,19 +57,7 @@ def train(config: CaptionVLM) -> None:
     pictures, seed = config.train.validation_samples, config.run.seed
     task = CaptioningTask(captioner, validation, constant_caption(rows.texts), pictures, seed)
     try:
-        ema = fit(
-            task,
-            rows,
-            rows.ids,
-            seed=seed,
-            train=config.train,
-            optim=config.optim,
-            num_workers=config.data.num_workers,
-            accelerator=session.accelerator,
-            run_path=session.path,
-            run=session.run,
-            tracker=session.tracker,
-        )
+        ema = fit(task, rows, config, session)
         if session.run:
             _export(session, task, ema, rows, config)
     finally:

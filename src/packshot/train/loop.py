@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from packshot.config.schema import OptimConfig, TrainConfig
 from packshot.core.errors import PackshotError
 from packshot.core.progress import progress as progress_bar
 from packshot.core.run import Run, log
@@ -26,6 +24,17 @@ from packshot.diffusion.keyed import SampleKey
 from packshot.train import state as checkpoints
 from packshot.train.optimizer import OPTIMIZERS, learning_rate
 from packshot.train.order import RankBatches, Stream, batches
+from packshot.train.session import Session
+
+
+class Samples(Protocol):
+    """A dataset: samples by index, and their ids."""
+
+    ids: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any) -> Any: ...
 
 
 class Task(Protocol):
@@ -42,17 +51,6 @@ class Task(Protocol):
     def validate(self, folder: Path, accelerator: Accelerator) -> tuple[dict[str, float], list[Path], list[str]]:
         """Figures, pictures written under ``folder``, a line for each. Called on every process, without gradients."""
         ...
-
-
-def make_accelerator(train: TrainConfig) -> Accelerator:
-    """Accelerate, set up so that one optimizer step is one step of everything."""
-    return Accelerator(
-        # without this, torchrun on a machine without accelerator starts processes that know nothing of each other
-        cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
-        mixed_precision=train.mixed_precision.name,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
-        step_scheduler_with_optimizer=False,
-    )
 
 
 def peak_memory_gib() -> float:
@@ -97,35 +95,25 @@ def validate(
     return figures
 
 
-def fit(
-    task: Any,
-    rows: Sequence[dict[str, Any]],
-    ids: Sequence[str],
-    *,
-    seed: int,
-    train: TrainConfig,
-    optim: OptimConfig,
-    num_workers: int,
-    accelerator: Accelerator,
-    run_path: Path,
-    run: Run | None,
-    tracker: Tracker | None,
-) -> checkpoints.EMA | None:
+def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.EMA | None:
     """Train ``task`` (see :class:`Task`) to ``train.max_steps``, from the newest whole checkpoint if there is one.
 
-    run, tracker: on the main process only. Returns the moving average, if one is kept.
+    config: a script's config; its ``run.seed``, ``train``, ``optim`` and ``data.num_workers`` are read.
+    Returns the moving average, if one is kept.
 
     Raises:
         PackshotError: loss or gradient is not finite (with the sample ids), or a checkpoint does not fit.
     """
+    train, seed = config.train, config.run.seed
+    accelerator, run, tracker = session.accelerator, session.run, session.tracker
     parameters = list(checkpoints.trainable(task).values())
-    optimizer = OPTIMIZERS[optim.kind](parameters, optim, train.learning_rate)
+    optimizer = OPTIMIZERS[config.optim.kind](parameters, config.optim, train.learning_rate)
     ema = checkpoints.EMA(task, train.ema_decay) if train.ema_decay else None
     task, optimizer = accelerator.prepare(task, optimizer)
     inner = accelerator.unwrap_model(task)
     if ema:
         ema.shadow = {name: tensor.to(accelerator.device) for name, tensor in ema.shadow.items()}
-    folder = run_path / "checkpoints"
+    folder = session.path / "checkpoints"
     newest = checkpoints.newest_whole(folder)
     where = checkpoints.Progress()
     if newest:
@@ -135,7 +123,7 @@ def fit(
 
     world, accumulation = accelerator.num_processes, train.gradient_accumulation_steps
     order = RankBatches(where.samples_seen, train.batch_size, accelerator.process_index, world)
-    stream = batches(Stream(rows, ids, seed), inner.collate, order, num_workers)
+    stream = batches(Stream(rows, rows.ids, seed), inner.collate, order, config.data.num_workers)
     task.train()
     if train.validation_steps and where.step == 0:
         validate(task, ema, run, 0, accelerator, tracker)

@@ -3,63 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from packshot.config.schema import SCRIPTS, MixedPrecision, Mode, TrainConfig, TrainScript
-from packshot.core.errors import PackshotError
-from packshot.core.run import Run, log, open_run
+from packshot.core.run import log
 from packshot.core.storage import replacing_folder
-from packshot.core.tracking import Tracker, open_tracker
 from packshot.data.dataset import Rows, load_rows
 from packshot.methods import METHODS
 from packshot.models.load import Parts, load_parts
 from packshot.train import preview
 from packshot.train.cache import TensorCache
 from packshot.train.card import write_card
-from packshot.train.loop import fit, make_accelerator
+from packshot.train.loop import fit
+from packshot.train.session import Session, start
 from packshot.train.state import EMA
 from packshot.train.task import DiffusionTask
 
 DTYPES = {MixedPrecision.no: torch.float32, MixedPrecision.fp16: torch.float16, MixedPrecision.bf16: torch.bfloat16}
-
-
-@dataclass
-class Session:
-    """One run over one or many processes. ``run`` and ``tracker`` exist on the main process only."""
-
-    accelerator: Accelerator
-    path: Path
-    run: Run | None
-    tracker: Tracker | None
-
-
-def start(script: str, config: Any, train: TrainConfig) -> Session:
-    """Open the run on the main process and tell the others where it is.
-
-    Raises:
-        PackshotError: on every process, when the main one cannot open the folder.
-    """
-    accelerator = make_accelerator(train)
-    message: list[Any] = [None, None]
-    run = tracker = None
-    if accelerator.is_main_process:
-        try:
-            run = open_run(script, config)
-            tracker = open_tracker(run, config, job_type=script)
-            message = [str(run.path), None]
-        except PackshotError as error:
-            message = [None, error]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(message)
-    if message[1] is not None:
-        raise message[1]
-    return Session(accelerator, Path(message[0]), run, tracker)
 
 
 def train(config: TrainScript) -> None:
@@ -103,19 +67,7 @@ def _place(task: DiffusionTask, parts: Any, accelerator: Accelerator, train: Tra
 def _train(session: Session, task: DiffusionTask, rows: Rows, validation: Rows, config: TrainScript) -> None:
     for part in (rows, validation):
         task.fill_cache(part, session.accelerator)
-    ema = fit(
-        task,
-        rows,
-        rows.ids,
-        seed=config.run.seed,
-        train=config.train,
-        optim=config.optim,
-        num_workers=config.data.num_workers,
-        accelerator=session.accelerator,
-        run_path=session.path,
-        run=session.run,
-        tracker=session.tracker,
-    )
+    ema = fit(task, rows, config, session)
     if session.run:
         export(session, task, task.method, ema, rows, config)
 

@@ -1,0 +1,60 @@
+"""One run over one or many processes: who is here, where it writes, who tracks it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from packshot.config.schema import TrainConfig
+from packshot.core.errors import PackshotError
+from packshot.core.run import Run, open_run
+from packshot.core.tracking import Tracker, open_tracker
+
+
+def make_accelerator(train: TrainConfig) -> Accelerator:
+    """Accelerate, set up so that one optimizer step is one step of everything."""
+    return Accelerator(
+        # without this, torchrun on a machine without accelerator starts processes that know nothing of each other
+        cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        mixed_precision=train.mixed_precision.name,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        step_scheduler_with_optimizer=False,
+    )
+
+
+@dataclass
+class Session:
+    """One run over one or many processes. ``run`` and ``tracker`` exist on the main process only."""
+
+    accelerator: Accelerator
+    path: Path
+    run: Run | None
+    tracker: Tracker | None
+
+
+def start(script: str, config: Any, train: TrainConfig) -> Session:
+    """Open the run on the main process and tell the others where it is.
+
+    Raises:
+        PackshotError: on every process, when the main one cannot open the folder.
+    """
+    accelerator = make_accelerator(train)
+    message: list[Any] = [None, None]
+    run = tracker = None
+    if accelerator.is_main_process:
+        try:
+            run = open_run(script, config)
+            tracker = open_tracker(run, config, job_type=script)
+            message = [str(run.path), None]
+        except PackshotError as error:
+            message = [None, error]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(message)
+    if message[1] is not None:
+        raise message[1]
+    return Session(accelerator, Path(message[0]), run, tracker)
