@@ -105,7 +105,8 @@ def grabcut(image_HW3: np.ndarray, keep_HW: np.ndarray, iterations: int = 4) -> 
     cv2.setRNGSeed(0)
     models = np.zeros((1, 65)), np.zeros((1, 65))
     bgr = np.ascontiguousarray(image_HW3[..., ::-1])
-    cv2.grabCut(bgr, labels, None, *models, iterations, cv2.GC_INIT_WITH_MASK)
+    whole = (0, 0, bgr.shape[1], bgr.shape[0])  # not read in this mode
+    cv2.grabCut(bgr, labels, whole, *models, iterations, cv2.GC_INIT_WITH_MASK)
     return (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
 
 

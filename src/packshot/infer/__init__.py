@@ -135,7 +135,8 @@ class Packshot:
         guide = self._reference(reference)
         product, canvas = self.product, self.canvas(settings)
         assert product is not None
-        working = make_working(canvas, plan_frame(*canvas.matte_HW.shape, self.models.resolution, self.models.unit))
+        height, width = canvas.matte_HW.shape
+        working = make_working(canvas, plan_frame(height, width, self.models.resolution, self.models.unit))
         prompt = scene.render() if isinstance(scene, Scene) else scene
         request = {"scene": _scene_of(scene).to_dict(), "prompt": prompt, **_settings_of(settings)}
         request["reference_sha256"] = guide[1] if guide else None

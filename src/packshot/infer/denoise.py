@@ -122,7 +122,8 @@ def denoise(
     Raises:
         PackshotError: the denoiser or the decoder produced NaN or infinity.
     """
-    pipe, vae = models.pipe, models.pipe.vae
+    pipe: Any = models.pipe
+    vae = pipe.vae
     frame, factor = working.frame, pipe.vae_scale_factor
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = (1, pipe.unet.config.in_channels, frame.height // factor, frame.width // factor)

@@ -67,8 +67,9 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
     parts = load_parts(model).to(device, dtype)
     pipe: Any
     if conditions:
-        nets = [_load_controlnet(folder).to(device, dtype) for folder in folders["controlnets"]]
-        pipe = StableDiffusionXLControlNetPipeline(**parts.pipeline_components(), controlnet=MultiControlNetModel(nets))
+        nets: list[Any] = [_load_controlnet(folder) for folder in folders["controlnets"]]
+        control = MultiControlNetModel([net.to(device, dtype) for net in nets])
+        pipe = StableDiffusionXLControlNetPipeline(**parts.pipeline_components(), controlnet=control)
     else:
         pipe = StableDiffusionXLPipeline(**parts.pipeline_components())
     for folder in folders["lora"]:

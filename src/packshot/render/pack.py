@@ -9,7 +9,7 @@ import argparse
 import io
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def features():
     )
 
 
-def _card(splits: dict[str, Sequence[dict[str, Any]]]) -> str:
+def _card(splits: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     lines = [
         "# Rendered packshots\n",
         "Product photographs rendered with Blender Cycles by `packshot.render`. Each row has the photograph, the same",

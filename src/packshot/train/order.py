@@ -19,7 +19,7 @@ class Stream(Dataset):
     none is short and no sample is dropped; a cursor (samples seen) is all that resume needs.
     """
 
-    def __init__(self, rows: Sequence[dict[str, Any]], ids: Sequence[str], seed: int) -> None:
+    def __init__(self, rows: Any, ids: Sequence[str], seed: int) -> None:
         self.rows, self.ids, self.seed = rows, ids, seed
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, epoch, len(ids)))
 

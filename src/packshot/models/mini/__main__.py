@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
             raise PackshotError("the first run needs CLIP's merge table", hint="pass --clip-bpe")
         save_clip_tokenizers(read_clip_merges(args.clip_bpe), sdxl.staging)
     train = {
-        "vae": lambda *rest: train_vae(renders, sdxl, *rest, args.latent_channels),
+        "vae": lambda *rest: train_vae(renders, sdxl, *rest, channels=args.latent_channels),
         "clip": lambda *rest: train_clip(renders, sdxl, *rest),
         "unet": lambda *rest: train_unet(renders, sdxl, *rest),
         "florence2": lambda *rest: train_florence(renders, florence, *rest),

@@ -5,6 +5,10 @@ embedding learns to hold surface, surroundings, background, light and mood side 
 vocabulary's phrases, one for images and texts alike and thrown away afterwards, brings both there much sooner.
 """
 
+# diffusers annotates block tuples as one-element tuples and module attributes as optional.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 import random

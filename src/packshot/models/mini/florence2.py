@@ -5,6 +5,10 @@ captioner fine-tune teaches. While it trains, the encoder's mean over image toke
 phrases: left to the captions alone, a short training learns fluent sentences that do not look at the image.
 """
 
+# diffusers annotates block tuples as one-element tuples and module attributes as optional.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 import random

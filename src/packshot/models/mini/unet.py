@@ -1,5 +1,9 @@
 """Stage ``unet``: SDXL's UNet on 16 x 16 latents, conditioned exactly as StableDiffusionXLPipeline conditions it."""
 
+# diffusers annotates block tuples as one-element tuples and module attributes as optional.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 import random
@@ -45,6 +49,9 @@ DROP_TEXT = 0.1
 # Share of batches cut to each latent shape: the pipeline is also asked for portrait and landscape.
 SHAPES = (((SIDE, SIDE), 0.84), ((SIDE, 12), 0.08), ((12, SIDE), 0.08))
 SNR_GAMMA = 5.0
+# A small latent betrays its mean colour even at the noisiest step, and the model would read the colour from there
+# instead of from the text; SDXL's own training adds the same kind of noise, at 0.05.
+NOISE_OFFSET = 0.1
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TIME_EMBEDDING = 32
 
@@ -223,6 +230,7 @@ def train_unet(renders: Renders, family: Family, folder: Path, minutes: float, s
         batch = draw_batch(renders.draw(generator, plan.batch_size), cache, rng)
         timesteps = torch.randint(noiser.config.num_train_timesteps, (plan.batch_size,), generator=generator)
         noise = torch.randn(batch[0].shape, generator=generator)
+        noise += NOISE_OFFSET * torch.randn((*noise.shape[:2], 1, 1), generator=generator)
         dropped = torch.rand(plan.batch_size, generator=generator) < DROP_TEXT
         losses = _loss(unet, parts, noiser, batch, timesteps, noise, dropped)
         ratio = compute_snr(noiser, timesteps)

@@ -7,6 +7,7 @@ import json
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
@@ -56,9 +57,10 @@ def clip_vocabulary(merges: list[str]) -> dict[str, int]:
 def save_clip_tokenizers(merges: list[str], folder: Path) -> None:
     """Write ``tokenizer`` (pads with the end token) and ``tokenizer_2`` (pads with "!", id 0), SDXL's pair."""
     vocabulary = clip_vocabulary(merges)
+    pairs: Any = [tuple(merge.split()) for merge in merges]
     for name, pad in (("tokenizer", END), ("tokenizer_2", "!")):
         part = folder / name
-        tokenizer = CLIPTokenizer(vocabulary, [tuple(m.split()) for m in merges], pad_token=pad, model_max_length=77)
+        tokenizer = CLIPTokenizer(vocabulary, pairs, pad_token=pad, model_max_length=77)
         tokenizer.save_pretrained(part)
         # The two classic files say the same as tokenizer.json in a third of its size, and older tools read them.
         (part / "tokenizer.json").unlink()
