@@ -28,7 +28,7 @@ smoke: $(VENV)/.installed ## only the end-to-end tests: two steps, kill, resume,
 lint: $(VENV)/.installed ## format, lint and type checks
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/basedpyright
 
 clean: ## remove the environment and everything that runs wrote
 	rm -rf $(VENV) outputs wandb .pytest_cache .ruff_cache .hypothesis
