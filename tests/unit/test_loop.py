@@ -111,6 +111,16 @@ def test_every_sample_comes_once_an_epoch_whatever_the_batch_and_the_processes()
         assert sorted(i for e, i in seen[1] if e == epoch) == IDS
 
 
+def test_loader_processes_change_nothing():
+    def first_batches(num_workers):
+        stream = batches(Stream(ROWS, IDS, 0), Regression().collate, RankBatches(0, 3, 0, 1), num_workers)
+        return [next(stream) for _ in range(4)]
+
+    for a, b in zip(first_batches(0), first_batches(2), strict=True):
+        assert a["ids"] == b["ids"]
+        assert torch.equal(a["noise"], b["noise"])
+
+
 def test_resume_is_bit_exact_with_accumulation_and_ema(tmp_path):
     settings = {"gradient_accumulation_steps": 2}
     unbroken, ema = run_fit(tmp_path / "a", **settings)

@@ -256,3 +256,21 @@ def test_a_changed_picture_or_vae_never_meets_an_old_latent(rows, tmp_path):
         next(task._parts.vae.parameters()).mul_(1.5)
     other = DiffusionTask(task.method, task._parts, task.config, task._cache, rows)
     assert other._latent_key(rows[0]) != first
+
+
+def test_over_a_bf16_base_small_steps_still_move_the_weights(parts, rows):
+    parts.unet.to(torch.bfloat16)
+    method = METHODS[LoraMethod](parts, LoraMethod(rank=2, target_modules=r"mid_block.*attn2\.to_[qkv]$"))
+    trained = [p for p in method.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    noisy, timesteps, batch = example(parts, rows, method)
+    for _ in range(20):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = method.predict(noisy, timesteps, batch).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(p.dtype == torch.float32 for p in trained)
+    moved = sum(int((p != b).sum()) for p, b in zip(trained, before, strict=True))
+    assert moved > 0.99 * sum(p.numel() for p in trained)
