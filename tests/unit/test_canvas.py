@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from packshot.config.schema import GenerateSettings, Placement
 from packshot.core.errors import ConfigError
 from packshot.evaluate.samples import place_photo
-from packshot.infer.canvas import background_at, make_working, place, plan_frame
+from packshot.infer.canvas import background_at, held_cells, make_working, place, plan_frame
 from packshot.infer.conditions import control_map, read_condition
 from packshot.infer.product import core_of, prepare, soften_hard_edge
 
@@ -85,7 +85,7 @@ def test_conditioning_mask_is_max_pooled_and_blending_mask_is_averaged():
     ImageDraw.Draw(mask).rectangle((100, 100, 299, 199), fill=255)
     ImageDraw.Draw(mask).line((203, 200, 203, 330), fill=255)
     canvas = place(prepare(photo, mask), GenerateSettings())
-    working = make_working(canvas, plan_frame(400, 400, 100, 4))
+    working = make_working(canvas, plan_frame(400, 400, 100, 4), 4)
     assert working.keep_HW[50:82, 50].all()
     assert (working.coverage_HW[55:80, 50] > 0.05).all()
     assert (working.coverage_HW[55:80, 50] < 0.5).all()
@@ -98,7 +98,7 @@ def test_inpaint_map_is_minus_one_on_the_background_and_shows_no_old_background(
     ImageDraw.Draw(mask).ellipse((20, 20, 75, 75), fill=255)
     photo = Image.composite(Image.new("RGB", mask.size, (200, 40, 40)), Image.new("RGB", mask.size, (0, 255, 0)), mask)
     canvas = place(prepare(photo, mask), GenerateSettings())
-    working = make_working(canvas, plan_frame(96, 96, 64, 32))
+    working = make_working(canvas, plan_frame(96, 96, 64, 32), 8)
     known = control_map("inpaint", working)[0].permute(1, 2, 0).numpy()
     assert (known[~working.keep_HW] == -1).all()
     assert (known[working.keep_HW] >= 0).all()
@@ -107,7 +107,7 @@ def test_inpaint_map_is_minus_one_on_the_background_and_shows_no_old_background(
 
 def test_canny_map_is_binary_and_empty_on_the_background():
     photo, mask = photo_and_mask()
-    working = make_working(place(prepare(photo, mask), GenerateSettings()), plan_frame(61, 90, 128, 32))
+    working = make_working(place(prepare(photo, mask), GenerateSettings()), plan_frame(61, 90, 128, 32), 8)
     edges = control_map("canny", working)[0]
     assert set(edges.unique().tolist()) == {0.0, 1.0}
     far = np.asarray(Image.fromarray(working.keep_HW).filter(ImageFilter.MaxFilter(5)))
@@ -140,3 +140,14 @@ def test_letterbox_is_cut_off_again():
     decoded = np.zeros((frame.height, frame.width, 3), np.float32)
     decoded[frame.content] = 1
     assert (background_at(decoded, frame, 40, 90) == 255).all()
+
+
+def test_only_cells_well_inside_the_product_are_held():
+    """A cell on the edge is free, and so is what the erosion (1 px at 128) takes: the scene grows under the rim."""
+    coverage = np.zeros((128, 128), np.float32)
+    coverage[16:96, 20:112] = 1
+    held = held_cells(coverage, 8)
+    rows, columns = np.nonzero(held)
+    assert (rows.min(), rows.max() + 1) == (24, 88)  # the cells 16..24 and 88..96 lose a row to the erosion
+    assert (columns.min(), columns.max() + 1) == (24, 104)
+    assert held[24:88, 24:104].all()

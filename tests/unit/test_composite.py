@@ -102,7 +102,7 @@ def test_colour_fit_leaves_colours_alone_that_the_product_does_not_have():
     ("decoded", "truth", "reason"),
     [
         (np.zeros((10, 3)), np.zeros((10, 3)), "only 10 product pixels"),
-        (np.full((500, 3), 0.4), np.full((500, 3), 0.4), "does not come closer"),
+        (np.full((500, 3), 0.4), np.full((500, 3), 0.4), "explains too little"),
         (np.full((500, 3), 0.9), np.full((500, 3), 0.1), "would move colours"),
     ],
 )

@@ -28,10 +28,9 @@ from packshot.config.schema import (
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.evaluate.samples import place_photo
 from packshot.infer import Packshot
-from packshot.infer.canvas import make_working, place, plan_frame
 from packshot.infer.certificate import digest, judge, load_certificates, measure
 from packshot.infer.composite import blend
-from packshot.infer.denoise import encode, known_share, lost_words
+from packshot.infer.denoise import encode, lost_words
 from packshot.infer.pipeline import load_models
 from packshot.infer.product import core_of, prepare
 from packshot.infer.run import generate
@@ -199,16 +198,6 @@ def test_without_a_reference_the_ip_adapter_gets_its_null_image(exports):
 def test_reference_without_ip_adapter_is_refused(tool):
     with pytest.raises(ConfigError, match="needs an IP-Adapter"):
         tool.set_product(*photo_and_mask()).generate(SCENE, 1, reference=Image.new("RGB", (8, 8)))
-
-
-def test_scene_is_generated_a_little_under_the_product():
-    product = prepare(*photo_and_mask(128, 128))
-    working = make_working(place(product, QUICK), plan_frame(128, 128, 128, 32))
-    share = known_share(working, 1024, 8)[0, 0].numpy()  # 8 px at 1024
-    cells = torch.nn.functional.avg_pool2d(torch.from_numpy(working.coverage_HW)[None, None], 8)[0, 0].numpy()
-    assert (share <= cells + 1e-6).all()
-    assert share.max() == pytest.approx(1)
-    assert share.sum() < 0.7 * cells.sum()
 
 
 def test_lost_words_are_reported_in_log_and_certificate(tool, caplog):

@@ -136,7 +136,8 @@ class Packshot:
         product, canvas = self.product, self.canvas(settings)
         assert product is not None
         height, width = canvas.matte_HW.shape
-        working = make_working(canvas, plan_frame(height, width, self.models.resolution, self.models.unit))
+        frame = plan_frame(height, width, self.models.resolution, self.models.unit)
+        working = make_working(canvas, frame, self.models.pipe.vae_scale_factor)
         prompt = scene.render() if isinstance(scene, Scene) else scene
         request = {"scene": _scene_of(scene).to_dict(), "prompt": prompt, **_settings_of(settings)}
         request["reference_sha256"] = guide[1] if guide else None

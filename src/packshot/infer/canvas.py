@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -144,17 +145,35 @@ class Working:
 
     image_HW3: uint8, product colours everywhere (they continue past the edge, so no old background leaks in).
     keep_HW: bool, max-pooled: true wherever a product pixel falls; for conditioning, so that thin parts do not vanish.
-    coverage_HW: float32 in [0, 1], averaged; for blending.
+    coverage_HW: float32 in [0, 1], averaged: the product's share of a pixel.
+    held_HW: bool, constant over latent cells: those that show nothing but product, and are held to it. A cell on the
+        product's edge stays free: holding it, even in part (the hold repeats at every step), paints its whole square in
+        the product's colour, which the composite then shows as a fringe.
     """
 
     frame: Frame
     image_HW3: np.ndarray
     keep_HW: np.ndarray
     coverage_HW: np.ndarray
+    held_HW: np.ndarray
 
 
-def make_working(canvas: Canvas, frame: Frame) -> Working:
-    """Resample the canvas into the working copy."""
+def held_cells(coverage_HW: np.ndarray, cell: int) -> np.ndarray:
+    """Pixels of latent cells (``cell`` px wide) that lie inside the product, as bool (H, W).
+
+    The product is eroded by 1/128 of the picture's side (8 px at 1024) first, so that the scene is generated a little
+    way under its edge and no unfilled rim can show.
+    """
+    height, width = coverage_HW.shape
+    radius = max(1, round((height * width) ** 0.5 / 128))
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+    inner = cv2.erode(coverage_HW, kernel)
+    smallest = inner.reshape(height // cell, cell, width // cell, cell).min(axis=(1, 3))
+    return np.kron(smallest >= 0.999, np.ones((cell, cell), bool))
+
+
+def make_working(canvas: Canvas, frame: Frame, cell: int) -> Working:
+    """Resample the canvas into the working copy. cell: pixels that one latent stands for, along a side."""
     size = (frame.content_width, frame.content_height)
     margins = (
         (frame.top, frame.height - frame.top - frame.content_height),
@@ -164,11 +183,13 @@ def make_working(canvas: Canvas, frame: Frame) -> Working:
     keep = torch.nn.functional.adaptive_max_pool2d(torch.from_numpy(solid).float()[None, None], size[::-1])
     coverage = np.asarray(Image.fromarray(canvas.matte_HW).resize(size, Image.Resampling.BOX), np.float32) / 255
     image = np.asarray(Image.fromarray(canvas.foreground_HW3).resize(size, Image.Resampling.LANCZOS))
+    coverage = np.pad(coverage, margins)
     return Working(
         frame,
         np.pad(image, (*margins, (0, 0)), mode="edge"),
         np.pad(keep[0, 0].numpy() > 0, margins),
-        np.pad(coverage, margins),
+        coverage,
+        held_cells(coverage, cell),
     )
 
 

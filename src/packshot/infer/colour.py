@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 MIN_PIXELS = 64
+MAX_ERROR_LEFT = 0.6  # share of the median error that a believed fit may leave
 MAX_DRIFT = 0.15  # mean change in [0, 1] units beyond which a fit is not believed
 _RIDGE = 0.01  # variance of colour directions that the product hardly has: there the fit stays the identity
 
@@ -75,7 +76,8 @@ def fit_colour(decoded_N3: np.ndarray, truth_N3: np.ndarray) -> ColourFit:
 
     Ridge regression towards the identity, so colour directions the product does not have are left alone, refitted
     once without the pixels that fit worst (detail that the autoencoder lost is no colour drift). Not applied, with
-    the reason in the report, for few pixels, no gain, or a map that would move colours too far to be believed.
+    the reason in the report, for few pixels, for a map that leaves most of the error (it would tint the background and
+    mend nothing), or one that would move colours too far to be believed.
     """
     count = len(decoded_N3)
     if count < MIN_PIXELS:
@@ -91,8 +93,8 @@ def fit_colour(decoded_N3: np.ndarray, truth_N3: np.ndarray) -> ColourFit:
     probe = np.stack(np.meshgrid(*[np.linspace(0, 1, 5)] * 3), -1).reshape(-1, 3)
     moved = float(np.abs(np.clip(probe @ matrix + offset, 0, 1) - probe).mean())
     measures = {"pixels": count, "error_before": before, "error_after": after, "mean_change": moved}
-    if after >= before:
-        return _identity("the fit does not come closer to the product's colours", measures)
+    if after >= MAX_ERROR_LEFT * before:
+        return _identity("the fit explains too little: the product lost detail, its colours did not drift", measures)
     if moved > MAX_DRIFT:
         return _identity(f"the fit would move colours by {moved:.2f} on average, {MAX_DRIFT} is believed", measures)
     report = {"applied": True, **measures, "matrix": matrix.round(5).tolist(), "offset": offset.round(5).tolist()}

@@ -17,8 +17,8 @@ def blend(foreground_HW3: np.ndarray, matte_HW: np.ndarray, background_HW3: np.n
 
 
 def calibrate(decoded_HW3: np.ndarray, working: Working) -> ColourFit:
-    """Colour drift of the decoder, from pixels that show nothing but product. decoded_HW3: float in [0, 1]."""
-    inside = working.coverage_HW >= 0.999
+    """Colour drift of the decoder, from the cells that were held to the product. decoded_HW3: float in [0, 1]."""
+    inside = working.held_HW
     truth = working.image_HW3[inside].astype(np.float64) / 255
     return fit_colour(decoded_HW3[inside].astype(np.float64), truth)
 

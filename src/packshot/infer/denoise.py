@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -96,18 +95,6 @@ def _latent_statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torc
     return channel(vae.config.get("latents_mean"), 0.0), channel(vae.config.get("latents_std"), 1.0)
 
 
-def known_share(working: Working, resolution: int, factor: int) -> torch.Tensor:
-    """(1, 1, h, w) in [0, 1]: how much of a latent cell is held to the product; the average over its pixels.
-
-    The product is eroded by 1/128 of the resolution (8 px at 1024) first: the scene is generated a little way under
-    the edge, so no unfilled rim can show between the two.
-    """
-    radius = max(1, round(resolution / 128))
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
-    inner = cv2.erode(working.coverage_HW, kernel)
-    return torch.nn.functional.avg_pool2d(torch.from_numpy(inner)[None, None], factor)
-
-
 @torch.no_grad()
 def denoise(
     models: Models, working: Working, conditioning: Conditioning, settings: GenerateSettings, seed: int
@@ -129,13 +116,13 @@ def denoise(
     shape = (1, pipe.unet.config.in_channels, frame.height // factor, frame.width // factor)
     noise = torch.randn(shape, generator=generator).to(pipe.device)
     known = _to_latents(vae, working.image_HW3)
-    share = known_share(working, models.resolution, factor).to(pipe.device)
+    held = torch.from_numpy(working.held_HW[::factor, ::factor].astype(np.float32)).to(pipe.device)
 
     def keep_product(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         latents = tensors["latents"]
         later = pipe.scheduler.timesteps[step + 1 : step + 2]
         target = pipe.scheduler.add_noise(known, noise, later) if len(later) else known
-        return {"latents": torch.lerp(latents.float(), target, share).to(latents.dtype)}
+        return {"latents": torch.lerp(latents.float(), target, held).to(latents.dtype)}
 
     controls: dict[str, Any] = {}
     if models.conditions:
