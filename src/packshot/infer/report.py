@@ -81,7 +81,7 @@ def write_report(folder: Path, baseline: Path | None = None) -> None:
     accepted = sum(certificate["status"] == "accepted" for certificate in certificates.values())
     body = [
         "<h1>Packshot</h1>",
-        f'<p class="note">{len(certificates)} pictures of {len(by_product)} products, {accepted} accepted. '
+        f'<p class="note">Pictures: {len(certificates)}, accepted: {accepted}, products: {len(by_product)}. '
         "Core: product pixels with full alpha, less one pixel; compared with the photo on the written file. "
         "Edge: CIEDE2000 to the photo on the product's rim.</p>",
     ]
