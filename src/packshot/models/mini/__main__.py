@@ -34,7 +34,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("data/models"), help="published family (default %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("outputs/mini"), help="checkpoints, curves, staging")
     parser.add_argument("--stage", type=_stages, default=STAGES, help=f"all, or some of {','.join(STAGES)}")
-    parser.add_argument("--minutes", type=_minutes, default=MINUTES, help="training budgets: vae=15,unet=40")
+    parser.add_argument("--minutes", type=_minutes, default=MINUTES, help="CPU minutes per thread, vae=15,unet=40")
     parser.add_argument("--clip-bpe", type=Path, help="CLIP's merge table or a wheel that holds it (first run only)")
     parser.add_argument("--latent-channels", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)

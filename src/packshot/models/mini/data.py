@@ -62,6 +62,8 @@ class Renders:
     """The finished scenes of a folder that may still be growing; ``refresh`` picks up what has been added."""
 
     def __init__(self, folder: Path, minimum: int = 2) -> None:
+        if not folder.is_dir():
+            raise PackshotError(f"{folder} is no folder", hint="name the folder that holds <seed>/image.png")
         self.folder = folder
         self._known: set[str] = set()
         self.train: list[Render] = []
