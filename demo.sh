@@ -12,7 +12,8 @@ scene=(
     "scene.lighting=soft light from the left side"
     "scene.mood=fresh"
 )
-product=(product=data/products/coffee.png num_images=4)
+# the mini base saturates from a guidance scale of 5 on
+product=(product=data/products/coffee.png num_images=4 guidance_scale=3.5)
 
 step() {
     printf '\n\033[1m%s\033[0m\n' "$1"
@@ -40,7 +41,7 @@ step "     " \
     "adapters.controlnets=[$out/controlnet/export]" adapters.ip_adapter=$out/ip_adapter/export baseline=$out/before \
     run.dir=$out/packshots
 step "     and once more, a cut-out led by a reference picture alone" \
-    generate.py product=data/products/serum.png reference=data/references/yellow_wall.png num_images=2 \
+    generate.py product=data/products/serum.png reference=data/references/yellow_wall.png num_images=2 guidance_scale=3.5 \
     "adapters.controlnets=[$out/controlnet/export]" adapters.ip_adapter=$out/ip_adapter/export \
     run.dir=$out/by_reference
 step "8/8  compare" \

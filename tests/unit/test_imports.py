@@ -13,7 +13,7 @@ ALLOWED = {
     "core": {"scene", "config"},
     "pipeline": {"scene", "config", "core"},
     "render": {"scene", "config", "core", "pipeline"},
-    "models": {"scene", "config", "core", "diffusion"},
+    "models": {"scene", "config", "core", "diffusion", "render"},
     "diffusion": set(),
     "data": {"scene", "config", "core", "pipeline", "models", "render"},
     "methods": {"scene", "config", "core", "models", "diffusion", "data"},

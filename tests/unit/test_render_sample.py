@@ -76,10 +76,9 @@ def test_a_product_id_is_one_design():
     assert len({json.dumps(product) for product in seen.values()}) == len(product_pool())
 
 
-def test_held_out_products_cover_every_kind():
-    assert {design(product)["kind"] for product in packing.HELDOUT_PRODUCTS} == {
-        design(product)["kind"] for product in product_pool()
-    }
+def test_held_out_products_are_of_several_kinds():
+    kinds = {design(product)["kind"] for product in packing.HELDOUT_PRODUCTS}
+    assert len(packing.HELDOUT_PRODUCTS) == len(kinds) == 5
 
 
 @pytest.fixture

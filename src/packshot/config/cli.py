@@ -43,6 +43,7 @@ def help_text(script: str, doc: str) -> str:
 def _quiet_libraries() -> None:
     """Silence remarks that libraries make on import about parts we do not use (torchvision, GPU kernels)."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also transformers' bar for weights
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 

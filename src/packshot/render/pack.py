@@ -17,11 +17,10 @@ from PIL import Image
 
 from packshot.core.errors import PackshotError
 from packshot.core.storage import replacing_folder, sha256
-from packshot.render.sample import KINDS, product_pool
+from packshot.render.sample import is_held_out, product_pool
 from packshot.scene import Scene
 
-# The pool goes through the kinds in turn, so its tail holds out one design of each kind.
-HELDOUT_PRODUCTS = product_pool()[-len(KINDS) :]
+HELDOUT_PRODUCTS = tuple(product for product in product_pool() if is_held_out(product))
 LICENSE = "CC0-1.0"
 ROWS_PER_SHARD = 300
 LAYERS = ("image", "plate", "cutout", "depth")

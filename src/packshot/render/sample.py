@@ -87,6 +87,11 @@ def product_pool() -> tuple[str, ...]:
     return tuple(f"p{index:03d}" for index in range(PRODUCT_COUNT))
 
 
+def is_held_out(product_id: str) -> bool:
+    """Every twelfth design is kept from all training: data sets, and the mini family that ships, split by it."""
+    return int(product_id[1:]) % 12 == 11
+
+
 def design(product_id: str) -> dict[str, Any]:
     """The design behind an id: kind, palette, finish, cap, label, brand, aspect (width / height) and proportions.
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from packshot.core.errors import PackshotError
+from packshot.render.sample import is_held_out
 from packshot.scene import Scene
 
 SIZE = 128  # px; the family's native image size
@@ -51,11 +52,6 @@ def read_render(folder: Path) -> Render | None:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     scene = Scene.from_dict(job["scene"])
     return Render(folder.name, job["product_id"], job["product"], scene, image, plate, cutout[..., 3] > 127)
-
-
-def is_held_out(product_id: str) -> bool:
-    """Every twelfth product is kept from training, so that no held-out score profits from a known product."""
-    return int(product_id.lstrip("p")) % 12 == 11
 
 
 class Renders:
