@@ -1,10 +1,12 @@
 """Two gloo processes: one run folder, and the same result as one process on the same global batch."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -12,7 +14,7 @@ WORKER = Path(__file__).with_name("worker.py")
 
 
 def launch(processes, folder, *overrides):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29513"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(WORKER), str(folder), *overrides], capture_output=True, text=True, env=environment
@@ -21,8 +23,9 @@ def launch(processes, folder, *overrides):
 
 
 def test_the_number_of_processes_does_not_change_the_result(tmp_path):
-    launch(2, tmp_path / "two", "train.batch_size=2", "train.max_steps=10")
-    launch(1, tmp_path / "one", "train.batch_size=4", "train.max_steps=10")
+    common = ("train.max_steps=10", "train.validation_steps=10", "train.validation_samples=2")
+    launch(2, tmp_path / "two", "train.batch_size=2", *common)
+    launch(1, tmp_path / "one", "train.batch_size=4", *common)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "one", "two"]
     first, second = (load_file(tmp_path / name / "gradients.safetensors") for name in ("one", "two"))
     assert len(first) > 10
@@ -31,12 +34,22 @@ def test_the_number_of_processes_does_not_change_the_result(tmp_path):
     first, second = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
     a, b = (torch.cat([weights[name].flatten() for name in sorted(weights)]) for weights in (first, second))
     assert (a - b).norm() / a.norm() <= 1e-4
-    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 10
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [line["step"] for line in two] == [0, *range(1, 11), 10]
+    # every process does its share of the validation, into the one run folder
+    assert [path.name for path in sorted((tmp_path / "two" / "samples" / "10").iterdir())] == ["000.png", "001.png"]
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "validation_loss"):
+            assert (name in a) == (name in b)
+            assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-4)
 
 
 def test_an_existing_folder_is_refused_by_every_process(tmp_path):
     (tmp_path / "kept.txt").write_text("mine")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29514"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     done = subprocess.run(
         [*command, "train_lora.py", f"run.dir={tmp_path}", "tracking=none"],
         capture_output=True,

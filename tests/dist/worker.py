@@ -21,7 +21,7 @@ HELDOUT = "data/rendered/heldout"
 def main(folder: str, *overrides: str) -> None:
     torch.set_num_threads(1)
     common = [f"data.train={HELDOUT}", f"data.validation={HELDOUT}", "tracking=none", f"run.dir={folder}"]
-    config = compose("train_lora", [*common, "train.validation_steps=0", *overrides])
+    config = compose("train_lora", [*common, *overrides])
     rows = load_rows("data.train", config.data.train)
     parts = load_parts(config.model)
     session = start("train_lora", config, config.train)

@@ -45,8 +45,8 @@ def test_a_killed_run_resumes_to_the_same_weights(exports, folder):
     process = subprocess.Popen(
         [sys.executable, "train_lora.py", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while not (killed / "checkpoints" / "00000002").exists():
-        assert process.poll() is None or (killed / "checkpoints" / "00000004").exists()
+    while not (killed / "checkpoints" / "2").exists():
+        assert process.poll() is None or (killed / "checkpoints" / "4").exists()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -151,10 +151,10 @@ def test_a_damaged_checkpoint_is_skipped_and_the_one_before_used(tmp_path):
     unbroken, _ = run_fit(tmp_path / "a", **constant)
     run_fit(tmp_path / "b", max_steps=8, **constant)
     folder = tmp_path / "b" / "checkpoints"
-    newest = folder / "00000008" / "trainable.safetensors"
+    newest = folder / "8" / "trainable.safetensors"
     newest.write_bytes(newest.read_bytes()[:-3])
-    (folder / ".00000099.1.tmp").mkdir()
-    assert checkpoints.newest_whole(folder).name == "00000004"
+    (folder / ".99.1.tmp").mkdir()
+    assert checkpoints.newest_whole(folder).name == "4"
     resumed, _ = run_fit(tmp_path / "b", **constant)
     for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -174,7 +174,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     run_fit(tmp_path, checkpoints_total_limit=1)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000012"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["12"]
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_with_the_sample_ids(tmp_path):
@@ -196,7 +196,7 @@ def test_validation_puts_the_weights_back_even_when_it_fails(tmp_path):
 
     task.validate = fail
     with pytest.raises(RuntimeError):
-        validate(task, ema, None, 0, make_accelerator(TrainConfig()), None)
+        validate(task, ema, Session(make_accelerator(TrainConfig()), tmp_path, None, None), 0)
     assert all(torch.equal(before[name], p) for name, p in task.named_parameters())
     assert task.training
 
@@ -205,5 +205,5 @@ def test_checkpoints_hold_only_what_is_trained(tmp_path):
     from safetensors.torch import load_file
 
     run_fit(tmp_path)
-    saved = load_file(tmp_path / "checkpoints" / "00000012" / "trainable.safetensors")
+    saved = load_file(tmp_path / "checkpoints" / "12" / "trainable.safetensors")
     assert set(saved) == {"linear.weight", "linear.bias"}

@@ -44,7 +44,7 @@ def write_card(folder: Path, run: Path, rows: Rows, config: Any) -> None:
 
 
 def _copy_samples(samples: Path, target: Path) -> list[str]:
-    steps = sorted(path for path in samples.glob("*") if path.is_dir())
+    steps = sorted((path for path in samples.glob("*") if path.is_dir()), key=lambda path: int(path.name))
     if not steps:
         return []
     target.mkdir()

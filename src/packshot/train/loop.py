@@ -18,8 +18,7 @@ from torch import Tensor
 
 from packshot.core.errors import PackshotError
 from packshot.core.progress import progress as progress_bar
-from packshot.core.run import Run, log
-from packshot.core.tracking import Tracker
+from packshot.core.run import log
 from packshot.diffusion.keyed import SampleKey
 from packshot.train import state as checkpoints
 from packshot.train.optimizer import OPTIMIZERS, learning_rate
@@ -65,34 +64,26 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def validate(
-    task: Any,
-    ema: checkpoints.EMA | None,
-    run: Run | None,
-    step: int,
-    accelerator: Accelerator,
-    tracker: Tracker | None,
-) -> dict[str, float]:
-    """Validation with the averaged weights, which are put back whatever happens."""
-    inner = accelerator.unwrap_model(task)
+def validate(task: Any, ema: checkpoints.EMA | None, session: Session, step: int) -> None:
+    """Validation on every process, with the averaged weights, which are put back whatever happens."""
+    inner = session.accelerator.unwrap_model(task)
     training = inner.training
     inner.eval()
     if ema:
         ema.swap(inner)
     try:
         with torch.no_grad():
-            folder = (run.path if run else Path(".")) / "samples" / f"{step:08d}"
-            figures, pictures, captions = inner.validate(folder, accelerator)
+            folder = session.path / "samples" / str(step)
+            figures, pictures, captions = inner.validate(folder, session.accelerator)
     finally:
         if ema:
             ema.swap(inner)
         inner.train(training)
-    if run and tracker:
-        run.metrics({"step": step, **figures})
-        tracker.log(figures, step)
-        tracker.images("samples", pictures, captions, step)
+    if session.run and session.tracker:
+        session.run.metrics({"step": step, **figures})
+        session.tracker.log(figures, step)
+        session.tracker.images("samples", pictures, captions, step)
         log.info("validation at step %d: %s", step, "  ".join(f"{k} {v:.4f}" for k, v in figures.items()) or "pictures")
-    return figures
 
 
 def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.EMA | None:
@@ -126,7 +117,7 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
     stream = batches(Stream(rows, rows.ids, seed), inner.collate, order, config.data.num_workers)
     task.train()
     if train.validation_steps and where.step == 0:
-        validate(task, ema, run, 0, accelerator, tracker)
+        validate(task, ema, session, 0)
 
     window_loss, window_start, window_wait, window_steps = (
         torch.zeros((), device=accelerator.device),
@@ -193,7 +184,7 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
                     checkpoints.prune(folder, train.checkpoints_total_limit)
                 accelerator.wait_for_everyone()
             if train.validation_steps and (where.step % train.validation_steps == 0 or where.step == train.max_steps):
-                validate(task, ema, run, where.step, accelerator, tracker)
+                validate(task, ema, session, where.step)
                 window_start = time.monotonic()
     return ema
 

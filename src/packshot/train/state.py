@@ -63,7 +63,7 @@ def save(
     folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None, scaler: Any, progress: Progress
 ) -> None:
     """Write ``<folder>/<step>``; it appears under this name only when every file is whole."""
-    with replacing_folder(folder / f"{progress.step:08d}") as temporary:
+    with replacing_folder(folder / str(progress.step)) as temporary:
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(module).items()}
         save_file(tensors, temporary / "trainable.safetensors")
         torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
