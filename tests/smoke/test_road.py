@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 COFFEE = "data/products/coffee.png"
 HELDOUT = "data/rendered/heldout"
@@ -92,6 +93,7 @@ pipe = StableDiffusionXLControlNetPipeline.from_pretrained(
 pipe.load_lora_weights(lora)
 pipe.load_ip_adapter(ip_adapter, subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None)
 from PIL import Image
+from safetensors.torch import load_file
 image = pipe("a white table", image=Image.new("RGB", (128, 128)), ip_adapter_image=Image.new("RGB", (64, 64)),
              num_inference_steps=2, height=128, width=128).images[0]
 assert image.size == (128, 128)
