@@ -33,7 +33,7 @@ def test_validation_stands_beside_its_baselines_in_the_metrics():
     assert last["soft_f1"] == 1.0 > last["soft_f1_shuffled_images"]
     assert last["validation_loss"] < 0.1 < first["validation_loss"]
     assert last["soft_f1_constant_caption"] < 1.0
-    assert len(list((trained_run() / "samples" / "00000120").glob("*.png"))) == 4
+    assert len(list((trained_run() / "samples" / "120").glob("*.png"))) == 4
 
 
 @pytest.fixture
