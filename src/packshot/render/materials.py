@@ -106,9 +106,8 @@ def painted(name, color: Color, variation=0.05, roughness=0.8, scale=4.0, bump=0
     return mottled(name, [(0.3, dark), (0.7, light)], scale, roughness, bump)
 
 
-def marble():
-    white, vein = (0.86, 0.85, 0.84), (0.2, 0.21, 0.23)
-    stops = [(0.3, (0.7, 0.7, 0.7)), (0.455, white), (0.5, vein), (0.53, white), (0.8, (0.9, 0.9, 0.89))]
+def marble(body: Color = (0.86, 0.85, 0.84), vein: Color = (0.2, 0.21, 0.23), shade: Color = (0.7, 0.7, 0.7)):
+    stops = [(0.3, shade), (0.455, body), (0.5, vein), (0.53, body), (0.8, [min(1.0, c * 1.05) for c in body])]
     return mottled("marble", stops, 0.75, 0.18, distortion=1.6, detail=9, Coat_Weight=0.3)
 
 
@@ -143,6 +142,34 @@ def sand():
     return mottled("sand", stops, 26, 0.95, bump=0.5, detail=10)
 
 
+def snow():
+    stops = [(0.3, (0.78, 0.82, 0.88)), (0.6, (0.9, 0.92, 0.94))]
+    return mottled("snow", stops, 30, 0.6, bump=0.25, detail=8, Sheen_Weight=0.3)
+
+
+def water():
+    """Deep still water: what is above it mirrors in a dark blue-green body."""
+    return plain("water", (0.012, 0.075, 0.095), 0.03, IOR=1.33, Specular_IOR_Level=0.8)
+
+
+def silk(color: Color):
+    return plain("silk", color, 0.34, Sheen_Weight=0.35, Anisotropic=0.5, Specular_IOR_Level=0.7)
+
+
+def gradient(bottom: Color, top: Color, low: float, high: float):
+    """A paper backdrop that runs from one colour to another between two heights of the object's own y axis."""
+    material = plain("gradient", bottom, 0.9)
+    tree = material.node_tree
+    split = add_node(tree, "ShaderNodeSeparateXYZ")
+    tree.links.new(_coordinates(tree), split.inputs[0])
+    share = add_node(tree, "ShaderNodeMapRange", {"From Min": low, "From Max": high})
+    tree.links.new(split.outputs[1], share.inputs[0])
+    tree.links.new(
+        _ramp(tree, share.outputs[0], [(0.0, bottom), (1.0, top)]), _principled_node(material).inputs["Base Color"]
+    )
+    return material
+
+
 def linen():
     material = mottled(
         "linen", [(0.3, (0.6, 0.52, 0.4)), (0.7, (0.8, 0.73, 0.62))], 14, 0.95, detail=4, stretch=(1, 0.16, 1)
@@ -153,7 +180,7 @@ def linen():
     return material
 
 
-def _tiles(material, vector, tones, width, height, mortar_size, offset=0.5):
+def _masonry(material, vector, tones, width, height, mortar_size, offset=0.5):
     tree = material.node_tree
     values = {"Color1": (*tones[0], 1), "Color2": (*tones[1], 1), "Mortar": (*tones[2], 1), "Scale": 1.0}
     values |= {"Mortar Size": mortar_size, "Brick Width": width, "Row Height": height, "Mortar Smooth": 0.3}
@@ -178,7 +205,7 @@ def wood(light: Color, dark: Color, vertical=False, roughness=0.45, plank=0.62):
     grain = _noise(tree, _coordinates(tree, (0.35, 5, 1) if not vertical else (5, 0.35, 1)), 3.2, 10, 0.6)
     tint = _ramp(tree, grain, [(0.32, (0.4, 0.36, 0.33)), (0.5, (0.85, 0.82, 0.8)), (0.68, (1, 1, 1))])
     seam = [c * 0.25 for c in dark]
-    planks = _tiles(material, _coordinates(tree, rotation=turn), (light, dark, seam), 7.0, plank, 0.012, 0.37)
+    planks = _masonry(material, _coordinates(tree, rotation=turn), (light, dark, seam), 7.0, plank, 0.012, 0.37)
     tree.links.new(_multiply(tree, planks.outputs[0], tint), _principled_node(material).inputs["Base Color"])
     _bump(material, planks.outputs[1], 0.4, -0.03)
     return material
@@ -187,12 +214,23 @@ def wood(light: Color, dark: Color, vertical=False, roughness=0.45, plank=0.62):
 def bricks():
     material = plain("bricks", (0.4, 0.15, 0.1), 0.85)
     tree = material.node_tree
-    tiles = _tiles(
+    tiles = _masonry(
         material, _coordinates(tree), ((0.36, 0.1, 0.055), (0.2, 0.06, 0.04), (0.5, 0.46, 0.41)), 0.62, 0.23, 0.018
     )
     stain = _ramp(tree, _noise(tree, _coordinates(tree), 5, 8), [(0.3, (0.6, 0.6, 0.6)), (0.65, (1, 1, 1))])
     tree.links.new(_multiply(tree, tiles.outputs[0], stain), _principled_node(material).inputs["Base Color"])
     _bump(material, tiles.outputs[1], 0.8, -0.05)
+    return material
+
+
+def tiles(color: Color, grout: Color, size: float):
+    """Square glazed tiles with sunk grout."""
+    material = plain("tiles", color, 0.12, Coat_Weight=0.3)
+    tree = material.node_tree
+    tones = (color, [c * 0.94 for c in color], grout)
+    squares = _masonry(material, _coordinates(tree), tones, size, size, 0.012, offset=0.0)
+    tree.links.new(squares.outputs[0], _principled_node(material).inputs["Base Color"])
+    _bump(material, squares.outputs[1], 0.6, -0.03)
     return material
 
 
@@ -233,28 +271,71 @@ def sky(horizon: Color, zenith: Color, cloud: Color | None, strength=1.0):
     return material
 
 
+def garden(sky_color: Color, strength=1.0):
+    """Emissive backdrop: bushes and trees far out of focus under a bright sky."""
+    material = glow("garden", (1, 1, 1), strength)
+    tree = material.node_tree
+    split = add_node(tree, "ShaderNodeSeparateXYZ")
+    tree.links.new(_coordinates(tree, (1, 0.16, 1)), split.inputs[0])
+    blots = _noise(tree, _coordinates(tree), 0.85, 1.2, 0.4)
+    lift = add_node(tree, "ShaderNodeMath", {1: 0.62}, operation="MULTIPLY")
+    tree.links.new(blots, lift.inputs[0])
+    both = add_node(tree, "ShaderNodeMath", operation="ADD")
+    tree.links.new(lift.outputs[0], both.inputs[0])
+    tree.links.new(split.outputs[1], both.inputs[1])
+    tones = [(0.05, (0.02, 0.07, 0.015)), (0.3, (0.1, 0.24, 0.05)), (0.45, (0.3, 0.45, 0.12)), (0.62, sky_color)]
+    tree.links.new(_ramp(tree, both.outputs[0], tones), _principled_node(material).inputs["Emission Color"])
+    return material
+
+
+def _measuring(name: str) -> tuple[bpy.types.Material, object]:
+    """A material that emits what is put into the returned node's inputs: it replaces all others of the scene."""
+    material = bpy.data.materials.new(name)
+    material.use_nodes = True
+    material.cycles.emission_sampling = "NONE"
+    tree = material.node_tree
+    tree.nodes.clear()
+    join = add_node(tree, "ShaderNodeCombineColor")
+    emission = add_node(tree, "ShaderNodeEmission")
+    tree.links.new(join.outputs[0], emission.inputs[0])
+    output = add_node(tree, "ShaderNodeOutputMaterial")
+    tree.links.new(emission.outputs[0], output.inputs["Surface"])
+    return material, join
+
+
+def normals() -> bpy.types.Material:
+    """Override that paints the surface normal in camera space, each axis from [-1, 1] to [0, 1].
+
+    x points right, y up, z to the camera, as normal maps have it.
+    """
+    material, join = _measuring("normals")
+    tree = material.node_tree
+    geometry = add_node(tree, "ShaderNodeNewGeometry")
+    turn = add_node(tree, "ShaderNodeVectorTransform", vector_type="NORMAL", convert_from="WORLD", convert_to="CAMERA")
+    tree.links.new(geometry.outputs["Normal"], turn.inputs[0])
+    half = add_node(tree, "ShaderNodeVectorMath", {1: (0.5, 0.5, -0.5), 2: (0.5, 0.5, 0.5)}, operation="MULTIPLY_ADD")
+    tree.links.new(turn.outputs[0], half.inputs[0])
+    split = add_node(tree, "ShaderNodeSeparateXYZ")
+    tree.links.new(half.outputs[0], split.inputs[0])
+    for axis in range(3):
+        tree.links.new(split.outputs[axis], join.inputs[axis])
+    return material
+
+
 def measure(scale: float) -> bpy.types.Material:
     """Override that paints (inverse depth, product coverage, 0): one cheap render gives the depth and the mask.
 
     Red is `scale` / z for the camera distance z, so near is bright as in MiDaS; green is 1 where the object's pass
     index is 1. Values are linear.
     """
-    material = bpy.data.materials.new("measure")
-    material.use_nodes = True
-    material.cycles.emission_sampling = "NONE"
+    material, join = _measuring("measure")
     tree = material.node_tree
-    tree.nodes.clear()
     camera = add_node(tree, "ShaderNodeCameraData")
     inverse = add_node(tree, "ShaderNodeMath", {0: scale}, operation="DIVIDE")
     tree.links.new(camera.outputs["View Z Depth"], inverse.inputs[1])
     info = add_node(tree, "ShaderNodeObjectInfo")
     is_product = add_node(tree, "ShaderNodeMath", {1: 1.0, 2: 0.1}, operation="COMPARE")
     tree.links.new(info.outputs["Object Index"], is_product.inputs[0])
-    join = add_node(tree, "ShaderNodeCombineColor")
     tree.links.new(inverse.outputs[0], join.inputs[0])
     tree.links.new(is_product.outputs[0], join.inputs[1])
-    emission = add_node(tree, "ShaderNodeEmission")
-    tree.links.new(join.outputs[0], emission.inputs[0])
-    output = add_node(tree, "ShaderNodeOutputMaterial")
-    tree.links.new(emission.outputs[0], output.inputs["Surface"])
     return material

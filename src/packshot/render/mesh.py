@@ -24,6 +24,13 @@ def add_mesh(name: str, vertices, faces, material=None, smooth: float | None = 3
     return obj
 
 
+def link_copy(obj: bpy.types.Object) -> bpy.types.Object:
+    """Another object with the same mesh: many of them cost little more than one."""
+    copy = bpy.data.objects.new(obj.name, obj.data)
+    bpy.context.scene.collection.objects.link(copy)
+    return copy
+
+
 def arc(x: float, z: float, radius: float, start: float, stop: float, steps: int = 6) -> list[tuple[float, float]]:
     """Points (r, z) on a circle around (x, z), from angle `start` to `stop` in degrees."""
     angles = np.radians(np.linspace(start, stop, steps + 1))

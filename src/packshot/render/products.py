@@ -1,4 +1,4 @@
-"""Parametric products: ten kinds of packaging with labels, printed names and caps, standing on z = 0, 1 high."""
+"""Products, standing on z = 0 and 1 high: twelve kinds of packaging with labels, printed names and caps, and objects."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mathutils import Matrix
 
 from packshot.render import materials
 from packshot.render.mesh import add_mesh, arc, loft, pillar
+from packshot.render.objects import add_object
 
 
 @dataclass(frozen=True)
@@ -221,9 +222,52 @@ def _tin(design):
     return body
 
 
-BUILDERS: dict[str, Callable[[dict[str, Any]], Body]] = {
+def _spray(design):
+    """Bottle with a trigger head."""
+    radius, neck = design["aspect"] / 2, 0.075
+    body = _shouldered(radius, 0.62, neck, 0.74, design["roundness"])
+    _draw_body(body, _skin(design))
+    material, trigger = _cap_material(design), materials.plain("trigger", _rgb(design, "accent"), 0.4)
+    _raise(pillar("collar", neck * 1.35, 0.08, material, 0.01), 0.72)
+    head = pillar("head", 0.09, 0.26, material, 0.02, power=5.0, depth=0.55)
+    head.rotation_euler = (0, math.radians(-90), 0)
+    head.location = (0.13, 0, 0.905)
+    _raise(pillar("throat", 0.06, 0.12, material, 0.012), 0.79)
+    nozzle = pillar("nozzle", 0.035, 0.05, trigger, 0.008)
+    nozzle.rotation_euler = (0, math.radians(-90), 0)
+    nozzle.location = (-0.12, 0, 0.915)
+    lever = pillar("lever", 0.028, 0.2, trigger, 0.01, power=4.0)
+    lever.rotation_euler = (0, math.radians(28), 0)
+    lever.location = (-0.17, 0, 0.7)
+    crown = pillar("crown", 0.1, 0.035, material, 0.012)
+    crown.location = (0.02, 0, 0.965)
+    return body
+
+
+def _lipstick(design):
+    """Open lipstick: sleeve, metal collar, slanted bullet."""
+    radius = design["aspect"] / 2
+    body = _cylinder_body(radius, 0.0, 0.52, 0.015, 6.0 if design["roundness"] > 0.6 else 2.0, label=(0.1, 0.9))
+    _draw_body(body, _skin(design))
+    metal = materials.metal("gold" if design["cap"] in ("gold", "wood", "black") else "silver")
+    _raise(pillar("collar", radius * 0.82, 0.2, metal, 0.01), 0.5)
+    bullet = pillar("bullet", radius * 0.62, 0.34, materials.plain("wax", _rgb(design, "accent"), 0.3), 0.02)
+    for vertex in bullet.data.vertices:  # cut at a slant
+        if vertex.co.z > 0.2:
+            vertex.co.z -= (vertex.co.x / radius + 0.62) * 0.11
+    _raise(bullet, 0.66)
+    return body
+
+
+def _object(design):
+    """A modelled object: nothing to print on."""
+    add_object(design["model"], design["tint"])
+
+
+BUILDERS: dict[str, Callable[[dict[str, Any]], Body | None]] = {
     "bottle": _bottle, "dropper": _dropper, "pump": _pump, "jar": _jar, "tube": _tube,
     "can": _can, "aerosol": _aerosol, "carton": _carton, "perfume": _perfume, "tin": _tin,
+    "spray": _spray, "lipstick": _lipstick, "object": _object,
 }  # fmt: skip
 
 
@@ -296,7 +340,8 @@ def add_product(design: dict[str, Any], height: float, base_z: float, turn: floa
     """Build the product `height` scene units high on z = `base_z`, turned by `turn` degrees; returns its objects."""
     before = set(bpy.context.scene.objects)
     body = BUILDERS[design["kind"]](design)
-    _print_label(design, body)
+    if body is not None:
+        _print_label(design, body)
     parts = [obj for obj in bpy.context.scene.objects if obj not in before]
     bpy.context.view_layer.update()
     place = Matrix.Translation((0, 0, base_z)) @ Matrix.Rotation(math.radians(turn), 4, "Z") @ Matrix.Scale(height, 4)

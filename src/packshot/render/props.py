@@ -13,6 +13,22 @@ from mathutils import Euler, Matrix, Vector
 
 from packshot.render import materials
 from packshot.render.mesh import add_mesh, cuboid, frond, leaf, loft, pebble, pillar, sphere_points
+from packshot.scene.vocabulary import split_position
+
+
+@dataclass(frozen=True)
+class Zone:
+    """Where things stand: |x| and y of a bunch's foot, depths (y) of single things, and their size."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    depth: tuple[float, float] | None = None  # None: what suits the thing
+    scale: float = 1.0
+
+
+BESIDE = Zone((1.05, 1.35), (0.3, 0.85))
+BEHIND = Zone((0.3, 0.75), (1.1, 1.5), (0.75, 1.6))
+CORNER = Zone((0.95, 1.1), (-1.05, -0.75), (-1.15, -0.65), 0.8)
 
 
 @dataclass
@@ -20,24 +36,44 @@ class Layout:
     """Free places on the surface around the product; `clear` is the radius that belongs to product and podium."""
 
     rng: random.Random
+    zone: Zone
     sides: tuple[int, ...]
     clear: float
     floor_z: Callable[[float, float], float]
     taken: list[tuple[float, float, float]] = field(default_factory=list)
 
     def spot(self, radius: float, depth: tuple[float, float], reach=1.42) -> Vector | None:
-        """A place (x, y, z) for something of this radius on one of the sides, or None when it is full."""
-        for _ in range(40):
-            y = self.rng.uniform(*depth)
+        """A place (x, y, z) for something of this radius in the zone, or None when it is full."""
+        if self.zone is BEHIND:
+            return self._free(radius, lambda y: (0.15, 1.0 + 0.12 * y), self.zone.depth or depth)
+        if self.zone is CORNER:  # never between the product and the camera
+            return self._free(radius, lambda y: (max(0.85, self.clear + radius * 0.6), 1.2), self.zone.depth or depth)
+
+        def span(y: float) -> tuple[float, float]:
             # The frame widens behind the product: |x| may grow with y and still be seen.
             nearest = max(self.clear + radius, 0.35) if abs(y) < self.clear + radius else self.clear * 0.7
-            x = self.rng.choice(self.sides) * self.rng.uniform(
-                nearest, max(nearest + 0.05, reach + 0.16 * y - radius * 0.3)
-            )
+            return nearest, max(nearest + 0.05, reach + 0.16 * y - radius * 0.3)
+
+        return self._free(radius, span, self.zone.depth or depth)
+
+    def _free(self, radius, span: Callable[[float], tuple[float, float]], depth: tuple[float, float]) -> Vector | None:
+        for _ in range(40):
+            y = self.rng.uniform(*depth)
+            x = self.rng.choice(self.sides) * self.rng.uniform(*span(y))
+            if math.hypot(x, y) < self.clear + radius * 0.9:
+                continue
             if all(math.hypot(x - a, y - b) > radius + r for a, b, r in self.taken):
                 self.taken.append((x, y, radius))
                 return Vector((x, y, self.floor_z(x, y)))
         return None
+
+    def foot(self, side: int, radius: float) -> Vector:
+        """Where a bunch or a stack of this radius stands on one side, clear of product and podium."""
+        x, y = self.rng.uniform(*self.zone.x), self.rng.uniform(*self.zone.y)
+        away = max(1.0, (self.clear + radius) / math.hypot(x, y))
+        x, y = side * x * min(away, 1.25), y * min(away, 1.35)
+        self.taken.append((x, y, radius))
+        return Vector((x, y, self.floor_z(x, y)))
 
 
 def _place(obj: bpy.types.Object, location, rotation=(0, 0, 0), scale=1.0) -> bpy.types.Object:
@@ -50,14 +86,40 @@ def _clusters(layout: Layout, each: int) -> int:
 
 
 def _palm_leaves(layout: Layout) -> None:
-    rng = layout.rng
+    rng, scale = layout.rng, layout.zone.scale
     green = materials.foliage((0.1, 0.3, 0.05))
     for side in layout.sides:
+        foot = layout.foot(side, 0.3)
         for index in range(3):
-            obj = frond("palm", rng.uniform(1.5, 2.1), green, rng.uniform(0.15, 0.4), width=0.03)
-            base = (side * rng.uniform(1.15, 1.5), rng.uniform(0.55, 1.0), rng.uniform(0.1, 0.5))
+            obj = frond("palm", scale * rng.uniform(1.5, 2.1), green, rng.uniform(0.15, 0.4), width=0.03)
+            base = foot + Vector((side * rng.uniform(0, 0.2), rng.uniform(0, 0.3), rng.uniform(0.1, 0.45) * scale))
             lean = side * -rng.uniform(-0.1, 0.6) + (index - 1) * 0.5
             _place(obj, base, (math.radians(rng.uniform(70, 95)), lean, rng.uniform(-0.3, 0.3)))
+
+
+def _pampas_grass(layout: Layout) -> None:
+    """Dry plumes: a stalk with many fine drooping hairs towards its tip."""
+    rng, scale = layout.rng, layout.zone.scale
+    straw = materials.plain("straw", (0.62, 0.46, 0.27), 0.9)
+    fluff = materials.plain("fluff", (0.8, 0.68, 0.5), 1.0, Sheen_Weight=0.4)
+    for side in layout.sides:
+        foot = layout.foot(side, 0.25)
+        for _ in range(5):
+            height, lean = scale * rng.uniform(1.3, 2.1), (rng.gauss(0.05 * side, 0.16), rng.gauss(0, 0.1))
+            points, faces = [], []
+            for k in range(260):
+                t = rng.uniform(0.45, 1.0)
+                root = np.array([lean[0] * t * t, lean[1] * t * t, t]) * height
+                around, reach = rng.uniform(0, 6.28), 0.15 * height * (1.1 - t) ** 0.5 * rng.uniform(0.5, 1)
+                tip = root + np.array([math.cos(around) * reach * 0.55, math.sin(around) * reach * 0.55, reach * 0.7])
+                across = np.array([-math.sin(around), math.cos(around), 0.0]) * 0.014
+                faces.append((3 * k, 3 * k + 1, 3 * k + 2))
+                points += [root - across, root + across, tip]
+            _place(add_mesh("plume", points, faces, fluff, smooth=None), foot)
+            stalk = [(lean[0] * t * t * height, lean[1] * t * t * height, t * height) for t in np.linspace(0, 1, 8)]
+            ribbon = [(x + dx, y, z) for x, y, z in stalk for dx in (-0.014, 0.014)]
+            quads = [(2 * k, 2 * k + 1, 2 * k + 3, 2 * k + 2) for k in range(7)]
+            _place(add_mesh("stalk", ribbon, quads, straw, smooth=None), foot)
 
 
 def _spray_of_leaves(layout, base, count, length, green) -> None:
@@ -69,7 +131,7 @@ def _spray_of_leaves(layout, base, count, length, green) -> None:
         obj = leaf(
             "leaf", length * rng.uniform(0.75, 1.15), length * rng.uniform(0.42, 0.55), green, rng.uniform(0.1, 0.35)
         )
-        origin = Vector(base) + Vector((lean * t * 0.5, 0, t * 0.95))
+        origin = Vector(base) + Vector((lean * t * 0.5, 0, t * 0.95 * layout.zone.scale))
         _place(
             obj,
             origin,
@@ -82,19 +144,17 @@ def _spray_of_leaves(layout, base, count, length, green) -> None:
 
 
 def _green_leaves(layout: Layout) -> None:
-    rng = layout.rng
+    rng, scale = layout.rng, layout.zone.scale
     for side in layout.sides:
         green = materials.foliage(rng.choice(((0.06, 0.24, 0.06), (0.12, 0.3, 0.09), (0.16, 0.32, 0.05))))
-        _spray_of_leaves(layout, (side * rng.uniform(1.0, 1.25), rng.uniform(0.35, 0.8), 0.05), 9, 0.52, green)
-        _spray_of_leaves(layout, (side * rng.uniform(1.25, 1.5), rng.uniform(0.2, 0.5), 0.0), 8, 0.45, green)
+        foot = layout.foot(side, 0.3)
+        _spray_of_leaves(layout, foot + Vector((0, 0, 0.05)), 9, 0.52 * scale, green)
+        _spray_of_leaves(layout, foot + Vector((side * 0.22, -0.15, 0)), 8, 0.45 * scale, green)
         for _ in range(2):
             if spot := layout.spot(0.16, (-0.5, 0.2)):
-                flat = leaf("fallen", 0.45, 0.2, green, curl=0.1)
-                _place(
-                    flat,
-                    spot + Vector((0, 0, 0.05)),
-                    (rng.uniform(-0.05, 0.1), rng.uniform(-0.2, 0.2), rng.uniform(0, 6.28)),
-                )
+                flat = leaf("fallen", 0.45 * scale, 0.2 * scale, green, curl=0.1)
+                turn = (rng.uniform(-0.05, 0.1), rng.uniform(-0.2, 0.2), rng.uniform(0, 6.28))
+                _place(flat, spot + Vector((0, 0, 0.05)), turn)
 
 
 def _flower(rng, center, size, petals_material, heart_material) -> None:
@@ -169,6 +229,17 @@ def _gold_beads(layout: Layout) -> None:
             _place(add_mesh("bead", points * radius, faces, gold, smooth=180.0), spot + Vector((0, 0, radius)))
 
 
+def _glass_spheres(layout: Layout) -> None:
+    rng = layout.rng
+    tone = rng.choice(((0.95, 0.98, 0.97), (0.85, 0.93, 0.98), (0.98, 0.86, 0.86)))
+    clear = materials.glass("sphere", tone, 0.0)
+    points, faces = sphere_points(28, 40)
+    for _ in range(_clusters(layout, 5)):
+        radius = rng.choice((0.12, 0.17, 0.24, 0.3))
+        if spot := layout.spot(radius, (-0.6, 0.8)):
+            _place(add_mesh("sphere", points * radius, faces, clear, smooth=180.0), spot + Vector((0, 0, radius)))
+
+
 def _half_fruit(radius, rind, flesh, pith) -> list[bpy.types.Object]:
     """A halved citrus: a bowl of rind, a pale disc, and wedges of flesh; the cut faces +z."""
     bowl = loft(
@@ -224,6 +295,25 @@ def _fruits(color, flesh_color, stretch: float, size: tuple[float, float]) -> Ca
     return build
 
 
+def _apples(layout: Layout) -> None:
+    """Dented above and below, with a stalk."""
+    rng = layout.rng
+    skin = materials.mottled("apple", [(0.35, (0.2, 0.42, 0.03)), (0.65, (0.42, 0.6, 0.08))], 6, 0.25, Coat_Weight=0.3)
+    wood = materials.plain("stalk", (0.12, 0.06, 0.03), 0.8)
+    points, faces = sphere_points()
+    across = np.hypot(points[:, 0], points[:, 1])
+    body = points.copy()
+    body[:, 2] = points[:, 2] * 0.92 - 0.3 * np.sign(points[:, 2]) * np.exp(-((across / 0.32) ** 2))
+    for _ in range(_clusters(layout, 3)):
+        radius = rng.uniform(0.2, 0.27)
+        if spot := layout.spot(radius, (-0.45, 0.75)):
+            center, turn = spot + Vector((0, 0, radius * 0.85)), (rng.uniform(-0.35, 0.35), rng.uniform(-0.35, 0.35), 0)
+            _place(add_mesh("apple", body * radius, faces, skin, smooth=180.0), center, turn)
+            stalk = pillar("stalk", radius * 0.05, radius * 0.6, wood, 0.002)
+            stalk.data.transform(Matrix.Translation((0, 0, radius * 0.55)))
+            _place(stalk, center, turn)
+
+
 def _candles(layout: Layout) -> None:
     rng = layout.rng
     wax = materials.plain("wax", (0.85, 0.78, 0.64), 0.5, Subsurface_Weight=0.0)
@@ -245,7 +335,7 @@ def _candles(layout: Layout) -> None:
 
 
 def _books(layout: Layout) -> None:
-    rng = layout.rng
+    rng, scale = layout.rng, layout.zone.scale
     paper = materials.plain("pages", (0.85, 0.79, 0.66), 0.8)
     covers = (
         (0.4, 0.05, 0.04),
@@ -256,14 +346,10 @@ def _books(layout: Layout) -> None:
         (0.05, 0.05, 0.06),
     )
     for side in layout.sides:
-        x, y, z = side * rng.uniform(1.1, 1.3), rng.uniform(0.35, 0.75), 0.0
-        if layout.clear > 0.75:
-            x, y = side * rng.uniform(1.25, 1.4), rng.uniform(0.6, 0.9)
-        z = layout.floor_z(x, y)
-        layout.taken.append((x, y, 0.6))
+        x, y, z = layout.foot(side, 0.55)
         for color in rng.sample(covers, rng.choice((3, 4, 5))):
             thick, turn = rng.uniform(0.1, 0.19), rng.uniform(-0.25, 0.25)
-            width, depth = rng.uniform(0.95, 1.1), rng.uniform(0.65, 0.8)
+            width, depth = scale * rng.uniform(0.95, 1.1), scale * rng.uniform(0.65, 0.8)
             cover = materials.plain("cover", color, 0.5)
             _place(cuboid("cover", (width, depth, 0.02), cover, 0.004), (x, y, z), (0, 0, turn))
             _place(
@@ -280,23 +366,42 @@ def _books(layout: Layout) -> None:
 BUILDERS: dict[str, Callable[[Layout], None]] = {
     "palm leaves": _palm_leaves,
     "green leaves": _green_leaves,
+    "pampas grass": _pampas_grass,
     "white flowers": _flowers((0.88, 0.86, 0.83)),
     "pink flowers": _flowers((0.88, 0.2, 0.36)),
     "smooth stones": _smooth_stones,
     "white boxes": _white_boxes,
     "gold beads": _gold_beads,
+    "glass spheres": _glass_spheres,
     "oranges": _fruits((0.95, 0.3, 0.02), (0.95, 0.36, 0.03), 1.0, (0.22, 0.3)),
     "lemons": _fruits((0.95, 0.68, 0.03), (0.93, 0.75, 0.18), 1.32, (0.17, 0.23)),
+    "green apples": _apples,
     "candles": _candles,
     "books": _books,
 }
 
 
+_PLACES: dict[str, tuple[Zone, tuple[int, ...] | None]] = {
+    "on the left side": (BESIDE, (-1,)),
+    "on the right side": (BESIDE, (1,)),
+    "behind it": (BEHIND, (-1, 1)),
+    "in the corner": (CORNER, None),  # left or right
+}
+
+
 def add_surroundings(phrases: list[str], seed: int, clear: float, floor_z: Callable[[float, float], float]) -> None:
-    """Place the phrases' objects: one phrase takes one or both sides, two share them left and right."""
+    """Place the phrases' objects where they say; without a word on it, beside the product, on a side that is free."""
     rng = random.Random(f"packshot-props-{seed}")
-    first = rng.choice((-1, 1))
-    sides = [(first,), (-first,)] if len(phrases) == 2 else [(-1, 1) if rng.random() < 0.6 else (first,)]
+    free = [-1, 1]
+    rng.shuffle(free)
+    alone = len(phrases) == 1 and rng.random() < 0.6
     taken: list[tuple[float, float, float]] = []
-    for phrase, where in zip(phrases, sides, strict=False):
-        BUILDERS[phrase](Layout(rng, where, clear, floor_z, taken))
+    # Things with a place of their own first: the others take what is left.
+    for phrase in sorted(phrases, key=lambda phrase: split_position(phrase)[1] is None):
+        thing, position = split_position(phrase)
+        zone, sides = _PLACES.get(position or "", (BESIDE, None))
+        if sides is None:
+            sides = (-1, 1) if alone and position is None else (free[0],)
+        if zone is not BEHIND:
+            free = [side for side in free if side not in sides] or free
+        BUILDERS[thing](Layout(rng, zone, sides, clear, floor_z, taken))

@@ -1,22 +1,28 @@
-"""Draw render jobs: a Scene in words, a product from a finite pool of designs, a camera. Pure Python, keyed by seed."""
+"""Draw render jobs: a Scene in words, a product from a finite pool, a camera. Pure Python, keyed by seed."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from packshot.scene.vocabulary import BACKGROUNDS, LIGHTING, MOODS, SURFACES, SURROUNDINGS
+from packshot.core.storage import resolve
+from packshot.scene.vocabulary import BACKGROUNDS, LIGHTING, MOODS, ON, POSITIONS, SURFACES, SURROUNDINGS
 
-PRODUCT_COUNT = 60
+PACKAGE_COUNT = 96
 
 BRANDS = (
     "LUMEN", "ALBA", "NORD", "VERA", "SOLE", "AURA", "FJORD", "MIRA", "OKO", "TERRA",
     "NOVA", "ELM", "PURE", "KAIA", "HALO", "RIVA", "BLOOM", "SAGE", "ONYX", "DUNE",
 )  # fmt: skip
-KINDS = ("bottle", "dropper", "pump", "jar", "tube", "can", "aerosol", "carton", "perfume", "tin")
+KINDS = (
+    "bottle", "dropper", "pump", "jar", "tube", "can", "aerosol", "carton", "perfume", "tin", "spray", "lipstick",
+)  # fmt: skip
 # Linear RGB. Body, label, ink and accent are chosen to sit together, as a packaging designer would.
 _PARTS = ("body", "label", "ink", "accent")
 PALETTES: dict[str, dict[str, tuple[float, float, float]]] = {
@@ -48,59 +54,118 @@ FINISHES = {
     "carton": ("matte", "glossy"),
     "perfume": ("glass", "glass", "frosted"),
     "tin": ("metal", "matte", "glossy"),
+    "spray": ("glossy", "matte", "frosted", "glass"),
+    "lipstick": ("glossy", "matte", "metal"),
 }
 ASPECTS = {  # width / height
     "bottle": (0.36, 0.52), "dropper": (0.36, 0.5), "pump": (0.38, 0.5), "jar": (0.85, 1.15), "tube": (0.36, 0.46),
     "can": (0.46, 0.55), "aerosol": (0.28, 0.36), "carton": (0.5, 0.75), "perfume": (0.55, 0.8), "tin": (1.2, 1.6),
+    "spray": (0.36, 0.46), "lipstick": (0.22, 0.28),
 }  # fmt: skip
+_CORNERED = {"carton": 1.2, "perfume": 1.15}  # diameter / width of what is not round
 CAPS = ("gold", "silver", "black", "white", "wood", "accent")
 LABELS = ("front", "wrap", "none")
+# Objects of one plain colour: the pool has them in the colours of these palettes too.
+TINTED = {
+    name: ("blush", "cobalt", "forest")
+    for name in ("cosmetics-pot", "baby-bottle", "plastic-cup", "flacon", "handbag", "boots", "briefcase", "headphones")
+}
 
-OUTDOOR = ("a blue sky", "mountains")
+OUTDOOR = ("a blue sky", "mountains", "a forest")
 _NO_WALL = (*OUTDOOR, "bokeh lights")
 _WALL_LIGHT = ("leaf shadows on the wall", "window blind shadows on the wall")
 _NEON = ("pink neon light", "blue neon light")
+_PAINTED = tuple(f"{color} wall" for color in ("white", "beige", "pink", "blue", "green", "grey", "yellow"))
+_COLORED = ("a white podium", "a pink podium", "a green podium", "a beige stone podium", "a green marble table")
 
 # Which phrases a mood likes: three times as probable, never the only ones, so that every slot stays learnable alone.
 _MOOD_LIKES: dict[str, tuple[str, ...]] = {
-    "minimalist": ("a white podium", "a beige stone podium", "a white wall", "a beige wall", "a grey wall",
-                   "soft daylight", "leaf shadows on the wall", "white boxes", "smooth stones"),
-    "warm": ("a light wooden table", "a beige stone podium", "a linen tablecloth", "a bed of sand", "a beige wall",
-             "a wooden panel wall", "golden hour light", "candles", "oranges", "books"),
-    "cool": ("a grey concrete table", "a white marble table", "a blue wall", "a concrete wall", "a blue sky",
-             "mountains", "blue neon light", "smooth stones", "white boxes"),
-    "dramatic": ("a black glossy table", "a dark wooden table", "a dark wall", "bokeh lights", "a brick wall",
-                 "harsh light from the left side", "harsh light from the right side", "backlight", "pink neon light"),
-    "luxurious": ("a black glossy table", "a white marble table", "a dark wall", "bokeh lights", "gold beads",
-                  "studio lighting", "backlight", "candles", "white flowers"),
-    "fresh": ("a moss-covered stone", "a green podium", "a white marble table", "a green wall", "a blue sky",
-              "lemons", "oranges", "green leaves", "soft daylight"),
-    "calm": ("a bed of sand", "a linen tablecloth", "a beige stone podium", "a beige wall", "smooth stones",
-             "white flowers", "soft light from the left side", "soft light from the right side"),
-    "playful": ("a pink podium", "a green podium", "a yellow wall", "a pink wall", "a blue wall", "lemons",
-                "oranges", "pink flowers", "pink neon light"),
+    "minimalist": ("a white podium", "a beige stone podium", "a concrete podium", "a white wall", "a beige wall",
+                   "a grey wall", "a white panelled wall", "soft daylight", "leaf shadows on the wall", "white boxes",
+                   "smooth stones", "a bed of white pebbles"),
+    "warm": ("a light wooden table", "a beige stone podium", "a wooden podium", "a linen tablecloth", "a bed of sand",
+             "a beige wall", "a wooden panel wall", "golden hour light", "candles", "oranges", "books",
+             "pampas grass", "a pink and orange gradient"),
+    "cool": ("a grey concrete table", "a white marble table", "rippled water", "fresh snow", "a blue wall",
+             "a concrete wall", "a white tiled wall", "a blue sky", "mountains", "blue neon light", "smooth stones",
+             "white boxes", "glass spheres", "a blue and white gradient"),
+    "dramatic": ("a black glossy table", "a dark wooden table", "a black podium", "a dark wall", "bokeh lights",
+                 "a brick wall", "harsh light from the left side", "harsh light from the right side", "backlight",
+                 "pink neon light", "rippled water"),
+    "luxurious": ("a black glossy table", "a green marble table", "a draped silk cloth", "a dark wall", "bokeh lights",
+                  "gold beads", "studio lighting", "backlight", "candles", "white flowers", "a black podium"),
+    "fresh": ("a moss-covered stone", "a green podium", "a white tiled counter", "rippled water", "a green wall",
+              "a blue sky", "a forest", "a window", "a white tiled wall", "lemons", "oranges", "green apples",
+              "green leaves", "soft daylight"),
+    "calm": ("a bed of sand", "a linen tablecloth", "a beige stone podium", "a bed of white pebbles", "a beige wall",
+             "a window", "smooth stones", "white flowers", "pampas grass", "soft light from the left side",
+             "soft light from the right side", "a blue and white gradient"),
+    "playful": ("a pink podium", "a green podium", "a yellow wall", "a pink wall", "a blue wall", "lemons", "oranges",
+                "green apples", "pink flowers", "pink neon light", "glass spheres", "a pink and orange gradient"),
 }  # fmt: skip
 
 
+# -------------------------------------------------------------------------------------------------------- products
+
+
+@cache
+def _objects() -> dict[str, dict[str, Any]]:
+    """The modelled objects by name, with their proportions (`data/objects/index.json`)."""
+    return json.loads(resolve("data/objects/index.json").read_text())
+
+
+@cache
 def product_pool() -> tuple[str, ...]:
-    """The ids of all product designs, `p000` to `p059`."""
-    return tuple(f"p{index:03d}" for index in range(PRODUCT_COUNT))
+    """The ids of all products: packages `p000` to `p095`, objects by name, and their colours (`handbag.blush`)."""
+    tints = [f"{name}.{palette}" for name, palettes in TINTED.items() for palette in palettes]
+    return (*(f"p{index:03d}" for index in range(PACKAGE_COUNT)), *_objects(), *tints)
+
+
+def _share(text: str) -> float:
+    """A number in [0, 1) that belongs to a text for ever."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def is_held_out(product_id: str) -> bool:
-    """Every twelfth design is kept from all training: data sets, and the mini family that ships, split by it."""
-    return int(product_id[1:]) % 12 == 11
+    """Which products are kept from all training: data sets, and the mini family that ships, split by it.
+
+    Every eleventh package (so that the kinds alternate) and every fifth object with all its colours.
+    """
+    if product_id[1:].isdigit():
+        return int(product_id[1:]) % 11 == 10
+    return sorted(_objects()).index(product_id.split(".")[0]) % 5 == 4
+
+
+def is_held_out_combination(surface: str, background: str) -> bool:
+    """One pair in eight of surface and background is kept from all training, each phrase appearing in other pairs."""
+    return _share(f"packshot-pair {surface} | {background}") < 1 / 8
 
 
 def design(product_id: str) -> dict[str, Any]:
-    """The design behind an id: kind, palette, finish, cap, label, brand, aspect (width / height) and proportions.
+    """The design behind an id: kind, colours, aspect (width / height), footprint (diameter / height), and more.
 
     It depends on the id alone, so that two scenes with one id show the same product.
     """
+    if product_id[1:].isdigit():
+        return _package(product_id)
+    name, _, palette = product_id.partition(".")
+    found = _objects()[name]
+    return {
+        "kind": "object",
+        "model": name,
+        "palette": palette or None,
+        "tint": list(PALETTES[palette]["body"]) if palette else None,
+        "aspect": found["aspect"],
+        "footprint": found["footprint"],
+    }
+
+
+def _package(product_id: str) -> dict[str, Any]:
     rng = random.Random(f"packshot-product-{product_id}")
     kind = KINDS[int(product_id[1:]) % len(KINDS)]
     palette = rng.choice(tuple(PALETTES))
     finish = rng.choice(FINISHES[kind])
+    aspect = round(rng.uniform(*ASPECTS[kind]), 3)
     return {
         "kind": kind,
         "palette": palette,
@@ -109,7 +174,8 @@ def design(product_id: str) -> dict[str, Any]:
         "cap": rng.choice(CAPS),
         "label": rng.choice(LABELS[:2] if finish == "glass" else LABELS),  # ink alone drowns in glass
         "brand": rng.choice(BRANDS),
-        "aspect": round(rng.uniform(*ASPECTS[kind]), 3),
+        "aspect": aspect,
+        "footprint": round(aspect * _CORNERED.get(kind, 1.0), 3),
         "roundness": round(rng.uniform(0.1, 1.0), 3),
         "neck": round(rng.uniform(0.3, 0.55), 3),
         "cap_height": round(rng.uniform(0.6, 1.4), 3),
@@ -117,65 +183,108 @@ def design(product_id: str) -> dict[str, Any]:
     }
 
 
-def _draw(rng: random.Random, phrases: tuple[str, ...], mood: str | None) -> str:
+# ---------------------------------------------------------------------------------------------------------- scenes
+
+
+def _draw(rng: random.Random, phrases: Sequence[str], mood: str | None) -> str:
     likes = _MOOD_LIKES.get(mood or "", ())
     return rng.choices(phrases, [3.0 if phrase in likes else 1.0 for phrase in phrases])[0]
 
 
-def _lighting_for(background: str) -> tuple[str, ...]:
-    """Lighting that can be seen before this background: no shadows on a wall that is not there, no neon at noon."""
+def suits(surface: str, background: str, lighting: str) -> bool:
+    """Whether all three can be seen as they are called: no shadows on a wall that is not there, no neon at noon, no
+    neon on what is called by a colour that it would drown."""
     excluded: tuple[str, ...] = ()
-    if background in _NO_WALL:
+    if background in (*_NO_WALL, "a window"):
         excluded += _WALL_LIGHT
-    if background in OUTDOOR:
+    if background in (*OUTDOOR, "a window"):
         excluded += (*_NEON, "studio lighting")
     if background == "bokeh lights":
         excluded += ("soft daylight",)
     if background == "a dark wall":  # too dark to carry a shadow
         excluded += (*_WALL_LIGHT, "soft daylight")
-    return tuple(phrase for phrase in LIGHTING if phrase not in excluded)
+    if lighting in _NEON:
+        own = f"a {lighting.split()[0]} wall"
+        drowned = background != own and (background.removeprefix("a ") in _PAINTED or "gradient" in background)
+        return not drowned and surface.partition(ON)[0] not in _COLORED and lighting not in excluded
+    return lighting not in excluded
 
 
-def sample_scene(rng: random.Random) -> dict[str, Any]:
-    """Draw the five slots and the style as phrases of the vocabulary, coherent with the mood."""
-    mood = rng.choice(MOODS) if rng.random() < 0.8 else None
-    background = _draw(rng, BACKGROUNDS, mood)
+def _draw_surroundings(rng: random.Random, mood: str | None) -> list[str]:
+    """Up to two things, half of them with the place they stand at; two of them never at the same one."""
     count = rng.choices((0, 1, 2), (3, 5, 2) if mood == "minimalist" else (2, 5, 3))[0]
-    surroundings: list[str] = []
-    while len(surroundings) < count:
-        phrase = _draw(rng, SURROUNDINGS, mood)
-        if phrase not in surroundings:
-            surroundings.append(phrase)
-    return {
-        "surface": _draw(rng, SURFACES, mood),
-        "surroundings": surroundings,
-        "background": background,
-        "lighting": _draw(rng, _lighting_for(background), mood),
-        "mood": mood,
-        "style": ["shallow depth of field"] if rng.random() < 0.2 else [],
-    }
+    things: list[str] = []
+    while len(things) < count:
+        thing = _draw(rng, SURROUNDINGS, mood)
+        if thing not in things:
+            things.append(thing)
+    places = rng.sample(POSITIONS, 2)
+    return [f"{thing} {place}" if rng.random() < 0.5 else thing for thing, place in zip(things, places, strict=False)]
 
 
-def sample_job(seed: int, products: tuple[str, ...] | None = None) -> dict[str, Any]:
+def sample_scene(rng: random.Random, given: dict[str, Any] | None = None, held_out: bool = False) -> dict[str, Any]:
+    """Draw the five slots and the style as phrases of the vocabulary, coherent with the mood.
+
+    given: slots that are set instead of drawn; the others stay what they are without it, as far as they suit.
+    held_out: draw surface and background from the combinations that training never sees (else from the others).
+    """
+    given = given or {}
+    mood = given.get("mood") or (rng.choice(MOODS) if rng.random() < 0.8 else None)
+    pairs = random.Random(rng.random())  # its own stream, so that a given slot leaves the others alone
+    surroundings = _draw_surroundings(random.Random(rng.random()), mood)
+    style = ["shallow depth of field"] if rng.random() < 0.2 else []
+    free = "surface" in given or "background" in given  # what the user asks for is not split
+    while True:
+        surface, background, lighting = (_draw(pairs, phrases, mood) for phrases in (SURFACES, BACKGROUNDS, LIGHTING))
+        scene = {
+            "surface": surface,
+            "surroundings": surroundings,
+            "background": background,
+            "lighting": lighting,
+            "mood": mood,
+            "style": style,
+            **given,
+        }
+        split_fits = free or is_held_out_combination(surface, background) == held_out
+        if split_fits and suits(scene["surface"], scene["background"], scene["lighting"]):
+            return scene
+
+
+# Rows of a set that are kept for testing: one in seven, by seed.
+def _is_test_seed(seed: int) -> bool:
+    return seed % 7 == 6
+
+
+@cache
+def _products_of(held_out: bool) -> tuple[str, ...]:
+    return tuple(product for product in product_pool() if is_held_out(product) == held_out)
+
+
+def sample_job(seed: int, given: dict[str, Any] | None = None, products: Sequence[str] | None = None) -> dict[str, Any]:
     """One render job, the same for the same seed; JSON in and out without loss.
 
-    `height` is the product's share of the frame height, angles are degrees, `lens` millimetres on a 36 mm sensor and
-    `offset` is the product's place in the frame as a share of its width and height. `products` narrows the pool.
+    Every seventh seed makes a scene for testing: a held-out product in a held-out combination of surface and
+    background. `height` is the product's share of the frame height, angles are degrees, `lens` millimetres on a 36 mm
+    sensor and `offset` is the product's place in the frame as a share of its width and height.
+
+    given: slots of the scene (as `Scene.to_dict` names them) that are set instead of drawn. products: narrows the pool.
     """
     rng = random.Random(f"packshot-scene-{seed}")
-    product_id = rng.choice(products or product_pool())
+    product_id = rng.choice(products or _products_of(_is_test_seed(seed)))
     product = design(product_id)
     tall = {"tin": (0.34, 0.42), "jar": (0.36, 0.5)}.get(product["kind"], (0.44, 0.64))
+    height = min(rng.uniform(*tall), rng.uniform(0.5, 0.62) / product["aspect"])
+    scene = sample_scene(random.Random(rng.random()), given, _is_test_seed(seed))
     return {
         "seed": seed,
-        "scene": sample_scene(rng),
+        "scene": scene,
         "product_id": product_id,
         "product": product,
-        "height": round(rng.uniform(*tall), 3),
-        "turn": round(rng.uniform(-22, 22), 1),
+        "height": round(height, 3),
+        "turn": round(rng.uniform(-24, 24), 1),
         "camera": {
-            "lens": rng.choice((50, 60, 70, 85, 100)),
-            "elevation": round(rng.triangular(2, 22, 8), 2),
+            "lens": rng.choice((40, 50, 60, 70, 85, 100)),
+            "elevation": round(rng.triangular(2, 30, 9), 2),
             "azimuth": round(rng.uniform(-9, 9), 2),
             "offset": [round(rng.gauss(0, 0.05), 3), round(rng.uniform(-0.07, 0.03), 3)],
         },

@@ -28,7 +28,16 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from packshot.models.mini.data import Render, Renders, loose_caption, mirrored, sub_scene, to_pixels, without_product
+from packshot.models.mini.data import (
+    Render,
+    Renders,
+    bare_phrases,
+    loose_caption,
+    mirrored,
+    sub_scene,
+    to_pixels,
+    without_product,
+)
 from packshot.models.mini.folder import Family, Record, set_loading_dtype
 from packshot.models.mini.stretch import Plan, Progress, run_stretch
 from packshot.models.mini.vocabulary import VOCABULARY_SIZE
@@ -152,7 +161,7 @@ def phrase_loss(logits_BP: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
     """Cross-entropy per filled slot over the slot's phrases, evenly spread where a scene has several of them."""
     losses, start = [], 0
     for slot, phrases in PHRASES.items():
-        wanted = [scene.slots()[slot] for scene in scenes]
+        wanted = [bare_phrases(scene, slot) for scene in scenes]
         target = torch.tensor([[float(phrase in values) for phrase in phrases] for values in wanted])
         known = target.sum(1) > 0
         if known.any():
@@ -183,7 +192,7 @@ def slot_accuracy(parts: dict, images: list[np.ndarray], scenes: list[Scene]) ->
         texts = [sub_scene(Scene.from_dict({slot: _slot_value(slot, p)}), {slot}).render() for p in phrases]
         said = text_embeddings(parts["text_encoder_2"], parts["tokenizer_2"], texts)
         nearest = (seen @ said.T).argmax(dim=1).tolist()
-        wanted = [scene.slots()[slot] for scene in scenes]
+        wanted = [bare_phrases(scene, slot) for scene in scenes]
         hits = [phrases[index] in values for index, values in zip(nearest, wanted, strict=True) if values]
         if hits:
             result[slot] = sum(hits) / len(hits)

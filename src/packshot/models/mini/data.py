@@ -14,6 +14,7 @@ import torch
 from packshot.core.errors import PackshotError
 from packshot.render.sample import is_held_out
 from packshot.scene import Scene
+from packshot.scene.vocabulary import split_position
 
 SIZE = 128  # px; the family's native image size
 
@@ -126,6 +127,11 @@ def mirrored(scene: Scene) -> Scene:
         lighting=swap(scene.lighting),
         style=tuple(swap(text) or "" for text in scene.style),
     )
+
+
+def bare_phrases(scene: Scene, slot: str) -> tuple[str, ...]:
+    """The slot's phrases without where their things stand, as the vocabulary lists them."""
+    return tuple(split_position(value)[0] for value in scene.slots()[slot])
 
 
 def sub_scene(scene: Scene, slots: set[str]) -> Scene:

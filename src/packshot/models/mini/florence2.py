@@ -188,7 +188,7 @@ def slots_told(
         texts += describe(model, processor, [render.image for render in renders[i : i + 16]])
     result = {}
     for slot, phrases in PHRASES.items():
-        wanted = [render.scene.slots()[slot] for render in renders]
+        wanted = [bare_phrases(render.scene, slot) for render in renders]
         told = [max((phrase for phrase in phrases if phrase in text), key=len, default="") for text in texts]
         hits = [phrase in values for phrase, values in zip(told, wanted, strict=True) if values]
         if hits:
