@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint smoke clean
+.PHONY: help demo test lint smoke render-env clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,10 +16,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Blender pins its Python and its numpy, hence an environment of its own (about 1 GB).
+RENDER_VENV := .venv-render
+$(RENDER_VENV)/.installed: constraints-render.txt
+	python3.11 -m venv $(RENDER_VENV)
+	$(RENDER_VENV)/bin/pip install --quiet --disable-pip-version-check -r constraints-render.txt
+	touch $@
+
+render-env: $(RENDER_VENV)/.installed ## install Blender for build_data.py dataset=rendered
+
 demo: $(VENV)/.installed ## set up, then the whole road on the mini family: build, caption, train, generate, evaluate
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./demo.sh
 
 test: $(VENV)/.installed ## set up, then every test
+	@$(MAKE) --no-print-directory render-env || echo "no Blender here: the tests that render are skipped"
 	$(BIN)/python -m pytest tests
 
 smoke: $(VENV)/.installed ## only the end-to-end tests: two steps, kill, resume, generate
@@ -31,4 +41,4 @@ lint: $(VENV)/.installed ## format, lint and type checks
 	$(BIN)/basedpyright
 
 clean: ## remove the environment and everything that runs wrote
-	rm -rf $(VENV) outputs wandb .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RENDER_VENV) outputs wandb .pytest_cache .ruff_cache .hypothesis

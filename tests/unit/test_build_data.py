@@ -237,27 +237,6 @@ def test_sources_without_images_are_config_errors(tmp_path, name, says):
     assert not (tmp_path / "out").exists()
 
 
-def test_rendered_sets_keep_every_layer(tmp_path):
-    renders = tmp_path / "renders"
-    for seed in (2, 10):
-        folder = renders / str(seed)
-        folder.mkdir(parents=True)
-        for layer, mode in (("image", "RGB"), ("plate", "RGB"), ("cutout", "RGBA"), ("depth", "L")):
-            photo(seed).convert(mode).save(folder / f"{layer}.png")
-        scene = Scene(surface="a marble table").to_dict()
-        (folder / "job.json").write_text(json.dumps({"seed": seed, "scene": scene, "product_id": "jar-1"}))
-    (renders / "11").mkdir()
-    (renders / "11" / "job.json").write_text("{}")  # still rendering
-    out = run(renders, tmp_path / "out", "dataset=rendered")
-    table = rows(out)
-    assert [row["source"] for row in table] == ["rendered, seed 2", "rendered, seed 10"]
-    assert set(table[0]) >= {"plate", "cutout", "depth", "product_id", "mask", "scene"}
-    loaded = load_rows("data.train", str(out))[0]
-    np.testing.assert_array_equal(np.asarray(loaded["plate"]), np.asarray(photo(2)))
-    with pytest.raises(ConfigError, match="no finished render"):
-        run(renders / "11", tmp_path / "none", "dataset=rendered")
-
-
 # --- going on
 
 

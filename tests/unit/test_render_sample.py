@@ -1,21 +1,31 @@
-"""Render jobs are keyed by seed and speak the vocabulary; packed sets share no product."""
+"""Render jobs are keyed by seed and speak the vocabulary; splits share neither product nor combination."""
 
 import ast
-import io
 import json
+import random
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
-from packshot.core.errors import PackshotError
-from packshot.render import pack as packing
-from packshot.render.sample import design, product_pool, sample_job
+from packshot.config.compose import compose
+from packshot.core.errors import ConfigError
+from packshot.core.storage import resolve
+from packshot.render import farm, words
+from packshot.render import sample as sampling
+from packshot.render.sample import (
+    design,
+    is_held_out,
+    is_held_out_combination,
+    is_test_seed,
+    product_pool,
+    sample_job,
+    sample_scene,
+    suits,
+)
 from packshot.scene import Scene, vocabulary
+from packshot.scene.vocabulary import split_position
 
-JOBS = [sample_job(seed) for seed in range(1500)]
+JOBS = [sample_job(seed) for seed in range(3000)]
 SLOTS = {
     "surface": vocabulary.SURFACES,
     "surroundings": vocabulary.SURROUNDINGS,
@@ -23,7 +33,14 @@ SLOTS = {
     "lighting": vocabulary.LIGHTING,
     "mood": vocabulary.MOODS,
 }
-RENDER = Path(packing.__file__).parent
+TABLES = {  # where a slot's builders are listed
+    "surface": ("surfaces.py", ("TABLES", "PODIUMS", "GROUNDS")),
+    "surroundings": ("props.py", ("BUILDERS",)),
+    "background": ("backgrounds.py", ("_WALL_MATERIALS", "_PAINTS", "_GRADIENTS", "BUILDERS")),
+    "lighting": ("lights.py", ("LIGHTS",)),
+    "mood": ("camera.py", ("GRADES",)),
+}
+RENDER = Path(farm.__file__).parent
 
 
 def said(slot, jobs=JOBS):
@@ -43,16 +60,26 @@ def test_jobs_survive_json():
 
 @pytest.mark.parametrize("slot", SLOTS)
 def test_slots_use_the_whole_vocabulary_and_nothing_else(slot):
-    assert set(said(slot)) == set(SLOTS[slot])
+    assert {split_position(phrase)[0] for phrase in said(slot)} == set(SLOTS[slot])
 
 
-@pytest.mark.parametrize("slot", ["surface", "surroundings", "background", "lighting", "mood"])
+def test_things_stand_at_every_position_and_never_two_at_one():
+    places = [[split_position(thing)[1] for thing in job["scene"]["surroundings"]] for job in JOBS]
+    assert {place for row in places for place in row} == {*vocabulary.POSITIONS, None}
+    named = [[place for place in row if place] for row in places]
+    assert all(len(row) == len(set(row)) for row in named)
+
+
+@pytest.mark.parametrize("slot", SLOTS)
 def test_every_phrase_has_a_builder(slot):
     # The builders import bpy, which this environment lacks: their tables are read, not run.
-    trees = [ast.parse((RENDER / name).read_text()) for name in ("stage.py", "props.py")]
-    keys = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    parts = {part for phrase in SLOTS[slot] for part in phrase.split(" which is on ")}
-    assert parts <= keys
+    file, tables = TABLES[slot]
+    keys = set()
+    for node in ast.walk(ast.parse((RENDER / file).read_text())):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id in tables for target in targets):
+            keys |= {part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant)}
+    assert {part for phrase in SLOTS[slot] for part in phrase.split(vocabulary.ON)} <= keys
 
 
 def test_scenes_are_scenes_and_their_captions_parse_back():
@@ -60,12 +87,18 @@ def test_scenes_are_scenes_and_their_captions_parse_back():
         scene = Scene.from_dict(job["scene"])
         assert scene.to_dict() == job["scene"]
         assert Scene.parse(scene.render()).scene == scene
+        assert '"' not in scene.render()  # prose, no tagged form
 
 
-def test_shadows_fall_only_on_walls():
-    cast = [job["scene"]["background"] for job in JOBS if "shadows on the wall" in job["scene"]["lighting"]]
+def test_light_is_drawn_only_where_it_can_be_seen():
+    scenes = [job["scene"] for job in JOBS]
+    assert all(suits(scene["surface"], scene["background"], scene["lighting"]) for scene in scenes)
+    cast = [scene["background"] for scene in scenes if "shadows on the wall" in scene["lighting"]]
     assert cast
-    assert all(background.endswith("wall") for background in cast)
+    assert not {"a blue sky", "mountains", "a forest", "bokeh lights", "a dark wall"} & set(cast)
+    neon = {(scene["background"]) for scene in scenes if scene["lighting"] == "pink neon light"}
+    assert "a pink wall" in neon
+    assert not {"a blue wall", "a green wall", "a beige wall"} & neon  # nobody could call them by their colour
 
 
 def test_a_product_id_is_one_design():
@@ -76,70 +109,117 @@ def test_a_product_id_is_one_design():
     assert len({json.dumps(product) for product in seen.values()}) == len(product_pool())
 
 
-def test_held_out_products_are_of_several_kinds():
-    kinds = {design(product)["kind"] for product in packing.HELDOUT_PRODUCTS}
-    assert len(packing.HELDOUT_PRODUCTS) == len(kinds) == 5
+def test_held_out_products_are_of_many_kinds_and_take_their_colours_along():
+    held_out = [product for product in product_pool() if is_held_out(product)]
+    kinds = {design(product).get("model") or design(product)["kind"] for product in held_out}
+    assert len(kinds) >= 12
+    for product in product_pool():
+        if "." in product:
+            assert is_held_out(product) == is_held_out(product.split(".")[0])
 
 
-@pytest.fixture
-def renders(tmp_path):
-    rng = np.random.default_rng(0)
-    for seed in range(24):
-        folder = tmp_path / "renders" / str(seed)
-        folder.mkdir(parents=True)
-        for name, channels in (("image", 3), ("plate", 3), ("cutout", 4)):
-            Image.fromarray(rng.integers(0, 256, (16, 16, channels), dtype=np.uint8)).save(folder / f"{name}.png")
-        Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(folder / "depth.png")
-        (folder / "job.json").write_text(json.dumps(sample_job(seed)))
-    (tmp_path / "renders" / ".7.123").mkdir()  # a render that was killed
-    return tmp_path / "renders"
+def test_test_scenes_share_neither_product_nor_combination_with_training():
+    for job in JOBS:
+        kept = is_test_seed(job["seed"])
+        assert is_held_out(job["product_id"]) == kept
+        assert is_held_out_combination(job["scene"]["surface"], job["scene"]["background"]) == kept
+    assert sum(is_test_seed(job["seed"]) for job in JOBS[:1800]) >= 200
 
 
-def pixels(cell):
-    return np.asarray(Image.open(io.BytesIO(cell["bytes"])))
+def test_every_phrase_is_seen_in_training():
+    train = [job for job in JOBS if not is_test_seed(job["seed"])]
+    for slot, phrases in SLOTS.items():
+        assert {split_position(phrase)[0] for phrase in said(slot, train)} == set(phrases)
 
 
-def test_packed_rows_hold_the_renders_losslessly(renders, tmp_path):
-    counts = packing.pack(renders, tmp_path / "out")
-    assert counts["train"][0] + counts["heldout"][0] == 24
-    for name in ("train", "heldout"):
-        for row in pq.read_table(tmp_path / "out" / name).to_pylist():
-            folder = renders / row["source"].split()[-1]
-            job = json.loads((folder / "job.json").read_text())
-            assert row["text"] == Scene.from_dict(row["scene"]).render() == Scene.from_dict(job["scene"]).render()
-            assert (row["width"], row["height"], row["product_id"]) == (16, 16, job["product_id"])
-            for layer in ("image", "plate", "depth"):
-                assert np.array_equal(pixels(row[layer]), np.asarray(Image.open(folder / f"{layer}.png"))), layer
-            alpha = np.asarray(Image.open(folder / "cutout.png"))[..., 3]
-            assert np.array_equal(pixels(row["cutout"])[..., 3], alpha)
-            assert np.array_equal(pixels(row["mask"]), alpha)
+@pytest.mark.parametrize("slot", ["surface", "background", "lighting", "mood"])
+def test_a_given_slot_leaves_the_others_alone(slot):
+    """One slot is changed at a time: what the notebook shows and an ablation needs."""
+    changed = 0
+    for seed in range(200):
+        before = JOBS[seed]["scene"]
+        value = SLOTS[slot][seed % len(SLOTS[slot])]
+        after = sample_job(seed, {slot: value})["scene"]
+        assert after[slot] == value
+        changed += sum(after[other] != before[other] for other in SLOTS if other != slot)
+    # Only what cannot be seen together with the given phrase moves.
+    assert changed / (200 * (len(SLOTS) - 1)) < (0.25 if slot == "lighting" else 0.1)
 
 
-def test_splits_share_no_product(renders, tmp_path):
-    packing.pack(renders, tmp_path / "out")
-    products = {
-        name: set(pq.read_table(tmp_path / "out" / name).column("product_id").to_pylist())
-        for name in ("train", "heldout")
+def test_all_slots_given_are_all_kept():
+    given = {**JOBS[5]["scene"], "style": ["shallow depth of field"]}
+    assert sample_scene(random.Random(0), given) == given
+
+
+# --- words from outside
+
+
+def test_an_unknown_phrase_is_refused_with_what_is_known_and_the_nearest():
+    with pytest.raises(ConfigError) as error:
+        words.renderable({"background": "a brik wall"})
+    assert "render.scene.background='a brik wall'" in str(error.value)
+    assert "a window" in str(error.value)
+    assert "'a brick wall'" in str(error.value)
+
+
+def test_the_nearest_phrase_is_taken_only_when_asked_for():
+    asked = {"surface": "wooden table, light", "surroundings": ["some lemons behind it", "palm leaf"], "mood": None}
+    with pytest.raises(ConfigError):
+        words.renderable(asked)
+    assert words.renderable(asked, nearest=True) == {
+        "surface": "a light wooden table",
+        "surroundings": ["lemons behind it", "palm leaves"],
     }
-    assert products["train"].isdisjoint(products["heldout"])
-    assert products["heldout"] <= set(packing.HELDOUT_PRODUCTS)
 
 
-def test_datasets_decodes_the_shards_as_images(renders, tmp_path):
-    from datasets import load_dataset
-
-    packing.pack(renders, tmp_path / "out")
-    files = str(tmp_path / "out" / "train" / "part-*.parquet")
-    row = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))[0]
-    assert isinstance(row["image"], Image.Image)
-    assert row["cutout"].mode == "RGBA"
-    assert row["scene"]["surface"] in vocabulary.SURFACES
+def test_any_podium_stands_on_any_table():
+    surface = "a green podium which is on a dark wooden table"
+    assert surface not in vocabulary.SURFACES
+    assert words.renderable({"surface": surface}) == {"surface": surface}
+    with pytest.raises(ConfigError):
+        words.renderable({"surface": "a green podium which is on a bed of sand"})
 
 
-def test_a_damaged_render_and_an_empty_split_are_refused(renders, tmp_path):
-    with pytest.raises(PackshotError, match="0 held out"):
-        packing.pack(renders, tmp_path / "out", heldout_products=())
-    (renders / "3" / "plate.png").write_bytes(b"\x89PNG")
-    with pytest.raises(PackshotError, match="3 has no readable layer"):
-        packing.pack(renders, tmp_path / "out")
-    assert not (tmp_path / "out" / "train").exists()
+def test_a_light_that_nobody_could_see_is_refused():
+    with pytest.raises(ConfigError, match="cannot be seen"):
+        words.renderable({"background": "mountains", "lighting": "leaf shadows on the wall"})
+
+
+# --- jobs of a build
+
+
+def jobs(*overrides):
+    config = compose("build_data", ["dataset=rendered", *overrides])
+    return [json.loads(item["job"]) for item in farm.jobs(config)]
+
+
+def test_splits_are_disjoint_and_all_is_both():
+    train, heldout = (jobs("render.count=70", f"render.split={split}") for split in ("train", "heldout"))
+    assert not {job["product_id"] for job in train} & {job["product_id"] for job in heldout}
+    everything = {job["seed"] for job in jobs("render.count=70")}
+    assert everything == {job["seed"] for job in (*train, *heldout) if job["seed"] < 70}
+
+
+def test_run_seeds_share_no_scene():
+    assert not {job["seed"] for job in jobs()} & {job["seed"] for job in jobs("run.seed=1")}
+
+
+def test_a_jobs_name_changes_with_whatever_changes_a_pixel():
+    job = JOBS[0]
+    turned = {**job, "turn": job["turn"] + 1}
+    names = {
+        farm.job_name(*arguments) for arguments in ((job, 128, 12), (job, 64, 12), (job, 128, 8), (turned, 128, 12))
+    }
+    assert len(names) == 4
+
+
+def test_no_blender_is_a_config_error_with_the_way_out(tmp_path):
+    with pytest.raises(ConfigError, match="make render-env"):
+        farm.blender_python(str(tmp_path))
+
+
+def test_objects_are_licensed():
+    index = sampling._objects()
+    assert {entry["license"] for entry in index.values()} == {"CC0-1.0"}
+    assert all(entry["author"] for entry in index.values())
+    assert resolve("data/objects/objects.zip").stat().st_size < 6 * 2**20

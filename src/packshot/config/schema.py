@@ -37,6 +37,7 @@ Condition = Names("Condition", ["inpaint", "canny"])
 IPAdapterVariant = Names("IPAdapterVariant", ["base", "plus"])
 Unconditional = Names("Unconditional", ["zeros", "empty"])
 DatasetKind = Names("DatasetKind", ["background", "product", "rendered"])
+RenderSplit = Names("RenderSplit", ["all", "train", "heldout"])
 CaptionerKind = Names("CaptionerKind", ["none", "florence2"])
 CaptionTask = Names("CaptionTask", ["train", "evaluate", "caption"])
 Tuning = Names("Tuning", ["full", "language_lora"])
@@ -209,7 +210,7 @@ class CaptionVLM:
 
 @dataclass
 class SourceConfig:
-    path: str = opt("data/products", "folder, glob or Parquet file of images; rendered: folder of finished renders")
+    path: str = opt("data/products", "folder, glob or Parquet file of images")
     masks: str | None = opt(None, "folder with a mask per image, same file name (white = product)")
     license: str = opt("unknown", "licence of every image of the source (SPDX id or name)")
 
@@ -239,6 +240,33 @@ class ExecutorConfig:
 
 
 @dataclass
+class SceneConfig:
+    surface: str = opt("", "where the object stands")
+    surroundings: list[str] = opt([], "things around it")
+    background: str | None = opt(None, "what is behind it")
+    lighting: str | None = opt(None, "light and shadow")
+    mood: str | None = opt(None, "mood")
+    style: list[str] = opt([], "camera and style terms")
+
+
+@dataclass
+class RenderConfig:
+    count: int = opt(24, "scenes", min=1, max=1_000_000)
+    size: int = opt(128, "side of the square picture, px", min=32, max=4096)
+    samples: int = opt(12, "light paths per pixel; 12 do at 128 px, 64 at 512 and more", min=1, max=4096)
+    quality: int | None = opt(
+        None, "0 to 100: lossy pictures (AVIF), masks stay lossless; null: lossless", min=0, max=100
+    )
+    split: RenderSplit = opt(
+        RenderSplit.all, "train and heldout share no product and no pair of surface and background; all: both, 6 to 1"
+    )
+    scene: SceneConfig = field(default_factory=SceneConfig)
+    nearest: bool = opt(False, "replace a phrase of render.scene that the renderer lacks by the most similar one")
+    folder: str | None = opt(None, "keep finished scenes here and reuse those of other runs; null: only while building")
+    environment: str = opt(".venv-render", "Blender's environment (`make render-env`)")
+
+
+@dataclass
 class BuildData:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -247,19 +275,10 @@ class BuildData:
     source: SourceConfig = field(default_factory=SourceConfig)
     matte: MatteConfig = field(default_factory=MatteConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
+    render: RenderConfig = field(default_factory=RenderConfig)
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     shard_size: int = opt(256, "input images per shard", min=1)
-
-
-@dataclass
-class SceneConfig:
-    surface: str = opt("", "where the object stands")
-    surroundings: list[str] = opt([], "things around it")
-    background: str | None = opt(None, "what is behind it")
-    lighting: str | None = opt(None, "light and shadow")
-    mood: str | None = opt(None, "mood")
-    style: list[str] = opt([], "camera and style terms")
 
 
 @dataclass

@@ -79,6 +79,12 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def folder_hash(folder: Path, pattern: str = "*") -> str:
     """Digest over names and contents of a folder's files: identity of a dataset or of a model's weights."""
     digest = hashlib.sha256()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,10 +17,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from packshot.config.compose import to_plain
-from packshot.config.schema import BuildData, DatasetKind, MatteConfig, QualityConfig, SourceConfig
-from packshot.core.errors import ConfigError, PackshotError
+from packshot.config.schema import BuildData, DatasetKind, MatteConfig, QualityConfig
+from packshot.core.errors import PackshotError
 from packshot.core.run import log, open_run
-from packshot.core.storage import folder_hash, readable, replacing_file, sha256
+from packshot.core.storage import file_sha256, readable, replacing_file, sha256
 from packshot.core.tracking import open_tracker
 from packshot.data import card as cards
 from packshot.data.decode import DecodeError, decode_image, flatten
@@ -28,15 +29,15 @@ from packshot.data.masks import MaskFileError, NoProductError, find_mask, load_n
 from packshot.data.quality import check
 from packshot.data.sources import Raw, fingerprint, list_items, read_items
 from packshot.pipeline import Outcome, Report, Step, run_steps
-from packshot.pipeline.ledger import file_sha256
 from packshot.pipeline.run import rejections
 from packshot.pipeline.shards import split
 from packshot.pipeline.step import Sample
-from packshot.render import pack
+from packshot.render import farm, pack
 from packshot.scene import Scene
 from packshot.scene.scores import product_words
 
-SHEET_ROWS = 24
+# The contact sheet: how many of the first images, and whether their masks stand beside them.
+_SHEETS = {DatasetKind.background: (24, False), DatasetKind.product: (24, True), DatasetKind.rendered: (48, False)}
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _BASE = ("image", "text", "id", "scene", "source", "license", "width", "height")
 _COLUMNS = {DatasetKind.background: _BASE, DatasetKind.product: ("image", "mask", *_BASE[1:])}
@@ -52,7 +53,9 @@ _MEANING = {
     "height": "px",
     "plate": "the same scene without the product",
     "cutout": "the product alone, with alpha",
-    "depth": "inverse depth, near is bright",
+    "shadow": "what the product does to the light around it: plate x shadow carries its shadow; white = nothing",
+    "depth": "inverse depth, near is bright, the product at 0.5",
+    "normals": "surface normals in camera space: x right, y up, z to the camera",
     "product_id": "design of the product",
 }
 
@@ -203,43 +206,13 @@ def _photo_steps(config: BuildData, captions: Sequence[Step]) -> list[Step]:
 # --- rendered packshots -----------------------------------------------------------------------------------------------
 
 
-def _render_items(source: SourceConfig) -> list[Sample]:
-    folder = readable("source.path", source.path)
-    found = [path.parent for path in folder.glob("*/job.json")] if folder.is_dir() else []
-    whole = [path for path in found if all((path / f"{layer}.png").exists() for layer in pack.LAYERS)]
-    if not whole:
-        raise ConfigError(
-            f"source.path={source.path} holds no finished render.",
-            f"Each is a folder with job.json and {', '.join(f'{layer}.png' for layer in pack.LAYERS)}.",
-        )
-    if len(whole) < len(found):
-        log.warning("%d renders are unfinished and left out", len(found) - len(whole))
-    ordered = sorted(whole, key=lambda path: (len(path.name), path.name))  # seeds by number
-    return [{"folder": str(path), "source": path.name} for path in ordered]
-
-
-def _render_fingerprint(items: Sequence[Sample]) -> str:
-    return sha256("".join(folder_hash(Path(item["folder"])) for item in items).encode())
-
-
-def _pack(samples: list[Sample]) -> list[Outcome]:
-    return [_pack_one(sample) for sample in samples]
-
-
-def _pack_one(sample: Sample) -> Outcome:
-    try:
-        return Outcome(pack.row(Path(sample["folder"])))
-    except PackshotError as error:
-        return Outcome({"id": "", "source": sample["source"]}, "damaged", str(error.args[0]), kept=False)
-
-
 def _copy(samples: list[Sample]) -> list[Outcome]:
     return [Outcome(sample) for sample in samples]
 
 
-def _render_steps() -> list[Step]:
-    features = pack.features()
-    return [Step("pack", 1, {}, features.arrow_schema, _pack), _final(list(features), _copy, {"dataset": "rendered"})]
+def _render_steps(config: BuildData, folder: Path) -> list[Step]:
+    render = farm.render_step(farm.open_farm(config, folder))
+    return [render, _final(render.schema.names, _copy, {"dataset": "rendered"})]
 
 
 # --- the build --------------------------------------------------------------------------------------------------------
@@ -254,15 +227,19 @@ def build(config: BuildData, captions: Sequence[Step] = ()) -> None:
         PackshotError: not one image was accepted, or a worker died.
     """
     rendered = config.dataset is DatasetKind.rendered
-    items = _render_items(config.source) if rendered else list_items(config.source)
+    if rendered:
+        farm.blender_python(config.render.environment)  # refuse it here, not in a worker
+    items = farm.jobs(config) if rendered else list_items(config.source)
     if config.matte.onnx and config.dataset is DatasetKind.product:
         load_network(config.matte.onnx)  # refuse it here, not in a worker
-    steps = _render_steps() if rendered else _photo_steps(config, captions)
     run = open_run("build_data", config)
+    steps = _render_steps(config, run.path) if rendered else _photo_steps(config, captions)
     tracker = open_tracker(run, config, "build_data")
     started = time.monotonic()
     shards = split(items, config.shard_size)
-    report = run_steps(run.path, shards, _render_fingerprint if rendered else fingerprint, steps, config.executor)
+    report = run_steps(run.path, shards, farm.fingerprint if rendered else fingerprint, steps, config.executor)
+    if rendered and not config.render.folder:
+        shutil.rmtree(run.path / "renders")  # the set holds them now
     figures = _write_extras(report, steps, config, len(items))
     if report.worked:
         line = {"step": 0, **figures, "seconds": round(time.monotonic() - started, 1)}
@@ -273,11 +250,12 @@ def build(config: BuildData, captions: Sequence[Step] = ()) -> None:
     log.info("%(accepted)d of %(images)d images accepted, %(rejected)d rejected", figures)
     sheet = run.path / "contact_sheet.png"
     if sheet.exists():
-        tracker.images("contact_sheet", [sheet], [f"first {SHEET_ROWS}"], 0)
+        tracker.images("contact_sheet", [sheet], ["first images"], 0)
     tracker.finish()
     if not figures["accepted"]:
         raise PackshotError(
-            f"None of the {len(items)} images of source.path={config.source.path} was accepted.",
+            f"None of the {len(items)} images {'rendered' if rendered else f'of source.path={config.source.path}'} "
+            "was accepted.",
             f"{run.path / 'rejected.parquet'} says why, image by image.",
         )
 
@@ -288,8 +266,7 @@ def _write_extras(report: Report, steps: Sequence[Step], config: BuildData, imag
     parts = report.files("part")
     licenses = cards.count(name for file in parts for name in pq.read_table(file, columns=["license"])[0].to_pylist())
     columns = {name: _MEANING[name] for name in steps[-1].schema.names}
-    plain = to_plain(config)
-    settings = {key: plain[key] for key in ("dataset", "source", "matte", "quality", "captioner", "shard_size")}
+    settings = _settings(config)
     reasons = cards.count(row["reason"] for row in rejected)
     text = cards.card(config.dataset.name, licenses, reasons, columns, settings)
     schema = pa.schema([(name, pa.string()) for name in ("id", "reason", "measure", "source")])
@@ -297,11 +274,22 @@ def _write_extras(report: Report, steps: Sequence[Step], config: BuildData, imag
     pq.write_table(pa.Table.from_pylist(rejected, schema=schema), buffer)
     _write_if_changed(report.folder / "rejected.parquet", buffer.getvalue())
     _write_if_changed(report.folder / "README.md", text.encode())
-    first = [(open_png(row["image"]), row.get("mask") and open_png(row["mask"])) for row in _first_rows(parts)]
+    count, with_masks = _SHEETS[config.dataset]
+    rows = _first_rows(parts, count, ["image", "mask"] if with_masks else ["image"])
+    first = [(open_png(row["image"]), open_png(row["mask"]) if with_masks else None) for row in rows]
     if first:
         _write_if_changed(report.folder / "contact_sheet.png", png(cards.contact_sheet(first))["bytes"])
     lost = sum(entry.rejected for entries in report.entries.values() for entry in entries)
     return {"images": images, "accepted": images - lost, "rejected": lost}
+
+
+def _settings(config: BuildData) -> dict[str, Any]:
+    """What the card says of how the set was made: everything that shaped it, nothing of where."""
+    plain = to_plain(config)
+    if config.dataset is not DatasetKind.rendered:
+        return {key: plain[key] for key in ("dataset", "source", "matte", "quality", "captioner", "shard_size")}
+    render = {key: value for key, value in plain["render"].items() if key not in ("folder", "environment")}
+    return {"dataset": "rendered", "seed": config.run.seed, "render": render, "shard_size": config.shard_size}
 
 
 def _rejected(report: Report, steps: Sequence[Step]) -> list[Sample]:
@@ -316,15 +304,14 @@ def _rejected(report: Report, steps: Sequence[Step]) -> list[Sample]:
     ]
 
 
-def _first_rows(parts: Sequence[Path]) -> list[Sample]:
+def _first_rows(parts: Sequence[Path], count: int, columns: list[str]) -> list[Sample]:
     def rows() -> Iterator[Sample]:
         for part in parts:
             with pq.ParquetFile(part) as parquet:
-                columns = [name for name in ("image", "mask") if name in parquet.schema_arrow.names]
-                for batch in parquet.iter_batches(SHEET_ROWS, columns=columns):
+                for batch in parquet.iter_batches(count, columns=columns):
                     yield from batch.to_pylist()
 
-    return list(islice(rows(), SHEET_ROWS))
+    return list(islice(rows(), count))
 
 
 def _write_if_changed(path: Path, content: bytes) -> None:

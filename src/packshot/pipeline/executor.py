@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import get_context, parent_process
+from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
 from packshot.config.schema import ExecutorConfig, ExecutorKind
@@ -17,8 +18,20 @@ from packshot.core.errors import PackshotError
 Execute = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
-def _die_with_parent() -> None:
-    """A pool's workers wait for ever when their parent is killed outright."""
+_worker_number: int | None = None
+
+
+def worker_number() -> int | None:
+    """0, 1, ... in a worker process of this machine; None in the main process and elsewhere."""
+    return _worker_number
+
+
+def _start_worker(counter: Synchronized) -> None:
+    """Numbers the worker, and ends it with its parent: a pool's workers wait for ever when that is killed outright."""
+    global _worker_number
+    with counter.get_lock():
+        _worker_number = counter.value
+        counter.value += 1
     parent = parent_process()
     assert parent is not None
 
@@ -35,7 +48,9 @@ def _local(workers: int) -> Iterator[Execute]:
     if workers == 1:
         yield map
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_die_with_parent) as pool:
+    context = get_context("spawn")
+    counter = context.Value("i", 0)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counter,)) as pool:
 
         def execute(function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
             futures = [pool.submit(function, job) for job in jobs]

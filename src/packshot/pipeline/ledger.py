@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -60,12 +59,6 @@ class Ledger:
     def _write(self, entries: Sequence[Entry]) -> None:
         with replacing_file(self.path) as file:
             file.write_text("".join(map(_line, entries)))
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _line(entry: Entry) -> str:

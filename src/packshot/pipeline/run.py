@@ -9,9 +9,10 @@ from typing import Any
 
 from packshot.config.schema import ExecutorConfig
 from packshot.core.progress import progress
-from packshot.core.storage import sha256
+from packshot.core.storage import file_sha256, sha256
 from packshot.pipeline.executor import Execute, open_executor
-from packshot.pipeline.ledger import Entry, Ledger, file_sha256
+from packshot.pipeline.ledger import Entry, Ledger
+from packshot.pipeline.meter import tell, watching
 from packshot.pipeline.shards import batches, read_outcomes, read_samples, write_outcomes
 from packshot.pipeline.step import Outcome, Sample, Step
 
@@ -65,18 +66,25 @@ def run_steps(
         for step in steps:
             jobs = _jobs(folder, step, shards, fingerprint, list(done.values()), ledger)
             entries: dict[int, Entry] = {}
-            with progress(step.name, len(jobs)) as advance:
+            rows = sum(_reaching(shard, items, list(done.values())) for shard, items in enumerate(shards))
+            with progress(step.name, rows) as advance, watching(folder, advance) as meter:
                 for entry, is_new in _results(step, jobs, execute):
                     if is_new:
                         ledger.add(entry)
                         worked += 1
                     entries[entry.shard] = entry
-                    advance(rejected=sum(entry.rejected for entry in entries.values()))
+                    rejected = sum(entry.rejected for entry in entries.values())
+                    meter.finished(entry.shard, entry.rows, rejected=rejected)
             done[step.name] = [entries[shard] for shard in range(len(shards))]
     everything = [entry for entries in done.values() for entry in entries]
     ledger.finish(everything)
     _prune(folder, {entry.file for entry in everything})
     return Report(folder, done, worked)
+
+
+def _reaching(shard: int, items: Sequence[Sample], before: Sequence[Sequence[Entry]]) -> int:
+    """How many samples of a shard the steps so far have kept."""
+    return len(items) - sum(of_step[shard].rejected for of_step in before)
 
 
 def rejections(report: Report, step: str, columns: Sequence[str]) -> list[tuple[int, Sample]]:
@@ -131,7 +139,15 @@ def _run_shard(job: _Job) -> tuple[Entry, bool]:
         assert job.known is not None
         return job.known, False
     samples = job.inputs if callable(job.digest) else read_samples(job.inputs, job.step.reads)
-    return _commit(job, key, ((batch, job.step.function(batch)) for batch in batches(samples))), True
+    return _commit(job, key, ((batch, _call(job, batch)) for batch in batches(samples))), True
+
+
+def _call(job: _Job, batch: list[Sample]) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    for part in batches(batch, job.step.calls_of):
+        outcomes += job.step.function(part)
+        tell(job.folder, job.shard, len(part))
+    return outcomes
 
 
 def _run_whole(step: Step, jobs: Sequence[_Job]) -> list[tuple[Entry, bool]]:

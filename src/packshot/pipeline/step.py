@@ -41,6 +41,7 @@ class Step:
     reads: the columns it needs; None for all.
     whole: it sees the samples of all shards in one call (deduplication); keep ``reads`` small.
     exclusive: it runs in the main process, one shard at a time (it holds a model on a GPU).
+    calls_of: samples per call: fewer for slow steps, so that progress is told sooner. Changes no result.
     final: its rows are the dataset, ``part-<shard>.parquet``: kept samples only, no bookkeeping columns.
     """
 
@@ -52,6 +53,7 @@ class Step:
     reads: tuple[str, ...] | None = None
     whole: bool = False
     exclusive: bool = False
+    calls_of: int = 16
     final: bool = False
 
     def key(self, input_digest: str) -> str:

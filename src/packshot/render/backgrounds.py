@@ -106,7 +106,12 @@ def _window(job: dict[str, Any]) -> None:
     wall, white = _WALL_MATERIALS["a window"](), materials.plain("sash", (0.85, 0.85, 0.83), 0.4)
     middle, half, low, high = rng.uniform(-0.5, 0.5), rng.uniform(1.0, 1.35), rng.uniform(0.55, 0.85), 3.6
     left, right = middle - half, middle + half
-    for start, stop, bottom, top in ((-9, left, -2, 10), (right, 9, -2, 10), (left, right, -2, low), (left, right, high, 10)):
+    for start, stop, bottom, top in (
+        (-9, left, -2, 10),
+        (right, 9, -2, 10),
+        (left, right, -2, low),
+        (left, right, high, 10),
+    ):
         corners = [(start, WALL_Y, bottom), (stop, WALL_Y, bottom), (stop, WALL_Y, top), (start, WALL_Y, top)]
         add_mesh("wall", corners, [(0, 1, 2, 3)], wall, smooth=None)
     _frame(left, right, low, high, 0.12, white)

@@ -40,7 +40,7 @@ def start_blender(size: int, samples: int, threads: int) -> None:
     render, cycles = scene.render, scene.cycles
     render.engine, render.resolution_x, render.resolution_y, render.resolution_percentage = "CYCLES", size, size, 100
     render.threads_mode, render.threads = "FIXED", threads
-    render.use_persistent_data = True
+    render.use_persistent_data = False  # 3 % faster, but what was rendered before would change the noise
     render.dither_intensity = 0.0  # its noise would end up in the mask
     render.image_settings.file_format, render.image_settings.color_mode, render.image_settings.compression = (
         "PNG",

@@ -18,6 +18,7 @@ from packshot.render.materials import Color
 from packshot.render.mesh import frond, plane
 from packshot.render.sample import OUTDOOR
 
+
 def _add_area(position, aim, size, power, color: Color = (1, 1, 1), size_y: float | None = None) -> None:
     lamp = bpy.data.lights.new("area", "AREA")
     lamp.shape, lamp.size, lamp.size_y, lamp.energy, lamp.color = "RECTANGLE", size, size_y or size, power, color

@@ -1,4 +1,4 @@
-"""Products, standing on z = 0 and 1 high: twelve kinds of packaging with labels, printed names and caps, and objects."""
+"""Products, standing on z = 0 and 1 high: twelve kinds of packaging with label, print and cap; modelled objects."""
 
 from __future__ import annotations
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from packshot.core.storage import resolve
@@ -66,10 +64,8 @@ _CORNERED = {"carton": 1.2, "perfume": 1.15}  # diameter / width of what is not 
 CAPS = ("gold", "silver", "black", "white", "wood", "accent")
 LABELS = ("front", "wrap", "none")
 # Objects of one plain colour: the pool has them in the colours of these palettes too.
-TINTED = {
-    name: ("blush", "cobalt", "forest")
-    for name in ("cosmetics-pot", "baby-bottle", "plastic-cup", "flacon", "handbag", "boots", "briefcase", "headphones")
-}
+_PLAIN = ("cosmetics-pot", "baby-bottle", "plastic-cup", "flacon", "handbag", "boots", "briefcase", "headphones")
+TINTED = dict.fromkeys(_PLAIN, ("blush", "cobalt", "forest"))
 
 OUTDOOR = ("a blue sky", "mountains", "a forest")
 _NO_WALL = (*OUTDOOR, "bokeh lights")
@@ -225,33 +221,44 @@ def _draw_surroundings(rng: random.Random, mood: str | None) -> list[str]:
 def sample_scene(rng: random.Random, given: dict[str, Any] | None = None, held_out: bool = False) -> dict[str, Any]:
     """Draw the five slots and the style as phrases of the vocabulary, coherent with the mood.
 
-    given: slots that are set instead of drawn; the others stay what they are without it, as far as they suit.
+    given: slots that are set instead of drawn. The others stay what they are without it, unless they cannot be seen
+        together with it.
     held_out: draw surface and background from the combinations that training never sees (else from the others).
+
+    Raises:
+        ValueError: the given slots cannot be seen together.
     """
-    given = given or {}
-    mood = given.get("mood") or (rng.choice(MOODS) if rng.random() < 0.8 else None)
-    pairs = random.Random(rng.random())  # its own stream, so that a given slot leaves the others alone
+    mood = rng.choice(MOODS) if rng.random() < 0.8 else None
+    pairs = random.Random(rng.random())  # its own stream, so that redrawing leaves the rest alone
     surroundings = _draw_surroundings(random.Random(rng.random()), mood)
     style = ["shallow depth of field"] if rng.random() < 0.2 else []
-    free = "surface" in given or "background" in given  # what the user asks for is not split
-    while True:
+
+    def draw() -> dict[str, Any]:
         surface, background, lighting = (_draw(pairs, phrases, mood) for phrases in (SURFACES, BACKGROUNDS, LIGHTING))
-        scene = {
+        return {
             "surface": surface,
             "surroundings": surroundings,
             "background": background,
             "lighting": lighting,
             "mood": mood,
             "style": style,
-            **given,
         }
-        split_fits = free or is_held_out_combination(surface, background) == held_out
-        if split_fits and suits(scene["surface"], scene["background"], scene["lighting"]):
-            return scene
+
+    def fits(scene: dict[str, Any]) -> bool:
+        return suits(scene["surface"], scene["background"], scene["lighting"])
+
+    scene = draw()
+    while not fits(scene) or is_held_out_combination(scene["surface"], scene["background"]) != held_out:
+        scene = draw()
+    for _ in range(1000):
+        if fits(scene | (given or {})):
+            return scene | (given or {})
+        scene = draw()
+    raise ValueError(f"these cannot be seen together: {given}")
 
 
-# Rows of a set that are kept for testing: one in seven, by seed.
-def _is_test_seed(seed: int) -> bool:
+def is_test_seed(seed: int) -> bool:
+    """Every seventh scene is for testing: a held-out product in a held-out combination of surface and background."""
     return seed % 7 == 6
 
 
@@ -270,11 +277,11 @@ def sample_job(seed: int, given: dict[str, Any] | None = None, products: Sequenc
     given: slots of the scene (as `Scene.to_dict` names them) that are set instead of drawn. products: narrows the pool.
     """
     rng = random.Random(f"packshot-scene-{seed}")
-    product_id = rng.choice(products or _products_of(_is_test_seed(seed)))
+    product_id = rng.choice(products or _products_of(is_test_seed(seed)))
     product = design(product_id)
     tall = {"tin": (0.34, 0.42), "jar": (0.36, 0.5)}.get(product["kind"], (0.44, 0.64))
     height = min(rng.uniform(*tall), rng.uniform(0.5, 0.62) / product["aspect"])
-    scene = sample_scene(random.Random(rng.random()), given, _is_test_seed(seed))
+    scene = sample_scene(random.Random(rng.random()), given, is_test_seed(seed))
     return {
         "seed": seed,
         "scene": scene,
@@ -290,16 +297,3 @@ def sample_job(seed: int, given: dict[str, Any] | None = None, products: Sequenc
         },
         "podium": {"shape": rng.choice(("round", "round", "square")), "height": round(rng.uniform(0.22, 0.5), 3)},
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write render jobs as JSON lines.")
-    parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "END"), required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("".join(json.dumps(sample_job(seed)) + "\n" for seed in range(*args.seeds)))
-
-
-if __name__ == "__main__":
-    main()

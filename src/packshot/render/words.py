@@ -15,6 +15,7 @@ from packshot.scene.vocabulary import (
     MOODS,
     ON,
     PODIUMS,
+    POSITIONS,
     STYLES,
     SURFACES,
     SURROUNDINGS,
@@ -29,6 +30,12 @@ _KNOWN: dict[str, Sequence[str]] = {
     "lighting": LIGHTING,
     "mood": MOODS,
     "style": STYLES,
+}
+
+
+_EXTRA = {
+    "surface": "; any podium which is on any table",
+    "surroundings": f" (with {', '.join(repr(position) for position in POSITIONS)} after it, or without)",
 }
 
 
@@ -59,21 +66,35 @@ def renderable(slots: dict[str, Any], nearest: bool = False) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for slot, value in slots.items():
-        phrases = [value] if isinstance(value, str) else list(value or ())
+        if not value:
+            continue
+        phrases = [value] if isinstance(value, str) else list(value)
         for phrase in phrases:
             if not nearest and not _knows(slot, phrase):
                 raise ConfigError(
                     f"render.scene.{slot}={phrase!r} is nothing the renderer can build.",
-                    f"It knows: {'; '.join(_KNOWN[slot])}. Nearest: {_nearest(slot, phrase)!r}; "
+                    f"It knows: {'; '.join(_KNOWN[slot])}{_EXTRA.get(slot, '')}. Nearest: {_nearest(slot, phrase)!r}; "
                     "render.nearest=true takes the nearest one.",
                 )
         built = [phrase if _knows(slot, phrase) else _nearest(slot, phrase) for phrase in phrases]
-        if built:
-            found[slot] = built[0] if isinstance(value, str) else built
-    if "background" in found and "lighting" in found and not suits(found["background"], found["lighting"]):
-        fitting = [light for light in LIGHTING if suits(found["background"], light)]
-        raise ConfigError(
-            f"render.scene.lighting={found['lighting']!r} cannot be seen before {found['background']!r}.",
-            f"What can: {'; '.join(fitting)}.",
-        )
+        found[slot] = built[0] if isinstance(value, str) else built
+    _check_light(found)
     return found
+
+
+def _check_light(found: dict[str, Any]) -> None:
+    """Some light cannot be seen on some surface or before some background, however the rest is drawn."""
+    if "lighting" not in found:
+        return
+    surfaces = [found["surface"]] if "surface" in found else SURFACES
+    backgrounds = [found["background"]] if "background" in found else BACKGROUNDS
+
+    def visible(light: str) -> bool:
+        return any(suits(surface, background, light) for surface in surfaces for background in backgrounds)
+
+    if not visible(found["lighting"]):
+        where = " and ".join(repr(found[slot]) for slot in ("surface", "background") if slot in found)
+        raise ConfigError(
+            f"render.scene.lighting={found['lighting']!r} cannot be seen with {where}.",
+            f"What can: {'; '.join(filter(visible, LIGHTING))}.",
+        )

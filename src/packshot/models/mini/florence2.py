@@ -29,7 +29,7 @@ from transformers import (
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from packshot.models.mini.clip import PHRASES, phrase_loss
-from packshot.models.mini.data import SIZE, Render, Renders, free_caption, mirrored, to_pixels
+from packshot.models.mini.data import SIZE, Render, Renders, bare_phrases, free_caption, mirrored, to_pixels
 from packshot.models.mini.folder import Family, Record, set_loading_dtype
 from packshot.models.mini.stretch import Plan, Progress, run_stretch
 from packshot.models.mini.vocabulary import train_florence_tokenizer
