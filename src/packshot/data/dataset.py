@@ -17,14 +17,14 @@ from packshot.core.storage import readable
 from packshot.data.decode import flatten
 from packshot.scene import Scene
 
-_IMAGES = ("image", "mask", "plate", "cutout")
+_IMAGES = {"image": "RGB", "plate": "RGB", "cutout": "RGBA", "mask": "L", "shadow": "L"}
 
 
 class Rows(Sequence[dict[str, Any]]):
     """Samples of a dataset folder; ``rows[i]`` decodes one.
 
     Each is a dict with ``image`` (PIL RGB), ``mask`` (PIL L, or None when the set has none), ``text``, ``scene``
-    (Scene), ``id`` and every other column as it is (``plate``: PIL RGB; ``cutout``: PIL RGBA).
+    (Scene), ``id`` and every other column as it is (``plate``: PIL RGB, ``cutout``: RGBA, ``shadow``: L).
     """
 
     def __init__(self, path: str, files: list[str], table: Any) -> None:
@@ -48,7 +48,7 @@ class Rows(Sequence[dict[str, Any]]):
         return row
 
     def _decode(self, row: dict[str, Any], name: str) -> Image.Image:
-        mode = {"image": "RGB", "plate": "RGB", "mask": "L", "cutout": "RGBA"}[name]
+        mode = _IMAGES[name]
         try:
             image = Image.open(io.BytesIO(row[name]["bytes"]))
             # over white: a plain conversion would show the colours that transparency hides
