@@ -16,6 +16,7 @@ from packshot.config.schema import ExecutorConfig
 from packshot.core.errors import PackshotError
 from packshot.core.storage import sha256
 from packshot.pipeline import Outcome, Step, run_steps
+from packshot.pipeline.meter import tell, watching
 from packshot.pipeline.run import rejections
 from packshot.pipeline.shards import split
 
@@ -197,3 +198,19 @@ def test_a_dead_worker_is_an_error_with_a_way_out(tmp_path):
     with pytest.raises(PackshotError, match="worker") as caught:
         run_steps(tmp_path, split(ITEMS, 20), fingerprint, bad, ExecutorConfig(workers=2))
     assert "run.resume=true" in caught.value.hint
+
+
+def test_progress_adds_up_to_the_rows_whatever_the_workers_tell(tmp_path):
+    told = []
+    with watching(tmp_path, lambda n=1, **figures: told.append(n)) as meter:
+        tell(tmp_path, 0, 3)
+        meter.look()
+        meter.look()
+        tell(tmp_path, 0, 1)
+        tell(tmp_path, 1, 2)
+        meter.look()
+        meter.finished(0, 5)
+        meter.finished(1, 2)
+        meter.finished(2, 4)  # found done: nobody told
+    assert sum(told) == 11
+    assert not (tmp_path / "steps" / ".progress").exists()

@@ -223,3 +223,9 @@ def test_objects_are_licensed():
     assert {entry["license"] for entry in index.values()} == {"CC0-1.0"}
     assert all(entry["author"] for entry in index.values())
     assert resolve("data/objects/objects.zip").stat().st_size < 6 * 2**20
+
+
+def test_named_seeds_are_rendered_in_their_order():
+    assert [job["seed"] for job in jobs("render.seeds=[41,7]")] == [41, 7]
+    with pytest.raises(ConfigError, match=r"render\.seeds"):
+        jobs("render.seeds=[1,1]")

@@ -252,6 +252,7 @@ class SceneConfig:
 @dataclass
 class RenderConfig:
     count: int = opt(24, "scenes", min=1, max=1_000_000)
+    seeds: list[int] = opt([], "render these scenes instead (the numbers in the column `source`)")
     size: int = opt(128, "side of the square picture, px", min=32, max=4096)
     samples: int = opt(12, "light paths per pixel; 12 do at 128 px, 64 at 512 and more", min=1, max=4096)
     quality: int | None = opt(

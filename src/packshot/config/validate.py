@@ -100,6 +100,12 @@ def _settings(settings: schema.GenerateSettings) -> None:
         raise ConfigError(f"size={settings.size} is no canvas.", "size takes [width,height], each from 64 to 8192 px.")
 
 
+def _rendering(config: schema.BuildData) -> None:
+    seeds = config.render.seeds
+    if len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds):
+        raise ConfigError(f"render.seeds={seeds} has a seed twice or below 0.", "Name each scene once.")
+
+
 def _adapters(config: schema.Generate | schema.Serve) -> None:
     adapters = config.adapters
     if adapters.controlnet_scales and len(adapters.controlnet_scales) != len(adapters.controlnets):
@@ -115,6 +121,7 @@ _CHECKS: list[tuple[type | tuple[type, ...], Callable[[Any], None]]] = [
     (object, check_ranges),
     (tuple(schema.SCRIPTS.values()), _tracking),
     ((schema.TrainScript, schema.CaptionVLM), _training),
+    (schema.BuildData, _rendering),
     (schema.Generate, _generation),
     (schema.GenerateSettings, _settings),
     (schema.Serve, lambda config: _settings(config.generate)),

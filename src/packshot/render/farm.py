@@ -82,7 +82,7 @@ def jobs(config: BuildData) -> list[Sample]:
     render = config.render
     given = renderable(asdict(render.scene), render.nearest)
     first = config.run.seed * SEEDS_PER_RUN_SEED
-    wanted = itertools.islice(seeds(render.split, first), render.count)
+    wanted = render.seeds or itertools.islice(seeds(render.split, first), render.count)
     return [{"source": f"seed {seed}", "job": json.dumps(sample_job(seed, given))} for seed in wanted]
 
 
