@@ -23,7 +23,9 @@ def _folder(dataset: Path) -> Path:
 
 def tell(dataset: Path, shard: int, rows: int) -> None:
     """Called by a worker when it has done so many more rows of a shard."""
-    with (_folder(dataset) / str(shard)).open("ab") as file:
+    folder = _folder(dataset)
+    folder.mkdir(parents=True, exist_ok=True)  # not by the main process: a rerun on finished work touches nothing
+    with (folder / str(shard)).open("ab") as file:
         file.write(b"." * rows)
 
 
@@ -43,7 +45,7 @@ class Meter:
 
     def look(self) -> None:
         """Count what was told since the last look."""
-        for file in self._folder.iterdir():
+        for file in self._folder.glob("*"):
             with self._lock:
                 shard, rows = int(file.name), file.stat().st_size
                 if rows > self._seen[shard]:
@@ -56,7 +58,6 @@ def watching(dataset: Path, advance: Advance) -> Iterator[Meter]:
     """Looks every second while the block runs; leaves no file behind."""
     folder, stop = _folder(dataset), threading.Event()
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     meter = Meter(dataset, advance)
 
     def look() -> None:
