@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from packshot.config.compose import compose
 from packshot.data.dataset import load_rows
 from packshot.models.load import load_parts
-from packshot.train.cache import TensorCache
 from packshot.train.loop import fit
 from packshot.train.run import build_task
 from packshot.train.session import start
@@ -25,8 +24,9 @@ def main(folder: str, *overrides: str) -> None:
     rows = load_rows("data.train", config.data.train)
     parts = load_parts(config.model)
     session = start("train_lora", config, config.train)
-    task = build_task(config, parts, TensorCache(Path(folder).parent / "cache"), rows, session.accelerator)
-    task.fill_cache(rows, session.accelerator)
+    config.data.cache_dir = str(Path(folder).parent / "cache")
+    task, examples = build_task(config, parts, rows, rows, session.accelerator)
+    examples.fill(session.accelerator)
     gradients: dict[str, torch.Tensor] = {}
     clip = session.accelerator.clip_grad_norm_
 
@@ -36,7 +36,7 @@ def main(folder: str, *overrides: str) -> None:
         return clip(parameters, norm)
 
     session.accelerator.clip_grad_norm_ = remember
-    fit(task, rows, config, session)
+    fit(task, examples, config, session)
     if session.run:
         save_file(gradients, Path(folder) / "gradients.safetensors")
         save_file({n: p.detach().clone() for n, p in trainable(task).items()}, Path(folder) / "weights.safetensors")

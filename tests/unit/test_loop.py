@@ -2,10 +2,13 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from packshot.config.schema import CaptionVLM, LRSchedule, TrainConfig
@@ -15,7 +18,7 @@ from packshot.core.tracking import NullTracker
 from packshot.train import state as checkpoints
 from packshot.train.loop import fit, validate
 from packshot.train.optimizer import learning_rate
-from packshot.train.order import RankBatches, Stream, batches
+from packshot.train.order import Order, RankBatches, Stream, ahead, batches
 from packshot.train.session import Session, make_accelerator
 
 
@@ -95,7 +98,7 @@ def test_every_sample_comes_once_an_epoch_whatever_the_batch_and_the_processes()
             batches(
                 Stream(ROWS, IDS, 0),
                 lambda s, k: {"epochs": [key.epoch for key in k]},
-                RankBatches(0, size, rank, world),
+                RankBatches(Order([0] * 7, 0, size * world), 0, size, rank, world),
                 0,
             )
             for rank in range(world)
@@ -111,9 +114,49 @@ def test_every_sample_comes_once_an_epoch_whatever_the_batch_and_the_processes()
         assert sorted(i for e, i in seen[1] if e == epoch) == IDS
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    groups=st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    size=st.integers(1, 9),
+    seed=st.integers(0, 5),
+)
+def test_steps_are_of_one_bucket_and_no_sample_is_ever_left_behind(groups, size, seed):
+    order = Order(groups, seed, size)
+    taken = []
+    while len(taken) < 6 * len(groups) + 4 * size:
+        places = order.step(len(taken) // size)
+        assert len(places) == size
+        assert len({groups[index] for index, _ in places}) == 1
+        taken += places
+    assert len(set(taken)) == len(taken)  # once an epoch
+    counts = Counter(index for index, _ in taken)
+    for group in set(groups):
+        members = [counts[index] for index, other in enumerate(groups) if other == group]
+        assert max(members) - min(members) <= 1  # no member of a bucket is ahead of another by more than one epoch
+    # however many processes share a step, they cut the same one
+    step = len(taken) // size // 2
+    for world in (1, 2, 4):
+        if size % world == 0:
+            shares = [next(iter(RankBatches(order, step, size // world, rank, world))) for rank in range(world)]
+            assert [place for share in shares for place in share] == order.step(step)
+
+
+def test_what_a_loading_thread_raises_reaches_the_loop():
+    def source():
+        yield 1
+        raise ValueError("sample 7 is broken")
+
+    items = ahead(source())
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="sample 7"):
+        next(items)
+
+
 def test_loader_processes_change_nothing():
     def first_batches(num_workers):
-        stream = batches(Stream(ROWS, IDS, 0), Regression().collate, RankBatches(0, 3, 0, 1), num_workers)
+        stream = batches(
+            Stream(ROWS, IDS, 0), Regression().collate, RankBatches(Order([0] * 7, 0, 3), 0, 3, 0, 1), num_workers
+        )
         return [next(stream) for _ in range(4)]
 
     for a, b in zip(first_batches(0), first_batches(2), strict=True):

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from packshot.config.schema import (
@@ -17,8 +19,8 @@ from packshot.core.storage import resolve
 from packshot.diffusion.keyed import SampleKey
 from packshot.methods import METHODS
 from packshot.models.load import load_parts
-from packshot.train.cache import TensorCache
-from packshot.train.task import DiffusionTask, framed
+from packshot.train.encode import Encoder, Examples, framed
+from packshot.train.task import DiffusionTask
 
 BASE = resolve("data/models/sdxl")
 CONFIGS = [
@@ -34,7 +36,7 @@ NAMES = ["lora", "rslora", "dora", "controlnet", "ip_adapter", "ip_adapter_plus"
 
 def example(parts, rows, method):
     """A batch of one for ``method.predict``, without a cache."""
-    seen = framed(rows[0], 128)
+    seen = framed(rows[0], (128, 128))
     g = torch.Generator().manual_seed(0)
     width = parts.unet.config.cross_attention_dim
     pooled = parts.text_encoder_2.config.projection_dim
@@ -200,23 +202,32 @@ def test_gradients_are_equal_with_and_without_checkpointing(parts, rows):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
-def make_task(rows, tmp_path, **objective):
+def make_task(rows, folder=None, method=None, **objective):
+    """A task and its samples; without a folder they are encoded at each access."""
     config = TrainLora()
     for name, value in objective.items():
         setattr(config.objective, name, value)
     parts = load_parts(config.model)
-    method = METHODS[LoraMethod](parts, LoraMethod(rank=4))
-    task = DiffusionTask(method, parts, config, TensorCache(tmp_path / "cache"), rows)
-    for index in range(2):
-        sample = rows[index]
-        task._cache.put(task._latent_key(sample), task._encode_latents(sample))
-        task._cache.put(task._text_key(sample["text"]), task._encode_text(sample["text"]))
-    return task
+    method = METHODS[type(method or LoraMethod())](parts, method or LoraMethod(rank=4))
+    examples = Examples(rows, Encoder(parts, method, 128, config.data), folder)
+    examples.fill(Accelerator(cpu=True))
+    return DiffusionTask(method, parts, config, examples), examples
 
 
-def test_batches_are_made_of_the_sample_not_of_the_batch(rows, tmp_path):
-    task = make_task(rows, tmp_path)
-    samples = [rows[0], rows[1]]
+class Few:
+    """The first samples of a dataset."""
+
+    def __init__(self, rows, count):
+        self._rows, self.ids, self.texts, self.sizes = rows, rows.ids[:count], rows.texts[:count], rows.sizes[:count]
+        self.read, self.digest, self.path = rows.read, rows.digest, rows.path
+
+    def __len__(self):
+        return len(self.ids)
+
+
+def test_batches_are_made_of_the_sample_not_of_the_batch(rows):
+    task, examples = make_task(Few(rows, 2))
+    samples = [examples[0], examples[1]]
     keys = [SampleKey(0, 2, sample["id"]) for sample in samples]
     together = task.collate(samples, keys)
     for index in (0, 1):
@@ -226,36 +237,90 @@ def test_batches_are_made_of_the_sample_not_of_the_batch(rows, tmp_path):
     assert torch.isfinite(task(together)).all()
 
 
-def test_dropped_captions_lose_sequence_and_pooled_embedding_together(rows, tmp_path):
-    task = make_task(rows, tmp_path, caption_dropout=0.5)
-    kinds = set()
+@pytest.mark.parametrize(
+    "method", [LoraMethod(rank=4), ControlNetMethod(), IPAdapterMethod()], ids=lambda m: type(m).__name__
+)
+def test_cached_samples_are_those_encoded_on_the_fly(rows, tmp_path, method):
+    few = Few(rows, 3)
+    _, cached = make_task(few, tmp_path, method)
+    task, fresh = make_task(few, None, method)
+    key = SampleKey(0, 1, rows.ids[2])
+    a, b = (task.collate([examples[2]], [key]) for examples in (cached, fresh))
+    assert set(a) == set(b)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_filled_cache_is_not_filled_again_and_heals_what_is_damaged(rows, tmp_path, monkeypatch, caplog):
+    few = Few(rows, 3)
+    _, first = make_task(few, tmp_path)
+    before = first[1]
+    encoded = []
+    original = Encoder.latents
+    monkeypatch.setattr(Encoder, "latents", lambda self, seen: encoded.append(seen["id"]) or original(self, seen))
+    make_task(few, tmp_path)
+    assert not encoded
+    shard = next(tmp_path.glob("latents-*/*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1  # one bit of one value
+    shard.write_bytes(data)
+    _, healed = make_task(few, tmp_path)
+    assert sorted(encoded) == sorted(few.ids)
+    assert all(torch.equal(before[name], healed[1][name]) for name in ("mean", "std", "prompt_embeds"))
+    shard.write_bytes(data[:100])  # half a file
+    encoded.clear()
+    make_task(few, tmp_path)
+    assert len(encoded) == 3
+
+
+def test_pictures_of_other_shapes_go_to_their_bucket(rows, tmp_path):
+    few = Few(rows, 2)
+    few.sizes = [(128, 128), (96, 160)]
+    wide = Image.new("RGB", (160, 96), "teal")
+    mask = Image.new("L", (160, 96), 0)
+    mask.paste(255, (60, 20, 90, 80))
+    few.read = lambda index, images: rows.read(0, images) | ({"image": wide, "mask": mask} if index else {})
+    few.digest = lambda index: f"shape {index}"
+    task, examples = make_task(few, tmp_path)
+    assert examples.groups[0] != examples.groups[1]
+    sample = examples[1]
+    assert sample["mean"].shape[-2:] == (12, 20)
+    assert sample["time_ids"].tolist() == [96, 160, 0, 0, 96, 160]
+    assert torch.isfinite(task(task.collate([sample], [SampleKey(0, 0, "wide")]))).all()
+
+
+def test_dropped_captions_lose_sequence_and_pooled_embedding_together(rows):
+    task, examples = make_task(Few(rows, 1), caption_dropout=0.5)
+    sample, kinds = examples[0], set()
     for epoch in range(20):
-        batch = task.collate([rows[0]], [SampleKey(0, epoch, rows.ids[0])])
+        batch = task.collate([sample], [SampleKey(0, epoch, rows.ids[0])])
         zero = [bool((batch[name] == 0).all()) for name in ("prompt_embeds", "pooled_prompt_embeds")]
         assert zero[0] == zero[1]
         kinds.add(zero[0])
     assert kinds == {True, False}
 
 
-def test_text_embeddings_are_those_of_the_stock_pipeline(rows, tmp_path):
-    task = make_task(rows, tmp_path)
+def test_text_embeddings_are_those_of_the_stock_pipeline(rows):
+    task, examples = make_task(Few(rows, 1))
     pipeline = StableDiffusionXLPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
     embeds, negative, pooled, _ = pipeline.encode_prompt(rows.texts[0], do_classifier_free_guidance=True)
-    ours = task._encode_text(rows.texts[0])
+    ours = examples[0]
     torch.testing.assert_close(ours["prompt_embeds"], embeds[0])
     torch.testing.assert_close(ours["pooled_prompt_embeds"], pooled[0])
     # what training calls unconditional is what inference subtracts
     assert bool((negative == 0).all()) == (str(task.config.objective.unconditional) == "zeros")
 
 
-def test_a_changed_picture_or_vae_never_meets_an_old_latent(rows, tmp_path):
-    task = make_task(rows, tmp_path)
-    first = task._latent_key(rows[0])
-    assert first != task._latent_key(rows[1])
+def test_a_changed_picture_mask_or_vae_never_meets_an_old_latent(rows, tmp_path):
+    few = Few(rows, 2)
+    _, examples = make_task(few)
+    assert examples._key(0) != examples._key(1)
+    assert rows.digest(0) != rows.digest(1)
+    encoder = examples.encoder
     with torch.no_grad():
-        next(task._parts.vae.parameters()).mul_(1.5)
-    other = DiffusionTask(task.method, task._parts, task.config, task._cache, rows)
-    assert other._latent_key(rows[0]) != first
+        next(encoder.parts.vae.parameters()).mul_(1.5)
+    other = Encoder(encoder.parts, encoder.method, 128, TrainLora().data)
+    assert other.identity.vae != encoder.identity.vae
 
 
 def test_over_a_bf16_base_small_steps_still_move_the_weights(parts, rows):

@@ -74,7 +74,10 @@ class ModelConfig:
 class DataConfig:
     train: str = opt("data/rendered/train", "dataset folder (Parquet) to train on")
     validation: str = opt("data/rendered/heldout", "dataset folder (Parquet) to validate on")
-    num_workers: int = opt(0, "loader processes per training process", min=0, max=64)
+    num_workers: int = opt(0, "loader processes per training process; 0: a thread", min=0, max=64)
+    buckets: bool = opt(True, "aspect-ratio buckets of the base's area; false: everything into the square")
+    cache: bool = opt(True, "encode pictures and captions once; false: at each access, with the same result")
+    cache_dir: str = opt("outputs/cache", "folder of encoded samples; runs share it")
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import pyarrow.compute as pc
@@ -39,8 +40,13 @@ class Rows(Sequence[dict[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row = {name: self._table.column(name)[index].as_py() for name in self._table.column_names}
-        for name in _IMAGES:
+        return self.read(index, tuple(_IMAGES))
+
+    def read(self, index: int, images: Sequence[str]) -> dict[str, Any]:
+        """One sample of which only these images are decoded, and the others left out."""
+        names = [name for name in self._table.column_names if name not in _IMAGES or name in images]
+        row = {name: self._table.column(name)[index].as_py() for name in names}
+        for name in images:
             if row.get(name) is not None:
                 row[name] = self._decode(row, name)
         row.setdefault("mask", None)
@@ -57,6 +63,19 @@ class Rows(Sequence[dict[str, Any]]):
             raise PackshotError(
                 f"{self.path}: sample {row['id']} has a broken {name} ({error}).", "Build the dataset again."
             ) from error
+
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of every image, in px."""
+        if {"width", "height"} <= set(self._table.column_names):
+            pairs = (self._table.column(name).to_pylist() for name in ("height", "width"))
+            return list(zip(*pairs, strict=True))
+        return [self.read(index, ("image",))["image"].size[::-1] for index in range(len(self))]
+
+    def digest(self, index: int) -> str:
+        """Identity of a sample's picture and mask, without decoding either."""
+        mask = self._table.column("mask")[index].as_py() if "mask" in self._table.column_names else None
+        return hashlib.sha256(self.ids[index].encode() + (mask["bytes"] if mask else b"")).hexdigest()
 
     def fingerprint(self) -> str:
         """Digest over sample ids and texts, in order: the identity of what a run was trained on."""

@@ -35,6 +35,7 @@ class SampleKey:
         return torch.rand((), generator=self.generator(use)).item()
 
 
-def permutation(seed: int, epoch: int, size: int) -> torch.Tensor:
-    """Order of an epoch, shape (size,), int64: stateless, so a cursor is all that a checkpoint needs."""
-    return torch.randperm(size, generator=generator(seed, "order", epoch))
+def permutation(seed: int, of: object, size: int) -> torch.Tensor:
+    """A shuffle, shape (size,), int64, by what is shuffled (an epoch): stateless, so a checkpoint needs no more than a
+    cursor."""
+    return torch.randperm(size, generator=generator(seed, "order", of))

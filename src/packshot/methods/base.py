@@ -15,7 +15,11 @@ class Method(Protocol):
     """A trainable extension of a frozen SDXL: an ``nn.Module`` whose parameters with ``requires_grad`` are trained.
 
     Built as ``Class(parts, method_config)``. Trainable parameters are fp32 from the start.
+
+    needs_pixels: whether ``condition`` reads the sample itself; if not, nothing is decoded during training.
     """
+
+    needs_pixels: bool
 
     def encode(self, sample: dict[str, Any]) -> dict[str, Tensor]:
         """Frozen-encoder results of one sample that are worth caching (may be empty). No batch dimension."""
@@ -25,8 +29,11 @@ class Method(Protocol):
         """Names whatever ``encode`` depends on besides the sample (encoder weights, variant)."""
         ...
 
-    def condition(self, sample: dict[str, Any], encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
-        """Extra conditioning of one access, no batch dimension; dropout is drawn from ``key``."""
+    def condition(self, sample: Any, encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
+        """Extra conditioning of one access, no batch dimension; dropout is drawn from ``key``.
+
+        sample: the framed sample if the method needs pixels, else None.
+        """
         ...
 
     def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -37,8 +44,8 @@ class Method(Protocol):
         """A stock pipeline with the adapter in its present state, for validation pictures."""
         ...
 
-    def pipeline_inputs(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """Extra call arguments of that pipeline for one validation sample."""
+    def pipeline_inputs(self, sample: Any, encoded: dict[str, Tensor]) -> dict[str, Any]:
+        """Extra call arguments of that pipeline for one validation sample; arguments as of ``condition``."""
         ...
 
     def export(self, folder: Path) -> None:

@@ -22,6 +22,8 @@ from packshot.models.load import Parts
 class ControlNet(nn.Module):
     """Zero-initialised residuals from a control map (Zhang et al. 2023, arXiv 2302.05543); the UNet stays frozen."""
 
+    needs_pixels = True
+
     def __init__(self, parts: Parts, config: ControlNetMethod) -> None:
         super().__init__()
         self.config, self._parts = config, parts
@@ -49,7 +51,7 @@ class ControlNet(nn.Module):
         control_HWC = CONDITIONS[self.config.condition.name](image_HWC, mask_HW)
         return torch.from_numpy(np.ascontiguousarray(control_HWC.transpose(2, 0, 1)))
 
-    def condition(self, sample: dict[str, Any], encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
+    def condition(self, sample: Any, encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
         """``control``: (3, H, W) at image resolution; [0, 1], unknown pixels -1 for inpaint."""
         return {"control": self._control_map(sample)}
 
@@ -77,7 +79,7 @@ class ControlNet(nn.Module):
         """Text and control map to image."""
         return StableDiffusionXLControlNetPipeline(**self._parts.pipeline_components(), controlnet=self.controlnet)
 
-    def pipeline_inputs(self, sample: dict[str, Any]) -> dict[str, Any]:
+    def pipeline_inputs(self, sample: Any, encoded: dict[str, Tensor]) -> dict[str, Any]:
         """The control map of the sample."""
         return {
             "image": self._control_map(sample)[None],

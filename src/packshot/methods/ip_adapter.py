@@ -32,6 +32,8 @@ class IPAdapter(nn.Module):
     runs. ``base`` projects CLIP's pooled embedding to ``num_tokens`` tokens, ``plus`` resamples its patch tokens.
     """
 
+    needs_pixels = False
+
     def __init__(self, parts: Parts, config: IPAdapterMethod) -> None:
         super().__init__()
         self.config, self._parts = config, parts
@@ -86,7 +88,7 @@ class IPAdapter(nn.Module):
         """Variant and encoder weights."""
         return f"reference-{self.config.variant.name}-{weights_hash(self.image_encoder)}"
 
-    def condition(self, sample: dict[str, Any], encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
+    def condition(self, sample: Any, encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
         """``reference``, or the null reference in ``image_dropout`` of the accesses."""
         dropped = key.uniform("image_dropout") < self.config.image_dropout
         return {"reference": self.null_reference if dropped else encoded["reference"]}
@@ -101,9 +103,9 @@ class IPAdapter(nn.Module):
         """Text and reference to image."""
         return StableDiffusionXLPipeline(**self._parts.pipeline_components())
 
-    def pipeline_inputs(self, sample: dict[str, Any]) -> dict[str, Any]:
+    def pipeline_inputs(self, sample: Any, encoded: dict[str, Tensor]) -> dict[str, Any]:
         """The sample's own surroundings as the reference; unconditional half first, as the pipeline expects."""
-        pair = torch.stack([self.null_reference, self.encode(sample)["reference"]])
+        pair = torch.stack([self.null_reference, encoded["reference"]])
         return {"ip_adapter_image_embeds": [pair.unsqueeze(1).to(self.unet.device, self.unet.dtype)]}
 
     def export(self, folder: Path) -> None:

@@ -22,6 +22,8 @@ from packshot.models.load import Parts
 class Lora(nn.Module):
     """Low-rank updates of the linear layers whose names match ``target_modules`` (Hu et al. 2021, arXiv 2106.09685)."""
 
+    needs_pixels = False
+
     def __init__(self, parts: Parts, config: LoraMethod) -> None:
         super().__init__()
         self.config, self._parts = config, parts
@@ -51,7 +53,7 @@ class Lora(nn.Module):
         """Nothing to distinguish."""
         return ""
 
-    def condition(self, sample: dict[str, Any], encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
+    def condition(self, sample: Any, encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
         """Nothing besides the prompt."""
         return {}
 
@@ -63,7 +65,7 @@ class Lora(nn.Module):
         """Text to image with the LoRA active."""
         return StableDiffusionXLPipeline(**self._parts.pipeline_components())
 
-    def pipeline_inputs(self, sample: dict[str, Any]) -> dict[str, Any]:
+    def pipeline_inputs(self, sample: Any, encoded: dict[str, Tensor]) -> dict[str, Any]:
         """Nothing besides the prompt."""
         return {}
 

@@ -1,15 +1,19 @@
-"""Encoded samples on disk: content-addressed, written atomically, shared by every run that needs the same tensors."""
+"""Encoded samples on disk: content-addressed shards, memory-mapped, shared by every run that needs the same tensors."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import zlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from packshot.core.errors import PackshotError
@@ -18,6 +22,7 @@ from packshot.core.run import log
 from packshot.core.storage import replacing_file
 
 Tensors = dict[str, Tensor]
+SHARD_ROWS = 64  # entries per file: what a kill can cost
 
 
 def content_key(*parts: object) -> str:
@@ -25,36 +30,87 @@ def content_key(*parts: object) -> str:
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
 
 
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data)
+
+
 class TensorCache:
-    """Tensors by content key, one safetensors file each."""
+    """Tensors by content key, in the files of one folder. Entries are never changed: a key names its content."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-
-    def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
-
-    def get(self, key: str) -> Tensors:
-        """Raises PackshotError when the entry is absent or damaged."""
-        try:
-            return load_file(self._path(key))
-        except (OSError, SafetensorError) as error:
-            raise PackshotError(
-                f"cache entry {self._path(key)} is unreadable ({error}).", "Delete it and rerun."
-            ) from error
+        self._files: dict[Path, Any] = {}
+        self._where: dict[str, Path] = {}
+        self._names: dict[str, list[str]] = {}
 
     def __contains__(self, key: str) -> bool:
-        return self._path(key).exists()
+        return key in self._where
 
-    def put(self, key: str, tensors: Tensors) -> None:
-        """Store tensors; all must be finite."""
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise PackshotError(
-                    f"{name} has values that are not finite.", "An fp16 VAE does that; use fp32 or fp16-fix."
-                )
-        with replacing_file(self._path(key)) as file:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}  # a loader's process opens the files anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folder"])
+        self.open()
+
+    def open(self) -> None:
+        """Take up the files that have come since; one that cannot be read is removed with a message."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path in self._files:
+                continue
+            try:
+                file = safe_open(path, framework="pt")
+                names = list(file.keys())
+            except (OSError, SafetensorError) as error:
+                self._drop(path, str(error))
+                continue
+            self._files[path] = file
+            for name in names:
+                key, _, short = name.partition("/")
+                self._where[key] = path
+                known = self._names.setdefault(key, [])
+                if short not in known:
+                    known.append(short)
+
+    def _drop(self, path: Path, reason: str) -> None:
+        log.warning("cache file %s is damaged (%s): removed, its samples are encoded again", path, reason)
+        self._files.pop(path, None)
+        for key in [key for key, where in self._where.items() if where == path]:
+            del self._where[key], self._names[key]
+        with suppress(FileNotFoundError):  # another process was faster
+            path.unlink()
+
+    def get(self, key: str) -> Tensors:
+        """The tensors of an entry.
+
+        Raises:
+            PackshotError: there is none.
+        """
+        if key not in self._where:
+            raise PackshotError(f"{self.folder} has no entry {key}.", "Start again: what is missing is encoded first.")
+        file = self._files[self._where[key]]
+        return {name: file.get_tensor(f"{key}/{name}") for name in self._names[key]}
+
+    def _put(self, entries: dict[str, Tensors]) -> None:
+        """Write a shard; all values must be finite."""
+        flat = {
+            f"{key}/{name}": tensor.contiguous() for key, tensors in entries.items() for name, tensor in tensors.items()
+        }
+        sums = json.dumps({name: _checksum(tensor) for name, tensor in flat.items()})
+        path = self.folder / f"{content_key(*sorted(entries))[:24]}.safetensors"
+        with replacing_file(path) as file:
+            save_file(flat, file, metadata={"crc32": sums})
+
+    def _verify(self, path: Path) -> None:
+        """Compare every tensor of a file with the checksum it was written with."""
+        file = self._files[path]
+        try:
+            sums = json.loads(file.metadata()["crc32"])
+            wrong = [name for name, expected in sums.items() if _checksum(file.get_tensor(name)) != expected]
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            wrong = [str(error)]
+        if wrong:
+            self._drop(path, f"checksum of {wrong[0]}")
 
     def fill(
         self,
@@ -62,22 +118,58 @@ class TensorCache:
         jobs: Iterable[tuple[str, str, Callable[[], Tensors]]],
         accelerator: Accelerator,
     ) -> None:
-        """Compute what is missing. Every process takes its share; returns when all are done.
+        """Verify what is there and compute what is missing. Every process takes its share; returns when all are done.
 
         jobs: (key, name for messages, function that computes the tensors).
+
+        Raises:
+            PackshotError: a value is not finite, or the tensors cannot be written.
         """
         wanted = {key: (name, compute) for key, name, compute in jobs}
+        rank, world = accelerator.process_index, accelerator.num_processes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.open()
+        needed = sorted({self._where[key] for key in wanted if key in self._where})
+        for path in needed[rank::world]:
+            self._verify(path)
+        accelerator.wait_for_everyone()
+        self._forget_removed()
         missing = [key for key in wanted if key not in self]
-        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        self._encode(description, [(key, *wanted[key]) for key in missing[rank::world]], accelerator)
         accelerator.wait_for_everyone()
-        if missing and accelerator.is_main_process:
-            log.info("%s: %d of %d already cached", description, len(wanted) - len(missing), len(wanted))
-        with progress(description, len(mine), show=bool(mine) and accelerator.is_main_process) as advance:
-            for key in mine:
-                name, compute = wanted[key]
-                try:
-                    self.put(key, compute())
-                except PackshotError as error:
-                    raise PackshotError(f"{description}, {name}: {error.args[0]}", error.hint) from error
+        self.open()
+        if accelerator.is_main_process:
+            size = sum(path.stat().st_size for path in {self._where[key] for key in wanted}) / 2**20
+            hits = 100 * (1 - len(missing) / max(1, len(wanted)))
+            log.info("%s: %d entries, %.1f MiB, %.0f %% were cached", description, len(wanted), size, hits)
+
+    def _forget_removed(self) -> None:
+        for path in [path for path in self._files if not path.exists()]:
+            self._drop(path, "removed by another process")
+
+    def _encode(
+        self, description: str, jobs: list[tuple[str, str, Callable[[], Tensors]]], accelerator: Accelerator
+    ) -> None:
+        entries: dict[str, Tensors] = {}
+        with progress(description, len(jobs), show=bool(jobs) and accelerator.is_main_process) as advance:
+            for number, (key, name, compute) in enumerate(jobs, 1):
+                entries[key] = _finite(compute(), f"{description}, {name}")
+                if len(entries) == SHARD_ROWS or number == len(jobs):
+                    try:
+                        self._put(entries)
+                    except (OSError, SafetensorError) as error:
+                        raise PackshotError(
+                            f"{self.folder} cannot be written: {error}.",
+                            "Free some space, or name another folder by data.cache_dir. What is written is kept.",
+                        ) from error
+                    entries = {}
                 advance()
-        accelerator.wait_for_everyone()
+
+
+def _finite(tensors: Tensors, name: str) -> Tensors:
+    for part, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise PackshotError(
+                f"{name}: {part} has values that are not finite.", "An fp16 VAE does that; use fp32 or fp16-fix."
+            )
+    return tensors

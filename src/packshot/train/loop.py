@@ -22,7 +22,7 @@ from packshot.core.run import log
 from packshot.diffusion.keyed import SampleKey
 from packshot.train import state as checkpoints
 from packshot.train.optimizer import OPTIMIZERS, learning_rate
-from packshot.train.order import RankBatches, Stream, batches
+from packshot.train.order import Order, RankBatches, Stream, batches
 from packshot.train.session import Session
 
 
@@ -113,8 +113,10 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
     accelerator.wait_for_everyone()
 
     world, accumulation = accelerator.num_processes, train.gradient_accumulation_steps
-    order = RankBatches(where.samples_seen, train.batch_size, accelerator.process_index, world)
-    stream = batches(Stream(rows, rows.ids, seed), inner.collate, order, config.data.num_workers)
+    groups = getattr(rows, "groups", None) or [0] * len(rows)
+    order = Order(groups, seed, train.batch_size * world * accumulation)
+    mine = RankBatches(order, where.step, train.batch_size, accelerator.process_index, world)
+    stream = batches(Stream(rows, rows.ids, seed), inner.collate, mine, config.data.num_workers)
     task.train()
     if train.validation_steps and where.step == 0:
         validate(task, ema, session, 0)

@@ -1,7 +1,10 @@
-"""Which sample comes when: an endless stream of shuffled epochs, cut into batches by position alone."""
+"""Which sample comes when: endless shuffled streams, cut into optimizer steps by position alone."""
 
 from __future__ import annotations
 
+import queue
+import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -11,45 +14,97 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from packshot.diffusion.keyed import SampleKey, permutation
 
+Place = tuple[int, int]  # (index of the sample, epoch of this access)
+
+
+class Order:
+    """The samples of every optimizer step, as a function of its number: a step count is all that resume needs.
+
+    Samples of one group (an aspect-ratio bucket) form an endless stream of shuffled epochs: position p is element
+    ``p % n`` of the permutation of epoch ``p // n``. Steps are cut from the streams one after the other and run over
+    the ends of epochs, so that every step is full, of one group, and no sample is dropped. In which order the groups'
+    steps come is shuffled epoch by epoch. Nothing here depends on the number of processes.
+
+    groups: group of each sample. size: samples per optimizer step, over all processes and micro-steps.
+    """
+
+    def __init__(self, groups: Sequence[int], seed: int, size: int) -> None:
+        self.seed, self.size = seed, size
+        names = sorted(set(groups))
+        self._members = [[index for index, group in enumerate(groups) if group == name] for name in names]
+        self._order = lru_cache(maxsize=4 * len(names))(
+            lambda group, epoch: permutation(seed, f"{epoch} of {group}", len(self._members[group])).tolist()
+        )
+        self._steps_of = lru_cache(maxsize=2)(self._shuffled_steps)
+
+    def _until(self, epoch: int, group: int) -> int:
+        """Full steps that a group's stream has given by the start of an epoch."""
+        return epoch * len(self._members[group]) // self.size
+
+    def _steps_before(self, epoch: int) -> int:
+        return sum(self._until(epoch, group) for group in range(len(self._members)))
+
+    def _shuffled_steps(self, epoch: int) -> list[tuple[int, int]]:
+        """(group, number of the step in the group's stream) of one epoch, in the order in which they come."""
+        steps = [
+            (group, number)
+            for group in range(len(self._members))
+            for number in range(self._until(epoch, group), self._until(epoch + 1, group))
+        ]
+        if len(self._members) == 1:  # shuffled already; in this order the batch size changes nothing
+            return steps
+        return [steps[i] for i in permutation(self.seed, f"steps {epoch}", len(steps)).tolist()]
+
+    def step(self, number: int) -> list[Place]:
+        """The samples of optimizer step ``number`` (from 0)."""
+        high = 1
+        while self._steps_before(high) <= number:
+            high *= 2
+        epoch = bisect_right(range(high + 1), number, key=self._steps_before) - 1
+        group, within = self._steps_of(epoch)[number - self._steps_before(epoch)]
+        members = self._members[group]
+        places = []
+        for position in range(within * self.size, (within + 1) * self.size):
+            turn, offset = divmod(position, len(members))
+            places.append((members[self._order(group, turn)[offset]], turn))
+        return places
+
 
 class Stream(Dataset):
-    """Sample at a position of the stream, with the key of its random draws.
-
-    Position p is element ``p % n`` of the permutation of epoch ``p // n``. Batches run over the ends of epochs, so
-    none is short and no sample is dropped; a cursor (samples seen) is all that resume needs.
-    """
+    """Sample at a place, with the key of its random draws."""
 
     def __init__(self, rows: Any, ids: Sequence[str], seed: int) -> None:
         self.rows, self.ids, self.seed = rows, ids, seed
-        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, epoch, len(ids)))
 
-    def __getitem__(self, position: int) -> tuple[dict[str, Any], SampleKey]:
-        epoch, offset = divmod(position, len(self.ids))
-        index = int(self._order(epoch)[offset])
+    def __getitem__(self, place: Place) -> tuple[dict[str, Any], SampleKey]:
+        index, epoch = place
         return self.rows[index], SampleKey(self.seed, epoch, self.ids[index])
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-class RankBatches(Sampler[list[int]]):
-    """This process's micro-batches as lists of positions, from the global position ``start`` on."""
+class RankBatches(Sampler[list[Place]]):
+    """This process's micro-batches, from optimizer step ``start`` on."""
 
-    def __init__(self, start: int, batch_size: int, rank: int, world_size: int) -> None:
-        self.start, self.batch_size, self.rank, self.world_size = start, batch_size, rank, world_size
+    def __init__(self, order: Order, start: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.order, self.start, self.batch_size = order, start, batch_size
+        self.rank, self.world_size = rank, world_size
 
-    def __iter__(self) -> Iterator[list[int]]:
-        position = self.start + self.rank * self.batch_size
+    def __iter__(self) -> Iterator[list[Place]]:
+        number, together = self.start, self.batch_size * self.world_size
         while True:
-            yield list(range(position, position + self.batch_size))
-            position += self.batch_size * self.world_size
+            places = self.order.step(number)
+            for first in range(self.rank * self.batch_size, len(places), together):
+                yield places[first : first + self.batch_size]
+            number += 1
 
 
 Collate = Callable[[list[dict[str, Any]], list[SampleKey]], dict[str, Any]]
 
 
 def batches(stream: Stream, collate: Collate, order: RankBatches, num_workers: int) -> Iterator[dict[str, Any]]:
-    """Endless iterator of collated micro-batches."""
+    """Endless iterator of collated micro-batches; the next ones are prepared while the network works."""
 
     def together(items: list[tuple[dict[str, Any], SampleKey]]) -> dict[str, Any]:
         samples, keys = zip(*items, strict=True)
@@ -65,4 +120,37 @@ def batches(stream: Stream, collate: Collate, order: RankBatches, num_workers: i
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    return iter(loader) if num_workers else ahead(iter(loader))
+
+
+def ahead(source: Iterator[Any], count: int = 2) -> Iterator[Any]:
+    """Items of ``source``, taken by a thread up to ``count`` ahead of whoever asks; its exceptions arrive in turn."""
+    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(count)
+    stop = threading.Event()
+
+    def offer(item: tuple[Any, BaseException | None]) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.5)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def take() -> None:
+        try:
+            for item in source:
+                if not offer((item, None)):
+                    return
+        except BaseException as error:
+            offer((None, error))
+
+    threading.Thread(target=take, daemon=True).start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()

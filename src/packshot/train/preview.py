@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,15 @@ from PIL import Image, ImageDraw
 from packshot.core.errors import PackshotError
 from packshot.core.run import log
 from packshot.diffusion.keyed import SampleKey
+from packshot.train.encode import Examples, lost_words
 from packshot.train.loop import peak_memory_gib
 from packshot.train.optimizer import learning_rate
-from packshot.train.task import batch_to, framed
+from packshot.train.order import Order
+from packshot.train.task import batch_to
 
 # AdamW keeps two moments per trained parameter, both fp32; a gradient is the third copy.
 ADAMW_BYTES, GRADIENT_BYTES = 8, 4
+MOST_SHOWN = 8  # samples of the first step that mode=check draws and measures
 
 
 def enable_checkpointing(method: torch.nn.Module) -> None:
@@ -31,7 +35,7 @@ def enable_checkpointing(method: torch.nn.Module) -> None:
             module.train()
 
 
-def plan(session: Any, task: Any, rows: Any, validation: Any, config: Any) -> None:
+def plan(session: Any, task: Any, examples: Examples, config: Any) -> None:
     """Log and write ``plan.json``: parameters and the memory they, their gradients and the optimizer need."""
     parameters = list(task.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -49,7 +53,7 @@ def plan(session: Any, task: Any, rows: Any, validation: Any, config: Any) -> No
         "frozen_parameters": sum(p.numel() for p in frozen),
         **gib,
         "samples_per_step": samples,
-        "epochs": config.train.max_steps * samples / len(rows),
+        "epochs": config.train.max_steps * samples / len(examples),
     }
     if session.run:
         (session.path / "plan.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -57,24 +61,22 @@ def plan(session: Any, task: Any, rows: Any, validation: Any, config: Any) -> No
             log.info("%-22s %s", name, f"{value:.4g}" if isinstance(value, float) else f"{value:,}")
 
 
-def check(session: Any, task: Any, rows: Any, validation: Any, config: Any) -> None:
+def check(session: Any, task: Any, examples: Examples, config: Any) -> None:
     """Write ``check/``: a grid of what the model will see, the learning-rate curve; log one measured step."""
-    count = min(len(rows), 8)
-    samples = [rows[i] for i in range(count)]
     if not session.run:
         return
     folder = session.path / "check"
     folder.mkdir(exist_ok=True)
-    _grid([framed(sample, config.model.resolution) for sample in samples]).save(folder / "batch.png")
+    order = Order(examples.groups, config.run.seed, min(config.train.batch_size, MOST_SHOWN))
+    places = order.step(0)
+    _grid([examples.seen(index) for index, _ in places]).save(folder / "batch.png")
     _curve([learning_rate(step, config.train) for step in range(config.train.max_steps)]).save(
         folder / "learning_rate.png"
     )
-    tokenizer = task._parts.tokenizer
-    long = [text for text in rows.texts if len(tokenizer(text).input_ids) > tokenizer.model_max_length]
-    for text in long[:5]:
-        log.warning("over %d tokens: %r", tokenizer.model_max_length, text)
-    task.fill_cache(_Head(rows, samples), session.accelerator)
-    batch = task.collate(samples, [SampleKey(config.run.seed, 0, sample["id"]) for sample in samples])
+    buckets = _bucket_table(examples)
+    lost = _truncated(examples)
+    samples = [examples.fresh(index) for index, _ in places]
+    batch = task.collate(samples, [SampleKey(config.run.seed, epoch, examples.ids[index]) for index, epoch in places])
     started = time.monotonic()
     loss = task(batch_to(batch, session.accelerator.device)).mean()
     loss.backward()
@@ -82,40 +84,44 @@ def check(session: Any, task: Any, rows: Any, validation: Any, config: Any) -> N
         raise PackshotError(
             "the loss of the first batch is not finite.", "Look at check/batch.png and the learning rate."
         )
+    entry = sum(t.numel() * t.element_size() for t in samples[0].values() if isinstance(t, torch.Tensor))
     figures = {
-        "samples": len(rows),
-        "captions_too_long": len(long),
+        "samples": len(examples),
+        "captions_too_long": lost,
         "loss": loss.item(),
-        "seconds_per_sample": (time.monotonic() - started) / count,
+        "seconds_per_sample": (time.monotonic() - started) / len(places),
         "peak_memory_gib": peak_memory_gib(),
+        "cache_mib": entry * len(examples) / 2**20,
     }
-    (folder / "check.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (folder / "check.json").write_text(json.dumps({**figures, "buckets": buckets}, indent=2) + "\n")
     log.info("%s", "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     log.info("look at %s", folder)
 
 
-class _Head:
-    """The first samples of a dataset, for the cache."""
+def _bucket_table(examples: Examples) -> dict[str, int]:
+    """Samples per bucket; a bucket with less than a handful is worth a warning: its pictures come again and again."""
+    counts = Counter(examples.encoder.shapes[group] for group in examples.groups)
+    for (height, width), count in counts.most_common():
+        log.info("bucket %4d x %-4d %6d samples", width, height, count)
+    return {f"{width}x{height}": count for (height, width), count in counts.most_common()}
 
-    def __init__(self, rows: Any, samples: list[dict[str, Any]]) -> None:
-        self._samples = samples
-        self.ids = rows.ids[: len(samples)]
-        self.texts = rows.texts[: len(samples)]
 
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._samples[index]
+def _truncated(examples: Examples) -> int:
+    """Logs what the text encoders will not read; returns how many captions that concerns."""
+    lost = {text: lost_words(examples.encoder.parts.tokenizer, text) for text in dict.fromkeys(examples.rows.texts)}
+    cut = {text: words for text, words in lost.items() if words}
+    for text, words in list(cut.items())[:5]:
+        log.warning("too long for the text encoders, %r is lost of: %s", words, text)
+    return sum(text in cut for text in examples.rows.texts)
 
 
 def _grid(samples: list[dict[str, Any]]) -> Image.Image:
     """One row per sample: image, mask, caption."""
-    side = samples[0]["image"].width
-    sheet = Image.new("RGB", (side * 2 + 520, side * len(samples)), "white")
+    side, height = samples[0]["image"].size
+    sheet = Image.new("RGB", (side * 2 + 520, height * len(samples)), "white")
     draw = ImageDraw.Draw(sheet)
     for number, sample in enumerate(samples):
-        top = number * side
+        top = number * height
         sheet.paste(sample["image"], (0, top))
         if sample["mask"] is not None:
             sheet.paste(sample["mask"].convert("RGB"), (side, top))

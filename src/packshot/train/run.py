@@ -16,8 +16,8 @@ from packshot.data.dataset import Rows, load_rows
 from packshot.methods import METHODS
 from packshot.models.load import Parts, load_parts
 from packshot.train import preview
-from packshot.train.cache import TensorCache
 from packshot.train.card import write_card
+from packshot.train.encode import Encoder, Examples
 from packshot.train.loop import fit
 from packshot.train.session import Session, start
 from packshot.train.state import EMA
@@ -33,25 +33,31 @@ def train(config: TrainScript) -> None:
     validation = load_rows("data.validation", config.data.validation)
     parts = load_parts(config.model)
     session = start(script, config, config.train)
-    task = build_task(config, parts, TensorCache(Path("outputs/cache")), validation, session.accelerator)
+    task, examples = build_task(config, parts, rows, validation, session.accelerator)
     try:
-        MODES[config.mode](session, task, rows, validation, config)
+        MODES[config.mode](session, task, examples, config)
     finally:
         if session.tracker:
             session.tracker.finish()
 
 
 def build_task(
-    config: Any, parts: Parts, cache: TensorCache, validation: Rows, accelerator: Accelerator
-) -> DiffusionTask:
-    """The task of a training config, on its device. New weights are drawn from run.seed: the same on every process."""
+    config: Any, parts: Parts, rows: Rows, validation: Rows, accelerator: Accelerator
+) -> tuple[DiffusionTask, Examples]:
+    """The task of a training config, on its device, and the samples it is trained on.
+
+    New weights are drawn from run.seed: the same on every process.
+    """
     torch.manual_seed(config.run.seed)
     method: Any = METHODS[type(config.method)](parts, config.method)
     if config.train.gradient_checkpointing:
         preview.enable_checkpointing(method)
-    task = DiffusionTask(method, parts, config, cache, validation)
+    encoder = Encoder(parts, method, config.model.resolution, config.data)
+    folder = Path(config.data.cache_dir) if config.data.cache else None
+    examples, held_out = (Examples(part, encoder, folder) for part in (rows, validation))
+    task = DiffusionTask(method, parts, config, held_out)
     _place(task, parts, accelerator, config.train)
-    return task
+    return task, examples
 
 
 def _place(task: DiffusionTask, parts: Any, accelerator: Accelerator, train: TrainConfig) -> None:
@@ -64,12 +70,14 @@ def _place(task: DiffusionTask, parts: Any, accelerator: Accelerator, train: Tra
     task.alphas_cumprod_T = task.alphas_cumprod_T.to(accelerator.device)
 
 
-def _train(session: Session, task: DiffusionTask, rows: Rows, validation: Rows, config: TrainScript) -> None:
-    for part in (rows, validation):
-        task.fill_cache(part, session.accelerator)
-    ema = fit(task, rows, config, session)
+def _train(session: Session, task: DiffusionTask, examples: Examples, config: TrainScript) -> None:
+    for part in (examples, task.validation):
+        part.fill(session.accelerator)
+    if config.data.cache:
+        examples.encoder.release()
+    ema = fit(task, examples, config, session)
     if session.run:
-        export(session, task, task.method, ema, rows, config)
+        export(session, task, task.method, ema, examples.rows, config)
 
 
 def export(session: Session, module: torch.nn.Module, exporter: Any, ema: EMA | None, rows: Rows, config: Any) -> None:
@@ -84,7 +92,7 @@ def export(session: Session, module: torch.nn.Module, exporter: Any, ema: EMA | 
     log.info("exported to %s", session.path / "export")
 
 
-MODES: dict[Mode, Callable[[Session, DiffusionTask, Rows, Rows, Any], None]] = {
+MODES: dict[Mode, Callable[[Session, DiffusionTask, Examples, Any], None]] = {
     Mode.train: _train,
     Mode.plan: preview.plan,
     Mode.check: preview.check,

@@ -1,0 +1,32 @@
+"""Aspect-ratio buckets: the shapes that training sees, all of about the same area."""
+
+from __future__ import annotations
+
+import math
+
+MAX_RATIO = 2.0  # longer side / shorter side
+
+
+def shapes(resolution: int, step: int) -> list[tuple[int, int]]:
+    """(height, width) of every bucket, the square first.
+
+    Sides are multiples of ``step``; each width takes the largest height whose area stays within ``resolution``²
+    (SDXL, arXiv 2307.01952, section 2.3 and appendix I, which lists them for 1024 and 64).
+
+    Raises:
+        ValueError: ``resolution`` is no multiple of ``step``.
+    """
+    if resolution % step:
+        raise ValueError(f"resolution {resolution} is no multiple of {step}")
+    found = {(resolution, resolution)}
+    for short in range(step, resolution, step):
+        long = resolution * resolution // short // step * step
+        if long / short <= MAX_RATIO:
+            found |= {(short, long), (long, short)}
+    return sorted(found, key=lambda shape: (abs(math.log(shape[0] / shape[1])), shape))
+
+
+def nearest(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int:
+    """Index of the bucket whose aspect ratio is nearest to that of ``size`` (h, w); of equal ones the first."""
+    ratio = math.log(size[0] / size[1])
+    return min(range(len(buckets)), key=lambda index: abs(math.log(buckets[index][0] / buckets[index][1]) - ratio))
