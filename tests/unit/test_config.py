@@ -100,3 +100,28 @@ def test_exit_code_of_a_wrong_key():
     assert done.returncode == 2
     assert "train.learnign_rate" in done.stderr
     assert "train.learning_rate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["objective.snr_gamma=5", "objective.debiased=true"], "Choose one"),
+        (
+            ["objective.zero_terminal_snr=true", "objective.prediction_type=epsilon", "objective.snr_gamma=5"],
+            "divide by zero",
+        ),
+        (["objective.min_timestep=500", "objective.max_timestep=500"], "not above"),
+    ],
+)
+def test_objectives_without_meaning_are_refused_before_a_model_loads(overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        compose("train_lora", overrides)
+
+
+def test_a_base_that_predicts_epsilon_refuses_zero_terminal_snr():
+    from packshot.config.schema import ObjectiveConfig
+    from packshot.config.validate import check_objective
+
+    with pytest.raises(ConfigError, match="v_prediction"):
+        check_objective(ObjectiveConfig(zero_terminal_snr=True), "epsilon")
+    check_objective(ObjectiveConfig(zero_terminal_snr=True), "v_prediction")

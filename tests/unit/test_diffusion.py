@@ -52,6 +52,51 @@ def test_min_snr_weights_follow_the_paper():
     torch.testing.assert_close(schedule.min_snr_weight(T, alphas, 5.0, "v_prediction"), expected / (ratio + 1))
 
 
+def test_debiased_weights_follow_the_paper_and_v_counts_like_epsilon():
+    alphas = schedule.alphas_cumprod(SDXL)
+    ratio = alphas[T] / (1 - alphas[T])
+    epsilon = schedule.debiased_weight(T, alphas, 1000.0, "epsilon")
+    torch.testing.assert_close(epsilon, 1 / ratio.clamp(max=1000).sqrt())
+    # v = a eps - s x0, so an error of v is one of eps divided by a (Salimans & Ho 2022)
+    torch.testing.assert_close(schedule.debiased_weight(T, alphas, 1000.0, "v_prediction"), epsilon * alphas[T])
+
+
+def test_zero_terminal_snr_equals_diffusers_and_no_v_weight_is_nan():
+    theirs = DDPMScheduler(**SDXL, rescale_betas_zero_snr=True)
+    ours = schedule.rescale_zero_terminal_snr(schedule.alphas_cumprod(SDXL))
+    torch.testing.assert_close(ours, theirs.alphas_cumprod, rtol=1e-3, atol=1e-6)
+    assert ours[-1] == 0
+    for weight in (schedule.min_snr_weight, schedule.debiased_weight):
+        assert torch.isfinite(weight(torch.arange(1000), ours, 5.0, "v_prediction")).all()
+
+
+@pytest.mark.parametrize("kind", schedule.TIMESTEPS)
+def test_timesteps_stay_in_range_and_are_distributed_as_they_say(kind):
+    g = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([int(schedule.TIMESTEPS[kind](g, 100, 900)) for _ in range(4000)])
+    assert drawn.min() >= 100
+    assert drawn.max() <= 899
+    share = (drawn - 100) / 800
+    expected = {"uniform": 0.5, "logit_normal": 0.5, "cubic": 0.75}[kind]  # means; E[1 - u^3] = 3/4
+    assert abs(float(share.mean()) - expected) < 0.02
+    spread = {"uniform": 12**-0.5, "logit_normal": 0.2083, "cubic": (1 / 7 - 1 / 16) ** 0.5}[kind]
+    assert abs(float(share.std()) - spread) < 0.01
+
+
+def test_a_ring_outside_the_product_weighs_more():
+    alpha = torch.zeros(1, 9, 9)
+    alpha[:, 3:6, 3:6] = 1
+    alpha[:, 3, 3] = 0.25
+    plain = schedule.boundary_weight(alpha, 0.5, 2.0, 1.0, 2)
+    torch.testing.assert_close(plain, 0.5 * alpha + 2.0 * (1 - alpha))
+    ringed = schedule.boundary_weight(alpha, 0.5, 2.0, 3.0, 1)
+    ratio = ringed / plain
+    assert torch.equal(ratio[:, 4, 4], torch.ones(1))  # inside
+    assert torch.equal(ratio[:, 2, 4], torch.full((1,), 3.0))  # one cell outside
+    assert torch.equal(ratio[:, 3, 3], torch.full((1,), 3.0))  # mostly background: it counts as outside
+    assert torch.equal(ratio[:, 0, 0], torch.ones(1))
+
+
 def test_masked_mse_averages_over_the_mask(tensors):
     a, b = tensors
     weight = torch.zeros(5, 1, 8, 8)

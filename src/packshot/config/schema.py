@@ -35,6 +35,8 @@ OptimizerKind = Names("OptimizerKind", ["adamw"])
 LoraKind = Names("LoraKind", ["lora", "dora", "rslora"])
 Condition = Names("Condition", ["inpaint", "canny"])
 IPAdapterVariant = Names("IPAdapterVariant", ["base", "plus"])
+PredictionType = Names("PredictionType", ["base", "epsilon", "v_prediction"])
+TimestepSampling = Names("TimestepSampling", ["uniform", "logit_normal", "cubic"])
 Unconditional = Names("Unconditional", ["zeros", "empty"])
 DatasetKind = Names("DatasetKind", ["background", "product", "rendered"])
 RenderSplit = Names("RenderSplit", ["all", "train", "heldout"])
@@ -112,12 +114,25 @@ class OptimConfig:
 
 @dataclass
 class ObjectiveConfig:
-    snr_gamma: float | None = opt(None, "min-SNR loss weighting (5.0 is usual); null switches it off", min=0)
+    prediction_type: PredictionType = opt(
+        PredictionType.base, "what the network predicts; base: as the base was trained"
+    )
+    zero_terminal_snr: bool = opt(False, "let the last step be pure noise (needs v_prediction)")
+    snr_gamma: float | None = opt(None, "min-SNR loss weighting (5.0 is usual); null switches it off", min=1e-3)
+    debiased: bool = opt(False, "weight the loss by 1/sqrt(SNR) instead: errors count as they disturb the picture")
+    timestep_sampling: TimestepSampling = opt(
+        TimestepSampling.uniform, "how often a timestep comes: logit_normal prefers the middle, cubic the noisy end"
+    )
+    min_timestep: int = opt(0, "smallest timestep that is trained", min=0)
+    max_timestep: int | None = opt(None, "largest timestep that is trained; null: the schedule's last", min=1)
     noise_offset: float = opt(0.0, "per-channel noise offset", min=0, max=1)
+    input_perturbation: float = opt(0.0, "extra noise on the input alone (0.1 is usual), against exposure bias", min=0)
     caption_dropout: float = opt(0.1, "share of samples trained without their prompt", min=0, max=1)
     unconditional: Unconditional = opt(Unconditional.zeros, "what a dropped prompt becomes: zeros or the encoded ''")
     background_weight: float = opt(1.0, "loss weight of background pixels where a product mask exists", min=0)
     product_weight: float = opt(1.0, "loss weight of product pixels where a product mask exists", min=0)
+    boundary_weight: float = opt(1.0, "further weight of a ring around the product, where it would grow", min=0)
+    boundary_width: int = opt(2, "width of that ring, latent cells (8 px each)", min=0, max=32)
 
 
 @dataclass

@@ -76,6 +76,30 @@ def _training(config: schema.TrainScript | schema.CaptionVLM) -> None:
         )
 
 
+def check_objective(objective: schema.ObjectiveConfig, prediction_type: str) -> None:
+    """Refuses combinations that have no meaning, or NaN for a weight; prediction_type: epsilon or v_prediction."""
+    if objective.snr_gamma is not None and objective.debiased:
+        raise ConfigError("objective.snr_gamma and objective.debiased both weigh the loss by SNR.", "Choose one.")
+    if objective.zero_terminal_snr and prediction_type == "epsilon":
+        raise ConfigError(
+            "objective.zero_terminal_snr=true cannot be trained with epsilon prediction: at the last step the input is "
+            "the answer, and SNR weights divide by zero.",
+            "Set objective.prediction_type=v_prediction.",
+        )
+    last = objective.max_timestep
+    if last is not None and last <= objective.min_timestep:
+        raise ConfigError(
+            f"objective.max_timestep={last} is not above objective.min_timestep={objective.min_timestep}.",
+            "The timesteps between them are trained.",
+        )
+
+
+def _objective(config: schema.TrainScript) -> None:
+    # what the base predicts is known when it is loaded; the task asks again then
+    given = config.objective.prediction_type
+    check_objective(config.objective, "v_prediction" if given is schema.PredictionType.base else given.name)
+
+
 def _tracking(config: Any) -> None:
     for tag in config.tracking.tags:
         if len(tag) > 64:
@@ -121,6 +145,7 @@ _CHECKS: list[tuple[type | tuple[type, ...], Callable[[Any], None]]] = [
     (object, check_ranges),
     (tuple(schema.SCRIPTS.values()), _tracking),
     ((schema.TrainScript, schema.CaptionVLM), _training),
+    (schema.TrainScript, _objective),
     (schema.BuildData, _rendering),
     (schema.Generate, _generation),
     (schema.GenerateSettings, _settings),

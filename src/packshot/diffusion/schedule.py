@@ -71,6 +71,72 @@ def min_snr_weight(timesteps_B: Tensor, alphas_cumprod_T: Tensor, gamma: float, 
     return ratio.clamp(max=gamma) / divisor
 
 
+def debiased_weight(timesteps_B: Tensor, alphas_cumprod_T: Tensor, limit: float, prediction_type: str) -> Tensor:
+    """Loss weight 1/sqrt(snr), its snr kept under ``limit``, shape (B,); for v that times snr/(snr + 1).
+
+    Yu et al. 2023 (arXiv 2310.08442), section 3.3: an epsilon error counts as it disturbs the picture. A v error is an
+    epsilon error times (snr + 1)/snr.
+    """
+    ratio = snr(timesteps_B, alphas_cumprod_T)
+    if prediction_type == "epsilon":
+        return ratio.clamp(max=limit).rsqrt()
+    return torch.maximum(ratio.sqrt(), ratio / limit**0.5) / (ratio + 1)  # finite where the snr is zero
+
+
+def rescale_zero_terminal_snr(alphas_cumprod_T: Tensor) -> Tensor:
+    """The schedule shifted and scaled so that the last step is pure noise, shape (T,), fp32.
+
+    Lin et al. 2023 (arXiv 2305.08891), algorithm 1.
+    """
+    root = alphas_cumprod_T.double().sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    return ((root - last) * first / (first - last)).square().float()
+
+
+def draw_uniform(generator: torch.Generator, low: int, high: int) -> Tensor:
+    """A timestep in [low, high), int64, shape ()."""
+    return torch.randint(low, high, (), generator=generator)
+
+
+def _place(share: Tensor, low: int, high: int) -> Tensor:
+    return (low + share * (high - low)).long().clamp(low, high - 1)
+
+
+def draw_logit_normal(generator: torch.Generator, low: int, high: int) -> Tensor:
+    """A timestep in [low, high) by the logistic of a normal draw: the middle of the schedule comes most often.
+
+    Esser et al. 2024 (arXiv 2403.03206), section 3.1, location 0 and scale 1.
+    """
+    return _place(torch.sigmoid(torch.randn((), generator=generator)), low, high)
+
+
+def draw_cubic(generator: torch.Generator, low: int, high: int) -> Tensor:
+    """A timestep in [low, high) with noisy steps preferred: t = (1 - u^3) of the way up; layout is decided there."""
+    return _place(1 - torch.rand((), generator=generator) ** 3, low, high)
+
+
+# By ``objective.timestep_sampling``: (generator, low, high) -> a timestep in [low, high).
+TIMESTEPS: dict[str, Callable[[torch.Generator, int, int], Tensor]] = {
+    "uniform": draw_uniform,
+    "logit_normal": draw_logit_normal,
+    "cubic": draw_cubic,
+}
+
+
+def boundary_weight(alpha_B1HW: Tensor, product: float, background: float, boundary: float, width: int) -> Tensor:
+    """Loss weight per cell: product and background by their share of it, a ring outside the product ``boundary`` times.
+
+    alpha_B1HW: the product's share of each latent cell, [0, 1]; a leading dimension more or less is fine. width: of the
+    ring, in cells. The ring is where a product grows when it grows (and where shadows fall).
+    """
+    weight = product * alpha_B1HW + background * (1 - alpha_B1HW)
+    if boundary == 1.0 or width == 0:
+        return weight
+    covered = (alpha_B1HW >= 0.5).float()
+    grown = torch.nn.functional.max_pool2d(covered, 2 * width + 1, stride=1, padding=width)
+    return weight * torch.where((grown > 0) & (covered == 0), boundary, 1.0)
+
+
 def masked_mse(prediction_BCHW: Tensor, target_BCHW: Tensor, weight_B1HW: Tensor | None = None) -> Tensor:
     """Squared error per sample, shape (B,), fp32.
 

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
-from packshot.config.schema import TrainScript, Unconditional
+from packshot.config.schema import PredictionType, TrainScript, Unconditional
+from packshot.config.validate import check_objective
 from packshot.diffusion import schedule
 from packshot.diffusion.keyed import SampleKey
 from packshot.models.load import Parts
@@ -20,6 +21,7 @@ from packshot.train.encode import Examples
 VALIDATION_LOSS_SAMPLES = 32
 VALIDATION_STEPS = 20
 VALIDATION_GUIDANCE = 5.0
+DEBIASED_LIMIT = 1000.0  # of the SNR: the clean end would weigh nothing at all
 
 
 class DiffusionTask(nn.Module):
@@ -30,9 +32,17 @@ class DiffusionTask(nn.Module):
         self.method: Any = method
         self.alphas_cumprod_T: Tensor
         self._parts, self.config, self.validation = parts, config, validation
-        scheduler_config: Any = parts.scheduler.config
-        self.prediction_type: str = scheduler_config.prediction_type
-        self.register_buffer("alphas_cumprod_T", schedule.alphas_cumprod(scheduler_config), persistent=False)
+        objective, scheduler = config.objective, parts.scheduler.config
+        own = objective.prediction_type is PredictionType.base
+        self.prediction_type: str = scheduler.prediction_type if own else objective.prediction_type.name
+        check_objective(objective, self.prediction_type)
+        alphas_cumprod = schedule.alphas_cumprod(scheduler)
+        if objective.zero_terminal_snr:
+            alphas_cumprod = schedule.rescale_zero_terminal_snr(alphas_cumprod)
+        # validation pictures are sampled the way the network is trained
+        zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if objective.zero_terminal_snr else {}
+        parts.scheduler = type(parts.scheduler).from_config(scheduler, prediction_type=self.prediction_type, **zero)
+        self.register_buffer("alphas_cumprod_T", alphas_cumprod, persistent=False)
 
     # ---- one access to one sample ----
 
@@ -52,21 +62,34 @@ class DiffusionTask(nn.Module):
         if objective.noise_offset:
             shift = torch.randn((shape[0], 1, 1), generator=key.generator("noise_offset"))
             noise = noise + objective.noise_offset * shift
-        steps = self.alphas_cumprod_T.numel()
+        seen_noise = noise
+        if objective.input_perturbation:
+            # Ning et al. 2023 (arXiv 2301.11706), algorithm 1: the input's noise is off, the target's is not
+            extra = torch.randn(shape, generator=key.generator("input_perturbation"))
+            seen_noise = noise + objective.input_perturbation * extra
         return {
             "latents": latents * self._parts.vae.config.scaling_factor,
             "noise": noise,
-            "timesteps": torch.randint(0, steps, (), generator=key.generator("timestep")),
+            "seen_noise": seen_noise,
+            "timesteps": self._timestep(key),
             "time_ids": sample["time_ids"],
-            "weight": self._weight(sample["alpha"]),
+            "weight": schedule.boundary_weight(
+                sample["alpha"],
+                objective.product_weight,
+                objective.background_weight,
+                objective.boundary_weight,
+                objective.boundary_width,
+            ),
             **self._prompt(sample, key),
             **self.method.condition(sample["seen"], sample["encoded"], key),
         }
 
-    def _weight(self, alpha_1HW: Tensor) -> Tensor:
-        """Loss weight per latent pixel, (1, h, w): background and product weighted by their share of the cell."""
+    def _timestep(self, key: SampleKey) -> Tensor:
         objective = self.config.objective
-        return objective.product_weight * alpha_1HW + objective.background_weight * (1 - alpha_1HW)
+        last = self.alphas_cumprod_T.numel() - 1
+        high = last if objective.max_timestep is None else min(objective.max_timestep, last)
+        draw = schedule.TIMESTEPS[objective.timestep_sampling.name]
+        return draw(key.generator("timestep"), min(objective.min_timestep, high), high + 1)
 
     def collate(self, samples: list[dict[str, Any]], keys: list[SampleKey]) -> dict[str, Any]:
         """Latents (scaled), noise, timesteps, embeddings, time_ids and the method's condition, all with B first."""
@@ -78,13 +101,15 @@ class DiffusionTask(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Weighted squared error per sample, shape (B,); noising, target and loss in fp32."""
         timesteps, schedule_T = batch["timesteps"], self.alphas_cumprod_T
-        noisy = schedule.add_noise(batch["latents"], batch["noise"], timesteps, schedule_T)
+        noisy = schedule.add_noise(batch["latents"], batch["seen_noise"], timesteps, schedule_T)
         prediction = self.method.predict(noisy, timesteps, batch)
         target = schedule.TARGETS[self.prediction_type](batch["latents"], batch["noise"], timesteps, schedule_T)
         loss = schedule.masked_mse(prediction, target, batch["weight"])
-        gamma = self.config.objective.snr_gamma
-        if gamma is not None:
-            loss = loss * schedule.min_snr_weight(timesteps, schedule_T, gamma, self.prediction_type)
+        objective = self.config.objective
+        if objective.snr_gamma is not None:
+            loss = loss * schedule.min_snr_weight(timesteps, schedule_T, objective.snr_gamma, self.prediction_type)
+        if objective.debiased:
+            loss = loss * schedule.debiased_weight(timesteps, schedule_T, DEBIASED_LIMIT, self.prediction_type)
         return loss
 
     # ---- validation ----
