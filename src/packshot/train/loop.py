@@ -173,6 +173,7 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
                     "images_per_second": window_steps * accumulation * train.batch_size * world / elapsed,
                     "data_wait_share": window_wait / elapsed,
                     "peak_memory_gib": peak_memory_gib(),
+                    "time": time.time(),
                 }
                 if run and tracker:
                     run.metrics({"step": where.step, **figures})
