@@ -130,7 +130,7 @@ def reference(name: str, steps: int, batch_size: int) -> Iterator[None]:
                 prompt_embeds, pooled = encode_prompts(parts, batch["texts"])
             noise = torch.randn_like(latents)
             timesteps = torch.randint(0, 1000, (len(latents),))
-            noisy = schedule.add_noise(latents, noise, timesteps)
+            noisy = schedule.add_noise(latents, noise, timesteps)  # type: ignore[arg-type]
             time_ids = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]] * len(latents), dtype=torch.float32)
             added = {"text_embeds": pooled, "time_ids": time_ids}
             conditioning = {"encoder_hidden_states": prompt_embeds, "added_cond_kwargs": added}

@@ -110,12 +110,49 @@ def test_exit_code_of_a_wrong_key():
             ["objective.zero_terminal_snr=true", "objective.prediction_type=epsilon", "objective.snr_gamma=5"],
             "divide by zero",
         ),
+        (
+            ["objective.zero_terminal_snr=true", "objective.prediction_type=epsilon", "objective.debiased=true"],
+            "divide by zero",
+        ),
+        (["objective.zero_terminal_snr=true", "objective.prediction_type=epsilon"], "input is the answer"),
+        (["objective.logit_normal_scale=0"], "out of range"),
+        (["objective.min_timestep=-1"], "out of range"),
+        (["objective.snr_gamma=0"], "out of range"),
+        (["objective.input_perturbation=2"], "out of range"),
+        (["objective.timestep_sampling=cubix"], "uniform | logit_normal | cubic"),
         (["objective.min_timestep=500", "objective.max_timestep=500"], "not above"),
     ],
 )
 def test_objectives_without_meaning_are_refused_before_a_model_loads(overrides, says):
     with pytest.raises(ConfigError, match=says):
         compose("train_lora", overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "weighting"),
+    [([], "none"), (["objective.snr_gamma=5"], "min_snr"), (["objective.debiased=true"], "debiased")],
+)
+def test_the_loss_weighting_follows_from_its_two_keys(overrides, weighting):
+    assert compose("train_lora", overrides).objective.loss_weighting.name == weighting
+
+
+def test_timesteps_beyond_the_schedule_of_the_base_are_refused():
+    from packshot.config.schema import ObjectiveConfig
+    from packshot.config.validate import check_objective
+
+    for objective in (ObjectiveConfig(min_timestep=1000), ObjectiveConfig(max_timestep=1000)):
+        check_objective(objective, "epsilon")
+        with pytest.raises(ConfigError, match="last step is 999"):
+            check_objective(objective, "epsilon", 1000)
+    check_objective(ObjectiveConfig(min_timestep=998, max_timestep=999), "epsilon", 1000)
+
+
+def test_a_base_whose_prediction_has_no_target_is_refused():
+    from packshot.config.schema import ObjectiveConfig
+    from packshot.config.validate import check_objective
+
+    with pytest.raises(ConfigError, match="'sample'"):
+        check_objective(ObjectiveConfig(), "sample")
 
 
 def test_a_base_that_predicts_epsilon_refuses_zero_terminal_snr():

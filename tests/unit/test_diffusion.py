@@ -1,15 +1,35 @@
 """Schedule, targets, weights, keyed randomness: against diffusers or the formula of the paper."""
 
+from math import erf
+
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from packshot.config.schema import LossWeighting, TimestepSampling
 from packshot.diffusion import schedule
 from packshot.diffusion.conditions import CONDITIONS
 from packshot.diffusion.keyed import SampleKey, permutation
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000, "beta_schedule": "scaled_linear"}
 T = torch.tensor([0, 1, 17, 500, 999])
+EVERY = torch.arange(1000)
+
+
+def ratio_in_float64(zero_terminal=False):
+    """The snr of SDXL's schedule by numpy, (1000,)."""
+    betas = np.linspace(SDXL["beta_start"] ** 0.5, SDXL["beta_end"] ** 0.5, 1000) ** 2
+    root = np.sqrt(np.cumprod(1 - betas))
+    if zero_terminal:  # algorithm 1 of arXiv 2305.08891: shift the last to zero, scale the first back
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return root**2 / (1 - root**2)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture
@@ -44,30 +64,87 @@ def test_noising_stays_in_fp32_for_low_precision_latents(tensors):
     assert not torch.equal(noisy[0], latents.bfloat16()[0].float())
 
 
-def test_min_snr_weights_follow_the_paper():
+# weight of every step of SDXL from its snr and gamma, by the papers
+EXPECTED_WEIGHTS = {
+    ("none", "epsilon"): lambda r, gamma: np.ones_like(r),
+    ("none", "v_prediction"): lambda r, gamma: np.ones_like(r),
+    ("min_snr", "epsilon"): lambda r, gamma: np.minimum(r, gamma) / r,
+    ("min_snr", "v_prediction"): lambda r, gamma: np.minimum(r, gamma) / (r + 1),
+    ("debiased", "epsilon"): lambda r, gamma: 1 / np.sqrt(np.minimum(r, 1000)),
+    ("debiased", "v_prediction"): lambda r, gamma: 1 / np.sqrt(np.minimum(r, 1000)) * r / (r + 1),
+}
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])
+@pytest.mark.parametrize(("weighting", "prediction_type"), EXPECTED_WEIGHTS)
+def test_loss_weights_follow_the_papers_at_every_step(weighting, prediction_type, gamma):
+    weight = schedule.LOSS_WEIGHTS[weighting](EVERY, schedule.alphas_cumprod(SDXL), gamma, prediction_type)
+    assert weight.dtype == torch.float32
+    expected = EXPECTED_WEIGHTS[weighting, prediction_type](ratio_in_float64(), gamma)
+    np.testing.assert_allclose(weight.numpy(), expected, rtol=2e-4)
+
+
+def test_every_loss_weighting_of_the_config_is_known():
+    assert list(schedule.LOSS_WEIGHTS) == [weighting.name for weighting in LossWeighting]
+    assert list(schedule.TIMESTEPS) == [sampling.name for sampling in TimestepSampling]
+
+
+@pytest.mark.parametrize("weighting", schedule.LOSS_WEIGHTS)
+def test_loss_weights_are_finite_and_fp32_for_a_bf16_schedule(weighting):
+    alphas = schedule.alphas_cumprod(SDXL).bfloat16()
+    steps = EVERY[(alphas < 1)]  # bf16 rounds the first steps to 1
+    for prediction_type in schedule.TARGETS:
+        weight = schedule.LOSS_WEIGHTS[weighting](steps, alphas, 5.0, prediction_type)
+        assert weight.dtype == torch.float32
+        assert torch.isfinite(weight).all()
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", "debiased"])
+def test_a_weighted_v_loss_is_the_weighted_epsilon_loss_of_the_same_prediction(weighting, tensors):
     alphas = schedule.alphas_cumprod(SDXL)
-    ratio = alphas[T] / (1 - alphas[T])
-    expected = torch.minimum(ratio, torch.tensor(5.0))
-    torch.testing.assert_close(schedule.min_snr_weight(T, alphas, 5.0, "epsilon"), expected / ratio)
-    torch.testing.assert_close(schedule.min_snr_weight(T, alphas, 5.0, "v_prediction"), expected / (ratio + 1))
+    latents, noise = (tensor.double() for tensor in tensors)
+    a = alphas.double()[T].view(-1, 1, 1, 1)
+    noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+    v_hat = torch.randn(latents.shape, generator=generator(1)).double()
+    epsilon_hat = a.sqrt() * v_hat + (1 - a).sqrt() * noisy  # Salimans & Ho 2022, appendix D
+    v = a.sqrt() * noise - (1 - a).sqrt() * latents
+    weigh = schedule.LOSS_WEIGHTS[weighting]
+    torch.testing.assert_close(
+        weigh(T, alphas, 5.0, "v_prediction") * (v_hat - v).square().mean(dim=(1, 2, 3)),
+        weigh(T, alphas, 5.0, "epsilon") * (epsilon_hat - noise).square().mean(dim=(1, 2, 3)),
+        rtol=1e-3,
+        atol=1e-7,
+    )
 
 
-def test_debiased_weights_follow_the_paper_and_v_counts_like_epsilon():
-    alphas = schedule.alphas_cumprod(SDXL)
-    ratio = alphas[T] / (1 - alphas[T])
-    epsilon = schedule.debiased_weight(T, alphas, 1000.0, "epsilon")
-    torch.testing.assert_close(epsilon, 1 / ratio.clamp(max=1000).sqrt())
-    # v = a eps - s x0, so an error of v is one of eps divided by a (Salimans & Ho 2022)
-    torch.testing.assert_close(schedule.debiased_weight(T, alphas, 1000.0, "v_prediction"), epsilon * alphas[T])
-
-
-def test_zero_terminal_snr_equals_diffusers_and_no_v_weight_is_nan():
+def test_zero_terminal_snr_follows_algorithm_1_and_diffusers(tensors):
+    before = schedule.alphas_cumprod(SDXL)
+    ours = schedule.rescale_zero_terminal_snr(before)
     theirs = DDPMScheduler(**SDXL, rescale_betas_zero_snr=True)
-    ours = schedule.rescale_zero_terminal_snr(schedule.alphas_cumprod(SDXL))
     torch.testing.assert_close(ours, theirs.alphas_cumprod, rtol=1e-3, atol=1e-6)
+    ratio = ratio_in_float64(zero_terminal=True)
+    np.testing.assert_allclose(ours.numpy(), ratio / (1 + ratio), rtol=1e-4, atol=1e-7)
+    assert ours.dtype == schedule.rescale_zero_terminal_snr(before.bfloat16()).dtype == torch.float32
+    assert ours[0] == before[0]
     assert ours[-1] == 0
-    for weight in (schedule.min_snr_weight, schedule.debiased_weight):
-        assert torch.isfinite(weight(torch.arange(1000), ours, 5.0, "v_prediction")).all()
+    assert (ours.diff() < 0).all()
+    torch.testing.assert_close(schedule.rescale_zero_terminal_snr(ours), ours)
+    latents, noise = tensors
+    last = torch.full((5,), 999)
+    assert torch.equal(schedule.add_noise(latents, noise, last, ours), noise)
+    assert torch.equal(schedule.TARGETS["v_prediction"](latents, noise, last, ours), -latents)
+
+
+@pytest.mark.parametrize("weighting", schedule.LOSS_WEIGHTS)
+def test_no_v_weight_is_nan_under_zero_terminal_snr(weighting):
+    alphas = schedule.rescale_zero_terminal_snr(schedule.alphas_cumprod(SDXL))
+    weight = schedule.LOSS_WEIGHTS[weighting](EVERY, alphas, 5.0, "v_prediction")
+    expected = EXPECTED_WEIGHTS[weighting, "v_prediction"](ratio_in_float64(zero_terminal=True)[:-1], 5.0)
+    np.testing.assert_allclose(weight[:-1].numpy(), expected, rtol=1e-3)
+    assert weight[-1] == (1 if weighting == "none" else 0)
+    # what the config check keeps out (test_config.py)
+    epsilon = schedule.LOSS_WEIGHTS[weighting](EVERY, alphas, 5.0, "epsilon")
+    assert torch.isfinite(epsilon[-1]) == (weighting == "none")
 
 
 @pytest.mark.parametrize("kind", schedule.TIMESTEPS)
@@ -81,6 +158,129 @@ def test_timesteps_stay_in_range_and_are_distributed_as_they_say(kind):
     assert abs(float(share.mean()) - expected) < 0.02
     spread = {"uniform": 12**-0.5, "logit_normal": 0.2083, "cubic": (1 / 7 - 1 / 16) ** 0.5}[kind]
     assert abs(float(share.std()) - spread) < 0.01
+
+
+LOGIT = [(0.0, 1.0), (1.0, 0.5), (-0.7, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "location", "scale"),
+    [("uniform", 0.0, 1.0), ("cubic", 0.0, 1.0), *(("logit_normal", *p) for p in LOGIT)],
+)
+def test_timesteps_have_the_distribution_of_the_formula(sampling, location, scale):
+    share = np.array([0.1, 0.25, 0.5, 0.75, 0.9])
+    expected = {
+        "uniform": share,
+        "cubic": 1 - np.cbrt(1 - share),  # 1 - u^3 < q
+        "logit_normal": [0.5 + 0.5 * erf((np.log(q / (1 - q)) - location) / scale / 2**0.5) for q in share],
+    }[sampling]
+    g = generator()
+    drawn = np.array([int(schedule.draw_timestep(g, sampling, 1000, 0, None, location, scale)) for _ in range(4000)])
+    assert np.abs((drawn[:, None] < share * 1000).mean(axis=0) - expected).max() < 0.025  # 3 sigma
+
+
+@given(
+    sampling=st.sampled_from(list(schedule.TIMESTEPS)),
+    seed=st.integers(0, 2**31),
+    steps=st.integers(1, 4000),
+    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    location=st.floats(-5, 5),
+    scale=st.floats(0.05, 10),
+)
+@settings(max_examples=200, deadline=None)
+def test_every_timestep_lies_between_its_ends(sampling, seed, steps, ends, location, scale):
+    low, high = sorted(int(end * (steps - 1)) for end in ends)
+    drawn = schedule.draw_timestep(generator(seed), sampling, steps, low, high, location, scale)
+    assert drawn.dtype == torch.int64
+    assert drawn.shape == ()
+    assert low <= int(drawn) <= high
+
+
+@given(seed=st.integers(0, 2**31), steps=st.integers(1, 4000))
+@settings(max_examples=50, deadline=None)
+def test_uniform_timesteps_over_the_whole_schedule_are_plain_randint(seed, steps):
+    drawn = schedule.draw_timestep(generator(seed), "uniform", steps)
+    assert torch.equal(drawn, torch.randint(0, steps, (), generator=generator(seed)))
+
+
+@pytest.mark.parametrize("sampling", schedule.TIMESTEPS)
+def test_both_ends_of_the_timestep_range_are_drawn(sampling):
+    g = generator()
+    assert {int(schedule.draw_timestep(g, sampling, 1000, 997, None)) for _ in range(300)} == {997, 998, 999}
+    assert {int(schedule.draw_timestep(g, sampling, 1000, 0, 2)) for _ in range(300)} == {0, 1, 2}
+
+
+def test_draws_at_the_end_of_their_interval_stay_in_range(monkeypatch):
+    for draw, value in (("rand", 0.0), ("randn", 40.0), ("randn", -200.0)):
+        monkeypatch.setattr(torch, draw, lambda *shape, generator, value=value: torch.tensor(value))
+        sampling = "cubic" if draw == "rand" else "logit_normal"
+        drawn = schedule.draw_timestep(generator(), sampling, 1000, 100, 900)
+        assert int(drawn) == (900 if value >= 0 else 100)
+
+
+@pytest.mark.parametrize("ends", [(-1, None), (5, 4), (0, 1000), (1000, None)])
+def test_timestep_ranges_outside_the_schedule_are_refused(ends):
+    with pytest.raises(ValueError, match="schedule"):
+        schedule.draw_timestep(generator(), "uniform", 1000, *ends)
+
+
+def test_offset_noise_shifts_each_channel_by_one_draw(tensors):
+    noise = tensors[1][0]
+    shift = torch.randn((4, 1, 1), generator=generator(3))
+    assert torch.equal(schedule.offset_noise(noise, generator(3), 0.1), noise + 0.1 * shift)
+    assert schedule.offset_noise(noise.bfloat16(), generator(3), 0.1).dtype == torch.float32
+    g = generator(3)
+    assert torch.equal(schedule.offset_noise(noise, g, 0.0), noise)
+    assert torch.equal(g.get_state(), generator(3).get_state())  # nothing was drawn
+    many = torch.randn(4000, 2, 2, generator=g)
+    assert abs(float(schedule.offset_noise(many, g, 0.5).var()) - 1.25) < 0.05
+
+
+def test_input_perturbation_adds_fresh_noise(tensors):
+    noise = tensors[1][0]
+    expected = noise + 0.1 * torch.randn(noise.shape, generator=generator(3))
+    assert torch.equal(schedule.perturb_noise(noise, generator(3), 0.1), expected)
+    assert schedule.perturb_noise(noise.bfloat16(), generator(3), 0.1).dtype == torch.float32
+    g = generator(3)
+    assert torch.equal(schedule.perturb_noise(noise, g, 0.0), noise)
+    assert torch.equal(g.get_state(), generator(3).get_state())
+    many = torch.randn(4, 64, 64, generator=g)
+    assert abs(float(schedule.perturb_noise(many, g, 0.5).var()) - 1.25) < 0.05
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    weights=st.tuples(*[st.floats(0, 10, width=32)] * 3),
+    width=st.integers(0, 4),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_ring_is_every_outer_cell_within_its_width_of_the_product(seed, size, weights, width):
+    alpha = torch.rand(1, *size, generator=generator(seed)) ** 3
+    product, background, boundary = weights
+    expected = product * alpha[0].numpy() + background * (1 - alpha[0].numpy())
+    inside = np.argwhere(alpha[0].numpy() >= 0.5)
+    for y, x in np.ndindex(*size):
+        distance = np.abs(inside - (y, x)).max(axis=1).min() if len(inside) else np.inf
+        if 0 < distance <= width:
+            expected[y, x] *= boundary
+    ours = schedule.boundary_weight(alpha, product, background, boundary, width)
+    np.testing.assert_allclose(ours[0].numpy(), expected, rtol=1e-5, atol=1e-6)
+    batch = schedule.boundary_weight(alpha[None].expand(2, -1, -1, -1), product, background, boundary, width)
+    assert torch.equal(batch[1], ours)
+
+
+def test_without_a_ring_weights_are_the_shares_of_the_cell_and_fp32():
+    alpha = torch.rand(1, 9, 7, generator=generator())
+    plain = 0.5 * alpha + 2.0 * (1 - alpha)
+    assert torch.equal(schedule.boundary_weight(alpha, 0.5, 2.0, 1.0, 2), plain)
+    assert torch.equal(schedule.boundary_weight(alpha, 0.5, 2.0, 3.0, 0), plain)
+    assert schedule.boundary_weight(alpha.bfloat16(), 0.5, 2.0, 3.0, 2).dtype == torch.float32
+    for share in (0.0, 1.0):  # no product, nothing but product
+        cells = torch.full((1, 9, 7), share)
+        assert torch.equal(
+            schedule.boundary_weight(cells, 0.5, 2.0, 3.0, 2), torch.full((1, 9, 7), 0.5 if share else 2.0)
+        )
 
 
 def test_a_ring_outside_the_product_weighs_more():
@@ -105,6 +305,14 @@ def test_masked_mse_averages_over_the_mask(tensors):
         schedule.masked_mse(a, b, weight), (a - b).square()[:, :, :4].mean(dim=(1, 2, 3)), rtol=1e-5, atol=1e-6
     )
     torch.testing.assert_close(schedule.masked_mse(a, b), (a - b).square().mean(dim=(1, 2, 3)))
+    # a sum of weights in bf16 would be off by up to 0.4 %
+    weight = (torch.rand(5, 1, 8, 8, generator=generator()) + 0.5).bfloat16()
+    ours = schedule.masked_mse(a.bfloat16(), b.bfloat16(), weight)
+    error, weight_64 = (a.bfloat16().double() - b.bfloat16().double()).square().numpy(), weight.double().numpy()
+    assert ours.dtype == torch.float32
+    expected = (error.mean(axis=1) * weight_64[:, 0]).sum(axis=(1, 2)) / weight_64.sum(axis=(1, 2, 3))
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-5)
+    assert torch.isfinite(schedule.masked_mse(a, b, torch.zeros(5, 1, 8, 8))).all()
 
 
 def test_draws_depend_on_seed_epoch_sample_and_use_only():
@@ -121,12 +329,10 @@ def test_draws_depend_on_seed_epoch_sample_and_use_only():
 
 
 def test_control_maps_mark_the_unknown_and_ignore_the_old_background():
-    import numpy as np
-
-    generator = np.random.default_rng(0)
+    draws = np.random.default_rng(0)
     mask = np.zeros((32, 32), np.float32)
     mask[8:24, 8:24] = 1
-    first, second = (generator.random((32, 32, 3)).astype(np.float32) for _ in range(2))
+    first, second = (draws.random((32, 32, 3)).astype(np.float32) for _ in range(2))
     second[8:24, 8:24] = first[8:24, 8:24]
     inpaint = CONDITIONS["inpaint"](first, mask)
     assert (inpaint[mask == 0] == -1).all()

@@ -30,12 +30,13 @@ class Names(Enum):
 TrackerKind = Names("TrackerKind", ["wandb", "none"])
 Mode = Names("Mode", ["train", "plan", "check"])
 MixedPrecision = Names("MixedPrecision", ["no", "fp16", "bf16"])
-LRSchedule = Names("LRSchedule", ["constant", "cosine", "linear"])
-OptimizerKind = Names("OptimizerKind", ["adamw"])
+LRSchedule = Names("LRSchedule", ["constant", "cosine", "linear", "polynomial", "wsd", "cosine_restarts"])
+OptimizerKind = Names("OptimizerKind", ["adamw", "adam8bit", "adafactor", "prodigy", "schedule_free", "lion"])
 LoraKind = Names("LoraKind", ["lora", "dora", "rslora"])
 Condition = Names("Condition", ["inpaint", "canny"])
 IPAdapterVariant = Names("IPAdapterVariant", ["base", "plus"])
 PredictionType = Names("PredictionType", ["base", "epsilon", "v_prediction"])
+LossWeighting = Names("LossWeighting", ["none", "min_snr", "debiased"])
 TimestepSampling = Names("TimestepSampling", ["uniform", "logit_normal", "cubic"])
 Unconditional = Names("Unconditional", ["zeros", "empty"])
 DatasetKind = Names("DatasetKind", ["background", "product", "rendered"])
@@ -89,6 +90,10 @@ class TrainConfig:
     gradient_accumulation_steps: int = opt(1, "micro-steps per optimizer step", min=1)
     learning_rate: float = opt(1e-4, "peak learning rate", min=0, max=1)
     lr_schedule: LRSchedule = opt(LRSchedule.cosine, "shape of the learning rate after the warm-up")
+    lr_min_ratio: float = opt(0.0, "share of the peak that the learning rate ends at", min=0, max=1)
+    lr_power: float = opt(2.0, "exponent of lr_schedule=polynomial", min=0.1, max=10)
+    lr_decay_share: float = opt(0.2, "share of the steps over which lr_schedule=wsd decays", min=0.01, max=1)
+    lr_cycles: int = opt(3, "cycles of lr_schedule=cosine_restarts", min=1, max=100)
     warmup_steps: int = opt(0, "optimizer steps of linear warm-up", min=0)
     mixed_precision: MixedPrecision = opt(MixedPrecision.no, "precision of the frozen base and of the forward pass")
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass")
@@ -99,6 +104,7 @@ class TrainConfig:
     checkpointing_steps: int = opt(50, "optimizer steps between checkpoints", min=1)
     checkpoints_total_limit: int = opt(2, "checkpoints kept", min=1)
     validation_steps: int = opt(50, "optimizer steps between validations; 0 switches them off", min=0)
+    validate_first: bool = opt(False, "also validate before the first step: the base alone, for comparison")
     validation_samples: int = opt(4, "pictures per validation", min=1, max=64)
     log_steps: int = opt(1, "optimizer steps between lines of metrics.jsonl", min=1)
 
@@ -106,10 +112,13 @@ class TrainConfig:
 @dataclass
 class OptimConfig:
     kind: OptimizerKind = opt(OptimizerKind.adamw, "optimizer")
-    beta1: float = opt(0.9, "AdamW beta1", min=0, max=1)
-    beta2: float = opt(0.999, "AdamW beta2", min=0, max=1)
+    beta1: float = opt(0.9, "decay of the gradient's average", min=0, max=1)
+    beta2: float = opt(0.999, "decay of its square's average (lion: of the momentum, at most 0.99)", min=0, max=1)
     weight_decay: float = opt(0.01, "decoupled weight decay", min=0, max=1)
-    eps: float = opt(1e-8, "AdamW epsilon", min=0)
+    eps: float = opt(1e-8, "added to the root of the second moment", min=0)
+    groups: list[str] = opt(
+        [], "learning rates of their own: 'regex over parameter names=rate', the first match counts"
+    )
 
 
 @dataclass
@@ -123,16 +132,29 @@ class ObjectiveConfig:
     timestep_sampling: TimestepSampling = opt(
         TimestepSampling.uniform, "how often a timestep comes: logit_normal prefers the middle, cubic the noisy end"
     )
+    logit_normal_location: float = opt(
+        0.0, "centre of timestep_sampling=logit_normal; above 0 prefers noisy steps", min=-5, max=5
+    )
+    logit_normal_scale: float = opt(1.0, "width of timestep_sampling=logit_normal", min=0.05, max=10)
     min_timestep: int = opt(0, "smallest timestep that is trained", min=0)
     max_timestep: int | None = opt(None, "largest timestep that is trained; null: the schedule's last", min=1)
     noise_offset: float = opt(0.0, "per-channel noise offset", min=0, max=1)
-    input_perturbation: float = opt(0.0, "extra noise on the input alone (0.1 is usual), against exposure bias", min=0)
+    input_perturbation: float = opt(
+        0.0, "extra noise on the input alone (0.1 is usual), against exposure bias", min=0, max=1
+    )
     caption_dropout: float = opt(0.1, "share of samples trained without their prompt", min=0, max=1)
     unconditional: Unconditional = opt(Unconditional.zeros, "what a dropped prompt becomes: zeros or the encoded ''")
     background_weight: float = opt(1.0, "loss weight of background pixels where a product mask exists", min=0)
     product_weight: float = opt(1.0, "loss weight of product pixels where a product mask exists", min=0)
     boundary_weight: float = opt(1.0, "further weight of a ring around the product, where it would grow", min=0)
     boundary_width: int = opt(2, "width of that ring, latent cells (8 px each)", min=0, max=32)
+
+    @property
+    def loss_weighting(self) -> LossWeighting:
+        """What snr_gamma and debiased ask for; ``validate`` refuses both at once."""
+        if self.snr_gamma is not None:
+            return LossWeighting.min_snr
+        return LossWeighting.debiased if self.debiased else LossWeighting.none
 
 
 @dataclass

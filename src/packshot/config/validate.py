@@ -76,8 +76,21 @@ def _training(config: schema.TrainScript | schema.CaptionVLM) -> None:
         )
 
 
-def check_objective(objective: schema.ObjectiveConfig, prediction_type: str) -> None:
-    """Refuses combinations that have no meaning, or NaN for a weight; prediction_type: epsilon or v_prediction."""
+def check_objective(objective: schema.ObjectiveConfig, prediction_type: str, num_timesteps: int | None = None) -> None:
+    """Refuses combinations that have no meaning, or NaN for a weight.
+
+    prediction_type: what the network will predict, the base's own where the config leaves it open. num_timesteps:
+    length of the base's schedule, once it is known.
+
+    Raises:
+        ConfigError: two SNR weights; zero terminal SNR with epsilon; a prediction type that has no target; timesteps
+            that are an empty range or leave the schedule.
+    """
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ConfigError(
+            f"The base predicts {prediction_type!r}; only epsilon and v_prediction can be trained.",
+            "Choose another model.base, or set objective.prediction_type.",
+        )
     if objective.snr_gamma is not None and objective.debiased:
         raise ConfigError("objective.snr_gamma and objective.debiased both weigh the loss by SNR.", "Choose one.")
     if objective.zero_terminal_snr and prediction_type == "epsilon":
@@ -92,12 +105,33 @@ def check_objective(objective: schema.ObjectiveConfig, prediction_type: str) -> 
             f"objective.max_timestep={last} is not above objective.min_timestep={objective.min_timestep}.",
             "The timesteps between them are trained.",
         )
+    if num_timesteps is not None:
+        for key in ("min_timestep", "max_timestep"):
+            value = getattr(objective, key)
+            if value is not None and value >= num_timesteps:
+                raise ConfigError(
+                    f"objective.{key}={value} is beyond the base's schedule.", f"Its last step is {num_timesteps - 1}."
+                )
 
 
 def _objective(config: schema.TrainScript) -> None:
     # what the base predicts is known when it is loaded; the task asks again then
     given = config.objective.prediction_type
     check_objective(config.objective, "v_prediction" if given is schema.PredictionType.base else given.name)
+
+
+def _optimizer(config: schema.TrainScript | schema.CaptionVLM) -> None:
+    kind, train = config.optim.kind, config.train
+    if kind is schema.OptimizerKind.schedule_free and train.lr_schedule is not schema.LRSchedule.constant:
+        raise ConfigError(
+            f"optim=schedule_free averages instead of decaying; train.lr_schedule={train.lr_schedule} would do both.",
+            "Set train.lr_schedule=constant.",
+        )
+    if kind is schema.OptimizerKind.prodigy and train.learning_rate < 0.01:
+        raise ConfigError(
+            f"optim=prodigy finds the step size itself; train.learning_rate={train.learning_rate} only shrinks it.",
+            "Set train.learning_rate=1.",
+        )
 
 
 def _tracking(config: Any) -> None:
@@ -145,6 +179,7 @@ _CHECKS: list[tuple[type | tuple[type, ...], Callable[[Any], None]]] = [
     (object, check_ranges),
     (tuple(schema.SCRIPTS.values()), _tracking),
     ((schema.TrainScript, schema.CaptionVLM), _training),
+    ((schema.TrainScript, schema.CaptionVLM), _optimizer),
     (schema.TrainScript, _objective),
     (schema.BuildData, _rendering),
     (schema.Generate, _generation),

@@ -21,7 +21,7 @@ from packshot.core.progress import progress as progress_bar
 from packshot.core.run import log
 from packshot.diffusion.keyed import SampleKey
 from packshot.train import state as checkpoints
-from packshot.train.optimizer import OPTIMIZERS, learning_rate
+from packshot.train.optimizer import build_optimizer, evaluation_mode, set_learning_rate, training_mode
 from packshot.train.order import Order, RankBatches, Stream, batches
 from packshot.train.session import Session
 
@@ -97,8 +97,9 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
     """
     train, seed = config.train, config.run.seed
     accelerator, run, tracker = session.accelerator, session.run, session.tracker
-    parameters = list(checkpoints.trainable(task).values())
-    optimizer = OPTIMIZERS[config.optim.kind](parameters, config.optim, train.learning_rate)
+    named = checkpoints.trainable(task)
+    parameters = list(named.values())
+    optimizer = build_optimizer(named, config.optim, train.learning_rate)
     ema = checkpoints.EMA(task, train.ema_decay) if train.ema_decay else None
     task, optimizer = accelerator.prepare(task, optimizer)
     inner = accelerator.unwrap_model(task)
@@ -114,11 +115,18 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
 
     world, accumulation = accelerator.num_processes, train.gradient_accumulation_steps
     groups = getattr(rows, "groups", None) or [0] * len(rows)
-    order = Order(groups, seed, train.batch_size * world * accumulation)
+    size = train.batch_size * world * accumulation
+    if where.samples_seen != where.step * size:
+        raise PackshotError(
+            f"{newest} was made with {where.samples_seen // where.step} samples per optimizer step, this run has {size} "
+            f"({world} processes x {accumulation} micro-steps x {train.batch_size}).",
+            "Keep the product: on fewer processes raise train.gradient_accumulation_steps.",
+        )
+    order = Order(groups, seed, size)
     mine = RankBatches(order, where.step, train.batch_size, accelerator.process_index, world)
     stream = batches(Stream(rows, rows.ids, seed), inner.collate, mine, config.data.num_workers)
     task.train()
-    if train.validation_steps and where.step == 0:
+    if train.validate_first and train.validation_steps and where.step == 0:
         validate(task, ema, session, 0)
 
     window_loss, window_start, window_wait, window_steps = (
@@ -129,9 +137,8 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
     )
     with progress_bar("training", train.max_steps, where.step, show=run is not None) as advance:
         while where.step < train.max_steps:
-            rate = learning_rate(where.step, train)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            training_mode(optimizer.optimizer)
+            rate = set_learning_rate(optimizer, where.step, train)
             step_ids: list[str] = []
             grad_norm: Any = torch.zeros(())
             for _ in range(accumulation):
@@ -181,12 +188,17 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
                 advance(window_steps, loss=mean_loss, lr=rate)
                 window_loss.zero_()
                 window_start, window_wait, window_steps = time.monotonic(), 0.0, 0
-            if where.step % train.checkpointing_steps == 0 or where.step == train.max_steps:
+            last = where.step == train.max_steps
+            saves = last or where.step % train.checkpointing_steps == 0
+            validates = train.validation_steps and (last or where.step % train.validation_steps == 0)
+            if saves or validates:
+                evaluation_mode(optimizer.optimizer)
+            if saves:
                 if run:
                     checkpoints.save(folder, inner, optimizer.optimizer, ema, accelerator.scaler, where)
                     checkpoints.prune(folder, train.checkpoints_total_limit)
                 accelerator.wait_for_everyone()
-            if train.validation_steps and (where.step % train.validation_steps == 0 or where.step == train.max_steps):
+            if validates:
                 validate(task, ema, session, where.step)
                 window_start = time.monotonic()
     return ema

@@ -46,14 +46,18 @@ class Order:
 
     def _shuffled_steps(self, epoch: int) -> list[tuple[int, int]]:
         """(group, number of the step in the group's stream) of one epoch, in the order in which they come."""
-        steps = [
-            (group, number)
+        labels = [
+            group
             for group in range(len(self._members))
-            for number in range(self._until(epoch, group), self._until(epoch + 1, group))
+            for _ in range(self._until(epoch, group), self._until(epoch + 1, group))
         ]
-        if len(self._members) == 1:  # shuffled already; in this order the batch size changes nothing
-            return steps
-        return [steps[i] for i in permutation(self.seed, f"steps {epoch}", len(steps)).tolist()]
+        following = [self._until(epoch, group) for group in range(len(self._members))]
+        steps = []
+        for place in permutation(self.seed, f"steps {epoch}", len(labels)).tolist():
+            group = labels[place]
+            steps.append((group, following[group]))  # a group's own steps stay in order
+            following[group] += 1
+        return steps
 
     def step(self, number: int) -> list[Place]:
         """The samples of optimizer step ``number`` (from 0)."""
