@@ -119,7 +119,7 @@ def test_exit_code_of_a_wrong_key():
         (["objective.min_timestep=-1"], "out of range"),
         (["objective.snr_gamma=0"], "out of range"),
         (["objective.input_perturbation=2"], "out of range"),
-        (["objective.timestep_sampling=cubix"], "uniform | logit_normal | cubic"),
+        (["objective.timestep_sampling=cubix"], "uniform . logit_normal . cubic"),
         (["objective.min_timestep=500", "objective.max_timestep=500"], "not above"),
     ],
 )

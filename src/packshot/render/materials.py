@@ -143,8 +143,8 @@ def sand():
 
 
 def snow():
-    stops = [(0.3, (0.78, 0.82, 0.88)), (0.6, (0.9, 0.92, 0.94))]
-    return mottled("snow", stops, 30, 0.6, bump=0.25, detail=8, Sheen_Weight=0.3)
+    stops = [(0.3, (0.8, 0.85, 0.92)), (0.6, (0.94, 0.95, 0.96))]
+    return mottled("snow", stops, 46, 0.5, bump=0.7, detail=10, Sheen_Weight=0.4)
 
 
 def water():

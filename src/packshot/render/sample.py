@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from packshot.core.storage import resolve
-from packshot.scene.vocabulary import BACKGROUNDS, LIGHTING, MOODS, ON, POSITIONS, SURFACES, SURROUNDINGS
+from packshot.scene.vocabulary import BACKGROUNDS, LIGHTING, MOODS, ON, POSITIONS, SURFACES, SURROUNDINGS, split_position
 
 PACKAGE_COUNT = 96
 
@@ -72,7 +72,11 @@ _NO_WALL = (*OUTDOOR, "bokeh lights")
 _WALL_LIGHT = ("leaf shadows on the wall", "window blind shadows on the wall")
 _NEON = ("pink neon light", "blue neon light")
 _PAINTED = tuple(f"{color} wall" for color in ("white", "beige", "pink", "blue", "green", "grey", "yellow"))
-_COLORED = ("a white podium", "a pink podium", "a green podium", "a beige stone podium", "a green marble table")
+_COLORED = (
+    "a white podium", "a pink podium", "a green podium", "a beige stone podium", "a concrete podium",
+    "a green marble table", "a grey concrete table",
+)  # fmt: skip
+_COLORED_THINGS = ("white flowers", "pink flowers")
 
 # Which phrases a mood likes: three times as probable, never the only ones, so that every slot stays learnable alone.
 _MOOD_LIKES: dict[str, tuple[str, ...]] = {
@@ -235,9 +239,10 @@ def sample_scene(rng: random.Random, given: dict[str, Any] | None = None, held_o
 
     def draw() -> dict[str, Any]:
         surface, background, lighting = (_draw(pairs, phrases, mood) for phrases in (SURFACES, BACKGROUNDS, LIGHTING))
+        drowned = _COLORED_THINGS if lighting in _NEON else ()
         return {
             "surface": surface,
-            "surroundings": surroundings,
+            "surroundings": [thing for thing in surroundings if split_position(thing)[0] not in drowned],
             "background": background,
             "lighting": lighting,
             "mood": mood,

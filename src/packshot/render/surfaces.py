@@ -91,11 +91,12 @@ def _sand(rng: random.Random, reach: float) -> Ground:
 
 
 def _snow(rng: random.Random, reach: float) -> Ground:
-    waves = [(rng.gauss(0, 1.5), rng.gauss(0, 1.5), rng.uniform(0, 6.28)) for _ in range(7)]
+    waves = [(rng.gauss(0, 2.2), rng.gauss(0, 2.2), rng.uniform(0, 6.28)) for _ in range(9)]
 
     def height(x, y):
         drifts = sum(np.sin(a * x + b * y + c) for a, b, c in waves)
-        return 0.055 * drifts * _fade(x, y, reach, reach + 0.7)
+        crust = sum(np.sin(5 * a * x + 5 * b * y + 2 * c) for a, b, c in waves)
+        return (0.075 * drifts + 0.006 * crust) * _fade(x, y, reach, reach + 0.5)
 
     return _ground("snow", materials.snow(), height, 0.03, reach)
 

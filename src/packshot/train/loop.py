@@ -118,8 +118,8 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
     size = train.batch_size * world * accumulation
     if where.samples_seen != where.step * size:
         raise PackshotError(
-            f"{newest} was made with {where.samples_seen // where.step} samples per optimizer step, this run has {size} "
-            f"({world} processes x {accumulation} micro-steps x {train.batch_size}).",
+            f"{newest} was made with {where.samples_seen // where.step} samples per optimizer step, this run has "
+            f"{size} ({world} processes x {accumulation} micro-steps x {train.batch_size}).",
             "Keep the product: on fewer processes raise train.gradient_accumulation_steps.",
         )
     order = Order(groups, seed, size)

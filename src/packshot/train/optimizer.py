@@ -36,11 +36,11 @@ def _prodigy(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
     # Mishchenko & Defazio 2023 (arXiv 2306.06101): finds its own step size
     from prodigyopt import Prodigy
 
-    betas = (config.beta1, config.beta2)
-    return Prodigy(
-        groups, betas=betas, weight_decay=config.weight_decay, eps=config.eps, use_bias_correction=True,
-        safeguard_warmup=True,
-    )  # fmt: skip
+    betas, decay = (config.beta1, config.beta2), config.weight_decay
+    make: Any = Prodigy  # its signature calls rates integers
+    return make(
+        groups, betas=betas, weight_decay=decay, eps=config.eps, use_bias_correction=True, safeguard_warmup=True
+    )
 
 
 def _schedule_free(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
