@@ -275,7 +275,11 @@ def test_without_a_ring_weights_are_the_shares_of_the_cell_and_fp32():
     plain = 0.5 * alpha + 2.0 * (1 - alpha)
     assert torch.equal(schedule.boundary_weight(alpha, 0.5, 2.0, 1.0, 2), plain)
     assert torch.equal(schedule.boundary_weight(alpha, 0.5, 2.0, 3.0, 0), plain)
-    assert schedule.boundary_weight(alpha.bfloat16(), 0.5, 2.0, 3.0, 2).dtype == torch.float32
+    low = alpha.bfloat16()
+    for boundary in (1.0, 3.0):
+        ours = schedule.boundary_weight(low, 0.5, 2.0, boundary, 2)
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, schedule.boundary_weight(low.float(), 0.5, 2.0, boundary, 2))
     for share in (0.0, 1.0):  # no product, nothing but product
         cells = torch.full((1, 9, 7), share)
         assert torch.equal(

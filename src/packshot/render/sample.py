@@ -10,7 +10,16 @@ from functools import cache
 from typing import Any
 
 from packshot.core.storage import resolve
-from packshot.scene.vocabulary import BACKGROUNDS, LIGHTING, MOODS, ON, POSITIONS, SURFACES, SURROUNDINGS, split_position
+from packshot.scene.vocabulary import (
+    BACKGROUNDS,
+    LIGHTING,
+    MOODS,
+    ON,
+    POSITIONS,
+    SURFACES,
+    SURROUNDINGS,
+    split_position,
+)
 
 PACKAGE_COUNT = 96
 

@@ -21,7 +21,6 @@ from packshot.train.encode import Examples
 VALIDATION_LOSS_SAMPLES = 32
 VALIDATION_STEPS = 20
 VALIDATION_GUIDANCE = 5.0
-DEBIASED_LIMIT = 1000.0  # of the SNR: the clean end would weigh nothing at all
 
 
 class DiffusionTask(nn.Module):
@@ -35,9 +34,9 @@ class DiffusionTask(nn.Module):
         objective, scheduler = config.objective, parts.scheduler.config
         own = objective.prediction_type is PredictionType.base
         self.prediction_type: str = scheduler.prediction_type if own else objective.prediction_type.name
-        check_objective(objective, self.prediction_type)
+        check_objective(objective, self.prediction_type, scheduler.num_train_timesteps)
         alphas_cumprod = schedule.alphas_cumprod(scheduler)
-        if objective.zero_terminal_snr:
+        if objective.zero_terminal_snr or scheduler.get("rescale_betas_zero_snr"):
             alphas_cumprod = schedule.rescale_zero_terminal_snr(alphas_cumprod)
         # validation pictures are sampled the way the network is trained
         zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if objective.zero_terminal_snr else {}
@@ -59,19 +58,21 @@ class DiffusionTask(nn.Module):
         objective, shape = self.config.objective, sample["mean"].shape
         latents = sample["mean"] + sample["std"] * torch.randn(shape, generator=key.generator("posterior"))
         noise = torch.randn(shape, generator=key.generator("noise"))
-        if objective.noise_offset:
-            shift = torch.randn((shape[0], 1, 1), generator=key.generator("noise_offset"))
-            noise = noise + objective.noise_offset * shift
-        seen_noise = noise
-        if objective.input_perturbation:
-            # Ning et al. 2023 (arXiv 2301.11706), algorithm 1: the input's noise is off, the target's is not
-            extra = torch.randn(shape, generator=key.generator("input_perturbation"))
-            seen_noise = noise + objective.input_perturbation * extra
+        noise = schedule.offset_noise(noise, key.generator("noise_offset"), objective.noise_offset)
+        perturbation = key.generator("input_perturbation")
         return {
             "latents": latents * self._parts.vae.config.scaling_factor,
             "noise": noise,
-            "seen_noise": seen_noise,
-            "timesteps": self._timestep(key),
+            "seen_noise": schedule.perturb_noise(noise, perturbation, objective.input_perturbation),
+            "timesteps": schedule.draw_timestep(
+                key.generator("timestep"),
+                objective.timestep_sampling.name,
+                self.alphas_cumprod_T.numel(),
+                objective.min_timestep,
+                objective.max_timestep,
+                objective.logit_normal_location,
+                objective.logit_normal_scale,
+            ),
             "time_ids": sample["time_ids"],
             "weight": schedule.boundary_weight(
                 sample["alpha"],
@@ -83,13 +84,6 @@ class DiffusionTask(nn.Module):
             **self._prompt(sample, key),
             **self.method.condition(sample["seen"], sample["encoded"], key),
         }
-
-    def _timestep(self, key: SampleKey) -> Tensor:
-        objective = self.config.objective
-        last = self.alphas_cumprod_T.numel() - 1
-        high = last if objective.max_timestep is None else min(objective.max_timestep, last)
-        draw = schedule.TIMESTEPS[objective.timestep_sampling.name]
-        return draw(key.generator("timestep"), min(objective.min_timestep, high), high + 1)
 
     def collate(self, samples: list[dict[str, Any]], keys: list[SampleKey]) -> dict[str, Any]:
         """Latents (scaled), noise, timesteps, embeddings, time_ids and the method's condition, all with B first."""
@@ -106,11 +100,8 @@ class DiffusionTask(nn.Module):
         target = schedule.TARGETS[self.prediction_type](batch["latents"], batch["noise"], timesteps, schedule_T)
         loss = schedule.masked_mse(prediction, target, batch["weight"])
         objective = self.config.objective
-        if objective.snr_gamma is not None:
-            loss = loss * schedule.min_snr_weight(timesteps, schedule_T, objective.snr_gamma, self.prediction_type)
-        if objective.debiased:
-            loss = loss * schedule.debiased_weight(timesteps, schedule_T, DEBIASED_LIMIT, self.prediction_type)
-        return loss
+        weight = schedule.LOSS_WEIGHTS[objective.loss_weighting.name]
+        return loss * weight(timesteps, schedule_T, objective.snr_gamma, self.prediction_type)
 
     # ---- validation ----
 
