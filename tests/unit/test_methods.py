@@ -185,7 +185,7 @@ def test_the_null_reference_is_the_one_of_inference(variant, parts):
 
 
 def test_gradients_are_equal_with_and_without_checkpointing(parts, rows):
-    from packshot.train.preview import enable_checkpointing
+    from packshot.train.memory import enable_checkpointing
 
     method = METHODS[ControlNetMethod](parts, ControlNetMethod())
     wake(method)

@@ -74,8 +74,10 @@ class IPAdapter(nn.Module):
         encoder = self.image_encoder
         pixels_1CHW = pixels_1CHW.to(encoder.device, encoder.dtype)
         if self.config.variant is IPAdapterVariant.base:
-            return encoder(pixels_1CHW).image_embeds[0].float().cpu()
-        return encoder(pixels_1CHW, output_hidden_states=True).hidden_states[-2][0].float().cpu()
+            states = encoder(pixels_1CHW).image_embeds[0]
+        else:
+            states = encoder(pixels_1CHW, output_hidden_states=True).hidden_states[-2][0]
+        return states.float() if states.is_meta else states.float().cpu()  # a plan has no values to move
 
     @torch.no_grad()
     def _null_reference(self) -> Tensor:

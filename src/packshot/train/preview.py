@@ -1,4 +1,4 @@
-"""Before a run: what it will cost (``mode=plan``) and what the model will see (``mode=check``)."""
+"""``mode=check``: what the model will see, before the first step."""
 
 from __future__ import annotations
 
@@ -20,45 +20,7 @@ from packshot.train.optimizer import learning_rate
 from packshot.train.order import Order
 from packshot.train.task import batch_to
 
-# AdamW keeps two moments per trained parameter, both fp32; a gradient is the third copy.
-ADAMW_BYTES, GRADIENT_BYTES = 8, 4
 MOST_SHOWN = 8  # samples of the first step that mode=check draws and measures
-
-
-def enable_checkpointing(method: torch.nn.Module) -> None:
-    """Recompute activations in the backward pass of every network that can (non-reentrant, as accelerate needs)."""
-    for module in method.children():
-        enable = getattr(module, "enable_gradient_checkpointing", None)
-        if enable is not None:
-            enable()
-            # diffusers checkpoints only modules in training mode; SDXL's UNet has no dropout to wake up by that
-            module.train()
-
-
-def plan(session: Any, task: Any, examples: Examples, config: Any) -> None:
-    """Log and write ``plan.json``: parameters and the memory they, their gradients and the optimizer need."""
-    parameters = list(task.parameters())
-    trained = [p for p in parameters if p.requires_grad]
-    frozen = [p for p in parameters if not p.requires_grad]
-    count = sum(p.numel() for p in trained)
-    gib = {
-        "frozen_weights_gib": sum(p.numel() * p.element_size() for p in frozen) / 2**30,
-        "trained_weights_gib": sum(p.numel() * p.element_size() for p in trained) / 2**30,
-        "gradients_gib": count * GRADIENT_BYTES / 2**30,
-        "optimizer_gib": count * ADAMW_BYTES / 2**30,
-    }
-    samples = config.train.batch_size * config.train.gradient_accumulation_steps * session.accelerator.num_processes
-    result = {
-        "trained_parameters": count,
-        "frozen_parameters": sum(p.numel() for p in frozen),
-        **gib,
-        "samples_per_step": samples,
-        "epochs": config.train.max_steps * samples / len(examples),
-    }
-    if session.run:
-        (session.path / "plan.json").write_text(json.dumps(result, indent=2) + "\n")
-        for name, value in result.items():
-            log.info("%-22s %s", name, f"{value:.4g}" if isinstance(value, float) else f"{value:,}")
 
 
 def check(session: Any, task: Any, examples: Examples, config: Any) -> None:

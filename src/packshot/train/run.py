@@ -15,10 +15,12 @@ from packshot.core.storage import replacing_folder
 from packshot.data.dataset import Rows, load_rows
 from packshot.methods import METHODS
 from packshot.models.load import Parts, load_parts
-from packshot.train import preview
 from packshot.train.card import write_card
 from packshot.train.encode import Encoder, Examples
 from packshot.train.loop import fit
+from packshot.train.memory import enable_checkpointing
+from packshot.train.plan import plan
+from packshot.train.preview import check
 from packshot.train.session import Session, start
 from packshot.train.state import EMA
 from packshot.train.task import DiffusionTask
@@ -29,16 +31,25 @@ DTYPES = {MixedPrecision.no: torch.float32, MixedPrecision.fp16: torch.float16, 
 def train(config: TrainScript) -> None:
     """Entry point of train_lora.py, train_ip_adapter.py and train_controlnet.py."""
     script = next(name for name, schema in SCRIPTS.items() if schema is type(config))
-    rows = load_rows("data.train", config.data.train)
-    validation = load_rows("data.validation", config.data.validation)
-    parts = load_parts(config.model)
-    session = start(script, config, config.train)
-    task, examples = build_task(config, parts, rows, validation, session.accelerator)
-    try:
-        MODES[config.mode](session, task, examples, config)
-    finally:
-        if session.tracker:
-            session.tracker.finish()
+    MODES[config.mode](config, script)
+
+
+def _with_task(work: Callable[[Session, DiffusionTask, Examples, Any], None]) -> Callable[[TrainScript, str], None]:
+    """A mode that needs models and data: loads them, and closes the tracker whatever happens."""
+
+    def mode(config: TrainScript, script: str) -> None:
+        rows = load_rows("data.train", config.data.train)
+        validation = load_rows("data.validation", config.data.validation)
+        parts = load_parts(config.model)
+        session = start(script, config, config.train)
+        task, examples = build_task(config, parts, rows, validation, session.accelerator)
+        try:
+            work(session, task, examples, config)
+        finally:
+            if session.tracker:
+                session.tracker.finish()
+
+    return mode
 
 
 def build_task(
@@ -51,7 +62,7 @@ def build_task(
     torch.manual_seed(config.run.seed)
     method: Any = METHODS[type(config.method)](parts, config.method)
     if config.train.gradient_checkpointing:
-        preview.enable_checkpointing(method)
+        enable_checkpointing(method)
     encoder = Encoder(parts, method, config.model.resolution, config.data)
     folder = Path(config.data.cache_dir) if config.data.cache else None
     examples, held_out = (Examples(part, encoder, folder) for part in (rows, validation))
@@ -92,8 +103,8 @@ def export(session: Session, module: torch.nn.Module, exporter: Any, ema: EMA | 
     log.info("exported to %s", session.path / "export")
 
 
-MODES: dict[Mode, Callable[[Session, DiffusionTask, Examples, Any], None]] = {
-    Mode.train: _train,
-    Mode.plan: preview.plan,
-    Mode.check: preview.check,
+MODES: dict[Mode, Callable[[TrainScript, str], None]] = {
+    Mode.train: _with_task(_train),
+    Mode.plan: plan,
+    Mode.check: _with_task(check),
 }
