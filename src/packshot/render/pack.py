@@ -28,10 +28,10 @@ def encode(image: Image.Image, quality: int | None) -> dict[str, Any]:
         options = {"optimize": True} if image.mode == "L" else {"lossless": True, "method": 6}
         image.save(buffer, "PNG" if image.mode == "L" else "WEBP", **options)
     elif image.mode == "RGBA":
-        image.save(buffer, "WEBP", quality=quality, method=6)
+        image.save(buffer, "WEBP", quality=quality, method=4)
     else:
         # One thread: the encoder's result depends on their number.
-        image.save(buffer, "AVIF", quality=quality, subsampling="4:4:4", speed=4, max_threads=1)
+        image.save(buffer, "AVIF", quality=quality, subsampling="4:4:4", speed=6, max_threads=1)
     return {"bytes": buffer.getvalue(), "path": None}
 
 
