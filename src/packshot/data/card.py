@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 _TILE = 192  # px
-_COLUMNS = 6
+_COLUMNS = 8
 # Names that the hub knows; anything else is "other" there, and named in full in the table.
 _HUB_LICENSES = {name.lower(): name.lower() for name in ("CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "MIT", "Apache-2.0")}
 
@@ -82,6 +82,6 @@ def _tile(image: Image.Image, mask: Image.Image | None) -> Image.Image:
         views.append(Image.fromarray(np.round(mixed_HWC).astype(np.uint8)))
     tile = Image.new("RGB", (_TILE * len(views), _TILE), "white")
     for number, view in enumerate(views):
-        view.thumbnail((_TILE - 4, _TILE - 4))
+        view = ImageOps.contain(view, (_TILE - 4, _TILE - 4))
         tile.paste(view, (number * _TILE + (_TILE - view.width) // 2, (_TILE - view.height) // 2))
     return tile
