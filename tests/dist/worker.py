@@ -26,7 +26,8 @@ def main(folder: str, *overrides: str) -> None:
     session = start("train_lora", config, config.train)
     config.data.cache_dir = str(Path(folder).parent / "cache")
     task, examples = build_task(config, parts, rows, rows, session.accelerator)
-    examples.fill(session.accelerator)
+    for part in (examples, task.validation):
+        part.fill(session.accelerator)
     gradients: dict[str, torch.Tensor] = {}
     clip = session.accelerator.clip_grad_norm_
 

@@ -115,7 +115,14 @@ def trained_run():
     folder = Path(_TEMPORARY[-1].name)
     save_tiny_florence(folder / "base")
     write_dataset(folder / "data")
-    caption_vlm(folder, "run", "train.max_steps=120", "train.batch_size=4", "train.learning_rate=4e-3")
+    caption_vlm(
+        folder,
+        "run",
+        "train.max_steps=120",
+        "train.batch_size=4",
+        "train.learning_rate=4e-3",
+        "train.validate_first=true",
+    )
     return folder / "run"
 
 

@@ -116,7 +116,7 @@ def test_card_and_contact_sheet_show_counts_licences_and_pictures(photos, tmp_pa
     assert "| CC-BY-4.0 | 6 |" in card
     assert "| empty_file | 1 |" in card
     assert "data_files: part-*.parquet" in card
-    assert Image.open(out / "contact_sheet.png").size == (3 * 384, 2 * 192)
+    assert Image.open(out / "contact_sheet.png").size == (4 * 384, 2 * 192)
     counts = json.loads((out / "metrics.jsonl").read_text())
     assert (counts["images"], counts["accepted"], counts["rejected"]) == (7, 6, 1)
 

@@ -32,7 +32,11 @@ Mode = Names("Mode", ["train", "plan", "check"])
 MixedPrecision = Names("MixedPrecision", ["no", "fp16", "bf16"])
 LRSchedule = Names("LRSchedule", ["constant", "cosine", "linear", "polynomial", "wsd", "cosine_restarts"])
 OptimizerKind = Names("OptimizerKind", ["adamw", "adam8bit", "adafactor", "prodigy", "schedule_free", "lion"])
-LoraKind = Names("LoraKind", ["lora", "dora", "rslora"])
+LoraKind = Names("LoraKind", ["lora", "dora", "rslora", "loha", "lokr"])
+LoraTargets = Names(
+    "LoraTargets", ["attention", "cross_attention", "attention_and_ff", "attention_and_conv", "all_linear"]
+)
+Quantization = Names("Quantization", ["none", "nf4", "int8"])
 Condition = Names("Condition", ["inpaint", "canny"])
 IPAdapterVariant = Names("IPAdapterVariant", ["base", "plus"])
 PredictionType = Names("PredictionType", ["base", "epsilon", "v_prediction"])
@@ -71,6 +75,9 @@ class ModelConfig:
     image_encoder: str | None = opt(None, "CLIP vision encoder; default: <base>/image_encoder")
     florence2: str = opt("data/models/florence2", "Florence-2 folder or hub id")
     resolution: int = opt(128, "side of the square the base was trained on, px", min=32, max=2048)
+    quantization: Quantization = opt(
+        Quantization.none, "weights of the frozen UNet's transformer layers while a LoRA is trained"
+    )
 
 
 @dataclass
@@ -92,7 +99,9 @@ class TrainConfig:
     lr_schedule: LRSchedule = opt(LRSchedule.cosine, "shape of the learning rate after the warm-up")
     lr_min_ratio: float = opt(0.0, "share of the peak that the learning rate ends at", min=0, max=1)
     lr_power: float = opt(2.0, "exponent of lr_schedule=polynomial", min=0.1, max=10)
-    lr_decay_share: float = opt(0.2, "share of the steps over which lr_schedule=wsd decays", min=0.01, max=1)
+    lr_decay_share: float = opt(
+        0.2, "last share of the steps after the warm-up, in which lr_schedule=wsd decays", min=0.01, max=1
+    )
     lr_cycles: int = opt(3, "cycles of lr_schedule=cosine_restarts", min=1, max=100)
     warmup_steps: int = opt(0, "optimizer steps of linear warm-up", min=0)
     mixed_precision: MixedPrecision = opt(MixedPrecision.no, "precision of the frozen base and of the forward pass")
@@ -107,17 +116,18 @@ class TrainConfig:
     validate_first: bool = opt(False, "also validate before the first step: the base alone, for comparison")
     validation_samples: int = opt(4, "pictures per validation", min=1, max=64)
     log_steps: int = opt(1, "optimizer steps between lines of metrics.jsonl", min=1)
+    process_timeout: int = opt(1800, "seconds that the processes wait for each other before they stop", min=5)
 
 
 @dataclass
 class OptimConfig:
     kind: OptimizerKind = opt(OptimizerKind.adamw, "optimizer")
-    beta1: float = opt(0.9, "decay of the gradient's average", min=0, max=1)
-    beta2: float = opt(0.999, "decay of its square's average (lion: of the momentum, at most 0.99)", min=0, max=1)
+    beta1: float = opt(0.9, "decay of the gradient's average", min=0, max=0.99999)
+    beta2: float = opt(0.999, "decay of its square's average (lion: of the momentum, at most 0.99)", min=0, max=0.99999)
     weight_decay: float = opt(0.01, "decoupled weight decay", min=0, max=1)
-    eps: float = opt(1e-8, "added to the root of the second moment", min=0)
+    eps: float = opt(1e-8, "added to the root of the second moment", min=1e-20)
     groups: list[str] = opt(
-        [], "learning rates of their own: 'regex over parameter names=rate', the first match counts"
+        [], "learning rates of their own: ['regex over parameter names=rate'], in quotes; the first match counts"
     )
 
 
@@ -161,11 +171,13 @@ class ObjectiveConfig:
 class LoraMethod:
     rank: int = opt(16, "rank of the update", min=1, max=1024)
     alpha: float = opt(16.0, "scale numerator: the update counts alpha/rank (rslora: alpha/sqrt(rank))", min=0)
-    kind: LoraKind = opt(LoraKind.lora, "lora, dora or rslora")
-    dropout: float = opt(0.0, "dropout on the adapter's input", min=0, max=0.9)
-    target_modules: str = opt(
-        r".*(attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)$", "regular expression over the UNet's module names"
+    kind: LoraKind = opt(
+        LoraKind.lora, "form of the update; loha and lokr are exported for peft, the rest for diffusers"
     )
+    dropout: float = opt(0.0, "dropout on the adapter's input (loha, lokr: on its rows)", min=0, max=0.9)
+    targets: LoraTargets = opt(LoraTargets.attention, "which layers of the UNet are adapted")
+    target_modules: str | None = opt(None, "regular expression over whole module names; replaces targets")
+    text_encoder: bool = opt(False, "also train a LoRA on the attention of both text encoders")
 
 
 @dataclass

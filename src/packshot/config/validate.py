@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any, get_type_hints
@@ -120,8 +121,39 @@ def _objective(config: schema.TrainScript) -> None:
     check_objective(config.objective, "v_prediction" if given is schema.PredictionType.base else given.name)
 
 
+def group_rates(optim: schema.OptimConfig) -> list[tuple[str, float]]:
+    """``optim.groups`` as (regular expression over parameter names, peak learning rate), in the order given.
+
+    Raises:
+        ConfigError: an entry is no "regex=rate" with a rate from 0 to 1.
+    """
+    rates = []
+    for text in optim.groups:
+        pattern, _, rate = text.rpartition("=")
+        try:
+            re.compile(pattern)
+            peak = float(rate)
+        except (ValueError, re.error) as error:
+            raise ConfigError(f"optim.groups: {text!r} is no 'regex=learning rate' ({error}).") from error
+        if not pattern or not 0 <= peak <= 1:  # NaN too
+            raise ConfigError(f"optim.groups: {text!r} needs a pattern and a learning rate from 0 to 1.")
+        rates.append((pattern, peak))
+    return rates
+
+
 def _optimizer(config: schema.TrainScript | schema.CaptionVLM) -> None:
     kind, train = config.optim.kind, config.train
+    if group_rates(config.optim) and kind is schema.OptimizerKind.prodigy:
+        raise ConfigError(
+            "optim=prodigy finds one step size for all parameters; optim.groups would give some another.",
+            "Leave optim.groups empty, or choose another optimizer.",
+        )
+    if kind is schema.OptimizerKind.schedule_free and train.ema_decay:
+        raise ConfigError(
+            f"optim=schedule_free keeps an average itself; train.ema_decay={train.ema_decay} would export another one, "
+            "of the points where gradients are taken.",
+            "Set train.ema_decay=0.",
+        )
     if kind is schema.OptimizerKind.schedule_free and train.lr_schedule is not schema.LRSchedule.constant:
         raise ConfigError(
             f"optim=schedule_free averages instead of decaying; train.lr_schedule={train.lr_schedule} would do both.",
@@ -131,6 +163,43 @@ def _optimizer(config: schema.TrainScript | schema.CaptionVLM) -> None:
         raise ConfigError(
             f"optim=prodigy finds the step size itself; train.learning_rate={train.learning_rate} only shrinks it.",
             "Set train.learning_rate=1.",
+        )
+
+
+_LOW_RANK = (schema.LoraKind.lora, schema.LoraKind.rslora)
+# Adapter kinds that train over quantised weights. loha and lokr read the shape of the stored weight, which nf4 packs;
+# dora needs the weight's own values, which int8 gives up at the first step.
+_QUANTIZED = {schema.Quantization.nf4: (*_LOW_RANK, schema.LoraKind.dora), schema.Quantization.int8: _LOW_RANK}
+
+
+def _lora(config: schema.TrainLora) -> None:
+    method, quantization = config.method, config.model.quantization
+    # transformers drops the magnitudes of a DoRA on loading; readers disagree about their shape in a kohya file
+    for key, given in (("method.text_encoder", method.text_encoder), ("export.kohya", config.export.kohya)):
+        if given and method.kind not in _LOW_RANK:
+            raise ConfigError(
+                f"{key}=true with method.kind={method.kind}: no file holds that so that stock loaders read it alike.",
+                f"Use method.kind=lora or rslora, or set {key}=false.",
+            )
+    if method.kind not in _QUANTIZED.get(quantization, schema.LoraKind):
+        raise ConfigError(
+            f"model.quantization={quantization} cannot carry method.kind={method.kind}.",
+            f"It carries {', '.join(map(str, _QUANTIZED[quantization]))}.",
+        )
+    try:
+        re.compile(method.target_modules or "")
+    except re.error as error:
+        raise ConfigError(
+            f"method.target_modules={method.target_modules!r} is no regular expression: {error}.",
+            "It is matched against whole module names, such as mid_block.attentions.0.proj_in.",
+        ) from error
+
+
+def _quantization(config: Any) -> None:
+    if config.model.quantization is not schema.Quantization.none and not isinstance(config, schema.TrainLora):
+        raise ConfigError(
+            f"model.quantization={config.model.quantization} is for train_lora.py alone.",
+            "Set model.quantization=none: what it trained is used on the whole base.",
         )
 
 
@@ -181,6 +250,8 @@ _CHECKS: list[tuple[type | tuple[type, ...], Callable[[Any], None]]] = [
     ((schema.TrainScript, schema.CaptionVLM), _training),
     ((schema.TrainScript, schema.CaptionVLM), _optimizer),
     (schema.TrainScript, _objective),
+    (schema.TrainLora, _lora),
+    (tuple(schema.SCRIPTS.values()), _quantization),
     (schema.BuildData, _rendering),
     (schema.Generate, _generation),
     (schema.GenerateSettings, _settings),

@@ -17,9 +17,11 @@ class Method(Protocol):
     Built as ``Class(parts, method_config)``. Trainable parameters are fp32 from the start.
 
     needs_pixels: whether ``condition`` reads the sample itself; if not, nothing is decoded during training.
+    trains_text: whether the text encoders are trained; then embeddings come from ``encode_prompt`` at each step.
     """
 
     needs_pixels: bool
+    trains_text: bool
 
     def encode(self, sample: dict[str, Any]) -> dict[str, Tensor]:
         """Frozen-encoder results of one sample that are worth caching (may be empty). No batch dimension."""

@@ -23,6 +23,7 @@ class ControlNet(nn.Module):
     """Zero-initialised residuals from a control map (Zhang et al. 2023, arXiv 2302.05543); the UNet stays frozen."""
 
     needs_pixels = True
+    trains_text = False
 
     def __init__(self, parts: Parts, config: ControlNetMethod) -> None:
         super().__init__()

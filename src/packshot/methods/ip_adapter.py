@@ -33,6 +33,7 @@ class IPAdapter(nn.Module):
     """
 
     needs_pixels = False
+    trains_text = False
 
     def __init__(self, parts: Parts, config: IPAdapterMethod) -> None:
         super().__init__()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from packshot.config.schema import ModelConfig
+from packshot.config.schema import ModelConfig, Quantization
 from packshot.core.errors import ConfigError
 from packshot.core.storage import resolve
 
@@ -49,6 +51,7 @@ class Parts:
         """Move all models; UNet and encoders take ``dtype``, the VAE stays fp32 (SDXL's overflows in fp16)."""
         for name in ("text_encoder", "text_encoder_2", "unet", "image_encoder"):
             getattr(self, name).to(device=device, dtype=dtype)
+        _settle(self.unet, device, dtype)
         self.vae.to(device=device, dtype=torch.float32)
         return self
 
@@ -75,11 +78,83 @@ def _from_pretrained(key: str, cls: Any, source: str, **arguments: Any) -> Any:
         ) from error
 
 
-def load_parts(model: ModelConfig) -> Parts:
-    """Load the parts that a model config names, in fp32 on the CPU.
+def _nf4(linear: torch.nn.Linear) -> torch.nn.Module:
+    """Four-bit normal floats in blocks of 64 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    make: Any = Params4bit  # checkers take its signature for a tensor's
+    with torch.device("meta"):
+        layer = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, quant_type="nf4")
+    weight = make(linear.weight.data, requires_grad=False, quant_type="nf4", module=layer)
+    layer.weight = weight.to(linear.weight.device)
+    # On CPUs with AVX-512 BF16 it would repack its weights at the first evaluation, for a kernel without a gradient,
+    # and fail where a row is no whole number of blocks.
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def _int8(linear: torch.nn.Linear) -> torch.nn.Module:
+    """A byte per weight, activations beyond 6 kept whole (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339)."""
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    make: Any = Int8Params  # checkers take its signature for a tensor's
+    with torch.device("meta"):
+        layer = Linear8bitLt(
+            linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=6.0
+        )
+    weight = make(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    layer.weight = weight.to(linear.weight.device)
+    return layer
+
+
+QUANTIZERS: dict[Quantization, Callable[[torch.nn.Linear], torch.nn.Module]] = {
+    Quantization.nf4: _nf4,
+    Quantization.int8: _int8,
+}
+
+
+def quantize(unet: torch.nn.Module, quantization: Quantization) -> None:
+    """Replace the linear layers of a frozen UNet's transformers, where they stand; convolutions stay as they are.
+
+    diffusers' ``BitsAndBytesConfig`` would do it while loading, but refuses machines without a GPU.
 
     Raises:
-        ConfigError: a folder or hub id cannot be loaded; names the key.
+        ConfigError: bitsandbytes cannot do it on this machine.
+    """
+    # it says at every layer and step that inputs are cast
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    linears = {name: m for name, m in unet.named_modules() if isinstance(m, torch.nn.Linear) and "attentions." in name}
+    try:
+        for name, linear in linears.items():
+            layer: Any = QUANTIZERS[quantization](linear)
+            layer.bias = linear.bias
+            unet.set_submodule(name, layer)
+    except (ImportError, RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"model.quantization={quantization} does not work on this machine ({reason}).",
+            "Set model.quantization=none.",
+        ) from error
+
+
+def _settle(unet: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """What bitsandbytes' layers keep besides their parameters follows a move to ``device`` and ``dtype``."""
+    layers: list[Any] = list(unet.modules())
+    for layer in layers:
+        if hasattr(layer, "compute_dtype"):  # a four-bit layer would keep the dtype of its first input for good
+            layer.compute_dtype, layer.compute_type_is_set = dtype, True
+        elif hasattr(layer, "state") and hasattr(layer.weight, "SCB"):  # eight bits: codes and scales of rows
+            for holder in (layer.weight, layer.state):
+                for name in ("CB", "SCB"):
+                    tensor = getattr(holder, name)
+                    setattr(holder, name, None if tensor is None else tensor.to(device))
+
+
+def load_parts(model: ModelConfig) -> Parts:
+    """Load the parts that a model config names, in fp32 on the CPU; the UNet quantised if the config says so.
+
+    Raises:
+        ConfigError: a folder or hub id cannot be loaded, or the UNet not quantised; names the key.
     """
     # Their bars and remarks on loading say nothing about the run at hand and bury our own lines.
     transformers.utils.logging.disable_progress_bar()
@@ -111,6 +186,9 @@ def load_parts(model: ModelConfig) -> Parts:
     loaded["feature_extractor"] = _from_pretrained(key, CLIPImageProcessor, encoder, **sub_processor)
     for name in ("vae", "unet", "text_encoder", "text_encoder_2", "image_encoder"):
         loaded[name].requires_grad_(False).eval()
+    if model.quantization is not Quantization.none:
+        quantize(loaded["unet"], model.quantization)
+        loaded["unet"].eval()
     return Parts(**loaded)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from torch import Tensor
 
 from packshot.config.schema import DataConfig
 from packshot.core.run import log
@@ -68,9 +69,10 @@ class Encoder:
         return StableDiffusionXLPipeline(**self.parts.pipeline_components())
 
     def release(self) -> None:
-        """Free the text encoders and the image encoder; the VAE stays, for validation pictures."""
+        """Free the encoders that are not trained; the VAE stays, for validation pictures."""
         self.__dict__.pop("_pipeline", None)
-        for name in ("text_encoder", "text_encoder_2", "image_encoder"):
+        text = () if self.method.trains_text else ("text_encoder", "text_encoder_2")
+        for name in (*text, "image_encoder"):
             setattr(self.parts, name, None)
         self.method.image_encoder = None
 
@@ -94,8 +96,14 @@ class Encoder:
 
     @torch.no_grad()
     def text(self, text: str) -> Tensors:
-        """``prompt_embeds`` (77, D) and ``pooled_prompt_embeds`` (P,), as the stock pipeline makes them; fp32."""
+        """``prompt_embeds`` (77, D) and ``pooled_prompt_embeds`` (P,), as the stock pipeline makes them; fp32.
+
+        If the text encoders are trained: what they read, ``input_ids`` and ``input_ids_2``, (77,) each.
+        """
         self._warn_if_truncated(text)
+        if self.method.trains_text:
+            pairs = (("input_ids", self.parts.tokenizer), ("input_ids_2", self.parts.tokenizer_2))
+            return {name: _token_ids(tokenizer, text) for name, tokenizer in pairs}
         prompt_embeds, _, pooled, _ = self._pipeline.encode_prompt(text, do_classifier_free_guidance=False)
         return {"prompt_embeds": prompt_embeds[0].float().cpu(), "pooled_prompt_embeds": pooled[0].float().cpu()}
 
@@ -103,6 +111,12 @@ class Encoder:
         lost = lost_words(self.parts.tokenizer, text)
         if lost:
             log.warning("a caption is longer than the %d tokens the model reads; lost: %r", 77, lost)
+
+
+def _token_ids(tokenizer: Any, text: str) -> Tensor:
+    length = tokenizer.model_max_length
+    read = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return read.input_ids[0]
 
 
 def lost_words(tokenizer: Any, text: str) -> str:
@@ -126,7 +140,9 @@ class Examples(Sequence[dict[str, Any]]):
 
     def _kinds(self) -> list[tuple[str, str]]:
         identity = self.encoder.identity
-        names = [("latents", identity.vae), ("text", identity.text)]
+        names = [("latents", identity.vae)]
+        if not self.encoder.method.trains_text:
+            names.append(("text", identity.text))
         return [*names, ("method", content_key(identity.method))] if identity.method else names
 
     def __len__(self) -> int:
@@ -153,6 +169,8 @@ class Examples(Sequence[dict[str, Any]]):
         self._caches["latents"].fill("encoding pictures", per_sample(encoder.latents), accelerator)
         if "method" in self._caches:
             self._caches["method"].fill("encoding references", per_sample(encoder.method.encode), accelerator)
+        if "text" not in self._caches:
+            return
         texts = sorted({*self.rows.texts, ""})
         jobs = ((content_key(text), f"caption {text!r}", lambda text=text: encoder.text(text)) for text in texts)
         self._caches["text"].fill("encoding captions", jobs, accelerator)
@@ -165,8 +183,11 @@ class Examples(Sequence[dict[str, Any]]):
         example: dict[str, Any] = self._caches["latents"].get(key)
         example["encoded"] = self._caches["method"].get(key) if "method" in self._caches else {}
         example["seen"] = self.seen(index) if needs_pixels else None
-        text, empty = (self._caches["text"].get(content_key(words)) for words in (self.rows.texts[index], ""))
+        text, empty = (self._text(words) for words in (self.rows.texts[index], ""))
         return {**example, "id": self.ids[index], **text, "empty": empty}
+
+    def _text(self, text: str) -> Tensors:
+        return self._caches["text"].get(content_key(text)) if "text" in self._caches else self.encoder.text(text)
 
     def fresh(self, index: int) -> dict[str, Any]:
         """The same without the cache."""

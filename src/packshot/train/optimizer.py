@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 
 from packshot.config.schema import LRSchedule, OptimConfig, OptimizerKind, TrainConfig
-from packshot.core.errors import ConfigError
+from packshot.config.validate import group_rates
+from packshot.core.errors import ConfigError, PackshotError
+from packshot.core.run import log
 
 Groups = list[dict[str, Any]]
 
@@ -24,12 +27,19 @@ def _adam8bit(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
     # Dettmers et al. 2021 (arXiv 2110.02861): moments in eight bits; small tensors keep 32
     from bitsandbytes.optim import AdamW8bit
 
-    return AdamW8bit(groups, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, eps=config.eps)
+    class Checked(AdamW8bit):
+        def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+            _refuse_other_settings(self, state_dict)  # bitsandbytes replaces this method and calls no hooks
+            super().load_state_dict(state_dict, move_to_device)
+
+    return Checked(groups, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, eps=config.eps)
 
 
 def _adafactor(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
-    # Shazeer & Stern 2018 (arXiv 1804.04235): second moments as an outer product
-    return torch.optim.Adafactor(groups, weight_decay=config.weight_decay)
+    # Shazeer & Stern 2018 (arXiv 1804.04235): second moments as an outer product. The paper scales each step by the
+    # parameter's root mean square, at least 1e-3: an adapter's matrix that starts at zero would hardly move. A floor of
+    # 1 makes the rate an absolute one, as for the others.
+    return torch.optim.Adafactor(groups, eps=(None, 1.0), weight_decay=config.weight_decay)
 
 
 def _prodigy(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
@@ -73,28 +83,55 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of ``optim.kind`` over one group for each pattern of ``optim.groups`` and one for the rest.
 
-    A group's ``peak`` is the learning rate that the schedule scales; it survives in the optimizer's state.
+    A group's ``peak`` is the learning rate that the schedule scales. It and ``made_with``, the settings behind the
+    group, survive in the optimizer's state: loading the state of other settings raises PackshotError.
 
     Raises:
         ConfigError: a pattern is no "regex=rate" or matches no trained parameter.
     """
+    if config.kind is OptimizerKind.prodigy and learning_rate < 0.5:
+        log.warning("optim=prodigy expects train.learning_rate=1; %g shrinks the step size it finds", learning_rate)
     rest, groups = dict(parameters), []
-    for text in config.groups:
-        pattern, _, rate = text.rpartition("=")
-        try:
-            peak = float(rate)
-            mine = {name: rest.pop(name) for name in list(rest) if re.search(pattern, name)}
-        except (ValueError, re.error) as error:
-            raise ConfigError(f"optim.groups: {text!r} is no 'regex=learning rate' ({error}).") from error
+    for pattern, peak in group_rates(config):
+        mine = {name: rest.pop(name) for name in list(rest) if re.search(pattern, name)}
         if not mine:
             raise ConfigError(
                 f"optim.groups: {pattern!r} matches no trained parameter that an earlier pattern has left.",
                 f"There are, for example: {', '.join(list(parameters)[:4])}.",
             )
-        groups.append({"params": list(mine.values()), "lr": peak, "peak": peak})
+        groups.append(_group(mine, config, peak))
     if rest:
-        groups.insert(0, {"params": list(rest.values()), "lr": learning_rate, "peak": learning_rate})
-    return OPTIMIZERS[config.kind](groups, config)
+        groups.insert(0, _group(rest, config, learning_rate))
+    optimizer = OPTIMIZERS[config.kind](groups, config)
+    optimizer.register_load_state_dict_pre_hook(_refuse_other_settings)
+    return optimizer
+
+
+def _group(parameters: dict[str, torch.nn.Parameter], config: OptimConfig, peak: float) -> dict[str, Any]:
+    names = hashlib.sha256("\n".join(parameters).encode()).hexdigest()[:12]  # in order: states are stored by position
+    settings = {f"optim.{key}": getattr(config, key) for key in ("beta1", "beta2", "weight_decay", "eps")}
+    made_with = {
+        "optim.kind": config.kind.name,
+        "trained parameters": f"{len(parameters)} ({names})",
+        "peak learning rate": peak,
+        **settings,
+    }
+    return {"params": list(parameters.values()), "lr": peak, "peak": peak, "made_with": made_with}
+
+
+def _refuse_other_settings(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
+    """Loading replaces the settings by the stored ones without a word, and moments go by position, not by name."""
+    mine = [group["made_with"] for group in optimizer.param_groups if "made_with" in group]
+    theirs = [group["made_with"] for group in stored["param_groups"] if "made_with" in group]
+    if mine == theirs or not mine or not theirs:  # checkpoints of before have none
+        return
+    said = f"{len(theirs)} groups of parameters, this run has {len(mine)}"
+    for a, b in zip(mine, theirs, strict=False):
+        said = next((f"{key} {b[key]}, this run has {a[key]}" for key in a if a[key] != b[key]), said)
+    raise PackshotError(
+        f"The checkpoint's optimizer was made with {said}.",
+        "Resume with the settings it was made with (optim.*, train.learning_rate), or start a new run.",
+    )
 
 
 def set_learning_rate(optimizer: Any, step: int, config: TrainConfig) -> float:
@@ -127,7 +164,10 @@ SCHEDULES: dict[LRSchedule, Callable[[float, TrainConfig], float]] = {
     LRSchedule.polynomial: lambda done, config: (1 - done) ** config.lr_power,
     # warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395, section 4)
     LRSchedule.wsd: lambda done, config: min(1.0, (1 - done) / config.lr_decay_share),
-    LRSchedule.cosine_restarts: lambda done, config: 0.5 * (1 + math.cos(math.pi * ((done * config.lr_cycles) % 1.0))),
+    # Loshchilov & Hutter 2017 (arXiv 1608.03983), cycles of one length; 12.999… of them are 13, or a restart is missed
+    LRSchedule.cosine_restarts: lambda done, config: (
+        0.5 * (1 + math.cos(math.pi * (round(done * config.lr_cycles, 9) % 1.0)))
+    ),
 }
 
 

@@ -21,7 +21,7 @@ from packshot.train.loop import fit
 from packshot.train.memory import enable_checkpointing
 from packshot.train.plan import plan
 from packshot.train.preview import check
-from packshot.train.session import Session, start
+from packshot.train.session import Session, start, together
 from packshot.train.state import EMA
 from packshot.train.task import DiffusionTask
 
@@ -44,7 +44,8 @@ def _with_task(work: Callable[[Session, DiffusionTask, Examples, Any], None]) ->
         session = start(script, config, config.train)
         task, examples = build_task(config, parts, rows, validation, session.accelerator)
         try:
-            work(session, task, examples, config)
+            with together(session.accelerator):
+                work(session, task, examples, config)
         finally:
             if session.tracker:
                 session.tracker.finish()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from packshot.config.schema import TrainConfig
 from packshot.core.errors import PackshotError
@@ -24,7 +27,31 @@ def make_accelerator(train: TrainConfig) -> Accelerator:
         mixed_precision=train.mixed_precision.name,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=train.process_timeout))],
     )
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """Work that all processes do: when one of them is gone, the others stop with a sentence instead of a stack.
+
+    Raises:
+        PackshotError: the connection to another process broke, or it did not come within ``train.process_timeout``.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # what gloo and NCCL raise; anything else of this type is passed on
+        said = str(error).lower()
+        if accelerator.num_processes == 1 or not any(sign in said for sign in _BROKEN):
+            raise
+        raise PackshotError(
+            f"Process {accelerator.process_index} has lost another process of this run "
+            f"({str(error).strip().splitlines()[0][:160]}).",
+            "Look at the other processes' last lines; run.resume=true goes on from the newest checkpoint.",
+        ) from error
+
+
+_BROKEN = ("connection", "timed out", "timeout", "peer", "nccl", "gloo", "unhandled system error")
 
 
 @dataclass

@@ -46,13 +46,27 @@ class DiffusionTask(nn.Module):
     # ---- one access to one sample ----
 
     def _prompt(self, sample: dict[str, Any], key: SampleKey) -> dict[str, Tensor]:
-        objective, names = self.config.objective, ("prompt_embeds", "pooled_prompt_embeds")
-        if key.uniform("caption_dropout") >= objective.caption_dropout:
-            return {name: sample[name] for name in names}
-        if objective.unconditional is Unconditional.empty:
-            return sample["empty"]
-        # sequence and pooled embedding are dropped together, as at inference
-        return {name: torch.zeros_like(sample[name]) for name in names}
+        """The prompt of one access; ``prompt_kept`` is 0 where it is dropped to zeros, for what is encoded later."""
+        objective, empty = self.config.objective, sample["empty"]
+        kept = {name: sample[name] for name in empty}
+        if key.uniform("caption_dropout") < objective.caption_dropout:
+            if objective.unconditional is Unconditional.zeros:
+                # sequence and pooled embedding are dropped together, as at inference
+                return {
+                    **{name: torch.zeros_like(tensor) for name, tensor in kept.items()},
+                    "prompt_kept": torch.zeros(()),
+                }
+            kept = empty
+        return {**kept, "prompt_kept": torch.ones(())}
+
+    def _encode_prompt(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Embeddings by the text encoders as they are now, zero where the prompt was dropped."""
+        prompt_embeds, pooled = self.method.encode_prompt([batch["input_ids"], batch["input_ids_2"]])
+        kept_B = batch["prompt_kept"]
+        return {
+            "prompt_embeds": prompt_embeds * kept_B[:, None, None],
+            "pooled_prompt_embeds": pooled * kept_B[:, None],
+        }
 
     def _drawn(self, sample: dict[str, Any], key: SampleKey) -> dict[str, Tensor]:
         objective, shape = self.config.objective, sample["mean"].shape
@@ -95,6 +109,8 @@ class DiffusionTask(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Weighted squared error per sample, shape (B,); noising, target and loss in fp32."""
         timesteps, schedule_T = batch["timesteps"], self.alphas_cumprod_T
+        if self.method.trains_text:
+            batch = batch | self._encode_prompt(batch)
         noisy = schedule.add_noise(batch["latents"], batch["seen_noise"], timesteps, schedule_T)
         prediction = self.method.predict(noisy, timesteps, batch)
         target = schedule.TARGETS[self.prediction_type](batch["latents"], batch["noise"], timesteps, schedule_T)
@@ -131,21 +147,23 @@ class DiffusionTask(nn.Module):
         summed: Any = accelerator.reduce(total, "sum")
         return summed.item() / count
 
-    def _unconditional(self, sample: dict[str, Any]) -> dict[str, Tensor]:
-        """What guidance subtracts: the embeddings that a dropped prompt was trained as."""
-        empty = self.config.objective.unconditional is Unconditional.empty
-        return {
-            f"negative_{name}": tensor[None] if empty else torch.zeros_like(tensor[None])
-            for name, tensor in sample["empty"].items()
-        }
+    def _prompts(self, sample: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+        """The pipeline's embeddings of a sample's prompt, and of what guidance subtracts: a prompt that was dropped."""
+        given, empty = (
+            {name: values[name][None].to(device) for name in sample["empty"]} for values in (sample, sample["empty"])
+        )
+        if self.method.trains_text:
+            one = {"prompt_kept": torch.ones(1, device=device)}
+            given, empty = self._encode_prompt(given | one), self._encode_prompt(empty | one)
+        if self.config.objective.unconditional is Unconditional.zeros:
+            empty = {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
+        return {**given, **{f"negative_{name}": tensor for name, tensor in empty.items()}}
 
     def _picture(self, pipeline: Any, index: int, accelerator: Accelerator) -> Image.Image:
         sample, seen = self.validation[index], self.validation.seen(index)
-        prompts = {name: sample[name][None] for name in ("prompt_embeds", "pooled_prompt_embeds")}
-        prompts |= self._unconditional(sample)
         with accelerator.autocast():
             latents = pipeline(
-                **batch_to(prompts, accelerator.device),
+                **self._prompts(sample, accelerator.device),
                 height=seen["image"].height,
                 width=seen["image"].width,
                 num_inference_steps=VALIDATION_STEPS,

@@ -1,0 +1,60 @@
+"""Which layers a LoRA adapts: presets, and one's own regular expression."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from packshot.config.schema import LoraMethod, LoraTargets
+from packshot.core.errors import ConfigError
+
+_ATTENTION = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)"
+_CONV = r"resnets\.\d+\.(conv1|conv2|conv_shortcut)|(down|up)samplers\.\d+\.conv"
+_LINEAR = r"ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|time_emb_proj|(time|add)_embedding\.linear_[12]"
+
+# Regular expressions over whole names of a UNet's modules.
+TARGETS: dict[LoraTargets, str] = {
+    LoraTargets.attention: rf".*\.{_ATTENTION}",
+    LoraTargets.cross_attention: r".*\.attn2\.(to_q|to_k|to_v|to_out\.0)",
+    LoraTargets.attention_and_ff: rf".*\.({_ATTENTION}|ff\.net\.0\.proj|ff\.net\.2)",
+    LoraTargets.attention_and_conv: rf".*\.({_ATTENTION}|{_CONV})",
+    LoraTargets.all_linear: rf"(.*\.)?({_ATTENTION}|{_LINEAR})",
+}
+
+
+def unet_targets(unet: nn.Module, config: LoraMethod) -> str:
+    """The regular expression of a config, known to match layers of this UNet.
+
+    Raises:
+        ConfigError: it matches nothing, or something that is neither linear nor a convolution.
+    """
+    pattern = config.target_modules if config.target_modules is not None else TARGETS[config.targets]
+    matched = {name: module for name, module in unet.named_modules() if re.fullmatch(pattern, name)}
+    key = "targets" if config.target_modules is None else "target_modules"
+    value = config.targets if config.target_modules is None else repr(pattern)
+    if not matched:
+        raise ConfigError(
+            f"method.{key}={value} matches no layer of the UNet.",
+            f"It is compared with whole module names, such as {', '.join(_examples(unet))}.",
+        )
+    for name, module in matched.items():
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            raise ConfigError(
+                f"method.{key}={value} matches {name or 'the UNet itself'}, a {type(module).__name__}.",
+                "Only linear layers and convolutions can be adapted.",
+            )
+    return pattern
+
+
+def _examples(unet: nn.Module) -> list[str]:
+    """The first module of every preset."""
+    names = [name for name, _ in unet.named_modules()]
+    found = (next((name for name in names if re.fullmatch(pattern, name)), None) for pattern in TARGETS.values())
+    return list(dict.fromkeys(name for name in found if name))
+
+
+def text_targets(layers: int) -> str:
+    """The attention projections of the first ``layers`` layers of a CLIP text encoder, as a regular expression."""
+    numbers = "|".join(map(str, range(layers)))
+    return rf".*layers\.({numbers})\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
