@@ -142,7 +142,9 @@ def test_schedule_free_validates_saves_and_returns_the_average_not_the_training_
     task = run_fit(tmp_path, OptimizerKind.schedule_free, Watched())
     assert len(task.trained_at) == 10
     assert len(task.validated_at) == 4  # at 3, 6, 9 and 10
-    assert not any(torch.equal(a, task.validated_at[-1]) for a in task.trained_at)
+    for step, average in zip((3, 6, 9), task.validated_at, strict=False):  # forward pass `step` follows the validation
+        assert not torch.equal(average, task.trained_at[step])
+    assert not torch.load(tmp_path / "checkpoints" / "8" / "optimizer.pt")["param_groups"][0]["train_mode"]
     saved = load_file(tmp_path / "checkpoints" / "10" / "trainable.safetensors")
     assert torch.equal(saved["linear.weight"], task.validated_at[-1])
     assert torch.equal(saved["linear.weight"], task.linear.weight)
