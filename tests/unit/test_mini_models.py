@@ -4,20 +4,40 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 from transformers import AutoProcessor, CLIPTokenizer, Florence2ForConditionalGeneration
 
-from packshot.core.errors import PackshotError
-from packshot.models.mini.data import Render, free_caption, mirrored, prompt, to_images, to_pixels
+from packshot.core.errors import ConfigError, PackshotError
+from packshot.models.mini.clip import match_matrix
+from packshot.models.mini.data import (
+    Render,
+    Renders,
+    coarser,
+    free_caption,
+    mirrored,
+    product_words,
+    prompt,
+    reframed,
+    to_images,
+    to_pixels,
+)
+from packshot.models.mini.florence2 import SHARED, build_florence, carry_tokens
 from packshot.models.mini.folder import Family, Record
-from packshot.models.mini.stretch import Plan, learning_rate_at, run_stretch
+from packshot.models.mini.stretch import Plan, Progress, learning_rate_at, run_stretch
+from packshot.models.mini.unet import LatentCache, draw_batch
+from packshot.models.mini.vae import build_vae, encode, start_as_block_means
+from packshot.models.mini.vocabulary import train_florence_tokenizer
+from packshot.render.sample import design, product_pool
 from packshot.scene import Scene
 
 MODELS = Path(__file__).parents[2] / "data" / "models"
+SCENE = Scene("a bed of sand", ("lemons",), "a pink wall", "soft light from the left side", "calm")
 
 
 @pytest.fixture(scope="module")
@@ -141,28 +161,112 @@ def test_a_stretch_stops_when_the_loss_is_not_finite(tmp_path: Path) -> None:
 
 
 def test_learning_rate_warms_up_and_ends_low(tmp_path: Path) -> None:
-    from packshot.models.mini.stretch import Progress
-
     plan = _plan(tmp_path)
     rates = [learning_rate_at(plan, Progress(step, seconds)) for step, seconds in ((0, 0), (9, 1), (99, 30), (999, 60))]
     assert rates[0] == pytest.approx(plan.learning_rate / 2, rel=1e-3)
     assert rates[1] > rates[2] > rates[3] == pytest.approx(0.02 * plan.learning_rate)
 
 
-def test_a_part_is_replaced_only_by_a_better_one_or_when_its_inputs_are_gone(tmp_path: Path) -> None:
+def test_a_part_is_replaced_only_by_a_better_one_or_when_its_terms_have_changed(tmp_path: Path) -> None:
     family = Family.open(tmp_path / "work", tmp_path / "out", "sdxl")
 
-    def offer(name: str, score: float, inputs: str) -> bool:
-        record = Record(score, {}, steps=1, minutes=1, scenes=1, parameters=1, inputs=inputs)
-        return family.keep_if_better("unet", record, lambda staging: (staging / "weights").write_text(name) and None)
+    def offer(name: str, score: float, inputs: str, held_out: str = "") -> bool:
+        record = Record(score, {}, steps=1, minutes=1, scenes=1, parameters=1, inputs=inputs, held_out=held_out)
+
+        def write(staging: Path) -> None:
+            (staging / "weights").write_text(name)
+
+        return family.keep_if_better("unet", record, write)
 
     kept = [offer("a", 1.0, "x"), offer("worse", 0.5, "x"), offer("b", 1.5, "x"), offer("c", 0.1, "y")]
     assert kept == [True, False, True, True]
+    assert offer("d", 0.05, "y", held_out="other scenes")
     family.publish("card")
-    assert (tmp_path / "out" / "sdxl" / "weights").read_text() == "c"
+    assert (tmp_path / "out" / "sdxl" / "weights").read_text() == "d"
 
 
-SCENE = Scene("a bed of sand", ("lemons",), "a pink wall", "soft light from the left side", "calm")
+def test_a_deeper_autoencoder_begins_as_the_earlier_one(tmp_path: Path) -> None:
+    family = Family.open(tmp_path / "work", tmp_path / "out", "sdxl", start=MODELS)
+    shipped = AutoencoderKL.from_pretrained(MODELS / "sdxl" / "vae").eval()
+    config = {**build_vae().config, "layers_per_block": shipped.config.layers_per_block + 1}
+    deeper = AutoencoderKL.from_config(config).eval()
+    start_as_block_means(deeper)
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        before = deeper.encode(pixels).latent_dist.mean
+        family.begin(deeper, "vae")
+        latents = [vae.encode(pixels).latent_dist.mean for vae in (deeper, shipped)]
+        decoded = [vae.decode(latents[1]).sample for vae in (deeper, shipped)]
+    assert not torch.allclose(before, latents[1], atol=1e-2)
+    assert torch.allclose(latents[0], latents[1], atol=1e-4)
+    assert torch.allclose(decoded[0], decoded[1], atol=1e-4)
+    earlier = family.effort("vae", Progress(step=0, seconds=0.0))
+    assert family.effort("vae", Progress(step=5, seconds=60.0)) == {
+        "steps": earlier["steps"] + 5,
+        "minutes": earlier["minutes"] + 1,
+    }
+    assert earlier["steps"] > 0
+    with pytest.raises(PackshotError, match="holds no family"):
+        Family.open(tmp_path / "work", tmp_path / "out", "sdxl", start=tmp_path)
+
+
+HELD_OUT = pq.read_table(MODELS.parent / "rendered" / "heldout" / "part-00000.parquet")
+
+
+def _write_set(folder: Path, table: pa.Table) -> str:
+    folder.mkdir()
+    pq.write_table(table, folder / "part-00000.parquet")
+    return str(folder)
+
+
+def _by_product(count: int) -> list[pa.Table]:
+    """Two tables of ``count`` rows without a common product."""
+    products = HELD_OUT.column("product_id").to_pylist()
+    first = sorted(set(products))[::2]
+    picked = ([i for i, p in enumerate(products) if (p in first) == inside][:count] for inside in (True, False))
+    return [HELD_OUT.take(rows) for rows in picked]
+
+
+def test_renders_are_the_rows_of_two_sets(tmp_path: Path) -> None:
+    one, two = _by_product(3)
+    renders = Renders.open(_write_set(tmp_path / "a", one), _write_set(tmp_path / "b", two))
+    assert [render.id for render in renders.train] == one.column("id").to_pylist()
+    assert [render.scene.render() for render in renders.held_out] == two.column("text").to_pylist()
+    for render in renders.train:
+        assert render.image.shape == render.plate.shape == (*render.mask.shape, 3) == (128, 128, 3)
+        change = np.abs(render.image.astype(int) - render.plate).sum(axis=-1)
+        assert change[render.mask].mean() > 4 * change[~render.mask].mean()  # the mask is where the product is
+    drawn = renders.draw(torch.Generator().manual_seed(0), 50)
+    assert {render.id for render in drawn} == {render.id for render in renders.train}
+
+
+def test_a_batch_for_the_unet_pairs_each_latent_with_its_size_and_text(pipeline: StableDiffusionXLPipeline) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    pair = [Render(name, "p000", {}, SCENE, picture, 255 - picture, picture[..., 0] > 127) for name in "ab"]
+    cache = LatentCache(pipeline.vae)
+    image, plate, mirrored_image, _ = cache.of(pair[0])
+    flipped = encode(pipeline.vae, [picture[:, ::-1].copy()])[0] * pipeline.vae.config.scaling_factor
+    assert torch.allclose(mirrored_image, flipped, atol=1e-5)
+    assert not torch.allclose(image, plate, atol=0.1)
+    shapes = set()
+    for seed in range(20):
+        latents, times, texts = draw_batch(pair, cache, random.Random(seed))
+        shapes.add(latents.shape[2:])
+        assert times[:, 4:].tolist() == [[8 * side for side in latents.shape[2:]]] * 2  # the target size, in px
+        assert all("empty" not in text or "an object" not in text for text in texts)
+    assert shapes == {(16, 16), (16, 12), (12, 16)}
+
+
+def test_sets_that_cannot_teach_are_refused(tmp_path: Path) -> None:
+    one, two = _by_product(2)
+    first, second = _write_set(tmp_path / "a", one), _write_set(tmp_path / "b", two)
+    bare = _write_set(tmp_path / "c", two.drop_columns(["plate"]))
+    with pytest.raises(ConfigError, match="both show"):
+        Renders.open(first, first)
+    with pytest.raises(ConfigError, match=r"--heldout .* lacks plate"):
+        Renders.open(first, bare)
+    with pytest.raises(ConfigError, match="--train"):
+        Renders.open(str(tmp_path / "nothing"), second)
 
 
 def test_mirroring_swaps_left_and_right() -> None:
@@ -189,6 +293,49 @@ def test_captions_for_pretraining_name_what_they_should() -> None:
     assert any("an empty place on a bed of sand" in text for text in texts[::2])
     assert not any("empty" in text for text in texts[1::2])
     assert SCENE.render() in texts
+
+
+def test_every_product_can_be_named() -> None:
+    words = {product: product_words(design(product)) for product in product_pool()}
+    assert words["handbag.blush"] == "a blush handbag"
+    assert words["speaker-small"] == "a small speaker"
+    assert all(text.startswith(("a ", "an ")) and "None" not in text and "-" not in text for text in words.values())
+
+
+def test_a_text_matches_images_that_show_more_than_it_says() -> None:
+    placed = Scene("a pink podium which is on a white tiled counter", ("lemons behind it", "books in the corner"))
+    asked = [
+        Scene("a pink podium", ("lemons",)),
+        Scene(surroundings=("lemons behind it",)),
+        Scene(surroundings=("lemons in the corner",)),
+        Scene("a white tiled counter"),
+    ]
+    assert match_matrix(asked, [placed])[:, 0].tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert coarser(placed, random.Random(0), keep=1.0) == placed
+    assert coarser(placed, random.Random(0), keep=0.0) == Scene("a pink podium", ("lemons", "books"))
+
+
+def test_reframing_keeps_the_size_and_most_of_the_picture() -> None:
+    ramp = np.stack([*np.meshgrid(np.arange(128), np.arange(128)), np.zeros((128, 128))], axis=-1).astype(np.uint8)
+    for seed in range(20):
+        window = reframed(ramp, random.Random(seed))
+        assert window.shape == ramp.shape
+        assert np.abs(window.astype(int) - ramp).max() <= 16  # no pixel moves by more than an eighth
+    assert len({reframed(ramp, random.Random(seed)).tobytes() for seed in range(20)}) > 10
+
+
+def test_florence_begins_with_the_tokens_it_shares_with_an_earlier_one(florence: tuple) -> None:
+    earlier, processor = florence
+    tokenizer = train_florence_tokenizer(["a bed of sand", "a zebra in a bazaar"] * 4, 400)
+    model = build_florence(tokenizer)
+    carry_tokens(model, tokenizer, MODELS / "florence2")
+    known, own = processor.tokenizer.get_vocab(), tokenizer.get_vocab()
+    shared, new = own.keys() & known.keys(), own.keys() - known.keys()
+    assert len(shared) > 256
+    assert new
+    rows, earlier_rows = model.get_parameter(SHARED), earlier.get_parameter(SHARED)
+    assert all(torch.equal(rows[own[token]], earlier_rows[known[token]]) for token in shared)
+    assert rows.data_ptr() == model.lm_head.weight.data_ptr()
 
 
 def test_pixels_round_trip() -> None:

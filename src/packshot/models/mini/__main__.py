@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packshot.models.mini.folder import Family
 
 STAGES = ("tokenizer", "vae", "clip", "unet", "florence2")
 MINUTES = {"vae": 15.0, "clip": 5.0, "unet": 40.0, "florence2": 10.0}
@@ -30,7 +35,9 @@ def _stages(text: str) -> tuple[str, ...]:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m packshot.models.mini", description=__doc__)
-    parser.add_argument("--renders", type=Path, required=True, help="<seed>/{image,plate,cutout}.png and job.json")
+    parser.add_argument("--train", default="data/rendered/train", help="rendered set (default %(default)s)")
+    parser.add_argument("--heldout", default="data/rendered/heldout", help="set to measure on (default %(default)s)")
+    parser.add_argument("--start", type=Path, help="an earlier family whose weights to begin with, as data/models")
     parser.add_argument("--out", type=Path, default=Path("data/models"), help="published family (default %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("outputs/mini"), help="checkpoints, curves, staging")
     parser.add_argument("--stage", type=_stages, default=STAGES, help=f"all, or some of {','.join(STAGES)}")
@@ -42,11 +49,24 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _stage_tokenizers(clip_bpe: Path | None, sdxl: Family) -> None:
+    """The pair from CLIP's merge table, or the one of the family that training starts from."""
+    from packshot.core.errors import PackshotError
+    from packshot.models.mini.vocabulary import read_clip_merges, save_clip_tokenizers
+
+    if clip_bpe is not None:
+        save_clip_tokenizers(read_clip_merges(clip_bpe), sdxl.staging)
+    elif sdxl.start is not None:
+        for name in ("tokenizer", "tokenizer_2"):
+            shutil.copytree(sdxl.start / name, sdxl.staging / name, dirs_exist_ok=True)
+    else:
+        raise PackshotError("the first run needs CLIP's merge table", hint="pass --clip-bpe, or --start a family")
+
+
 def run(args: argparse.Namespace) -> None:
     """Train the chosen stages in order and publish each family that is complete and fits together."""
     import torch
 
-    from packshot.core.errors import PackshotError
     from packshot.models.mini.card import model_card
     from packshot.models.mini.clip import train_clip
     from packshot.models.mini.data import Renders
@@ -54,16 +74,13 @@ def run(args: argparse.Namespace) -> None:
     from packshot.models.mini.folder import Family
     from packshot.models.mini.unet import fits, train_unet
     from packshot.models.mini.vae import train_vae
-    from packshot.models.mini.vocabulary import read_clip_merges, save_clip_tokenizers
 
     torch.set_num_threads(args.threads)
-    renders = Renders(args.renders)
+    renders = Renders.open(args.train, args.heldout)
     print(f"{len(renders.train)} training and {len(renders.held_out)} held-out scenes", flush=True)
-    sdxl, florence = Family.open(args.work, args.out, "sdxl"), Family.open(args.work, args.out, "florence2")
+    sdxl, florence = (Family.open(args.work, args.out, name, args.start) for name in ("sdxl", "florence2"))
     if "tokenizer" in args.stage and not (sdxl.staging / "tokenizer_2" / "merges.txt").exists():
-        if args.clip_bpe is None:
-            raise PackshotError("the first run needs CLIP's merge table", hint="pass --clip-bpe")
-        save_clip_tokenizers(read_clip_merges(args.clip_bpe), sdxl.staging)
+        _stage_tokenizers(args.clip_bpe, sdxl)
     train = {
         "vae": lambda *rest: train_vae(renders, sdxl, *rest, channels=args.latent_channels),
         "clip": lambda *rest: train_clip(renders, sdxl, *rest),
@@ -72,7 +89,6 @@ def run(args: argparse.Namespace) -> None:
     }
     for stage in args.stage:
         if stage in train:
-            renders.refresh()
             train[stage](args.work / stage, args.minutes[stage], args.seed)
         if stage == "unet" and fits(sdxl):
             sdxl.publish(model_card("sdxl", sdxl.records))

@@ -32,8 +32,10 @@ from packshot.models.mini.data import (
     Render,
     Renders,
     bare_phrases,
+    coarser,
     loose_caption,
     mirrored,
+    reframed,
     sub_scene,
     to_pixels,
     without_product,
@@ -44,6 +46,7 @@ from packshot.models.mini.vocabulary import VOCABULARY_SIZE
 from packshot.scene import Scene
 from packshot.scene.vocabulary import BACKGROUNDS, LIGHTING, MOODS, SURFACES, SURROUNDINGS
 
+PARTS = ("text_encoder", "text_encoder_2", "image_encoder")
 IMAGE_SIZE = 96
 EMBEDDING = 80  # of the space that images and texts share, and of SDXL's pooled text embedding
 PHRASES = {
@@ -132,20 +135,27 @@ def _draw_batch(
     images, scenes, texts, named = [], [], [], []
     for render in renders.draw(generator, count):
         flip = rng.random() < 0.5
-        image = without_product(render, rng)
+        image = reframed(without_product(render, rng), rng)
         images.append(image[:, ::-1] if flip else image)
         scenes.append(mirrored(render.scene) if flip else render.scene)
-        named.append(sub_scene(scenes[-1], _draw_slots(scenes[-1], rng)))
+        named.append(coarser(sub_scene(scenes[-1], _draw_slots(scenes[-1], rng)), rng, 0.6))
         texts.append(named[-1].render() if rng.random() < 0.5 else loose_caption(named[-1], rng))
     return images, texts, scenes, named
 
 
 def match_matrix(named: list[Scene], scenes: list[Scene]) -> torch.Tensor:
-    """matches_TI: row = text, column = image, 1 where the image shows all that the text says."""
+    """matches_TI: row = text, column = image, 1 where the image shows all that the text says.
+
+    A phrase stays true when its end is left out: "lemons" of "lemons behind it", a podium without its table.
+    """
 
     def shows(scene: Scene, asked: Scene) -> bool:
         slots = scene.slots()
-        return all(set(values) <= set(slots[slot]) for slot, values in asked.slots().items())
+        return all(
+            any(told == value or told.startswith(value + " ") for told in slots[slot])
+            for slot, values in asked.slots().items()
+            for value in values
+        )
 
     return torch.tensor([[shows(scene, asked) for scene in scenes] for asked in named], dtype=torch.float32)
 
@@ -213,12 +223,12 @@ def train_clip(renders: Renders, family: Family, folder: Path, minutes: float, s
     """Train the three encoders and stage them with the feature extractor; the tokenizers must be staged."""
     torch.manual_seed(seed)
     model = build_encoders()
+    for part in PARTS:
+        family.begin(model[part], part)
     tokenizers = {name: CLIPTokenizer.from_pretrained(family.staging / name) for name in ("tokenizer", "tokenizer_2")}
     plan = Plan("clip", folder, minutes, learning_rate=1e-3, batch_size=64, seed=seed, weight_decay=0.05)
 
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        if torch.rand((), generator=generator) < 0.01:
-            renders.refresh()
         images, texts, scenes, named = _draw_batch(renders, generator, plan.batch_size)
         matches, scale = match_matrix(named, scenes), model["log_scale"]["value"].clamp(max=4.0).exp()
         anchors = F.normalize(model["phrases"].weight, dim=-1)
@@ -237,7 +247,7 @@ def train_clip(renders: Renders, family: Family, folder: Path, minutes: float, s
 
     progress = run_stretch(plan, model, loss_of, preview)
     measures = measure_clip({**model, **tokenizers}, renders.held_out)
-    parts = {name: model[name] for name in ("text_encoder", "text_encoder_2", "image_encoder")}
+    parts = {name: model[name] for name in PARTS}
 
     def write(staging: Path) -> None:
         for name, part in parts.items():
@@ -248,9 +258,9 @@ def train_clip(renders: Renders, family: Family, folder: Path, minutes: float, s
     record = Record(
         score=sum(measures.values()) / len(measures),
         measures=measures,
-        steps=progress.step,
-        minutes=progress.seconds / 60,
+        **family.effort("clip", progress),
         scenes=len(renders.train),
+        held_out=renders.held_out_id,
         parameters=sum(part.num_parameters() for part in parts.values()),
     )
     family.keep_if_better("clip", record, write)

@@ -1,29 +1,35 @@
-"""Renders as training data: pixels, product masks, and captions in many wordings."""
+"""Rendered sets as training data: pixels, product masks, and captions in many wordings."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 
-from packshot.core.errors import PackshotError
-from packshot.render.sample import is_held_out
+from packshot.core.errors import ConfigError
+from packshot.data.dataset import load_rows
+from packshot.render.sample import design
 from packshot.scene import Scene
-from packshot.scene.vocabulary import split_position
+from packshot.scene.vocabulary import ON, split_position
 
 SIZE = 128  # px; the family's native image size
+_LAYERS = ("image", "plate", "mask")
 
 
 @dataclass(frozen=True)
 class Render:
-    """One scene: image and plate (the same without product) uint8 RGB (SIZE, SIZE, 3), mask bool (SIZE, SIZE)."""
+    """One scene: image and plate (the same without product) uint8 RGB (SIZE, SIZE, 3), mask bool (SIZE, SIZE).
 
-    seed: str
+    product: the design behind ``product_id``, as the renderer was given it.
+    """
+
+    id: str
     product_id: str
     product: dict[str, object]
     scene: Scene
@@ -32,56 +38,54 @@ class Render:
     mask: np.ndarray
 
 
-def _read(path: Path, flags: int, channels: int) -> np.ndarray | None:
-    array = cv2.imread(str(path), flags)
-    if array is None or array.ndim != 3 or array.shape[2] != channels:
-        return None
-    if array.shape[:2] != (SIZE, SIZE):
-        array = cv2.resize(array, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(array, cv2.COLOR_BGR2RGB if channels == 3 else cv2.COLOR_BGRA2RGBA)
+def _pixels(image: Image.Image) -> np.ndarray:
+    array = np.array(image)
+    fits = array.shape[:2] == (SIZE, SIZE)
+    return array if fits else cv2.resize(array, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
 
 
-def read_render(folder: Path) -> Render | None:
-    """Read one scene's folder; None while the renderer has not finished writing it."""
-    if not (folder / "job.json").is_file():
-        return None
-    image = _read(folder / "image.png", cv2.IMREAD_COLOR, 3)
-    plate = _read(folder / "plate.png", cv2.IMREAD_COLOR, 3)
-    cutout = _read(folder / "cutout.png", cv2.IMREAD_UNCHANGED, 4)
-    if image is None or plate is None or cutout is None:
-        return None
-    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    scene = Scene.from_dict(job["scene"])
-    return Render(folder.name, job["product_id"], job["product"], scene, image, plate, cutout[..., 3] > 127)
-
-
-class Renders:
-    """The finished scenes of a folder that may still be growing; ``refresh`` picks up what has been added."""
-
-    def __init__(self, folder: Path, minimum: int = 2) -> None:
-        if not folder.is_dir():
-            raise PackshotError(f"{folder} is no folder", hint="name the folder that holds <seed>/image.png")
-        self.folder = folder
-        self._known: set[str] = set()
-        self.train: list[Render] = []
-        self.held_out: list[Render] = []
-        self.refresh()
-        if min(len(self.train), len(self.held_out)) < minimum:
-            raise PackshotError(
-                f"{folder} has {len(self.train)} finished training and {len(self.held_out)} held-out renders; "
-                f"{minimum} of each are needed",
-                hint="render more scenes, or name the folder that holds <seed>/image.png",
+def _read_renders(key: str, path: str) -> Iterator[Render]:
+    rows = load_rows(key, path)
+    for index in range(len(rows)):
+        row = rows.read(index, _LAYERS)
+        missing = [name for name in (*_LAYERS, "product_id") if row.get(name) is None]
+        if missing:
+            raise ConfigError(
+                f"{key} {path}: sample {row['id']} lacks {', '.join(missing)}.",
+                "The mini family learns from rendered sets: build_data.py dataset=rendered writes them.",
             )
+        image, plate, mask = (_pixels(row[name]) for name in _LAYERS)
+        product = design(row["product_id"])
+        yield Render(row["id"], row["product_id"], product, row["scene"], image, plate, mask > 127)
 
-    def refresh(self) -> int:
-        """List the folder again; returns how many scenes are new."""
-        before = len(self._known)
-        for folder in sorted(path for path in self.folder.iterdir() if path.is_dir() and path.name not in self._known):
-            render = read_render(folder)
-            if render is not None:
-                self._known.add(folder.name)
-                (self.held_out if is_held_out(render.product_id) else self.train).append(render)
-        return len(self._known) - before
+
+@dataclass(frozen=True)
+class Renders:
+    """The scenes of two rendered sets, decoded: one to learn from, one to measure on."""
+
+    train: list[Render]
+    held_out: list[Render]
+
+    @classmethod
+    def open(cls, train: str, held_out: str) -> Renders:
+        """Read both sets whole (about 0.1 MB per scene).
+
+        Raises:
+            ConfigError: a set is missing, empty, not Parquet, or not a rendered one; both show the same product.
+        """
+        renders = cls(list(_read_renders("--train", train)), list(_read_renders("--heldout", held_out)))
+        shared = {r.product_id for r in renders.train} & {r.product_id for r in renders.held_out}
+        if shared:
+            raise ConfigError(
+                f"--train {train} and --heldout {held_out} both show {', '.join(sorted(shared)[:3])}.",
+                "Scores on products that training has seen say nothing: give sets without common products.",
+            )
+        return renders
+
+    @property
+    def held_out_id(self) -> str:
+        """16 hex digits that stand for the held-out scenes."""
+        return hashlib.sha256("".join(render.id for render in self.held_out).encode()).hexdigest()[:16]
 
     def draw(self, generator: torch.Generator, count: int) -> list[Render]:
         """``count`` training scenes with replacement."""
@@ -109,6 +113,15 @@ def without_product(render: Render, rng: random.Random) -> np.ndarray:
     image = render.image.copy()
     image[render.mask] = 128
     return image
+
+
+def reframed(image: np.ndarray, rng: random.Random) -> np.ndarray:
+    """A random window of at least seven eighths of the side, at the image's size: few scenes pass for more."""
+    size = image.shape[0]
+    side = rng.randint(size * 7 // 8, size)
+    top, left = rng.randint(0, size - side), rng.randint(0, size - side)
+    window = np.ascontiguousarray(image[top : top + side, left : left + side])
+    return cv2.resize(window, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
 def mirrored(scene: Scene) -> Scene:
@@ -146,6 +159,13 @@ def thinned(scene: Scene, rng: random.Random, keep: float) -> Scene:
     return sub_scene(scene, kept)
 
 
+def coarser(scene: Scene, rng: random.Random, keep: float) -> Scene:
+    """The scene less closely described: where a thing stands, and the table under a podium, stay with odds ``keep``."""
+    surface = scene.surface if rng.random() < keep else scene.surface.partition(ON)[0]
+    around = (text if rng.random() < keep else split_position(text)[0] for text in scene.surroundings)
+    return replace(scene, surface=surface, surroundings=tuple(around))
+
+
 def loose_caption(scene: Scene, rng: random.Random) -> str:
     """The scene's phrases as people prompt: any order, commas, with or without the words that join them."""
     clauses = []
@@ -166,23 +186,39 @@ def loose_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def prompt(scene: Scene, rng: random.Random, empty: bool) -> str:
-    """A training prompt: mostly the canonical caption, sometimes thinned or loosely worded.
+    """A training prompt: mostly the canonical caption, sometimes thinned, coarser or loosely worded.
 
     empty: the picture shows the scene without a product. Most of its prompts then say so ("an empty place on ..."),
         the rest keep "an object": the models that paint around a product start from the wording they will be given.
     """
     form = rng.random()
     if form > 0.85:
-        text = loose_caption(thinned(scene, rng, 0.8), rng)
+        text = loose_caption(thinned(coarser(scene, rng, 0.6), rng, 0.8), rng)
     else:
-        text = (scene if form < 0.6 else thinned(scene, rng, 0.7)).render()
+        text = (scene if form < 0.6 else thinned(coarser(scene, rng, 0.6), rng, 0.7)).render()
     return text.replace("an object", "an empty place") if empty and rng.random() < 0.7 else text
+
+
+_NOUNS = {
+    "dropper": "dropper bottle",
+    "pump": "pump bottle",
+    "aerosol": "spray can",
+    "perfume": "perfume bottle",
+    "spray": "spray bottle",
+    "speaker-small": "small speaker",
+    "speaker-tall": "tall speaker",
+    "bread": "loaf of bread",
+    "boots": "pair of boots",
+    "slippers": "pair of slippers",
+    "headphones": "pair of headphones",
+}
 
 
 def product_words(product: dict[str, object]) -> str:
     """A plain noun phrase for the product, article included: "an amber glass bottle"."""
-    kind = {"dropper": "dropper bottle", "pump": "pump bottle", "aerosol": "spray can", "perfume": "perfume bottle"}
-    words = f"{product['palette']} {product['finish']} {kind.get(str(product['kind']), product['kind'])}"
+    name = str(product.get("model") or product["kind"])  # a modelled object, or a kind of package
+    noun = _NOUNS.get(name, name.replace("-", " "))
+    words = " ".join(str(word) for word in (product["palette"], product.get("finish"), noun) if word)
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import (
     CLIPImageProcessorPil,
     Florence2Config,
@@ -29,7 +30,7 @@ from transformers import (
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from packshot.models.mini.clip import PHRASES, phrase_loss
-from packshot.models.mini.data import SIZE, Render, Renders, bare_phrases, free_caption, mirrored, to_pixels
+from packshot.models.mini.data import SIZE, Render, Renders, bare_phrases, free_caption, mirrored, reframed, to_pixels
 from packshot.models.mini.folder import Family, Record, set_loading_dtype
 from packshot.models.mini.stretch import Plan, Progress, run_stretch
 from packshot.models.mini.vocabulary import train_florence_tokenizer
@@ -37,6 +38,8 @@ from packshot.scene import Scene
 
 TASKS = ("<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>")  # index = detail of ``free_caption``
 VOCABULARY = 1536
+DROPOUT = 0.1
+SHARED = "model.language_model.shared.weight"  # token embeddings, tied to the output head
 IMAGE_TOKENS = (SIZE // 16) ** 2 + 1  # the last stage's grid and its mean
 
 
@@ -57,7 +60,7 @@ def build_florence(tokenizer: PreTrainedTokenizerFast) -> Florence2ForConditiona
         "pad_token_id": 1,
         "eos_token_id": 2,
         "decoder_start_token_id": 2,
-        "dropout": 0.0,
+        "dropout": DROPOUT,
         "tie_word_embeddings": True,
     }
     vision = {
@@ -92,6 +95,17 @@ def build_florence(tokenizer: PreTrainedTokenizerFast) -> Florence2ForConditiona
         no_repeat_ngram_size=3,
     )
     return model
+
+
+@torch.no_grad()
+def carry_tokens(model: Florence2ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, start: Path) -> None:
+    """Embeddings of the tokens that an earlier model in ``start`` knows too; its tokenizer may have learned others."""
+    earlier = PreTrainedTokenizerFast.from_pretrained(start).get_vocab()
+    weights = load_file(start / "model.safetensors")[SHARED]
+    own = model.get_parameter(SHARED)
+    for token, index in tokenizer.get_vocab().items():
+        if token in earlier:
+            own[index] = weights[earlier[token]]
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> Florence2Processor:
@@ -206,17 +220,20 @@ def train_florence(renders: Renders, family: Family, folder: Path, minutes: floa
         tokenizer = train_florence_tokenizer(tokenizer_texts(renders.train), VOCABULARY)
         tokenizer.save_pretrained(kept)
     model, processor = build_florence(tokenizer), build_processor(tokenizer)
+    family.begin(model, "")
+    if family.start is not None:
+        carry_tokens(model, tokenizer, family.start)
     phrases = torch.nn.Linear(model.config.text_config.d_model, sum(map(len, PHRASES.values())))
-    plan = Plan("florence2", folder, minutes, learning_rate=1e-3, batch_size=24, seed=seed, inputs=str(len(tokenizer)))
+    rate = family.rate(1e-3)
+    plan = Plan("florence2", folder, minutes, rate, batch_size=24, seed=seed, inputs=str(len(tokenizer)))
 
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        if torch.rand((), generator=generator) < 0.01:
-            renders.refresh()
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
         images, tasks, captions, scenes = [], [], [], []
         for render in renders.draw(generator, plan.batch_size):
             flip, detail = rng.random() < 0.5, rng.choice((0, 1, 2, 2, 2))
-            images.append(render.image[:, ::-1] if flip else render.image)
+            image = reframed(render.image, rng)
+            images.append(image[:, ::-1] if flip else image)
             tasks.append(TASKS[detail])
             scenes.append(mirrored(render.scene) if flip else render.scene)
             captions.append(free_caption(render, scenes[-1], rng, detail))
@@ -235,6 +252,7 @@ def train_florence(renders: Renders, family: Family, folder: Path, minutes: floa
     measures = {**held_out_scores(model, processor, renders.held_out), **told}
 
     def write(staging: Path) -> None:
+        model.config.text_config.dropout = 0.0  # against overfitting here; a fine-tune says itself what it needs
         model.half().save_pretrained(staging)
         set_loading_dtype(staging)
         processor.save_pretrained(staging)
@@ -242,9 +260,9 @@ def train_florence(renders: Renders, family: Family, folder: Path, minutes: floa
     record = Record(
         score=sum(told.values()) / len(told),
         measures=measures,
-        steps=progress.step,
-        minutes=progress.seconds / 60,
+        **family.effort("florence2", progress),
         scenes=len(renders.train),
+        held_out=renders.held_out_id,
         parameters=model.num_parameters(),
         inputs=f"vocabulary {len(tokenizer)}",
     )

@@ -8,6 +8,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from packshot.core.errors import PackshotError
+from packshot.models.mini.stretch import Progress
 
 RECORD = "mini.json"
 
@@ -18,6 +25,7 @@ class Record:
 
     score: on held-out renders, higher is better; its unit stands in ``measures``, which holds all numbers.
     inputs: fingerprint of the parts it was trained on; a part whose inputs are gone is worth nothing.
+    held_out: fingerprint of the scenes it was scored on; scores on different ones cannot be compared.
     """
 
     score: float
@@ -27,35 +35,73 @@ class Record:
     scenes: int
     parameters: int
     inputs: str = ""
+    held_out: str = ""
+
+
+def _read_records(folder: Path) -> dict[str, Record]:
+    path = folder / RECORD
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {stage: Record(**values) for stage, values in known.items()}
 
 
 @dataclass(frozen=True)
 class Family:
-    """A staging folder where parts are put together, and the folder it is published to."""
+    """A staging folder where parts are put together, and the folder it is published to.
+
+    start: an earlier family whose weights training begins with; None to begin with nothing.
+    """
 
     staging: Path
     out: Path
+    start: Path | None = None
 
     @classmethod
-    def open(cls, work: Path, out: Path, name: str) -> Family:
-        """Stage ``out/name`` under ``work/staging/name``, starting from what is published there."""
+    def open(cls, work: Path, out: Path, name: str, start: Path | None = None) -> Family:
+        """Stage ``out/name`` under ``work/staging/name``, starting from what is published there.
+
+        Raises:
+            PackshotError: ``start`` holds no family.
+        """
+        if start is not None and not (start / name / RECORD).is_file():
+            raise PackshotError(f"{start / name} holds no family ({RECORD} is missing)", hint="leave out --start")
         staging, published = work / "staging" / name, out / name
         if not staging.exists() and published.exists():
             shutil.copytree(published, staging)
         staging.mkdir(parents=True, exist_ok=True)
-        return cls(staging, published)
+        return cls(staging, published, start and start / name)
 
     @property
     def records(self) -> dict[str, Record]:
         """The staged parts' records, read afresh: another process may be training another part."""
-        path = self.staging / RECORD
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return {stage: Record(**values) for stage, values in known.items()}
+        return _read_records(self.staging)
+
+    def begin(self, model: torch.nn.Module, part: str) -> None:
+        """Give ``model`` those weights of the earlier family's ``part`` whose names and shapes it has."""
+        if self.start is None:
+            return
+        own, weights = model.state_dict(), {}
+        for path in (self.start / part).glob("*.safetensors"):
+            weights |= {name: w for name, w in load_file(path).items() if name in own and own[name].shape == w.shape}
+        model.load_state_dict(weights, strict=False)
+        print(
+            f"{part or self.start.name}: begins with {len(weights)} of {len(own)} tensors of {self.start}", flush=True
+        )
+
+    def rate(self, full: float) -> float:
+        """Peak learning rate: less than ``full`` for weights that an earlier training has brought to rest."""
+        return full if self.start is None else 0.4 * full
+
+    def effort(self, stage: str, progress: Progress) -> dict[str, Any]:
+        """``steps`` and ``minutes`` that went into a part, those of the weights it began with included."""
+        earlier = _read_records(self.start).get(stage) if self.start else None
+        steps, minutes = (earlier.steps, earlier.minutes) if earlier else (0, 0.0)
+        return {"steps": steps + progress.step, "minutes": minutes + progress.seconds / 60}
 
     def keep_if_better(self, stage: str, record: Record, write: Callable[[Path], None]) -> bool:
-        """Let ``write`` put the stage's files into staging unless the part there scores higher on the same inputs."""
+        """Let ``write`` put the stage's files into staging unless the part there scores higher on the same terms."""
         old = self.records.get(stage)
-        if old is not None and old.inputs == record.inputs and old.score >= record.score:
+        same = old is not None and (old.inputs, old.held_out) == (record.inputs, record.held_out)
+        if old is not None and same and old.score >= record.score:
             print(f"{stage}: kept the present part, {old.score:.4f} against {record.score:.4f}", flush=True)
             return False
         write(self.staging)

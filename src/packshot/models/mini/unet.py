@@ -114,11 +114,11 @@ class LatentCache:
 
     def of(self, render: Render) -> torch.Tensor:
         """latents_4CHW: image, plate, mirrored image, mirrored plate."""
-        if render.seed not in self._latents:
+        if render.id not in self._latents:
             pair = [render.image, render.plate]
             views = pair + [np.ascontiguousarray(view[:, ::-1]) for view in pair]
-            self._latents[render.seed] = encode(self._vae, views) * self._vae.config.scaling_factor
-        return self._latents[render.seed].clone()
+            self._latents[render.id] = encode(self._vae, views) * self._vae.config.scaling_factor
+        return self._latents[render.id].clone()
 
 
 def _cut(latent_CHW: torch.Tensor, shape: tuple[int, int], rng: random.Random) -> tuple[torch.Tensor, list[int]]:
@@ -167,10 +167,12 @@ def _loss(
 
 
 @torch.inference_mode()
-def held_out_loss(unet: UNet2DConditionModel, parts: dict, noiser: DDPMScheduler, renders: list[Render]) -> float:
+def held_out_loss(
+    unet: UNet2DConditionModel, parts: dict, noiser: DDPMScheduler, renders: list[Render], cache: LatentCache
+) -> float:
     """Mean squared noise error on the same held-out images, noise and evenly spread timesteps every time."""
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
-    cache, losses = LatentCache(parts["vae"]), []
+    losses = []
     for start in range(0, len(renders), 16):
         batch = draw_batch(renders[start : start + 16], cache, rng)
         for timestep in range(50, 1000, 100):
@@ -181,7 +183,7 @@ def held_out_loss(unet: UNet2DConditionModel, parts: dict, noiser: DDPMScheduler
     return torch.stack(losses).mean().item()
 
 
-def sample(parts: dict, unet: UNet2DConditionModel, texts: list[str], guidance: float = 5.0) -> list[np.ndarray]:
+def sample(parts: dict, unet: UNet2DConditionModel, texts: list[str], guidance: float = 4.0) -> list[np.ndarray]:
     """uint8 images, 25 Euler steps, one fixed seed per position."""
     images = []
     for start in range(0, len(texts), 16):
@@ -203,12 +205,14 @@ def _save_samples(parts: dict, unet: UNet2DConditionModel, renders: Renders, pat
     cv2.imwrite(str(path), cv2.cvtColor(rows, cv2.COLOR_RGB2BGR))
 
 
-def measure_unet(unet: UNet2DConditionModel, parts: dict, noiser: DDPMScheduler, renders: list[Render]) -> dict:
+def measure_unet(
+    unet: UNet2DConditionModel, parts: dict, noiser: DDPMScheduler, renders: list[Render], cache: LatentCache
+) -> dict[str, float]:
     """Held-out loss, and per slot how often the image encoder sees in a sample what its prompt asked for."""
     scenes = [render.scene for render in renders][:32]
     drawn = sample(parts, unet, [scene.render() for scene in scenes])
     seen = slot_accuracy(parts, drawn, scenes)
-    loss = held_out_loss(unet, parts, noiser, renders)
+    loss = held_out_loss(unet, parts, noiser, renders, cache)
     return {"loss": loss, **{f"sample_{slot}": value for slot, value in seen.items()}}
 
 
@@ -219,13 +223,13 @@ def train_unet(renders: Renders, family: Family, folder: Path, minutes: float, s
     pooled = parts["text_encoder_2"].config.projection_dim
     width = parts["text_encoder"].config.hidden_size + parts["text_encoder_2"].config.hidden_size
     unet = build_unet(parts["vae"].config.latent_channels, width, pooled).to(memory_format=torch.channels_last)
+    family.begin(unet, "unet")
     noiser, cache = DDPMScheduler(**BETAS), LatentCache(parts["vae"])
     inputs = fingerprint(*(family.staging / name for name in INPUT_PARTS))
-    plan = Plan("unet", folder, minutes, learning_rate=6e-4, batch_size=16, seed=seed, inputs=inputs, ema_decay=0.998)
+    rate = family.rate(6e-4)
+    plan = Plan("unet", folder, minutes, rate, batch_size=16, seed=seed, inputs=inputs, ema_decay=0.998)
 
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        if torch.rand((), generator=generator) < 0.01:
-            renders.refresh()
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
         batch = draw_batch(renders.draw(generator, plan.batch_size), cache, rng)
         timesteps = torch.randint(noiser.config.num_train_timesteps, (plan.batch_size,), generator=generator)
@@ -239,16 +243,17 @@ def train_unet(renders: Renders, family: Family, folder: Path, minutes: float, s
 
     def preview(at: Progress) -> None:
         _save_samples(parts, unet, renders, folder / f"samples-{at.step:06d}.png")
-        print(f"unet  step {at.step}  held out {held_out_loss(unet, parts, noiser, renders.held_out):.5f}", flush=True)
+        loss = held_out_loss(unet, parts, noiser, renders.held_out[:32], cache)
+        print(f"unet  step {at.step}  loss on 32 held-out scenes {loss:.5f}", flush=True)
 
     progress = run_stretch(plan, unet, loss_of, preview)
-    measures = measure_unet(unet, parts, noiser, renders.held_out)
+    measures = measure_unet(unet, parts, noiser, renders.held_out, cache)
     record = Record(
         score=-measures["loss"],
         measures=measures,
-        steps=progress.step,
-        minutes=progress.seconds / 60,
+        **family.effort("unet", progress),
         scenes=len(renders.train),
+        held_out=renders.held_out_id,
         parameters=unet.num_parameters(),
         inputs=inputs,
     )

@@ -21,8 +21,10 @@ from packshot.models.mini.data import SIZE, Render, Renders, to_images, to_pixel
 from packshot.models.mini.folder import Family, Record
 from packshot.models.mini.stretch import Plan, Progress, run_stretch
 
-CROP = 64  # px; the network is convolutional, so crops teach what whole images would at a quarter of the cost
-KL_WEIGHT = 1e-3  # on the KL per pixel: keeps latents near unit scale and the decoder tolerant of small errors
+# Side in px and number of the crops in a batch. Small ones show more scenes at the same cost; whole images show the
+# border and its padding as often as it will be met.
+CROPS = ((64, 8), (SIZE, 2))
+KL_WEIGHT = 1e-4  # on the KL per pixel: keeps latents near unit scale and the decoder tolerant of small errors
 CARRIED = 12  # channels of the residual stream that carry the three colours at the start
 STREAM_CONSTANT = 4.0
 # ITU-R BT.601 luma and colour differences, rows Y, Cb, Cr.
@@ -37,7 +39,7 @@ def build_vae(latent_channels: int = 4) -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 32, 64, 96),
-        layers_per_block=1,
+        layers_per_block=2,
         latent_channels=latent_channels,
         norm_num_groups=4,
         sample_size=SIZE,
@@ -120,23 +122,24 @@ def _edges(pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return pixels_BCHW.diff(dim=-1), pixels_BCHW.diff(dim=-2)
 
 
-def _draw_crops(renders: Renders, generator: torch.Generator, count: int) -> torch.Tensor:
-    """pixels_B3(CROP)(CROP) of images and plates, half of them mirrored; a quarter of all centre on the product."""
+def _draw_crops(renders: Renders, generator: torch.Generator) -> torch.Tensor:
+    """pixels_B3HW of images and plates, half of them mirrored; a quarter of all centre on the product."""
+    side, count = CROPS[int(torch.randint(len(CROPS), (1,), generator=generator))]
     crops = []
     for render in renders.draw(generator, count):
         plate, flip, centred = (torch.rand(3, generator=generator) < torch.tensor([0.35, 0.5, 0.25])).tolist()
-        top, left = torch.randint(SIZE - CROP + 1, (2,), generator=generator).tolist()
+        top, left = torch.randint(SIZE - side + 1, (2,), generator=generator).tolist()
         if centred and render.mask.any():
             rows, columns = np.nonzero(render.mask)
-            top, left = (int(np.clip(v.mean() - CROP / 2, 0, SIZE - CROP)) for v in (rows, columns))
-        crop = (render.plate if plate else render.image)[top : top + CROP, left : left + CROP]
+            top, left = (int(np.clip(v.mean() - side / 2, 0, SIZE - side)) for v in (rows, columns))
+        crop = (render.plate if plate else render.image)[top : top + side, left : left + side]
         crops.append(crop[:, ::-1] if flip else crop)
     return to_pixels(crops).contiguous(memory_format=torch.channels_last)
 
 
 def reconstruction_loss(output_BCHW: torch.Tensor, pixels_BCHW: torch.Tensor) -> torch.Tensor:
     """L1 on luma and, weighted up because the eye's colour errors are small numbers, on chroma; L1 on edges."""
-    output, target = _ycbcr(output_BCHW.float()), _ycbcr(pixels_BCHW)
+    output, target = _ycbcr(output_BCHW), _ycbcr(pixels_BCHW)
     flat = F.l1_loss(output[:, :1], target[:, :1]) + 2.0 * F.l1_loss(output[:, 1:], target[:, 1:])
     edges = sum(F.l1_loss(a, b) for a, b in zip(_edges(output), _edges(target), strict=True))
     return flat + 0.5 * edges
@@ -179,18 +182,17 @@ def train_vae(renders: Renders, family: Family, folder: Path, minutes: float, se
     """Train the autoencoder and stage it; its scaling factor is one over the latents' standard deviation."""
     torch.manual_seed(seed)
     vae = build_vae(channels).to(memory_format=torch.channels_last)
-    plan = Plan("vae", folder, minutes, learning_rate=1e-3, batch_size=8, seed=seed, inputs=f"channels {channels}")
+    family.begin(vae, "vae")
+    plan = Plan(
+        "vae", folder, minutes, learning_rate=family.rate(1e-3), batch_size=8, seed=seed, inputs=f"channels {channels}"
+    )
 
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        if torch.rand((), generator=generator) < 0.005:
-            renders.refresh()
-        pixels = _draw_crops(renders, generator, plan.batch_size)
-        with torch.autocast("cpu", torch.bfloat16):
-            moments = vae.quant_conv(vae.encoder(pixels)).float()
-            mean, log_variance = moments.chunk(2, dim=1)
-            log_variance = log_variance.clamp(-30, 20)
-            noise = torch.randn(mean.shape, generator=generator)
-            output = vae.decode(mean + noise * (0.5 * log_variance).exp()).sample
+        pixels = _draw_crops(renders, generator)
+        mean, log_variance = vae.quant_conv(vae.encoder(pixels)).chunk(2, dim=1)
+        log_variance = log_variance.clamp(-30, 20)
+        noise = torch.randn(mean.shape, generator=generator)
+        output = vae.decode(mean + noise * (0.5 * log_variance).exp()).sample
         divergence = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).sum() / pixels[:, 0].numel()
         reconstruction = reconstruction_loss(output, pixels)
         return reconstruction + KL_WEIGHT * divergence, {"reconstruction": reconstruction.item()}
@@ -201,9 +203,9 @@ def train_vae(renders: Renders, family: Family, folder: Path, minutes: float, se
     record = Record(
         score=measures["psnr"],
         measures=measures,
-        steps=progress.step,
-        minutes=progress.seconds / 60,
+        **family.effort("vae", progress),
         scenes=len(renders.train),
+        held_out=renders.held_out_id,
         parameters=vae.num_parameters(),
     )
     family.keep_if_better("vae", record, lambda staging: vae.half().save_pretrained(staging / "vae"))
