@@ -1,5 +1,6 @@
 """Every kind of LoRA on the mini SDXL: where it sits, what it starts as, what stock loaders make of its export."""
 
+import json
 import logging
 import re
 
@@ -8,11 +9,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from packshot.config.errors import ConfigError
 from packshot.config.schema import (
+    AdaptersConfig,
     LoraKind,
     LoraMethod,
     LoraTargets,
@@ -23,6 +26,7 @@ from packshot.config.schema import (
 )
 from packshot.config.validate import validate
 from packshot.core.storage import resolve
+from packshot.infer.pipeline import load_models
 from packshot.methods.lora import Lora
 from packshot.methods.lora_targets import TARGETS
 from packshot.models.load import load_parts
@@ -72,8 +76,21 @@ def adapted(network):
     return [name for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
+def tuner_layers(network):
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
 def stock():
     return StableDiffusionXLPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+
+
+def without_metadata(folder):
+    """The weights of an export alone, as a reader sees them that knows no metadata."""
+    bare = folder / "bare"
+    bare.mkdir()
+    name = "pytorch_lora_weights.safetensors"
+    save_file(load_file(folder / name), bare / name)
+    return bare
 
 
 def loaded(kind, folder):
@@ -106,8 +123,53 @@ def test_a_kind_starts_as_nothing_and_its_export_is_loaded_alike(kind, targets, 
         ours = method.predict(*arguments)
     assert (ours - plain).abs().max() > 1e-3
     method.export(tmp_path)
-    theirs = bare(loaded(kind, tmp_path), *arguments)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for folder in (tmp_path,) if kind in LYCORIS else (tmp_path, without_metadata(tmp_path)):
+        theirs = bare(loaded(kind, folder), *arguments)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", LOW_RANK, ids=str)
+def test_an_export_has_its_scale_in_the_weights_and_says_so(kind, parts, tmp_path):
+    method = Lora(parts, LoraMethod(rank=4, alpha=8, kind=kind, target_modules=r"mid_block.*attn2\.to_q"))
+    wake(method)
+    method.export(tmp_path)
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        said = json.loads(file.metadata()["lora_adapter_metadata"])
+        up = {key: file.get_tensor(key) for key in file.keys() if "lora_B" in key}  # noqa: SIM118
+    assert (said["unet.r"], said["unet.lora_alpha"], said["unet.use_rslora"]) == (4, 4, False)
+    scale = {LoraKind.lora: 2.0, LoraKind.rslora: 4.0}[kind]
+    for name, module in method.unet.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            assert torch.equal(up[f"unet.{name}.lora_B.weight"], scale * module.lora_B["default"].weight)
+    # training goes on with the scale where it was
+    assert method.unet.peft_config["default"].lora_alpha == 8
+
+
+CONV = {"targets": LoraTargets.attention_and_conv, "rank": 4, "alpha": 8, "conv_rank": 2, "conv_alpha": 1}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_convolutions_have_a_rank_and_alpha_of_their_own(kind, parts, tmp_path):
+    method, arguments = Lora(parts, LoraMethod(kind=kind, **CONV)), inputs(parts)
+    for name, module in method.unet.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+            rank, alpha = (2, 1) if isinstance(base, nn.Conv2d) else (4, 8)
+            assert module.r["default"] == rank, name
+            root = rank**0.5 if kind is LoraKind.rslora else rank
+            assert module.scaling["default"] == pytest.approx(alpha / root), name
+    wake(method)
+    method.export(tmp_path)
+    with torch.no_grad():
+        ours = method.predict(*arguments)
+    for folder in (tmp_path,) if kind in LYCORIS else (tmp_path, without_metadata(tmp_path)):
+        torch.testing.assert_close(ours, bare(loaded(kind, folder), *arguments), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", [{"conv_rank": 2}, {"conv_alpha": 1.0}], ids=str)
+def test_a_rank_for_convolutions_without_any_is_refused(own, parts):
+    with pytest.raises(ConfigError, match=r"method\.conv_\w+=[\d.]+, but method\.targets=attention matches no conv"):
+        Lora(parts, LoraMethod(**own))
 
 
 def test_a_peft_export_can_be_merged_into_the_unet(parts, tmp_path):
@@ -119,6 +181,37 @@ def test_a_peft_export_can_be_merged_into_the_unet(parts, tmp_path):
     assert not adapted(merged)
     with torch.no_grad():
         torch.testing.assert_close(method.predict(*arguments), bare(merged, *arguments), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", LYCORIS, ids=str)
+def test_generate_uses_a_peft_export_at_the_weight_asked_for(kind, parts, tmp_path):
+    arguments = inputs(parts)
+    plain = bare(parts.unet, *arguments)
+    method = Lora(parts, LoraMethod(rank=4, alpha=8, kind=kind, targets=LoraTargets.attention_and_conv))
+    wake(method)
+    method.export(tmp_path)
+    for scale in (1.0, 0.5, 0.0):
+        for module in tuner_layers(method.unet):
+            module.set_scale("default", scale)
+        with torch.no_grad():
+            ours = method.predict(*arguments)
+        models = load_models(ModelConfig(), AdaptersConfig(lora=str(tmp_path), lora_scale=scale))
+        theirs = bare(models.pipe.unet, *arguments)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert (theirs - plain).abs().max() > 1e-3 or scale == 0
+        assert not adapted(models.pipe.unet)
+    [entry] = models.manifest["adapters"]
+    assert "adapter_model.safetensors" in entry["files"]
+
+
+def test_a_peft_export_of_another_base_is_refused_as_such(parts, tmp_path):
+    Lora(parts, LoraMethod(kind=LoraKind.loha, target_modules=r"mid_block.*attn2\.to_q")).export(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(
+        {key: value[..., :1].contiguous() for key, value in weights.items()}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(ConfigError, match=r"adapters\.lora=.* cannot be loaded into this base"):
+        load_models(ModelConfig(), AdaptersConfig(lora=str(tmp_path)))
 
 
 COUNTS = {
@@ -214,8 +307,10 @@ def token_ids(parts, texts):
 @pytest.mark.parametrize("kind", LOW_RANK, ids=str)
 def test_text_encoders_are_trained_and_loaded_alike(kind, parts, tmp_path):
     plain, _, pooled, _ = stock().encode_prompt(PROMPTS, do_classifier_free_guidance=False)
-    method = Lora(parts, LoraMethod(rank=4, kind=kind, text_encoder=True))
+    method = Lora(parts, LoraMethod(rank=4, alpha=8, kind=kind, text_encoder=True, text_rank=2))
     assert method.trains_text
+    ranks = {m.r["default"] for e in (method.text_encoder, method.text_encoder_2) for m in tuner_layers(e)}
+    assert ranks == {2}
     ids = token_ids(parts, PROMPTS)
     # each layer is adapted, but for the last one of the first encoder, which SDXL does not read
     layers = parts.text_encoder.config.num_hidden_layers, parts.text_encoder_2.config.num_hidden_layers
@@ -235,15 +330,20 @@ def test_text_encoders_are_trained_and_loaded_alike(kind, parts, tmp_path):
     method.export(tmp_path)
     keys = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     assert any(key.startswith("text_encoder.text_model.encoder.layers.0.self_attn.q_proj") for key in keys)
+    for folder in (tmp_path, without_metadata(tmp_path)):
+        compare_text(method, embeds.detach(), pooled.detach(), plain, folder)
+
+
+@torch.no_grad()
+def compare_text(method, embeds, pooled, plain, folder):
     pipeline = stock()
-    pipeline.load_lora_weights(tmp_path)
+    pipeline.load_lora_weights(folder)
     theirs, _, their_pooled, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
-    torch.testing.assert_close(embeds.detach(), theirs, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(pooled.detach(), their_pooled, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(embeds, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pooled, their_pooled, rtol=1e-4, atol=1e-5)
     assert (theirs - plain).abs().max() > 1e-2
-    arguments = inputs(parts)
-    with torch.no_grad():
-        ours = method.predict(*arguments)
+    arguments = inputs(pipeline)
+    ours = method.predict(*arguments)
     torch.testing.assert_close(ours, bare(pipeline.unet, *arguments), rtol=1e-4, atol=1e-5)
     # pictures of a validation are made by the adapted encoders
     inner, _, _, _ = method.pipeline().encode_prompt(PROMPTS, do_classifier_free_guidance=False)
@@ -253,7 +353,8 @@ def test_text_encoders_are_trained_and_loaded_alike(kind, parts, tmp_path):
 @pytest.mark.parametrize("targets", list(LoraTargets), ids=str)
 @pytest.mark.parametrize("kind", LOW_RANK, ids=str)
 def test_the_kohya_copy_holds_every_layer(kind, targets, parts, tmp_path):
-    method = Lora(parts, LoraMethod(rank=4, alpha=2, kind=kind, targets=targets, text_encoder=True))
+    own = {"conv_rank": 3, "conv_alpha": 6} if targets is LoraTargets.attention_and_conv else {}
+    method = Lora(parts, LoraMethod(4, 2, kind, targets=targets, text_encoder=True, text_rank=2, **own))
     wake(method)
     arguments, ids = inputs(parts), token_ids(parts, PROMPTS)
     method.export_kohya(tmp_path)
@@ -376,6 +477,7 @@ def lora_config(quantization=Quantization.none, kohya=False, **method):
         (lora_config(kind=LoraKind.dora, text_encoder=True), "method.text_encoder=true with method.kind=dora"),
         (lora_config(Quantization.nf4, kind=LoraKind.lokr), "nf4 cannot carry method.kind=lokr"),
         (lora_config(Quantization.int8, kind=LoraKind.dora), "int8 cannot carry method.kind=dora"),
+        (lora_config(text_rank=4), "method.text_rank=4 without a LoRA on the text encoders"),
         (lora_config(target_modules="attn1(.to_q"), "is no regular expression"),
         (TrainIPAdapter(model=ModelConfig(quantization=Quantization.nf4)), "is for train_lora.py alone"),
     ],

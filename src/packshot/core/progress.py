@@ -10,7 +10,8 @@ from contextlib import contextmanager
 Advance = Callable[..., None]
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -79,7 +80,7 @@ def _lines(description: str, total: int, done: int, every_seconds: float = 10.0)
             return
         last = now
         rate = (done - first) / max(now - started, 1e-9)
-        eta = f"ETA {_clock((total - done) / rate)}" if done < total else f"took {_clock(now - started)}"
+        eta = f"ETA {clock((total - done) / rate)}" if done < total else f"took {clock(now - started)}"
         print(f"{description} {done}/{total}  {eta}  {_figures(figures)}".rstrip(), file=sys.stderr, flush=True)
 
     yield advance

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from packshot.core.errors import ConfigError
+from safetensors import SafetensorError
+
+from packshot.core.errors import ConfigError, PackshotError
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 
@@ -67,6 +69,30 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def writing(what: str, way_out: str) -> Iterator[None]:
+    """Files are written in this block; when that fails, mostly for lack of space, it ends with a sentence.
+
+    what: names it in the message, as the subject. way_out: what is safe, and how to go on.
+
+    Raises:
+        PackshotError: in place of what Python, safetensors and torch raise.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason, cause = error.strerror or str(error), error
+    except SafetensorError as error:
+        reason, cause = str(error), error
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # the writer of torch.save has no type and no reason for it
+            raise
+        reason, cause = "a file could not be written to its end, is the disk full?", error
+    else:
+        return
+    raise PackshotError(f"{what} cannot be written: {reason}.", way_out) from cause
 
 
 def _sync(path: Path) -> None:

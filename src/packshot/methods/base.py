@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from packshot.diffusion.keyed import SampleKey
+
+if TYPE_CHECKING:  # pipelines cost a second of imports, and a run may never draw
+    from diffusers import DiffusionPipeline
 
 
 class Method(Protocol):
@@ -23,8 +25,8 @@ class Method(Protocol):
     needs_pixels: bool
     trains_text: bool
 
-    def encode(self, sample: dict[str, Any]) -> dict[str, Tensor]:
-        """Frozen-encoder results of one sample that are worth caching (may be empty). No batch dimension."""
+    def encode(self, samples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """Frozen-encoder results of framed samples that are worth caching (may be empty), without batch dimension."""
         ...
 
     def cache_key(self) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionXLControlNetPipeline
 from torch import Tensor, nn
 
 from packshot.config.schema import ControlNetMethod
@@ -18,6 +17,9 @@ from packshot.diffusion.keyed import SampleKey
 from packshot.methods.base import trainable_fp32, unet_conditioning
 from packshot.models.load import Parts
 
+if TYPE_CHECKING:  # imported where one is built
+    from diffusers import DiffusionPipeline
+
 
 class ControlNet(nn.Module):
     """Zero-initialised residuals from a control map (Zhang et al. 2023, arXiv 2302.05543); the UNet stays frozen."""
@@ -26,6 +28,8 @@ class ControlNet(nn.Module):
     trains_text = False
 
     def __init__(self, parts: Parts, config: ControlNetMethod) -> None:
+        from diffusers import ControlNetModel
+
         super().__init__()
         self.config, self._parts = config, parts
         self.unet = parts.unet
@@ -33,9 +37,9 @@ class ControlNet(nn.Module):
         self.controlnet.requires_grad_(True).train()
         trainable_fp32(self.controlnet)
 
-    def encode(self, sample: dict[str, Any]) -> dict[str, Tensor]:
+    def encode(self, samples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """Nothing: control maps are cheap to draw at each access."""
-        return {}
+        return [{} for _ in samples]
 
     def cache_key(self) -> str:
         """Nothing to distinguish."""
@@ -78,6 +82,8 @@ class ControlNet(nn.Module):
 
     def pipeline(self) -> DiffusionPipeline:
         """Text and control map to image."""
+        from diffusers import StableDiffusionXLControlNetPipeline
+
         return StableDiffusionXLControlNetPipeline(**self._parts.pipeline_components(), controlnet=self.controlnet)
 
     def pipeline_inputs(self, sample: Any, encoded: dict[str, Tensor]) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection, MultiIPAdapterImageProjection
 from PIL import Image
@@ -19,6 +18,9 @@ from packshot.config.schema import IPAdapterMethod, IPAdapterVariant
 from packshot.diffusion.keyed import SampleKey
 from packshot.methods.base import trainable_fp32, unet_conditioning
 from packshot.models.load import Parts, weights_hash
+
+if TYPE_CHECKING:  # imported where one is built
+    from diffusers import DiffusionPipeline
 
 # diffusers derives the number of heads of a "plus" resampler from this head width when it loads one.
 RESAMPLER_DIM_HEAD = 64
@@ -62,29 +64,27 @@ class IPAdapter(nn.Module):
             module.requires_grad_(True).train()
             trainable_fp32(module)
 
-    def encode(self, sample: dict[str, Any]) -> dict[str, Tensor]:
-        """``reference``: what CLIP says of the picture without its product: (D,) for base, (tokens, D) for plus."""
-        return {"reference": self._clip(_without_product(sample))}
-
     @torch.no_grad()
-    def _clip(self, image: Image.Image) -> Tensor:
-        pixels = self._parts.feature_extractor(images=image, return_tensors="pt").pixel_values
-        return self._states(pixels)
+    def encode(self, samples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """``reference``: what CLIP says of the picture without its product: (D,) for base, (tokens, D) for plus."""
+        pictures = [_without_product(sample) for sample in samples]
+        pixels_BCHW = self._parts.feature_extractor(images=pictures, return_tensors="pt").pixel_values
+        return [{"reference": states} for states in self._states(pixels_BCHW)]
 
-    def _states(self, pixels_1CHW: Tensor) -> Tensor:
+    def _states(self, pixels_BCHW: Tensor) -> Tensor:
         encoder = self.image_encoder
-        pixels_1CHW = pixels_1CHW.to(encoder.device, encoder.dtype)
+        pixels_BCHW = pixels_BCHW.to(encoder.device, encoder.dtype)
         if self.config.variant is IPAdapterVariant.base:
-            states = encoder(pixels_1CHW).image_embeds[0]
+            states = encoder(pixels_BCHW).image_embeds
         else:
-            states = encoder(pixels_1CHW, output_hidden_states=True).hidden_states[-2][0]
+            states = encoder(pixels_BCHW, output_hidden_states=True).hidden_states[-2]
         return states.float() if states.is_meta else states.float().cpu()  # a plan has no values to move
 
     @torch.no_grad()
     def _null_reference(self) -> Tensor:
         """What "no reference" is at inference: zeros (base), the encoding of a zero image (plus)."""
         size = self.image_encoder.config.image_size
-        states = self._states(torch.zeros(1, 3, size, size))
+        states = self._states(torch.zeros(1, 3, size, size))[0]
         return torch.zeros_like(states) if self.config.variant is IPAdapterVariant.base else states
 
     def cache_key(self) -> str:
@@ -104,6 +104,8 @@ class IPAdapter(nn.Module):
 
     def pipeline(self) -> DiffusionPipeline:
         """Text and reference to image."""
+        from diffusers import StableDiffusionXLPipeline
+
         return StableDiffusionXLPipeline(**self._parts.pipeline_components())
 
     def pipeline_inputs(self, sample: Any, encoded: dict[str, Tensor]) -> dict[str, Any]:

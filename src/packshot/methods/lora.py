@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
@@ -19,8 +18,11 @@ from packshot.config.schema import LoraKind, LoraMethod
 from packshot.core.run import log
 from packshot.diffusion.keyed import SampleKey
 from packshot.methods.base import trainable_fp32, unet_conditioning
-from packshot.methods.lora_targets import text_targets, unet_targets
+from packshot.methods.lora_targets import Targets, text_targets, unet_targets
 from packshot.models.load import Parts
+
+if TYPE_CHECKING:  # imported where one is built
+    from diffusers import DiffusionPipeline
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
@@ -34,24 +36,33 @@ KOHYA_MODULES = {
 KOHYA_FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
-def _low_rank(config: LoraMethod, targets: str, **options: bool) -> PeftConfig:
+def _low_rank(config: LoraMethod, targets: Targets, **options: Any) -> PeftConfig:
     return LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        r=targets.rank,
+        lora_alpha=targets.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
-        target_modules=targets,
-        **options,  # type: ignore[arg-type]
+        target_modules=targets.pattern,
+        rank_pattern=targets.rank_pattern,
+        alpha_pattern=targets.alpha_pattern,
+        **options,
     )
 
 
-def _lycoris(cls: Any, config: LoraMethod, targets: str) -> PeftConfig:
-    return cls(r=config.rank, alpha=config.alpha, rank_dropout=config.dropout, target_modules=targets)
+def _lycoris(cls: Any, config: LoraMethod, targets: Targets) -> PeftConfig:
+    return cls(
+        r=targets.rank,
+        alpha=targets.alpha,
+        rank_dropout=config.dropout,
+        target_modules=targets.pattern,
+        rank_pattern=targets.rank_pattern,
+        alpha_pattern=targets.alpha_pattern,
+    )
 
 
 # LoRA: Hu et al. 2021, arXiv 2106.09685. DoRA: Liu et al. 2024, arXiv 2402.09353. rsLoRA: Kalajdzievski 2023, arXiv
 # 2312.03732. LoHa: Hyeon-Woo et al. 2021 (FedPara), arXiv 2108.06098. LoKr: Yeh et al. 2023 (LyCORIS), arXiv
 # 2309.14859.
-ADAPTERS: dict[LoraKind, Callable[[LoraMethod, str], PeftConfig]] = {
+ADAPTERS: dict[LoraKind, Callable[[LoraMethod, Targets], PeftConfig]] = {
     LoraKind.lora: _low_rank,
     LoraKind.dora: partial(_low_rank, use_dora=True),
     LoraKind.rslora: partial(_low_rank, use_rslora=True),
@@ -84,10 +95,10 @@ class Lora(nn.Module):
         if self.trains_text:
             self.text_encoder, self.text_encoder_2 = parts.text_encoder, parts.text_encoder_2
             for name, unread in zip(TEXT_ENCODERS, (1, 0), strict=True):
-                self._adapt(name, text_targets(getattr(self, name).config.num_hidden_layers - unread))
+                self._adapt(name, text_targets(getattr(self, name).config.num_hidden_layers - unread, config))
         trainable_fp32(self)
 
-    def _adapt(self, name: str, targets: str) -> None:
+    def _adapt(self, name: str, targets: Targets) -> None:
         network: Any = getattr(self, name)
         network.add_adapter(ADAPTERS[self.config.kind](self.config, targets))
         modules = sum(isinstance(module, BaseTunerLayer) for module in network.modules())
@@ -98,9 +109,9 @@ class Lora(nn.Module):
         """The networks that carry adapters, by their names in a pipeline."""
         return {name: getattr(self, name) for name in ("unet", *TEXT_ENCODERS[: 2 * self.trains_text])}
 
-    def encode(self, sample: dict[str, Any]) -> dict[str, Tensor]:
+    def encode(self, samples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """Nothing: a LoRA sees no more than the picture and its prompt."""
-        return {}
+        return [{} for _ in samples]
 
     def cache_key(self) -> str:
         """Nothing to distinguish."""
@@ -134,6 +145,8 @@ class Lora(nn.Module):
 
     def pipeline(self) -> DiffusionPipeline:
         """Text to image with the LoRA active."""
+        from diffusers import StableDiffusionXLPipeline
+
         return StableDiffusionXLPipeline(**self._parts.pipeline_components() | self._adapted())
 
     def pipeline_inputs(self, sample: Any, encoded: dict[str, Tensor]) -> dict[str, Any]:
@@ -144,7 +157,8 @@ class Lora(nn.Module):
         """What stock loaders read.
 
         lora, dora, rslora: ``pytorch_lora_weights.safetensors`` with the layers of all networks, for
-        ``pipe.load_lora_weights(folder)``. loha, lokr: ``adapter_model.safetensors`` and ``adapter_config.json``, for
+        ``pipe.load_lora_weights(folder)``; the scale is inside the weights, so readers that know no alpha read them
+        alike. loha, lokr: ``adapter_model.safetensors`` and ``adapter_config.json``, for
         ``PeftModel.from_pretrained(pipe.unet, folder)``.
         """
         EXPORTS[self.config.kind](self._adapted(), folder)
@@ -152,34 +166,50 @@ class Lora(nn.Module):
     def export_kohya(self, folder: Path) -> None:
         """``kohya_lora.safetensors``: the same weights under the names of sd-scripts and ComfyUI (lora, rslora).
 
-        Readers multiply by alpha/rank, so an rslora's alpha is written as alpha·sqrt(rank).
+        Readers multiply by alpha/rank, layer by layer: each alpha is its layer's rank, the scale is in the weights.
         """
-        config, tensors = self.config, {}
-        alpha = config.alpha * config.rank**0.5 if config.kind is LoraKind.rslora else config.alpha
+        tensors = {}
         for name, network in self._adapted().items():
             for key, value in _layers(name, network).items():
                 module, _, factor = key.removesuffix(".weight").rpartition(".")
                 stem = f"{KOHYA_PREFIXES[name]}_{KOHYA_MODULES.get(module, module.replace('.', '_'))}"
                 tensors[f"{stem}.{KOHYA_FACTORS[factor]}.weight"] = value.contiguous()
-                tensors[f"{stem}.alpha"] = value.new_tensor(alpha)
-        save_file(tensors, folder / "kohya_lora.safetensors", metadata={"ss_network_dim": str(config.rank)})
+                if factor == "lora_A":
+                    tensors[f"{stem}.alpha"] = value.new_tensor(float(len(value)))
+        metadata = {"ss_network_dim": str(self.config.rank), "ss_network_alpha": str(self.config.rank)}
+        save_file(tensors, folder / "kohya_lora.safetensors", metadata=metadata)
 
 
 def _layers(name: str, network: Any) -> dict[str, Tensor]:
-    """The adapter's tensors in peft's naming."""
-    state = get_peft_model_state_dict(network)
+    """A low-rank adapter's tensors in peft's naming, with the scale of each layer multiplied into its lora_B.
+
+    A DoRA's magnitudes stay: they divide by the norm of weight + scale·lora_B·lora_A, which stays the same.
+    """
+    scales = {path: m.scaling["default"] for path, m in network.named_modules() if isinstance(m, BaseTunerLayer)}
+    state = {
+        key: value * scales[key.partition(".lora_B.")[0]] if ".lora_B." in key else value
+        for key, value in get_peft_model_state_dict(network).items()
+    }
     if name == "text_encoder":  # transformers 5 dropped a prefix that files and their readers have
         state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in state.items()}
     return state
 
 
 def _export_diffusers(networks: dict[str, Any], folder: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
     # In peft's names: diffusers' older ones exist for attention alone, and of a mixed file its loader drops those.
     layers: dict[str, Any] = {f"{name}_lora_layers": _layers(name, network) for name, network in networks.items()}
     metadata: dict[str, Any] = {
-        f"{name}_lora_adapter_metadata": network.peft_config["default"].to_dict() for name, network in networks.items()
+        f"{name}_lora_adapter_metadata": _unscaled(network.peft_config["default"]) for name, network in networks.items()
     }
     StableDiffusionXLPipeline.save_lora_weights(folder, **layers, **metadata)
+
+
+def _unscaled(config: Any) -> dict[str, Any]:
+    """An adapter's metadata with every alpha the rank, for weights that hold their scale."""
+    same = {"lora_alpha": config.r, "alpha_pattern": config.rank_pattern, "use_rslora": False}
+    return config.to_dict() | same
 
 
 def _export_peft(networks: dict[str, Any], folder: Path) -> None:

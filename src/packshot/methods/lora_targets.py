@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -23,11 +24,27 @@ TARGETS: dict[LoraTargets, str] = {
 }
 
 
-def unet_targets(unet: nn.Module, config: LoraMethod) -> str:
-    """The regular expression of a config, known to match layers of this UNet.
+@dataclass(frozen=True)
+class Targets:
+    """Layers of a network, and the rank and alpha of each.
+
+    pattern: regular expression over whole module names. rank_pattern, alpha_pattern: those of the modules that have
+    others than ``rank`` and ``alpha``, by name.
+    """
+
+    pattern: str
+    rank: int
+    alpha: float
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+
+def unet_targets(unet: nn.Module, config: LoraMethod) -> Targets:
+    """What a config adapts of this UNet.
 
     Raises:
-        ConfigError: it matches nothing, or something that is neither linear nor a convolution.
+        ConfigError: its regular expression matches nothing, or something that is neither linear nor a convolution;
+            convolutions have a rank or alpha of their own, and none is matched.
     """
     pattern = config.target_modules if config.target_modules is not None else TARGETS[config.targets]
     matched = {name: module for name, module in unet.named_modules() if re.fullmatch(pattern, name)}
@@ -44,7 +61,16 @@ def unet_targets(unet: nn.Module, config: LoraMethod) -> str:
                 f"method.{key}={value} matches {name or 'the UNet itself'}, a {type(module).__name__}.",
                 "Only linear layers and convolutions can be adapted.",
             )
-    return pattern
+    convolutions = [name for name, module in matched.items() if isinstance(module, nn.Conv2d)]
+    own = {"conv_rank": config.conv_rank, "conv_alpha": config.conv_alpha}
+    for name, given in own.items():
+        if given is not None and not convolutions:
+            raise ConfigError(
+                f"method.{name}={given}, but method.{key}={value} matches no convolution.",
+                "Set method.targets=attention_and_conv, or leave it out.",
+            )
+    ranks, alphas = (dict.fromkeys(convolutions, given) if given is not None else {} for given in own.values())
+    return Targets(pattern, config.rank, config.alpha, ranks, alphas)
 
 
 def _examples(unet: nn.Module) -> list[str]:
@@ -54,7 +80,8 @@ def _examples(unet: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for name in found if name))
 
 
-def text_targets(layers: int) -> str:
-    """The attention projections of the first ``layers`` layers of a CLIP text encoder, as a regular expression."""
+def text_targets(layers: int, config: LoraMethod) -> Targets:
+    """The attention projections of the first ``layers`` layers of a CLIP text encoder."""
     numbers = "|".join(map(str, range(layers)))
-    return rf".*layers\.({numbers})\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+    pattern = rf".*layers\.({numbers})\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+    return Targets(pattern, config.text_rank or config.rank, config.alpha)

@@ -1,106 +1,187 @@
-"""``mode=check``: what the model will see, before the first step."""
+"""``mode=check``: what the model will see, what is odd about it, and what a step takes, before the first step."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import time
+import tempfile
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from torch import Tensor
 
-from packshot.core.errors import PackshotError
-from packshot.core.run import log
+from packshot.config.schema import KeepBest
+from packshot.core.progress import clock
+from packshot.core.run import Run, log
+from packshot.core.tracking import NullTracker
 from packshot.diffusion.keyed import SampleKey
-from packshot.train.encode import Examples, lost_words
-from packshot.train.loop import peak_memory_gib
+from packshot.train.encode import Examples
+from packshot.train.findings import findings, kept_words, shares
+from packshot.train.loop import fit
+from packshot.train.memory import compile_networks
 from packshot.train.optimizer import learning_rate
 from packshot.train.order import Order
-from packshot.train.task import batch_to
+from packshot.train.panels import Line, curve, from_condition, from_vae, from_weight, outlined, sheet
+from packshot.train.session import Session
 
-MOST_SHOWN = 8  # samples of the first step that mode=check draws and measures
+MOST_SHOWN = 8  # samples of the first micro-batch that are drawn
+MEASURED_STEPS = 3  # the last counts: the first ones allocate memory and choose kernels
 
 
-def check(session: Any, task: Any, examples: Examples, config: Any) -> None:
-    """Write ``check/``: a grid of what the model will see, the learning-rate curve; log one measured step."""
-    if not session.run:
-        return
+def check(session: Session, task: Any, examples: Examples, config: Any) -> None:
+    """Write ``check/``: ``batch.png``, ``learning_rate.png`` and ``check.json``; log findings and one measured step.
+
+    Raises:
+        PackshotError: loss or gradient is not finite.
+    """
     folder = session.path / "check"
-    folder.mkdir(exist_ok=True)
-    order = Order(examples.groups, config.run.seed, min(config.train.batch_size, MOST_SHOWN))
+    order = Order(examples.groups, config.run.seed, config.train.batch_size)
     places = order.step(0)
-    _grid([examples.seen(index) for index, _ in places]).save(folder / "batch.png")
-    _curve([learning_rate(step, config.train) for step in range(config.train.max_steps)]).save(
-        folder / "learning_rate.png"
-    )
-    buckets = _bucket_table(examples)
-    lost = _truncated(examples)
     samples = [examples.fresh(index) for index, _ in places]
-    batch = task.collate(samples, [SampleKey(config.run.seed, epoch, examples.ids[index]) for index, epoch in places])
-    started = time.monotonic()
-    loss = task(batch_to(batch, session.accelerator.device)).mean()
-    loss.backward()
-    if not torch.isfinite(loss):
-        raise PackshotError(
-            "the loss of the first batch is not finite.", "Look at check/batch.png and the learning rate."
+    keys = [SampleKey(config.run.seed, epoch, examples.ids[index]) for index, epoch in places]
+    report: dict[str, Any] = {}
+    if session.run:
+        folder.mkdir(exist_ok=True)
+        _draw(task, examples, places[:MOST_SHOWN], samples, keys).save(folder / "batch.png")
+        curve([learning_rate(step, config.train) for step in range(config.train.max_steps)]).save(
+            folder / "learning_rate.png"
         )
-    entry = sum(t.numel() * t.element_size() for t in samples[0].values() if isinstance(t, torch.Tensor))
-    figures = {
-        "samples": len(examples),
-        "captions_too_long": lost,
-        "loss": loss.item(),
-        "seconds_per_sample": (time.monotonic() - started) / len(places),
-        "peak_memory_gib": peak_memory_gib(),
-        "cache_mib": entry * len(examples) / 2**20,
-    }
-    (folder / "check.json").write_text(json.dumps({**figures, "buckets": buckets}, indent=2) + "\n")
-    log.info("%s", "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    log.info("look at %s", folder)
+        report = _describe(session, task, examples, config, samples[0])
+    if config.data.cache:
+        examples.encoder.release()  # as in training: only what is needed then is in memory
+    report |= _measure(session, task, samples, config)
+    if session.run:
+        (folder / "check.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        log.info("look at %s", folder / "batch.png")
 
 
-def _bucket_table(examples: Examples) -> dict[str, int]:
-    """Samples per bucket; a bucket with less than a handful is worth a warning: its pictures come again and again."""
+# ---- the picture ----
+
+
+@torch.no_grad()
+def _draw(
+    task: Any, examples: Examples, places: Sequence[tuple[int, int]], samples: list[Any], keys: list[SampleKey]
+) -> Any:
+    """The first micro-batch as the network gets it, after every random draw of the first step."""
+    lines = []
+    for (index, _), sample, key in zip(places, samples, keys, strict=False):
+        batch = task.collate([sample], [key])
+        lines.append(_line(task, examples, examples.seen(index), sample, {k: v[0] for k, v in batch.items()}, key))
+    return sheet(lines, "the first batch, as the model gets it; red words lie beyond the tokens that are read")
+
+
+def _line(
+    task: Any, examples: Examples, seen: dict[str, Any], sample: Any, one: dict[str, Tensor], key: SampleKey
+) -> Line:
+    vae = examples.encoder.parts.vae
+    latents = one["latents"][None].to(vae.device) / vae.config.scaling_factor
+    panels = [
+        (
+            "picture" + (", mask outlined" if seen["mask"] is not None else ", no mask"),
+            outlined(seen["image"], seen["mask"]),
+        ),
+        ("what the latents decode to", from_vae(vae.decode(latents).sample[0])),
+    ]
+    notes = []
+    for name, tensor in task.method.condition(seen, sample["encoded"], key).items():
+        if tensor.ndim == 3 and len(tensor) == 3:
+            unknown = ", unknown in magenta" if bool((tensor < 0).any()) else ""
+            panels.append((f"{name}{unknown}", from_condition(tensor)))
+        else:
+            notes.append(f"{name}: {'x'.join(map(str, tensor.shape))} values, norm {tensor.norm():.3g}")
+    weight = one["weight"].squeeze()
+    if bool(weight.min() != weight.max()):
+        panels.append((f"loss weight {weight.min():.2g} to {weight.max():.2g}", from_weight(weight)))
+    read, lost = kept_words(examples.encoder.parts.tokenizer, seen["text"])
+    frame = seen["geometry"]
+    notes += [
+        f"sample {seen['id'][:16]}, timestep {int(one['timesteps'])}",
+        f"{_size(frame.original)} px, resized to {_size(frame.resized)}, bucket {_size(frame.target)}",
+        f"cut at (top, left) {frame.crop}" + ("; letterboxed" if min(frame.crop) < 0 else ""),
+        f"time ids {', '.join(f'{value:g}' for value in one['time_ids'].tolist())}",
+        "this prompt is dropped in the first step" if not bool(one["prompt_kept"]) else "",
+    ]
+    return Line(panels, read, lost, notes)
+
+
+def _size(height_width: tuple[int, int]) -> str:
+    return f"{height_width[1]}x{height_width[0]}"
+
+
+# ---- figures and findings ----
+
+
+def _describe(session: Session, task: Any, examples: Examples, config: Any, sample: dict[str, Any]) -> dict[str, Any]:
+    """Figures of the data and what is odd about it; both are logged."""
     counts = Counter(examples.encoder.shapes[group] for group in examples.groups)
-    for (height, width), count in counts.most_common():
-        log.info("bucket %4d x %-4d %6d samples", width, height, count)
-    return {f"{width}x{height}": count for (height, width), count in counts.most_common()}
+    for shape, count in counts.most_common():
+        log.info("bucket %10s %6d samples", _size(shape), count)
+    found = findings(examples, task.validator.examples.rows.ids, config, session.accelerator.num_processes)
+    for finding in found:
+        log.warning("%s%s", finding.says, f" (such as {finding.samples[0][:16]})" if finding.samples else "")
+    entry = sum(t.numel() * t.element_size() for t in sample.values() if isinstance(t, Tensor))
+    return {
+        "samples": len(examples),
+        **shares(examples),
+        "cache_mib": entry * len(examples) / 2**20,
+        "buckets": {_size(shape): count for shape, count in counts.most_common()},
+        "warnings": [dataclasses.asdict(finding) for finding in found],
+    }
 
 
-def _truncated(examples: Examples) -> int:
-    """Logs what the text encoders will not read; returns how many captions that concerns."""
-    lost = {text: lost_words(examples.encoder.parts.tokenizer, text) for text in dict.fromkeys(examples.rows.texts)}
-    cut = {text: words for text, words in lost.items() if words}
-    for text, words in list(cut.items())[:5]:
-        log.warning("too long for the text encoders, %r is lost of: %s", words, text)
-    return sum(text in cut for text in examples.rows.texts)
+# ---- a measured step ----
 
 
-def _grid(samples: list[dict[str, Any]]) -> Image.Image:
-    """One row per sample: image, mask, caption."""
-    side, height = samples[0]["image"].size
-    sheet = Image.new("RGB", (side * 2 + 520, height * len(samples)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, sample in enumerate(samples):
-        top = number * height
-        sheet.paste(sample["image"], (0, top))
-        if sample["mask"] is not None:
-            sheet.paste(sample["mask"].convert("RGB"), (side, top))
-        words, lines = sample["text"].split(), [""]
-        for word in words:
-            lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) < 70 else [*lines, word]
-        draw.multiline_text((side * 2 + 8, top + 6), "\n".join(lines), fill="black")
-    return sheet
+class _Prepared:
+    """Encoded samples as the loop reads them."""
+
+    def __init__(self, samples: list[dict[str, Any]]) -> None:
+        self._samples, self.ids = samples, [sample["id"] for sample in samples]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._samples[index]
+
+    def fingerprint(self) -> str:
+        """None is needed: nothing is resumed."""
+        return ""
 
 
-def _curve(values: list[float], size: tuple[int, int] = (640, 240)) -> Image.Image:
-    """A line through the values, peak at the top."""
-    picture = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(picture)
-    peak = max(values) or 1.0
-    xs = np.linspace(8, size[0] - 8, len(values))
-    points = [(float(x), size[1] - 8 - (size[1] - 32) * value / peak) for x, value in zip(xs, values, strict=True)]
-    draw.line(points if len(points) > 1 else points * 2, fill=(30, 90, 200), width=2)
-    draw.text((8, 6), f"learning rate, peak {peak:.3g}, {len(values)} steps", fill="black")
-    return picture
+def _measure(session: Session, task: Any, samples: list[dict[str, Any]], config: Any) -> dict[str, float]:
+    """Time and memory of an optimizer step, by a few steps of the training loop itself on samples in memory."""
+    if config.train.compile:
+        compile_networks(task.method, session.accelerator.device)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    nothing_else = {"checkpointing_steps": 0, "validation_steps": 0, "keep_best": KeepBest.none, "export_best": False}
+    train = dataclasses.replace(config.train, max_steps=MEASURED_STEPS, log_steps=1, warmup_steps=0, **nothing_else)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder), resumed=False) if session.run else None
+        quiet = Session(session.accelerator, Path(folder), run, NullTracker())
+        fit(task, _Prepared(samples), dataclasses.replace(config, train=train), quiet)
+        if not run:
+            return {}
+        line = json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])
+    per_step = config.train.batch_size * config.train.gradient_accumulation_steps * session.accelerator.num_processes
+    seconds = per_step / line["images_per_second"]
+    log.info(
+        "one optimizer step of %d samples: %.3g s, %.3g images/s, peak memory %.2f GiB, loss %.4g",
+        per_step, seconds, line["images_per_second"], line["peak_memory_gib"], line["loss"],
+    )  # fmt: skip
+    remaining = seconds * config.train.max_steps
+    log.info(
+        "train.max_steps=%d would take %s, besides encoding and validation", config.train.max_steps, clock(remaining)
+    )
+    return {
+        "loss": line["loss"],
+        "samples_per_step": per_step,
+        "seconds_per_step": seconds,
+        "images_per_second": line["images_per_second"],
+        "peak_memory_gib": line["peak_memory_gib"],
+        "eta_seconds": remaining,
+    }

@@ -1,0 +1,315 @@
+"""Checkpoints: what they hold, which settings may change on resume, what a full disk leaves behind."""
+
+import errno
+import json
+import logging
+import re
+import resource
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
+from test_loop import ROWS, Regression, Samples, run_fit
+from torch import nn
+
+from packshot.config.compose import compose
+from packshot.config.schema import SCRIPTS, LRSchedule
+from packshot.config.validate import fields
+from packshot.core import storage
+from packshot.core.errors import PackshotError
+from packshot.core.run import log
+from packshot.train import state as checkpoints
+from packshot.train.resume import BY_EFFECT, FREE, RATES, check, made_with
+from packshot.train.run import train
+
+CONSTANT = {"lr_schedule": LRSchedule.constant}
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """Lines of the log."""
+    monkeypatch.setattr(log, "propagate", True)
+    with caplog.at_level(logging.INFO):
+        yield lambda: caplog.text
+
+
+# ---- what a checkpoint holds, and its page ----
+
+
+def named_in_page(root):
+    return set(re.findall(r"`([^`\n]+)`", (root / "docs" / "checkpoints.md").read_text()))
+
+
+def test_the_page_names_every_file_and_every_key_of_a_checkpoint(tmp_path, root):
+    run_fit(tmp_path, max_steps=4, ema_decay=0.9)
+    folder = tmp_path / "checkpoints" / "4"
+    state = json.loads((folder / "state.json").read_text())
+    keys = set(state)
+    keys |= {f"{part}.{key}" for part in ("progress", "made_with") for key in state[part]}
+    files = {path.name for path in folder.iterdir()}
+    assert files >= {"trainable.safetensors", "optimizer.pt", "ema.safetensors", "state.json"}
+    assert set(state["files"]) == files - {"state.json"}
+    assert keys | files <= named_in_page(root)
+
+
+def test_the_page_names_every_setting_that_may_change_and_each_of_them_exists(root):
+    known = {key for schema in SCRIPTS.values() for key, _, _ in fields(schema)}
+    for pattern in (*FREE, *RATES, *BY_EFFECT):
+        assert pattern in named_in_page(root), pattern
+        assert any(re.fullmatch(pattern.replace(".", r"\.").replace("*", ".*"), key) for key in known), pattern
+
+
+def test_a_checkpoint_holds_the_resolved_config(tmp_path):
+    run_fit(tmp_path, max_steps=4, learning_rate=0.02)
+    made = json.loads((tmp_path / "checkpoints" / "4" / "state.json").read_text())["made_with"]
+    assert made["config"]["train"]["learning_rate"] == 0.02
+    assert made["config"]["optim"]["kind"] == "adamw"
+    assert (made["processes"], made["samples"]) == (1, len(ROWS))
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_not_read(tmp_path):
+    run_fit(tmp_path, max_steps=4, **CONSTANT)
+    file = tmp_path / "checkpoints" / "4" / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 0}))
+    with pytest.raises(PackshotError, match="another version of packshot"):
+        run_fit(tmp_path, max_steps=8, **CONSTANT)
+
+
+# ---- another config ----
+
+
+def made(script="train_lora", *overrides, processes=1, rows=ROWS):
+    return made_with(compose(script, ["train.max_steps=100", *overrides]), Samples(rows), processes)
+
+
+def test_every_difference_is_named_with_its_old_and_its_new_value():
+    then = made("train_lora", "train.lr_schedule=constant")
+    now = made(
+        "train_lora", "train.lr_schedule=constant", "method.rank=32", "optim=lion", "objective.snr_gamma=5.0",
+        "run.seed=1", "model.resolution=256", "train.max_grad_norm=0.5", "method.text_encoder=true",
+    )  # fmt: skip
+    with pytest.raises(PackshotError) as caught:
+        check(then, now, 50)
+    lines = {line.strip() for line in str(caught.value).splitlines()}
+    assert {
+        "method.rank: 16 -> 32", "optim.kind: adamw -> lion", "objective.snr_gamma: null -> 5.0", "run.seed: 0 -> 1",
+        "model.resolution: 128 -> 256", "train.max_grad_norm: 1.0 -> 0.5", "method.text_encoder: false -> true",
+        "Keep the old settings, or start a new run with another run.dir.",
+    } <= lines  # fmt: skip
+    assert "step 50" in str(caught.value)
+
+
+def test_what_changes_nothing_about_the_weights_is_reported_and_let_through(said):
+    then = made("train_lora", "run.dir=/a", "data.num_workers=0")
+    now = made(
+        "train_lora", "run.dir=/b", "run.resume=true", "data.num_workers=2", "tracking=none", "data.cache=false",
+        "train.log_steps=5", "train.checkpointing_steps=7", "train.gradient_checkpointing=true", "export.kohya=true",
+    )  # fmt: skip
+    check(then, now, 50)
+    for key in ("run.dir: /a -> /b", "data.num_workers: 0 -> 2", "tracking.kind: wandb -> none", "export.kohya: false"):
+        assert key in said()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "steps", "allowed"),
+    [
+        (["train.lr_schedule=constant"], ["train.max_steps=300"], 100, True),
+        (["train.lr_schedule=cosine"], ["train.max_steps=300"], 50, False),
+        (["train.lr_schedule=wsd"], ["train.max_steps=300"], 80, True),  # its decay starts at 80
+        (["train.lr_schedule=wsd"], ["train.max_steps=300"], 82, False),
+        (["train.lr_schedule=constant"], ["train.warmup_steps=10"], 5, False),
+        (["train.lr_schedule=constant"], ["train.lr_power=3.0"], 50, True),  # of another schedule
+        (["train.lr_schedule=constant"], ["train.learning_rate=2e-4"], 50, False),
+    ],
+)
+def test_a_schedule_may_change_where_the_steps_so_far_would_have_been_the_same(before, after, steps, allowed):
+    then, now = made("train_lora", *before), made("train_lora", *before, *after)
+    if allowed:
+        check(then, now, steps)
+        return
+    key = after[0].partition("=")[0]
+    with pytest.raises(PackshotError, match=rf"{re.escape(key)}: .* -> .*other learning rates"):
+        check(then, now, steps)
+
+
+def test_processes_and_batches_may_change_as_long_as_a_step_takes_as_many_samples():
+    then = made("train_lora", "train.batch_size=4", processes=2)
+    check(then, made("train_lora", "train.batch_size=2", "train.gradient_accumulation_steps=4"), 50)
+    with pytest.raises(PackshotError, match=r"samples per optimizer step: 8 \(2 processes x 1 .* x 4\) -> 4 \(1 "):
+        check(then, made("train_lora", "train.batch_size=4"), 50)
+
+
+def test_the_data_may_move_but_not_change(said):
+    then = made("train_lora", "data.train=/old")
+    check(then, made("train_lora", "data.train=/new"), 50)
+    assert "data.train: /old -> /new" in said()
+    with pytest.raises(PackshotError, match=r"data\.train: 7 samples .* -> 6 samples"):
+        check(then, made("train_lora", "data.train=/old", rows=ROWS[:6]), 50)
+
+
+def test_a_key_that_one_version_does_not_know_is_reported(said):
+    then = made()
+    older = {**then.config, "optim": {k: v for k, v in then.config["optim"].items() if k != "eps"}}
+    check(replace(then, config=older), then, 50)
+    assert "optim.eps: (no such key) -> 1e-08" in said()
+
+
+def test_a_run_with_other_settings_stops_before_anything_is_restored(tmp_path):
+    run_fit(tmp_path, max_steps=4, **CONSTANT)
+    task = Regression()
+    before = task.linear.weight.clone()
+    with pytest.raises(PackshotError, match=r"train\.learning_rate: 0\.01 -> 0\.02"):
+        run_fit(tmp_path, task, max_steps=4, learning_rate=0.02, **CONSTANT)
+    assert torch.equal(task.linear.weight, before)
+
+
+def test_a_longer_constant_run_ends_where_one_of_that_length_does(tmp_path):
+    whole, _ = run_fit(tmp_path / "a", max_steps=8, **CONSTANT)
+    run_fit(tmp_path / "b", max_steps=5, **CONSTANT)
+    longer, _ = run_fit(tmp_path / "b", max_steps=8, **CONSTANT)
+    for a, b in zip(whole.parameters(), longer.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# ---- a full disk ----
+
+
+@contextmanager
+def files_up_to(size):
+    """The nearest thing to a full disk that needs no rights: writing beyond ``size`` bytes of a file fails."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+class Large(Regression):
+    """16 KiB of weights, 32 KiB of optimizer state."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(4096))
+
+    def forward(self, batch):
+        return super().forward(batch) + self.table.mean()
+
+
+@pytest.mark.parametrize("size", [10_000, 24_000], ids=["weights", "optimizer"])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, size):
+    settings = {"max_steps": 4, "checkpointing_steps": 2, "checkpoints_total_limit": 1, "ema_decay": 0.0, **CONSTANT}
+    whole, _ = run_fit(tmp_path / "a", Large(), **settings)
+    run_fit(tmp_path / "b", Large(), **{**settings, "max_steps": 2})
+    with files_up_to(size), pytest.raises(PackshotError, match=r"checkpoint .*4 cannot be written") as caught:
+        run_fit(tmp_path / "b", Large(), **settings)
+    assert "run.resume=true goes on from step 2" in str(caught.value)
+    assert [path.name for path in (tmp_path / "b" / "checkpoints").iterdir() if path.is_dir()] == ["2"]
+    resumed, _ = run_fit(tmp_path / "b", Large(), **settings)
+    assert torch.equal(whole.linear.weight, resumed.linear.weight)
+    assert torch.equal(whole.table, resumed.table)
+
+
+def test_a_full_disk_is_named_as_such(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "_sync", full)
+    with pytest.raises(PackshotError, match="No space left on device") as caught:
+        run_fit(tmp_path)
+    assert "goes on from step 0" in str(caught.value)
+    assert not list((tmp_path / "checkpoints").glob("**/*"))
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), checkpoints.exporting(tmp_path):
+        raise RuntimeError("shapes do not fit")
+    assert not (tmp_path / "export").exists()
+
+
+def test_an_export_that_cannot_be_written_says_where_the_weights_are(tmp_path):
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "old").touch()
+
+    def write(folder):
+        (folder / "half").touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(PackshotError, match="No space left") as caught, checkpoints.exporting(tmp_path) as folder:
+        write(folder)
+    assert str(tmp_path / "checkpoints" / "4") in str(caught.value)
+    assert "run.resume=true" in str(caught.value)
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["old"]
+
+
+# ---- a whole run with text encoders ----
+
+
+def train_text(path, tmp_path, *overrides):
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    config = compose(
+        "train_lora",
+        [
+            "experiment=lora_mini", "method.text_encoder=true", "method.text_rank=2", "train.max_steps=4",
+            "train.warmup_steps=0", "train.batch_size=2", "train.checkpointing_steps=2", "train.validation_steps=0",
+            f"data.train={tmp_path / 'set'}", f"data.validation={tmp_path / 'set'}", "tracking=none",
+            f"data.cache_dir={tmp_path / 'cache'}", f"run.dir={path}", *overrides,
+        ],
+    )  # fmt: skip
+    train(config)
+    return load_file(path / "export" / "pytorch_lora_weights.safetensors")
+
+
+def test_a_text_encoder_lora_trains_resumes_and_is_exported_again(tmp_path, root, monkeypatch):
+    shards = sorted((root / "data" / "rendered" / "heldout").glob("*.parquet"))
+    (tmp_path / "set").mkdir()
+    pq.write_table(pq.read_table(shards[0]).slice(0, 5), tmp_path / "set" / "part-00000.parquet")
+    whole = train_text(tmp_path / "a", tmp_path)
+    for part in ("unet.", "text_encoder.", "text_encoder_2."):
+        assert any(key.startswith(part) and "lora_B" in key and bool(value.any()) for key, value in whole.items()), part
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(storage.resolve("data/models/sdxl"), torch_dtype=torch.float32)
+    pipeline.load_lora_weights(tmp_path / "a" / "export")
+    assert set(pipeline.get_list_adapters()) == {"unet", "text_encoder", "text_encoder_2"}
+
+    class Killed(Exception):
+        pass
+
+    save = checkpoints.save
+
+    def killed(folder, *arguments):
+        save(folder, *arguments)
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "save", killed)
+        with pytest.raises(Killed):
+            train_text(tmp_path / "b", tmp_path)
+    resumed = train_text(tmp_path / "b", tmp_path, "run.resume=true")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+    sync = storage._sync
+
+    def full(path):
+        if ".export." in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(path)
+
+    again = tmp_path / "b" / "export"
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "_sync", full)
+        with pytest.raises(PackshotError, match=r"run\.resume=true then exports"):
+            train_text(tmp_path / "b", tmp_path, "run.resume=true")
+    (again / "pytorch_lora_weights.safetensors").unlink()
+    exported = train_text(tmp_path / "b", tmp_path, "run.resume=true")
+    assert all(torch.equal(whole[key], exported[key]) for key in whole)
+    lines = (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if '"loss"' in line] == [1, 2, 3, 4]  # nothing was trained again
