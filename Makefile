@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint smoke render-env clean
+.PHONY: help demo test lint smoke proof-fullsize proof-learning render-env clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,12 @@ test: $(VENV)/.installed ## set up, then every test
 
 smoke: $(VENV)/.installed ## only the end-to-end tests: two steps, kill, resume, generate
 	$(BIN)/python -m pytest tests/smoke
+
+proof-fullsize: $(VENV)/.installed ## two steps, kill, resume and export at SDXL's real size on a CPU (20 GiB of memory, docs/proofs.md)
+	$(BIN)/python benchmarks/fullsize.py
+
+proof-learning: $(VENV)/.installed ## a LoRA learns a look the base has never seen, three seeds and their controls (docs/proofs.md)
+	$(BIN)/python benchmarks/learning.py
 
 lint: $(VENV)/.installed ## format, lint and type checks
 	$(BIN)/ruff format --check .

@@ -3,4 +3,4 @@
 from packshot.config.cli import script
 
 if __name__ == "__main__":
-    script("train_controlnet", "packshot.train.run:train", __doc__)
+    script("train_controlnet", "packshot.train.start:train", __doc__)

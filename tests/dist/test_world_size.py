@@ -40,9 +40,13 @@ def test_the_number_of_processes_does_not_change_the_result(tmp_path):
     )
     assert [line["step"] for line in two] == [0, *range(1, 11), 10]
     # every process does its share of the validation, into the one run folder
-    assert [path.name for path in sorted((tmp_path / "two" / "samples" / "10").iterdir())] == ["000.png", "001.png"]
+    written = [path.name for path in sorted((tmp_path / "two" / "samples" / "10").iterdir())]
+    assert written == ["000.png", "001.png", "grid.png", "table.json"]
+    # before the first step the weights are equal: so are pictures and what is measured in them
+    for name in ("extension", "extension_rate", "product_loss"):
+        assert one[0][name] == pytest.approx(two[0][name], abs=0.01)
     for a, b in zip(one, two, strict=True):
-        for name in ("loss", "validation_loss"):
+        for name in ("loss", "validation_loss", "learning_rate"):
             assert (name in a) == (name in b)
             assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-4)
 

@@ -26,7 +26,7 @@ def main(folder: str, *overrides: str) -> None:
     session = start("train_lora", config, config.train)
     config.data.cache_dir = str(Path(folder).parent / "cache")
     task, examples = build_task(config, parts, rows, rows, session.accelerator)
-    for part in (examples, task.validation):
+    for part in (examples, task.validator):
         part.fill(session.accelerator)
     gradients: dict[str, torch.Tensor] = {}
     clip = session.accelerator.clip_grad_norm_

@@ -9,8 +9,9 @@ from PIL import Image, ImageDraw
 
 from packshot.config.compose import compose
 from packshot.core.errors import ConfigError
+from packshot.data.outline import extension_of, grabcut
 from packshot.evaluate.adherence import adherence, baseline_scenes, slot_means
-from packshot.evaluate.preservation import core_identity, extension_of, grabcut, hard_paste, preservation
+from packshot.evaluate.preservation import core_identity, hard_paste, preservation
 from packshot.evaluate.run import evaluate, summary, without_nan
 from packshot.evaluate.samples import load_sample, open_runs
 from packshot.infer.run import generate

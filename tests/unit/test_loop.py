@@ -16,7 +16,7 @@ from packshot.core.errors import PackshotError
 from packshot.core.run import Run
 from packshot.core.tracking import NullTracker
 from packshot.train import state as checkpoints
-from packshot.train.loop import fit, validate
+from packshot.train.loop import Validated, fit, validate
 from packshot.train.optimizer import learning_rate
 from packshot.train.order import Order, RankBatches, Stream, ahead, batches
 from packshot.train.session import Session, make_accelerator
@@ -39,7 +39,7 @@ class Regression(nn.Module):
         return (self.linear(self.frozen(batch["x"] + batch["noise"])) - batch["x"]).square().mean(dim=1)
 
     def validate(self, folder, accelerator):
-        return {"validation_loss": float(self.linear.weight.sum())}, [], []
+        return Validated({"validation_loss": float(self.linear.weight.sum())})
 
 
 ROWS = [{"x": torch.randn(4, generator=torch.Generator().manual_seed(i))} for i in range(7)]
@@ -50,6 +50,9 @@ class Samples(list):
     """Rows with ids, as a dataset has them."""
 
     ids = IDS
+
+    def fingerprint(self):
+        return f"{len(self)} rows"
 
 
 def run_fit(path, task=None, rows=ROWS, **settings):
@@ -212,7 +215,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
             self.more = nn.Linear(4, 4)
 
     with pytest.raises(PackshotError, match="other parameters"):
-        run_fit(tmp_path, Larger())
+        run_fit(tmp_path, Larger(), max_steps=4)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -253,7 +256,8 @@ def test_checkpoints_hold_only_what_is_trained(tmp_path):
 
 
 def test_a_checkpoint_of_another_batch_is_refused_with_the_arithmetic(tmp_path):
-    run_fit(tmp_path, max_steps=4, batch_size=6)
-    with pytest.raises(PackshotError, match="made with 6 samples"):
-        run_fit(tmp_path, max_steps=8, batch_size=3)
-    run_fit(tmp_path, max_steps=8, batch_size=3, gradient_accumulation_steps=2)  # the same samples in every step
+    constant = {"lr_schedule": LRSchedule.constant}
+    run_fit(tmp_path, max_steps=4, batch_size=6, **constant)
+    with pytest.raises(PackshotError, match=r"samples per optimizer step: 6 \(1 processes x 1 .* x 6\) -> 3 \("):
+        run_fit(tmp_path, max_steps=8, batch_size=3, **constant)
+    run_fit(tmp_path, max_steps=8, batch_size=3, gradient_accumulation_steps=2, **constant)  # as many in every step

@@ -16,7 +16,7 @@ from packshot.config.schema import CaptionVLM, LRSchedule, OptimConfig, Optimize
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.run import Run, log
 from packshot.core.tracking import NullTracker
-from packshot.train.loop import fit
+from packshot.train.loop import Validated, fit
 from packshot.train.optimizer import (
     build_optimizer,
     evaluation_mode,
@@ -137,7 +137,7 @@ def test_schedule_free_validates_saves_and_returns_the_average_not_the_training_
 
         def validate(self, folder, accelerator):
             self.validated_at.append(self.linear.weight.detach().clone())
-            return {}, [], []
+            return Validated({})
 
     task = run_fit(tmp_path, OptimizerKind.schedule_free, Watched())
     assert len(task.trained_at) == 10

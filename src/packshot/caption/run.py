@@ -19,12 +19,12 @@ from packshot.config.schema import CaptionTask, CaptionVLM
 from packshot.core.errors import ConfigError
 from packshot.core.progress import progress
 from packshot.core.run import log
-from packshot.core.storage import folder_hash, replacing_file, replacing_folder, resolve
+from packshot.core.storage import folder_hash, replacing_file, resolve
 from packshot.data.dataset import Rows, load_rows
-from packshot.train.card import write_provenance
+from packshot.train.card import exported, weights_line, write_provenance
 from packshot.train.loop import fit
 from packshot.train.session import Session, start
-from packshot.train.state import EMA
+from packshot.train.state import EMA, exporting
 
 WORST = 32
 
@@ -78,19 +78,20 @@ def _export(session: Session, task: CaptioningTask, ema: EMA | None, rows: Rows,
     """``export/``: model (its moving average, if kept) and processor, config, identity of the data, model card."""
     if ema:
         ema.swap(task)
-    with replacing_folder(session.path / "export") as folder:
+    with exporting(session.path) as folder:
         task.adapter.save(folder)
         data = write_provenance(folder, rows, config)
-        (folder / "README.md").write_text(_card(config, data, _last_validation(session.path / "metrics.jsonl")))
+        (folder / "README.md").write_text(_card(session.path, config, data))
     log.info("exported to %s", session.path / "export")
 
 
-def _last_validation(metrics: Path) -> dict[str, float]:
+def _last_validation(metrics: Path, step: int) -> dict[str, float]:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return next((line for line in reversed(lines) if "soft_f1" in line), {})
+    return next((line for line in reversed(lines) if "soft_f1" in line and line["step"] <= step), {})
 
 
-def _card(config: CaptionVLM, data: dict[str, Any], figures: dict[str, float]) -> str:
+def _card(run: Path, config: CaptionVLM, data: dict[str, Any]) -> str:
+    figures = _last_validation(run / "metrics.jsonl", exported(run, config)[0])
     measured = [f"| {name} | {value:.4g} |" for name, value in figures.items()]
     table = ["| figure | value |", "|---|---|", *measured] if measured else ["No validation was run."]
     lines = [
@@ -102,7 +103,7 @@ def _card(config: CaptionVLM, data: dict[str, Any], figures: dict[str, float]) -
         f"- prompt: `{config.captioner.prompt}`",
         f"- data: `{data['path']}`, {data['rows']} samples, manifest sha256 `{data['sha256']}`",
         f"- licences of the data: {', '.join(data['licenses']) or 'not recorded'}",
-        f"- optimizer steps: {config.train.max_steps}",
+        weights_line(run, config),
         "",
         "Last validation, on held-out samples. `soft_f1_constant_caption` and `soft_f1_shuffled_images` are what one",
         "constant caption and the captions of other images score; only what lies above them was seen in the image.",

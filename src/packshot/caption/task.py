@@ -14,6 +14,7 @@ from packshot.caption.adapter import Adapter, Caption, loss_per_sample
 from packshot.caption.captioner import Captioner, caption_rows
 from packshot.caption.evaluate import with_baselines
 from packshot.data.dataset import Rows
+from packshot.train.loop import Validated
 
 VALIDATION_SCORE_SAMPLES = 32
 
@@ -44,7 +45,7 @@ class CaptioningTask(nn.Module):
         """Mean token cross-entropy per sample, (B,) fp32."""
         return loss_per_sample(self.adapter.logits(batch), batch["labels"])
 
-    def validate(self, folder: Path, accelerator: Accelerator) -> tuple[dict[str, float], list[Path], list[str]]:
+    def validate(self, folder: Path, accelerator: Accelerator) -> Validated:
         """Loss and slot scores on held-out samples, beside both baselines; pictures with caption and truth."""
         indices = list(range(min(VALIDATION_SCORE_SAMPLES, len(self._validation))))
         captions = caption_rows(self._captioner, self._validation, indices, accelerator)
@@ -58,7 +59,7 @@ class CaptioningTask(nn.Module):
             "soft_f1_shuffled_images": scores["baselines"]["shuffled_images"]["mean"]["soft"],
             **{name: scores["captioner"][name] for name in ("parse_rate", "leakage_rate", "truncated_rate")},
         }
-        return figures, *self._write_pictures(folder, captions, accelerator)
+        return Validated(figures, *self._write_pictures(folder, captions, accelerator))
 
     def _loss(self, indices: list[int], accelerator: Accelerator) -> float:
         total = torch.zeros((), device=accelerator.device)

@@ -37,12 +37,14 @@ LoraTargets = Names(
     "LoraTargets", ["attention", "cross_attention", "attention_and_ff", "attention_and_conv", "all_linear"]
 )
 Quantization = Names("Quantization", ["none", "nf4", "int8"])
+AttentionKernel = Names("AttentionKernel", ["auto", "flash", "efficient", "cudnn", "math"])
 Condition = Names("Condition", ["inpaint", "canny"])
 IPAdapterVariant = Names("IPAdapterVariant", ["base", "plus"])
 PredictionType = Names("PredictionType", ["base", "epsilon", "v_prediction"])
 LossWeighting = Names("LossWeighting", ["none", "min_snr", "debiased"])
 TimestepSampling = Names("TimestepSampling", ["uniform", "logit_normal", "cubic"])
 Unconditional = Names("Unconditional", ["zeros", "empty"])
+ProductShown = Names("ProductShown", ["noised", "clean"])
 DatasetKind = Names("DatasetKind", ["background", "product", "rendered"])
 RenderSplit = Names("RenderSplit", ["all", "train", "heldout"])
 CaptionerKind = Names("CaptionerKind", ["none", "florence2"])
@@ -50,6 +52,7 @@ CaptionTask = Names("CaptionTask", ["train", "evaluate", "caption"])
 Tuning = Names("Tuning", ["full", "language_lora"])
 ExecutorKind = Names("ExecutorKind", ["local"])
 Placement = Names("Placement", ["original", "center"])
+KeepBest = Names("KeepBest", ["none", "validation_loss", "extension"])
 Suite = Names("Suite", ["full", "preservation", "scene"])
 
 
@@ -106,6 +109,11 @@ class TrainConfig:
     warmup_steps: int = opt(0, "optimizer steps of linear warm-up", min=0)
     mixed_precision: MixedPrecision = opt(MixedPrecision.no, "precision of the frozen base and of the forward pass")
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass")
+    fused_backward: bool = opt(
+        False, "apply and free each gradient during the backward pass, so that they never exist together"
+    )
+    compile: bool = opt(False, "torch.compile the networks, once for each shape of a batch")
+    attention: AttentionKernel = opt(AttentionKernel.auto, "PyTorch's attention kernel; auto: the fastest that fits")
     max_grad_norm: float = opt(1.0, "clip gradients to this norm; 0 switches it off", min=0)
     ema_decay: float = opt(
         0.0, "decay of the weights' moving average that is exported; 0 switches it off", min=0, max=1
@@ -114,7 +122,13 @@ class TrainConfig:
     checkpoints_total_limit: int = opt(2, "checkpoints kept", min=1)
     validation_steps: int = opt(50, "optimizer steps between validations; 0 switches them off", min=0)
     validate_first: bool = opt(False, "also validate before the first step: the base alone, for comparison")
-    validation_samples: int = opt(4, "pictures per validation", min=1, max=64)
+    validation_samples: int = opt(4, "held-out samples that validation draws", min=1, max=64)
+    validation_seeds: int = opt(1, "pictures of each held-out sample and prompt", min=1, max=16)
+    validation_prompts: list[str] = opt([], "prompts drawn for every held-out product, besides its own caption")
+    keep_best: KeepBest = opt(
+        KeepBest.validation_loss, "by what the best checkpoint is chosen; it is kept besides the newest"
+    )
+    export_best: bool = opt(False, "export the best checkpoint instead of the last step")
     log_steps: int = opt(1, "optimizer steps between lines of metrics.jsonl", min=1)
     process_timeout: int = opt(1800, "seconds that the processes wait for each other before they stop", min=5)
 
@@ -158,6 +172,10 @@ class ObjectiveConfig:
     product_weight: float = opt(1.0, "loss weight of product pixels where a product mask exists", min=0)
     boundary_weight: float = opt(1.0, "further weight of a ring around the product, where it would grow", min=0)
     boundary_width: int = opt(2, "width of that ring, latent cells (8 px each)", min=0, max=32)
+    product_shown: ProductShown = opt(
+        ProductShown.noised,
+        "how the network sees the product: noised as the rest, or clean at every timestep (learn to fill in around it)",
+    )
 
     @property
     def loss_weighting(self) -> LossWeighting:
@@ -178,6 +196,11 @@ class LoraMethod:
     targets: LoraTargets = opt(LoraTargets.attention, "which layers of the UNet are adapted")
     target_modules: str | None = opt(None, "regular expression over whole module names; replaces targets")
     text_encoder: bool = opt(False, "also train a LoRA on the attention of both text encoders")
+    text_rank: int | None = opt(
+        None, "rank on the text encoders (alpha stays, so the scale is alpha/text_rank); null: rank", min=1, max=1024
+    )
+    conv_rank: int | None = opt(None, "rank on the convolutions among targets; null: rank", min=1, max=1024)
+    conv_alpha: float | None = opt(None, "alpha on the convolutions among targets; null: alpha", min=0)
 
 
 @dataclass

@@ -77,6 +77,70 @@ def _training(config: schema.TrainScript | schema.CaptionVLM) -> None:
         )
 
 
+# Optimizers that treat every parameter by itself; the others' step sizes come from all of them at once.
+_STEPWISE = ("adamw", "adam8bit", "adafactor", "lion")
+
+
+def _memory(config: schema.TrainScript | schema.CaptionVLM) -> None:
+    train, kind = config.train, config.optim.kind
+    if train.compile and isinstance(config, schema.CaptionVLM):
+        raise ConfigError(
+            "train.compile=true: captions differ in length, and each length would be compiled for itself.",
+            "Set train.compile=false.",
+        )
+    obstacles = [  # (in the way, what is, why, what to do about it)
+        (
+            train.gradient_accumulation_steps > 1,
+            f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}",
+            "a gradient is gone before the next micro-step could add to it",
+            "Set train.gradient_accumulation_steps=1",
+        ),
+        (
+            train.max_grad_norm > 0,
+            f"train.max_grad_norm={train.max_grad_norm}",
+            "the norm is known when every gradient has been applied",
+            "Set train.max_grad_norm=0",
+        ),
+        (
+            train.mixed_precision is schema.MixedPrecision.fp16,
+            "train.mixed_precision=fp16",
+            "its scaler looks at all gradients before any is applied",
+            "Set train.mixed_precision=bf16",
+        ),
+        (
+            kind.name not in _STEPWISE,
+            f"optim={kind}",
+            "its step size comes from all gradients together",
+            f"Set optim to one of {', '.join(_STEPWISE)}",
+        ),
+    ]
+    for in_the_way, setting, reason, remedy in obstacles:
+        if train.fused_backward and in_the_way:
+            raise ConfigError(
+                f"train.fused_backward=true with {setting}: {reason}.", f"{remedy}, or train.fused_backward=false."
+            )
+
+
+def _best(config: schema.TrainScript | schema.CaptionVLM) -> None:
+    train = config.train
+    if train.export_best and (train.keep_best is schema.KeepBest.none or not train.validation_steps):
+        raise ConfigError(
+            f"train.export_best=true with train.keep_best={train.keep_best} and "
+            f"train.validation_steps={train.validation_steps}: no checkpoint is ever called the best.",
+            "Set train.keep_best and train.validation_steps, or export the last step.",
+        )
+
+
+def _captioner_validation(config: schema.CaptionVLM) -> None:
+    train = config.train
+    if train.keep_best is schema.KeepBest.extension or train.validation_prompts or train.validation_seeds > 1:
+        raise ConfigError(
+            "train.keep_best=extension, train.validation_prompts and train.validation_seeds are about drawn pictures; "
+            "a captioner draws none.",
+            "Leave them out; train.keep_best=validation_loss works for captioners.",
+        )
+
+
 def check_objective(objective: schema.ObjectiveConfig, prediction_type: str, num_timesteps: int | None = None) -> None:
     """Refuses combinations that have no meaning, or NaN for a weight.
 
@@ -181,6 +245,11 @@ def _lora(config: schema.TrainLora) -> None:
                 f"{key}=true with method.kind={method.kind}: no file holds that so that stock loaders read it alike.",
                 f"Use method.kind=lora or rslora, or set {key}=false.",
             )
+    if method.text_rank is not None and not method.text_encoder:
+        raise ConfigError(
+            f"method.text_rank={method.text_rank} without a LoRA on the text encoders.",
+            "Add method.text_encoder=true, or leave it out.",
+        )
     if method.kind not in _QUANTIZED.get(quantization, schema.LoraKind):
         raise ConfigError(
             f"model.quantization={quantization} cannot carry method.kind={method.kind}.",
@@ -249,6 +318,9 @@ _CHECKS: list[tuple[type | tuple[type, ...], Callable[[Any], None]]] = [
     (tuple(schema.SCRIPTS.values()), _tracking),
     ((schema.TrainScript, schema.CaptionVLM), _training),
     ((schema.TrainScript, schema.CaptionVLM), _optimizer),
+    ((schema.TrainScript, schema.CaptionVLM), _memory),
+    ((schema.TrainScript, schema.CaptionVLM), _best),
+    (schema.CaptionVLM, _captioner_validation),
     (schema.TrainScript, _objective),
     (schema.TrainLora, _lora),
     (tuple(schema.SCRIPTS.values()), _quantization),

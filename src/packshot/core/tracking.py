@@ -1,4 +1,4 @@
-"""Experiment tracking: a W&B run, or a null object with the same three methods."""
+"""Experiment tracking: a W&B run, or a null object with the same methods."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ class Tracker(Protocol):
 
     def images(self, name: str, files: Sequence[Path], captions: Sequence[str], step: int) -> None: ...
 
+    def table(self, name: str, folder: Path, rows: Sequence[dict[str, Any]], step: int) -> None: ...
+
+    def record(self, facts: dict[str, Any]) -> None: ...
+
+    def artifact(self, kind: str, folder: Path, facts: dict[str, Any]) -> None: ...
+
     def finish(self) -> None: ...
 
 
@@ -29,6 +35,15 @@ class NullTracker:
         """Does nothing."""
 
     def images(self, name: str, files: Sequence[Path], captions: Sequence[str], step: int) -> None:
+        """Does nothing."""
+
+    def table(self, name: str, folder: Path, rows: Sequence[dict[str, Any]], step: int) -> None:
+        """Does nothing."""
+
+    def record(self, facts: dict[str, Any]) -> None:
+        """Does nothing."""
+
+    def artifact(self, kind: str, folder: Path, facts: dict[str, Any]) -> None:
         """Does nothing."""
 
     def finish(self) -> None:
@@ -74,6 +89,28 @@ class WandbTracker:
         """Pictures that already lie on disk, with a line of text each."""
         pictures = [self._wandb.Image(str(f), caption=c) for f, c in zip(files, captions, strict=True)]
         self._run.log({name: pictures, "global_step": step})
+
+    def table(self, name: str, folder: Path, rows: Sequence[dict[str, Any]], step: int) -> None:
+        """Rows with the same keys; what stands under ``picture`` is a file in ``folder`` and is shown."""
+        if not rows:
+            return
+        columns = list(rows[0])
+        shown = [{**row, "picture": self._wandb.Image(str(folder / row["picture"]))} for row in rows]
+        table = self._wandb.Table(
+            columns=["step", *columns], data=[[step, *(row[column] for column in columns)] for row in shown]
+        )
+        self._run.log({name: table, "global_step": step})
+
+    def record(self, facts: dict[str, Any]) -> None:
+        """What the run was made from, in its summary. Only recorded: an offline run cannot ask for an artifact."""
+        self._run.summary.update(facts)
+
+    def artifact(self, kind: str, folder: Path, facts: dict[str, Any]) -> None:
+        """A finished folder as an output of the run, with what it was made from as metadata."""
+        artifact = self._wandb.Artifact(f"{kind}-{self._run.id}", type=kind, metadata=facts)
+        # the folder is finished: it is uploaded, or kept for `wandb sync`, from where it lies instead of a second copy
+        artifact.add_dir(str(folder), policy="immutable", skip_cache=True)
+        self._run.log_artifact(artifact)
 
     def finish(self) -> None:
         """Close the run; everything is on disk or sent when this returns."""

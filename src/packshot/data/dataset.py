@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
@@ -84,10 +85,23 @@ class Rows(Sequence[dict[str, Any]]):
         ).hexdigest()
 
 
-def load_rows(key: str, path: str, *, captions: bool = True) -> Rows:
+def _table(file: Any, pictures: Sequence[str] | None) -> Any:
+    parquet = pq.ParquetFile(file)
+    fields = [
+        field for field in parquet.schema_arrow if pictures is None or field.name in pictures or not _shows(field)
+    ]
+    return parquet.read([field.name for field in fields])
+
+
+def _shows(field: Any) -> bool:
+    """Whether a column holds encoded pictures."""
+    return pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
+
+
+def load_rows(key: str, path: str, *, captions: bool = True, pictures: Sequence[str] | None = None) -> Rows:
     """Open a dataset folder (or one Parquet file) that the config names under ``key``.
 
-    captions: refuse a set in which a sample has no text.
+    captions: refuse a set in which a sample has no text. pictures: leave all other pictures on disk; default: none.
 
     Raises:
         ConfigError: nothing there, no Parquet, missing columns, no rows, missing captions.
@@ -98,7 +112,8 @@ def load_rows(key: str, path: str, *, captions: bool = True) -> Rows:
     if not files:
         raise ConfigError(f"{key}={path} holds no part-*.parquet.", "build_data.py writes such folders.")
     try:
-        table = pq.read_table(files)
+        # file by file: pq.read_table imports pandas
+        table = pa.concat_tables([_table(file, pictures) for file in files], promote_options="default")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{key}={path} cannot be read as Parquet ({reason}).", "Build the dataset again.") from error

@@ -16,8 +16,9 @@ from packshot.core.progress import progress
 from packshot.core.run import log, open_run
 from packshot.core.storage import replacing_file
 from packshot.core.tracking import open_tracker
+from packshot.data.outline import EXTENSION_TOLERANCE
 from packshot.evaluate.adherence import adherence
-from packshot.evaluate.preservation import EXTENSION_TOLERANCE, preservation, segmenter
+from packshot.evaluate.preservation import preservation, segmenter
 from packshot.evaluate.report import write_report
 from packshot.evaluate.samples import RunFolder, load_sample, open_runs
 

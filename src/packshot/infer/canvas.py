@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
 
 from packshot.config.schema import GenerateSettings, Placement
 from packshot.core.errors import ConfigError
+from packshot.data.matte import held_cells
 from packshot.infer.product import Product, core_of
 
 # Kernels without negative lobes: a pixel whose resampled alpha is full has then seen nothing but product.
@@ -156,20 +156,6 @@ class Working:
     keep_HW: np.ndarray
     coverage_HW: np.ndarray
     held_HW: np.ndarray
-
-
-def held_cells(coverage_HW: np.ndarray, cell: int) -> np.ndarray:
-    """Pixels of latent cells (``cell`` px wide) that lie inside the product, as bool (H, W).
-
-    The product is eroded by 1/128 of the picture's side (8 px at 1024) first, so that the scene is generated a little
-    way under its edge and no unfilled rim can show.
-    """
-    height, width = coverage_HW.shape
-    radius = max(1, round((height * width) ** 0.5 / 128))
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
-    inner = cv2.erode(coverage_HW, kernel)
-    smallest = inner.reshape(height // cell, cell, width // cell, cell).min(axis=(1, 3))
-    return np.kron(smallest >= 0.999, np.ones((cell, cell), bool))
 
 
 def make_working(canvas: Canvas, frame: Frame, cell: int) -> Working:

@@ -12,6 +12,7 @@ from PIL import Image
 from packshot.config.schema import GenerateSettings
 from packshot.core.errors import PackshotError
 from packshot.core.run import log
+from packshot.diffusion.hold import first_latents, hold_product
 from packshot.infer.canvas import Working
 from packshot.infer.conditions import control_map
 from packshot.infer.pipeline import Models
@@ -103,8 +104,8 @@ def denoise(
 
     One picture per pipeline call: the guidance pair fills an accelerator at SDXL's size, memory does not grow with
     the number asked for, and no picture depends on its neighbours in a batch. Noise comes from a CPU generator.
-    After every step the product's latents are put back at the noise level reached (blended latent diffusion,
-    Avrahami et al. 2022, arXiv 2206.02779), so the scene grows around the product with any base and any adapters.
+    After every step the product's latents are put back (see ``diffusion.hold``), so the scene grows around the product
+    with any base and any adapters; how the network sees it meanwhile is what the adapters were trained on.
 
     Raises:
         PackshotError: the denoiser or the decoder produced NaN or infinity.
@@ -116,14 +117,8 @@ def denoise(
     shape = (1, pipe.unet.config.in_channels, frame.height // factor, frame.width // factor)
     noise = torch.randn(shape, generator=generator).to(pipe.device)
     known = _to_latents(vae, working.image_HW3)
-    held = torch.from_numpy(working.held_HW[::factor, ::factor].astype(np.float32)).to(pipe.device)
-
-    def keep_product(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        latents = tensors["latents"]
-        later = pipe.scheduler.timesteps[step + 1 : step + 2]
-        target = pipe.scheduler.add_noise(known, noise, later) if len(later) else known
-        return {"latents": torch.lerp(latents.float(), target, held).to(latents.dtype)}
-
+    held = torch.from_numpy(working.held_HW[None, ::factor, ::factor].astype(np.float32)).to(pipe.device)
+    steps, shown = settings.num_inference_steps, models.product_shown
     controls: dict[str, Any] = {}
     if models.conditions:
         controls["image"] = [control_map(name, working) for name in models.conditions]
@@ -133,12 +128,12 @@ def denoise(
         **controls,
         height=frame.height,
         width=frame.width,
-        num_inference_steps=settings.num_inference_steps,
+        num_inference_steps=steps,
         guidance_scale=settings.guidance_scale,
-        latents=noise.to(pipe.unet.dtype),
+        latents=first_latents(known, noise, held, shown, pipe.scheduler, steps).to(pipe.unet.dtype),
         generator=generator,
         output_type="latent",
-        callback_on_step_end=keep_product,
+        callback_on_step_end=hold_product(known, noise, held, shown),
     ).images
     decoded = _from_latents(vae, latents)
     if not (torch.isfinite(latents).all() and np.isfinite(decoded).all()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,18 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
 )
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from packshot.config.schema import AdaptersConfig, ModelConfig
+from packshot.config.schema import AdaptersConfig, ModelConfig, ProductShown
 from packshot.core.errors import ConfigError
+from packshot.core.run import log
 from packshot.core.storage import readable
 from packshot.infer.conditions import read_condition
 from packshot.models.load import load_parts, model_folder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"  # method.kind=loha and lokr, which diffusers has no loader for
 IP_ADAPTER_FILE = "ip_adapter.safetensors"
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError)
 
@@ -32,6 +37,7 @@ class Models:
 
     conditions, controlnet_scales: one entry per ControlNet, in the pipeline's order.
     has_ip_adapter: every call must then bring image embeddings.
+    product_shown: how the network sees the product while the scene is denoised; a key of ``ProductShown``.
     unit: sides of the working copy are multiples of this, px.
     resolution: side of the square the base was trained on, px.
     manifest: names and SHA-256 of everything that was loaded, for certificates.
@@ -41,6 +47,7 @@ class Models:
     conditions: tuple[str, ...]
     controlnet_scales: tuple[float, ...]
     has_ip_adapter: bool
+    product_shown: str
     unit: int
     resolution: int
     manifest: dict[str, Any]
@@ -62,6 +69,7 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
     adapters = adapters or AdaptersConfig()
     folders = _adapter_folders(adapters)
     conditions = tuple(read_condition(folder) for folder in folders["controlnets"])
+    shown = _product_shown(folders)
     scales = tuple(adapters.controlnet_scales or [1.0] * len(conditions))
     device, dtype = pick_device()
     parts = load_parts(model).to(device, dtype)
@@ -82,32 +90,67 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
         conditions=conditions,
         controlnet_scales=scales,
         has_ip_adapter=bool(folders["ip_adapter"]),
+        product_shown=shown,
         unit=pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1),
         resolution=model.resolution,
-        manifest=_manifest(model, adapters, folders, conditions, scales, device, dtype),
+        manifest={**_manifest(model, adapters, folders, conditions, scales, device, dtype), "product_shown": shown},
     )
 
 
 def check_adapters(adapters: AdaptersConfig) -> None:
-    """What can be known without loading: folders, their main files, conditions. Raises ConfigError."""
-    for folder in _adapter_folders(adapters)["controlnets"]:
+    """What can be known without loading: folders, their main files, what they say of themselves. Raises ConfigError."""
+    folders = _adapter_folders(adapters)
+    for folder in folders["controlnets"]:
         read_condition(folder)
+    _product_shown(folders)
 
 
 def _adapter_folders(adapters: AdaptersConfig) -> dict[str, list[Path]]:
     wanted = {
-        "lora": ([adapters.lora] if adapters.lora else [], LORA_FILE),
-        "controlnets": (adapters.controlnets, "config.json"),
-        "ip_adapter": ([adapters.ip_adapter] if adapters.ip_adapter else [], IP_ADAPTER_FILE),
+        "lora": ([adapters.lora] if adapters.lora else [], (LORA_FILE, PEFT_FILE)),
+        "controlnets": (adapters.controlnets, ("config.json",)),
+        "ip_adapter": ([adapters.ip_adapter] if adapters.ip_adapter else [], (IP_ADAPTER_FILE,)),
     }
     folders = {}
-    for kind, (paths, file) in wanted.items():
+    for kind, (paths, files) in wanted.items():
         key = f"adapters.{kind}"
         folders[kind] = [readable(key, path) for path in paths]
         for path, folder in zip(paths, folders[kind], strict=True):
-            if not (folder / file).is_file():
-                raise ConfigError(f"{key}={path} has no {file}.", "Name the export/ folder that the trainer wrote.")
+            if not any((folder / file).is_file() for file in files):
+                raise ConfigError(
+                    f"{key}={path} has no {' or '.join(files)}.", "Name the export/ folder that the trainer wrote."
+                )
     return folders
+
+
+def _product_shown(folders: dict[str, list[Path]]) -> str:
+    """``clean`` if one of the adapters was trained on that, else ``noised``: any network can be shown the latter."""
+    said = {folder: _read_product_shown(kind, folder) for kind, paths in folders.items() for folder in paths}
+    if len(set(said.values())) > 1:
+        each = ", ".join(f"{folder}: {shown}" for folder, shown in said.items())
+        log.warning("the adapters were trained to see the product differently (%s); it is shown clean", each)
+    clean = ProductShown.clean.name
+    return clean if clean in said.values() else ProductShown.noised.name
+
+
+def _read_product_shown(kind: str, folder: Path) -> str:
+    """What ``packshot.json`` in an export folder says; ``noised`` where there is no such file, or no word of it in it.
+
+    Raises:
+        ConfigError: the file is broken or names a way that does not exist.
+    """
+    file = folder / "packshot.json"
+    try:
+        shown = json.loads(file.read_text()).get("product_shown", ProductShown.noised.name)
+        return ProductShown[shown].name
+    except FileNotFoundError:
+        return ProductShown.noised.name
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        known = "|".join(member.name for member in ProductShown)
+        raise ConfigError(
+            f"adapters.{kind}: {file} does not say how the product is shown ({error}).",
+            f'Write "product_shown": "{known}" into it, as the adapter was trained.',
+        ) from error
 
 
 def _refusal(key: str, folder: Path, error: Exception) -> ConfigError:
@@ -124,10 +167,23 @@ def _load_controlnet(folder: Path) -> ControlNetModel:
 
 def _add_lora(pipe: Any, folder: Path, scale: float) -> None:
     try:
-        pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="lora")
-        pipe.set_adapters(["lora"], [scale])
+        if (folder / LORA_FILE).is_file():
+            pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="lora")
+            pipe.set_adapters(["lora"], [scale])
+        else:
+            _merge_peft(pipe.unet, folder, scale)
     except _LOAD_ERRORS as error:
         raise _refusal("adapters.lora", folder, error) from error
+
+
+def _merge_peft(unet: Any, folder: Path, scale: float) -> None:
+    """Add an adapter of peft's to the UNet's own weights, ``scale`` times; the UNet stays a plain one."""
+    adapted = PeftModel.from_pretrained(unet, str(folder), torch_device=str(unet.device))
+    modules: list[Any] = list(adapted.modules())
+    for module in modules:
+        if isinstance(module, BaseTunerLayer):
+            module.set_scale("default", scale)
+    adapted.merge_and_unload()
 
 
 def _add_ip_adapter(pipe: Any, folder: Path, scale: float) -> None:

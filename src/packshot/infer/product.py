@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,14 @@ from PIL import Image
 
 from packshot.config.schema import MatteConfig
 from packshot.core.errors import ConfigError, PackshotError
-from packshot.core.run import log
 from packshot.core.storage import readable
 from packshot.data.decode import decode_image
 from packshot.data.masks import find_mask
+from packshot.data.matte import soften_hard_edge, unmix
 
 MIN_SIDE = 32
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _SQUARE = np.ones((3, 3), np.uint8)
-_CROP_MARGIN = 32  # px around the product that foreground estimation sees
 
 
 @dataclass(frozen=True)
@@ -142,38 +140,3 @@ def _check_alpha(alpha_HW: np.ndarray, name: str, method: str) -> None:
 def core_of(alpha_HW: np.ndarray) -> np.ndarray:
     """Bool (H, W): pixels with alpha 255 whose eight neighbours have it too. The picture's border does not erode."""
     return cv2.erode((alpha_HW == 255).astype(np.uint8), _SQUARE).astype(bool)
-
-
-def soften_hard_edge(alpha_HW: np.ndarray) -> np.ndarray:
-    """Anti-alias a mask that has no half-covered pixels; a soft matte is returned as it is.
-
-    Only the pixels on both sides of the contour change, so the core is the same before and after.
-    """
-    ring = cv2.dilate(alpha_HW, _SQUARE) != cv2.erode(alpha_HW, _SQUARE)
-    partial = (alpha_HW > 0) & (alpha_HW < 255)
-    if partial.sum() >= 0.2 * ring.sum():
-        return alpha_HW
-    return np.where(ring, cv2.GaussianBlur(alpha_HW, (3, 3), 0), alpha_HW)
-
-
-def unmix(rgb_HW3: np.ndarray, alpha_HW: np.ndarray) -> np.ndarray:
-    """The product's colours without what shines through from the old background.
-
-    Multi-level foreground estimation (Germer et al. 2020, arXiv 2006.14970) on the product's surroundings. Uint8
-    (H, W, 3); equals the photo where alpha is 255, continues the product's colours outwards where it is 0.
-    """
-    if "pymatting" not in sys.modules:
-        log.info("loading pymatting; its very first import on a machine compiles for about a minute")
-    from pymatting import estimate_foreground_ml
-
-    rows, columns = np.nonzero(alpha_HW)
-    top, left = max(rows.min() - _CROP_MARGIN, 0), max(columns.min() - _CROP_MARGIN, 0)
-    window = np.s_[top : rows.max() + 1 + _CROP_MARGIN, left : columns.max() + 1 + _CROP_MARGIN]
-    solid = alpha_HW >= 128
-    foreground = np.empty_like(rgb_HW3)
-    foreground[:] = np.rint(rgb_HW3[solid].mean(axis=0))
-    estimate = estimate_foreground_ml(
-        rgb_HW3[window].astype(np.float32) / 255, alpha_HW[window].astype(np.float32) / 255
-    )
-    foreground[window] = np.rint(np.clip(estimate, 0, 1) * 255)
-    return np.where((alpha_HW == 255)[..., None], rgb_HW3, foreground)

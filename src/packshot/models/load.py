@@ -3,32 +3,100 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Callable
+import re
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-)
 
 from packshot.config.schema import ModelConfig, Quantization
 from packshot.core.errors import ConfigError
-from packshot.core.storage import resolve
+from packshot.core.storage import file_sha256, resolve
 
 
-@dataclass
+def _class(library: str, name: str) -> Any:
+    return getattr(import_module(library), name)
+
+
+_WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a part comes from, and what it is.
+
+    key: the config key that names ``place``, a local folder or a hub id. needs: a file that the part's folder must
+    have. network: whether it has weights.
+    """
+
+    key: str
+    place: str
+    subfolder: str | None
+    library: str
+    cls: str
+    needs: str
+    network: bool
+
+    @property
+    def folder(self) -> Path | None:
+        """The part's own folder when it is local."""
+        place = Path(self.place)
+        return place / (self.subfolder or "") if place.is_dir() else None
+
+    @property
+    def found(self) -> bool:
+        """False if it is known to be missing. What lies on the hub is taken to be there."""
+        return self.folder is None or any(self.folder.glob(self.needs))
+
+    def config(self) -> Mapping[str, Any]:
+        """What the part's file says of its shape; empty if it is not local."""
+        return json.loads((self.folder / self.needs).read_text()) if self.folder else {}
+
+    def files(self) -> list[Path]:
+        """Configuration and weights as the libraries choose them, without variants of other dtypes; [] if not local."""
+        inside = sorted(self.folder.iterdir()) if self.folder else []
+        weights = [file for file in inside if _WEIGHTS.fullmatch(file.name)]
+        return [file for file in inside if file.name == self.needs] + weights if weights else inside
+
+    def refused(self, reason: str) -> ConfigError:
+        """The error of a part that cannot be had."""
+        where = f"{self.place}/{self.subfolder}" if self.subfolder else self.place
+        return ConfigError(
+            f"{self.key}: {where} holds no {self.cls} that can be loaded ({reason}).",
+            "Give a complete local folder, or a hub id on a machine that reaches the hub.",
+        )
+
+    def load(self) -> Any:
+        """The part on the CPU; networks in fp32, frozen, in eval mode.
+
+        Raises:
+            ConfigError: it cannot be loaded; names the key.
+        """
+        arguments: dict[str, Any] = {"subfolder": self.subfolder} if self.subfolder else {}
+        if self.network:
+            arguments["torch_dtype" if self.library == "diffusers" else "dtype"] = torch.float32
+        try:
+            part = _class(self.library, self.cls).from_pretrained(self.place, **arguments)
+        except (OSError, ValueError) as error:
+            raise self.refused(str(error).strip().splitlines()[0]) from error
+        return part.requires_grad_(False).eval() if self.network else part
+
+
+_LOADING = threading.RLock()  # validation and the thread that prepares batches may ask for the same part
+
+
+@dataclass(repr=False)
 class Parts:
     """Everything SDXL consists of, named as in its pipeline. All frozen and in eval mode.
+
+    Parts of :meth:`lazily` are loaded when they are first asked for: a LoRA needs no image encoder, and no encoder at
+    all if what it reads has been encoded. A part that is set to None is given up.
 
     Typed Any because the libraries' annotations call every model config a dict and every output a tuple.
     """
@@ -43,17 +111,76 @@ class Parts:
     image_encoder: Any  # CLIPVisionModelWithProjection
     feature_extractor: Any  # CLIPImageProcessor
 
+    def __post_init__(self) -> None:
+        self._sources: dict[str, Source] = {}
+        self._place: tuple[torch.device, torch.dtype] | None = None
+
+    @classmethod
+    def lazily(cls, sources: dict[str, Source]) -> Parts:
+        """Parts of which none is loaded yet."""
+        parts = cls.__new__(cls)
+        parts.__post_init__()
+        parts._sources = sources
+        return parts
+
+    def __getattr__(self, name: str) -> Any:
+        """Load a part at its first use. Raises ConfigError if it cannot be."""
+        source = vars(self).get("_sources", {}).get(name)
+        if source is None:
+            raise AttributeError(f"Parts has no {name!r}")
+        with _LOADING:
+            if name not in vars(self):
+                setattr(self, name, self._placed(name, source.load()))
+            return vars(self)[name]
+
+    def load(self, *names: str) -> None:
+        """Load these parts now. Raises ConfigError if one cannot be."""
+        for name in names:
+            getattr(self, name)
+
+    def loaded(self) -> set[str]:
+        """Names of the parts that are in memory."""
+        return {field.name for field in fields(self) if vars(self).get(field.name) is not None}
+
     def pipeline_components(self) -> dict[str, Any]:
-        """Keyword arguments for the stock SDXL pipelines."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Keyword arguments for the stock SDXL pipelines; without parts they can do without and the base has not."""
+        names = [field.name for field in fields(self)]
+        return {name: getattr(self, name) for name in names if name in vars(self) or self._sources[name].found}
+
+    def vae_config(self, key: str) -> Any:
+        """An entry of the VAE's configuration, from its file as long as it is not loaded."""
+        source = self._sources.get("vae")
+        written = source.config() if source and "vae" not in vars(self) else {}
+        return written[key] if key in written else getattr(self.vae.config, key)
+
+    def identity(self, *names: str) -> str:
+        """Digest of networks, by their files or, where there are none, weights; and of the dtype they compute in."""
+        digest = hashlib.sha256()
+        for name in names:
+            source = self._sources.get(name)
+            files = source.files() if source else []
+            digest.update(("".join(map(file_sha256, files)) or weights_hash(getattr(self, name))).encode())
+            digest.update(str(self._dtype(name)).encode())
+        return digest.hexdigest()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Parts:
-        """Move all models; UNet and encoders take ``dtype``, the VAE stays fp32 (SDXL's overflows in fp16)."""
-        for name in ("text_encoder", "text_encoder_2", "unet", "image_encoder"):
-            getattr(self, name).to(device=device, dtype=dtype)
-        _settle(self.unet, device, dtype)
-        self.vae.to(device=device, dtype=torch.float32)
+        """Move all models, those not yet loaded when they are; UNet and encoders take ``dtype``, the VAE stays fp32."""
+        self._place = (device, dtype)
+        for name in NETWORKS & self.loaded():
+            self._placed(name, getattr(self, name))
         return self
+
+    def _dtype(self, name: str) -> torch.dtype:
+        # SDXL's VAE overflows in fp16
+        return self._place[1] if self._place and name != "vae" else torch.float32
+
+    def _placed(self, name: str, part: Any) -> Any:
+        if self._place is None or name not in NETWORKS:
+            return part
+        part.to(device=self._place[0], dtype=self._dtype(name))
+        if name == "unet":
+            _settle(part, *self._place)
+        return part
 
 
 def _source(key: str, value: str) -> str:
@@ -64,18 +191,6 @@ def _source(key: str, value: str) -> str:
     if value.startswith((".", "/", "data/", "outputs/")) or value.count("/") != 1:
         raise ConfigError(f"{key}={value}: no such folder.", "Give a model folder or a hub id (owner/name).")
     return value
-
-
-def _from_pretrained(key: str, cls: Any, source: str, **arguments: Any) -> Any:
-    try:
-        return cls.from_pretrained(source, **arguments)
-    except (OSError, ValueError) as error:
-        where = f"{source}/{arguments['subfolder']}" if arguments.get("subfolder") else source
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"{key}: {where} holds no {cls.__name__} that can be loaded ({reason}).",
-            "Give a complete local folder, or a hub id on a machine that reaches the hub.",
-        ) from error
 
 
 def _nf4(linear: torch.nn.Linear) -> torch.nn.Module:
@@ -150,46 +265,68 @@ def _settle(unet: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> 
                     setattr(holder, name, None if tensor is None else tensor.to(device))
 
 
+# part: its library and class, a file that its folder must have, whether it is a network
+_KINDS: dict[str, tuple[str, str, str, bool]] = {
+    "vae": ("diffusers", "AutoencoderKL", "config.json", True),
+    "text_encoder": ("transformers", "CLIPTextModel", "config.json", True),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection", "config.json", True),
+    "tokenizer": ("transformers", "CLIPTokenizer", "*.json", False),
+    "tokenizer_2": ("transformers", "CLIPTokenizer", "*.json", False),
+    "unet": ("diffusers", "UNet2DConditionModel", "config.json", True),
+    "scheduler": ("diffusers", "EulerDiscreteScheduler", "scheduler_config.json", False),
+    "image_encoder": ("transformers", "CLIPVisionModelWithProjection", "config.json", True),
+    "feature_extractor": ("transformers", "CLIPImageProcessor", "preprocessor_config.json", False),
+}
+NETWORKS = {name for name, (*_, network) in _KINDS.items() if network}
+AT_ONCE = ("unet", "scheduler")  # nothing begins without them
+_REFERENCE = ("image_encoder", "feature_extractor")  # SDXL's own repository has neither
+
+
+def _sources(model: ModelConfig) -> dict[str, Source]:
+    """Where every part of a model config comes from."""
+    base = ("model.base", _source("model.base", model.base))
+    places: dict[str, tuple[str, str, str | None]] = {name: (*base, name) for name in _KINDS}
+    if model.vae:
+        places["vae"] = ("model.vae", _source("model.vae", model.vae), None)
+    if model.image_encoder:
+        encoder = _source("model.image_encoder", model.image_encoder)
+        places |= dict.fromkeys(_REFERENCE, ("model.image_encoder", encoder, None))
+    else:
+        places |= {name: ("model.image_encoder", base[1], name) for name in _REFERENCE}
+    return {name: Source(*places[name], *kind) for name, kind in _KINDS.items()}
+
+
+def import_libraries() -> None:
+    """Import the code of the parts that are loaded at once."""
+    for name in AT_ONCE:
+        library, cls, *_ = _KINDS[name]
+        _class(library, cls)
+
+
 def load_parts(model: ModelConfig) -> Parts:
-    """Load the parts that a model config names, in fp32 on the CPU; the UNet quantised if the config says so.
+    """The parts that a model config names, in fp32 on the CPU: UNet and scheduler at once, the others when asked for.
+
+    The UNet is quantised if the config says so. Of a local folder it is seen at once whether it is complete.
 
     Raises:
         ConfigError: a folder or hub id cannot be loaded, or the UNet not quantised; names the key.
     """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     # Their bars and remarks on loading say nothing about the run at hand and bury our own lines.
-    transformers.utils.logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
-    base = _source("model.base", model.base)
-    models: dict[str, Any] = {
-        "text_encoder": CLIPTextModel,
-        "text_encoder_2": CLIPTextModelWithProjection,
-        "unet": UNet2DConditionModel,
-    }
-    loaded: dict[str, Any] = {
-        name: _from_pretrained("model.base", cls, base, subfolder=name, torch_dtype=torch.float32)
-        if name == "unet"
-        else _from_pretrained("model.base", cls, base, subfolder=name, dtype=torch.float32)
-        for name, cls in models.items()
-    }
-    for name in ("tokenizer", "tokenizer_2"):
-        loaded[name] = _from_pretrained("model.base", CLIPTokenizer, base, subfolder=name)
-    loaded["scheduler"] = _from_pretrained("model.base", EulerDiscreteScheduler, base, subfolder="scheduler")
-    vae_arguments: dict[str, Any] = {} if model.vae else {"subfolder": "vae"}
-    vae = _source("model.vae", model.vae) if model.vae else base
-    loaded["vae"] = _from_pretrained("model.vae", AutoencoderKL, vae, torch_dtype=torch.float32, **vae_arguments)
-    if model.image_encoder:
-        encoder, sub, sub_processor = _source("model.image_encoder", model.image_encoder), {}, {}
-    else:
-        encoder, sub, sub_processor = base, {"subfolder": "image_encoder"}, {"subfolder": "feature_extractor"}
-    key = "model.image_encoder"
-    loaded["image_encoder"] = _from_pretrained(key, CLIPVisionModelWithProjection, encoder, dtype=torch.float32, **sub)
-    loaded["feature_extractor"] = _from_pretrained(key, CLIPImageProcessor, encoder, **sub_processor)
-    for name in ("vae", "unet", "text_encoder", "text_encoder_2", "image_encoder"):
-        loaded[name].requires_grad_(False).eval()
+    sources = _sources(model)
+    for name, source in sources.items():
+        if not source.found and (name not in _REFERENCE or model.image_encoder):
+            raise source.refused(f"no {source.needs}")
+    parts = Parts.lazily(sources)
+    parts.load(*AT_ONCE)
     if model.quantization is not Quantization.none:
-        quantize(loaded["unet"], model.quantization)
-        loaded["unet"].eval()
-    return Parts(**loaded)
+        quantize(parts.unet, model.quantization)
+        parts.unet.eval()
+    return parts
 
 
 def model_folder(model: ModelConfig) -> Path | None:
@@ -205,5 +342,5 @@ def weights_hash(*modules: torch.nn.Module) -> str:
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(name.encode())
             digest.update(str(tensor.dtype).encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ from packshot.core.storage import replacing_file
 
 Tensors = dict[str, Tensor]
 SHARD_ROWS = 64  # entries per file: what a kill can cost
+
+
+@dataclass(frozen=True)
+class Job:
+    """An entry to make: its key, its name in messages, and what the encoder takes."""
+
+    key: str
+    name: str
+    item: Any
 
 
 def content_key(*parts: object) -> str:
@@ -103,11 +113,11 @@ class TensorCache:
 
     def _verify(self, path: Path) -> None:
         """Compare every tensor of a file with the checksum it was written with."""
-        file = self._files[path]
         try:
-            sums = json.loads(file.metadata()["crc32"])
-            wrong = [name for name, expected in sums.items() if _checksum(file.get_tensor(name)) != expected]
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            with safe_open(path, framework="pt") as file:  # a mapping of its own, which leaves memory with it
+                sums = json.loads(file.metadata()["crc32"])
+                wrong = [name for name, expected in sums.items() if _checksum(file.get_tensor(name)) != expected]
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             wrong = [str(error)]
         if wrong:
             self._drop(path, f"checksum of {wrong[0]}")
@@ -115,17 +125,20 @@ class TensorCache:
     def fill(
         self,
         description: str,
-        jobs: Iterable[tuple[str, str, Callable[[], Tensors]]],
+        chunks: Sequence[Sequence[Job]],
+        encode: Callable[[list[Any]], list[Tensors]],
         accelerator: Accelerator,
     ) -> None:
         """Verify what is there and compute what is missing. Every process takes its share; returns when all are done.
 
-        jobs: (key, name for messages, function that computes the tensors).
+        chunks: what goes through the encoder together. A chunk of which anything is missing is encoded whole, so that
+            no bit of an entry depends on what was cached before or on the number of processes.
+        encode: the items of a chunk to their tensors.
 
         Raises:
             PackshotError: a value is not finite, or the tensors cannot be written.
         """
-        wanted = {key: (name, compute) for key, name, compute in jobs}
+        wanted = {job.key for chunk in chunks for job in chunk}
         rank, world = accelerator.process_index, accelerator.num_processes
         self.folder.mkdir(parents=True, exist_ok=True)
         self.open()
@@ -134,13 +147,13 @@ class TensorCache:
             self._verify(path)
         accelerator.wait_for_everyone()
         self._forget_removed()
-        missing = [key for key in wanted if key not in self]
-        self._encode(description, [(key, *wanted[key]) for key in missing[rank::world]], accelerator)
+        missing = [chunk for chunk in chunks if any(job.key not in self for job in chunk)]
+        self._encode(description, missing[rank::world], encode, accelerator)
         accelerator.wait_for_everyone()
         self.open()
         if accelerator.is_main_process:
             size = sum(path.stat().st_size for path in {self._where[key] for key in wanted}) / 2**20
-            hits = 100 * (1 - len(missing) / max(1, len(wanted)))
+            hits = 100 * (1 - sum(map(len, missing)) / max(1, sum(map(len, chunks))))
             log.info("%s: %d entries, %.1f MiB, %.0f %% were cached", description, len(wanted), size, hits)
 
     def _forget_removed(self) -> None:
@@ -148,13 +161,19 @@ class TensorCache:
             self._drop(path, "removed by another process")
 
     def _encode(
-        self, description: str, jobs: list[tuple[str, str, Callable[[], Tensors]]], accelerator: Accelerator
+        self,
+        description: str,
+        chunks: Sequence[Sequence[Job]],
+        encode: Callable[[list[Any]], list[Tensors]],
+        accelerator: Accelerator,
     ) -> None:
         entries: dict[str, Tensors] = {}
-        with progress(description, len(jobs), show=bool(jobs) and accelerator.is_main_process) as advance:
-            for number, (key, name, compute) in enumerate(jobs, 1):
-                entries[key] = _finite(compute(), f"{description}, {name}")
-                if len(entries) == SHARD_ROWS or number == len(jobs):
+        total = sum(map(len, chunks))
+        with progress(description, total, show=bool(chunks) and accelerator.is_main_process) as advance:
+            for number, chunk in enumerate(chunks, 1):
+                for job, tensors in zip(chunk, encode([job.item for job in chunk]), strict=True):
+                    entries[job.key] = _finite(tensors, f"{description}, {job.name}")
+                if len(entries) >= SHARD_ROWS or number == len(chunks):
                     try:
                         self._put(entries)
                     except (OSError, SafetensorError) as error:
@@ -163,7 +182,7 @@ class TensorCache:
                             "Free some space, or name another folder by data.cache_dir. What is written is kept.",
                         ) from error
                     entries = {}
-                advance()
+                advance(len(chunk))
 
 
 def _finite(tensors: Tensors, name: str) -> Tensors:

@@ -10,6 +10,7 @@ from typing import Any
 from packshot.config.compose import to_yaml
 from packshot.config.schema import SCRIPTS
 from packshot.data.dataset import Rows
+from packshot.train.state import Best, read_best
 
 
 def write_provenance(folder: Path, rows: Rows, config: Any) -> dict[str, Any]:
@@ -20,45 +21,75 @@ def write_provenance(folder: Path, rows: Rows, config: Any) -> dict[str, Any]:
     return data
 
 
-def write_card(folder: Path, run: Path, rows: Rows, config: Any) -> None:
-    """Provenance, and a ``README.md`` with the last validation pictures."""
+def write_usage(folder: Path, config: Any) -> None:
+    """``packshot.json``: what the adapter was trained on and inference has to repeat, beside what the method wrote."""
+    file = folder / "packshot.json"
+    described = json.loads(file.read_text()) if file.exists() else {}
+    described["product_shown"] = config.objective.product_shown.name
+    file.write_text(json.dumps(described, indent=2) + "\n")
+
+
+def exported(run: Path, config: Any) -> tuple[int, Best | None]:
+    """The step whose weights are exported, and the best validation if they were chosen by it."""
+    best = read_best(run / "checkpoints") if config.train.export_best else None
+    return (best.step, best) if best and best.step is not None else (config.train.max_steps, None)
+
+
+def weights_line(run: Path, config: Any) -> str:
+    """Which step's weights these are, and why, as a line of a model card."""
+    step, best = exported(run, config)
+    why = f", the best checkpoint by {best.figure} ({best.value:.4g})" if best else ", the last"
+    return f"- weights: step {step} of {config.train.max_steps}{why}"
+
+
+def write_card(folder: Path, run: Path, rows: Rows, config: Any) -> dict[str, Any]:
+    """Provenance, and a ``README.md`` with the pictures of the last validation until the exported step.
+
+    Returns what the adapter was made from: ``base``, ``step`` and the identity of the data.
+    """
     data = write_provenance(folder, rows, config)
+    write_usage(folder, config)
     script = next(name for name, schema in SCRIPTS.items() if schema is type(config))
-    pictures = _copy_samples(run / "samples", folder / "samples")
-    figures = _last_figures(run / "metrics.jsonl")
+    step, _ = exported(run, config)
+    pictures = _copy_samples(run / "samples", folder / "samples", step)
+    figures = _last_figures(run / "metrics.jsonl", step)
     lines = [
         f"# {script.removeprefix('train_')} trained by Packshot",
         "",
         f"- base: `{config.model.base}`",
         f"- data: `{data['path']}`, {data['rows']} samples, manifest sha256 `{data['sha256']}`",
         f"- licences of the data: {', '.join(data['licenses']) or 'not recorded'}",
-        f"- optimizer steps: {config.train.max_steps}, samples per step and process: "
-        f"{config.train.batch_size * config.train.gradient_accumulation_steps}",
+        weights_line(run, config),
+        f"- samples per step and process: {config.train.batch_size * config.train.gradient_accumulation_steps}",
         *(f"- {name}: {value:.4g}" for name, value in figures.items()),
         "",
-        "The full configuration is in `config.yaml`. Validation pictures (left: held-out truth, right: generated):",
+        "The full configuration is in `config.yaml`. Validation pictures: the held-out truth, then what the model "
+        "draws around the held product, before the product's own pixels are laid over it.",
         "",
         *(f"![sample](samples/{name})" for name in pictures),
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
+    return {"base": config.model.base, "step": step, **data}
 
 
-def _copy_samples(samples: Path, target: Path) -> list[str]:
-    steps = sorted((path for path in samples.glob("*") if path.is_dir()), key=lambda path: int(path.name))
-    if not steps:
+def _copy_samples(samples: Path, target: Path, step: int) -> list[str]:
+    """The sheet of the last validation until a step: single pictures would make a large folder of a small adapter."""
+    sheets = [path / "grid.png" for path in samples.glob("*") if path.name.isdigit() and int(path.name) <= step]
+    found = [sheet for sheet in sheets if sheet.exists()]
+    if not found:
         return []
     target.mkdir()
-    files = sorted(steps[-1].glob("*.png"))
-    for file in files:
-        shutil.copyfile(file, target / file.name)
-    return [file.name for file in files]
+    sheet = max(found, key=lambda path: int(path.parent.name))
+    shutil.copyfile(sheet, target / sheet.name)
+    return [sheet.name]
 
 
-def _last_figures(metrics: Path) -> dict[str, float]:
-    """The newest value of each figure of a run."""
+def _last_figures(metrics: Path, step: int) -> dict[str, float]:
+    """The newest value, until a step, of each figure of a run."""
     figures: dict[str, float] = {}
     if metrics.exists():
-        for line in metrics.read_text().splitlines():
-            figures.update(json.loads(line))
+        for line in map(json.loads, metrics.read_text().splitlines()):
+            if line["step"] <= step:
+                figures.update(line)
     figures.pop("step", None)
     return figures

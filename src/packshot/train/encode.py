@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,39 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
 from packshot.config.schema import DataConfig
+from packshot.core.errors import PackshotError
 from packshot.core.run import log
 from packshot.data import buckets, geometry
 from packshot.data.dataset import Rows
-from packshot.models.load import Parts, weights_hash
-from packshot.train.cache import TensorCache, Tensors, content_key
+from packshot.models.load import Parts
+from packshot.train.cache import Job, TensorCache, Tensors, content_key
 
-VERSION = 2  # raise it when the same sample gives other tensors
+VERSION = 3  # raise it when the same sample gives other tensors
+ENCODE_BATCH = 8  # pictures that go through an encoder together
+TEXT_BATCH = 32
+
+
+def _cut(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 def framed(sample: dict[str, Any], target: tuple[int, int]) -> dict[str, Any]:
-    """The sample as the model sees it: image and mask through one geometry, which is added as ``geometry``."""
+    """The sample as the model sees it: image and mask through one geometry, which is added as ``geometry``.
+
+    Raises:
+        PackshotError: image and mask differ in size.
+    """
     image, mask = sample["image"], sample["mask"]
+    if mask is not None and mask.size != image.size:
+        raise PackshotError(
+            f"sample {sample['id']}: the picture has {image.width}x{image.height} px, its mask "
+            f"{mask.width}x{mask.height}.",
+            "Build the dataset again: it is not known where in the picture the mask belongs.",
+        )
     frame = geometry.plan((image.height, image.width), target, geometry.product_box(mask))
     seen = {**sample, "image": Image.fromarray(geometry.apply(frame, np.asarray(image))), "geometry": frame}
     if mask is not None:
@@ -53,19 +70,30 @@ class Encoder:
         step = 2 ** (len(parts.unet.config.block_out_channels) - 1) * self.vae_scale
         square = [(resolution, resolution)]
         self.shapes = buckets.shapes(resolution, max(step, resolution // 16)) if data.buckets else square
-        self.identity = Identity(
-            vae=weights_hash(parts.vae),
-            text=weights_hash(parts.text_encoder, parts.text_encoder_2),
-            method=method.cache_key(),
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Read when encoding starts: by then the encoders have the dtype they encode in, which is part of it."""
+        return Identity(
+            vae=self.parts.identity("vae"),
+            text=self.parts.identity("text_encoder", "text_encoder_2"),
+            method=self.method.cache_key(),
         )
 
     @property
     def vae_scale(self) -> int:
         """Pixels per latent cell."""
-        return 2 ** (len(self.parts.vae.config.block_out_channels) - 1)
+        return 2 ** (len(self.parts.vae_config("block_out_channels")) - 1)
 
     @cached_property
-    def _pipeline(self) -> StableDiffusionXLPipeline:
+    def _vae(self) -> Any:
+        # NHWC in memory, as the pictures are: the fast layout of convolutions
+        return self.parts.vae.to(memory_format=torch.channels_last)
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        from diffusers import StableDiffusionXLPipeline
+
         return StableDiffusionXLPipeline(**self.parts.pipeline_components())
 
     def release(self) -> None:
@@ -77,40 +105,50 @@ class Encoder:
         self.method.image_encoder = None
 
     @torch.no_grad()
-    def latents(self, seen: dict[str, Any]) -> Tensors:
-        """``mean`` and ``std`` (C, h, w) of the posterior, ``alpha`` (1, h, w) of the product, ``time_ids`` (6,)."""
-        pixels = np.asarray(seen["image"], dtype=np.float32) / 127.5 - 1
-        pixels_1CHW = torch.from_numpy(pixels.transpose(2, 0, 1))[None].to(self.parts.vae.device)
-        posterior = self.parts.vae.encode(pixels_1CHW).latent_dist
-        size = posterior.mean.shape[-2:]
-        alpha = torch.zeros(1, *size)
-        if seen["mask"] is not None:
-            mask = torch.from_numpy(np.asarray(seen["mask"], dtype=np.float32) / 255)[None]
-            alpha = F.adaptive_avg_pool2d(mask, size)
-        return {
-            "mean": posterior.mean[0].cpu(),
-            "std": posterior.std[0].cpu(),
-            "alpha": alpha,
-            "time_ids": torch.tensor(seen["geometry"].time_ids()),
-        }
+    def latents(self, seen: Sequence[dict[str, Any]]) -> list[Tensors]:
+        """Of framed samples of one size: ``mean`` and ``std`` (C, h, w) of the posterior, ``alpha`` (1, h, w) of the
+        product, ``time_ids`` (6,)."""
+        pixels = np.stack([np.asarray(sample["image"], dtype=np.float32) / 127.5 - 1 for sample in seen])
+        pixels_BCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self._vae.device)
+        posterior = self._vae.encode(pixels_BCHW).latent_dist
+        size = tuple(posterior.mean.shape[-2:])
+        rows = zip(posterior.mean.cpu(), posterior.std.cpu(), seen, strict=True)
+        return [
+            {
+                "mean": mean,
+                "std": std,
+                "alpha": _alpha(sample["mask"], size),
+                "time_ids": torch.tensor(sample["geometry"].time_ids()),
+            }
+            for mean, std, sample in rows
+        ]
 
     @torch.no_grad()
-    def text(self, text: str) -> Tensors:
+    def text(self, texts: Sequence[str]) -> list[Tensors]:
         """``prompt_embeds`` (77, D) and ``pooled_prompt_embeds`` (P,), as the stock pipeline makes them; fp32.
 
         If the text encoders are trained: what they read, ``input_ids`` and ``input_ids_2``, (77,) each.
         """
-        self._warn_if_truncated(text)
+        for text in texts:
+            self._warn_if_truncated(text)
         if self.method.trains_text:
             pairs = (("input_ids", self.parts.tokenizer), ("input_ids_2", self.parts.tokenizer_2))
-            return {name: _token_ids(tokenizer, text) for name, tokenizer in pairs}
-        prompt_embeds, _, pooled, _ = self._pipeline.encode_prompt(text, do_classifier_free_guidance=False)
-        return {"prompt_embeds": prompt_embeds[0].float().cpu(), "pooled_prompt_embeds": pooled[0].float().cpu()}
+            return [{name: _token_ids(tokenizer, text) for name, tokenizer in pairs} for text in texts]
+        prompt_embeds, _, pooled, _ = self._pipeline.encode_prompt(list(texts), do_classifier_free_guidance=False)
+        rows = zip(prompt_embeds.float().cpu(), pooled.float().cpu(), strict=True)
+        return [{"prompt_embeds": embeds, "pooled_prompt_embeds": one} for embeds, one in rows]
 
     def _warn_if_truncated(self, text: str) -> None:
         lost = lost_words(self.parts.tokenizer, text)
         if lost:
             log.warning("a caption is longer than the %d tokens the model reads; lost: %r", 77, lost)
+
+
+def _alpha(mask: Image.Image | None, size: tuple[int, int]) -> Tensor:
+    """The product's share of each latent cell, shape (1, h, w), in [0, 1]."""
+    if mask is None:
+        return torch.zeros(1, *size)
+    return F.adaptive_avg_pool2d(torch.from_numpy(np.asarray(mask, dtype=np.float32) / 255)[None], size)
 
 
 def _token_ids(tokenizer: Any, text: str) -> Tensor:
@@ -130,13 +168,18 @@ class Examples(Sequence[dict[str, Any]]):
 
     Each has the tensors of :meth:`Encoder.latents` and :meth:`Encoder.text`, those of the method under ``encoded``, the
     embeddings of the empty prompt under ``empty`` and, if the method asks for pixels, the framed sample under ``seen``
-    (else None). ``groups`` names the bucket of each sample.
+    (else None). ``groups`` names the bucket of each sample. count: use only the first samples of the set.
     """
 
-    def __init__(self, rows: Rows, encoder: Encoder, folder: Path | None) -> None:
-        self.rows, self.ids, self.encoder = rows, rows.ids, encoder
-        self.groups = [buckets.nearest(size, encoder.shapes) for size in rows.sizes]
-        self._caches = {name: TensorCache(folder / f"{name}-{id[:12]}") for name, id in self._kinds()} if folder else {}
+    def __init__(self, rows: Rows, encoder: Encoder, folder: Path | None, count: int | None = None) -> None:
+        self.rows, self.ids, self.encoder = rows, rows.ids[:count], encoder
+        self.groups = [buckets.nearest(size, encoder.shapes) for size in rows.sizes[:count]]
+        self._folder = folder
+
+    @cached_property
+    def _caches(self) -> dict[str, TensorCache]:
+        folder = self._folder
+        return {name: TensorCache(folder / f"{name}-{id[:12]}") for name, id in self._kinds()} if folder else {}
 
     def _kinds(self) -> list[tuple[str, str]]:
         identity = self.encoder.identity
@@ -148,6 +191,10 @@ class Examples(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.ids)
 
+    def fingerprint(self) -> str:
+        """Identity of the samples and their captions, in order."""
+        return self.rows.fingerprint()
+
     def seen(self, index: int) -> dict[str, Any]:
         """The framed sample: ``image``, ``mask``, ``text``, ``id``, ``geometry``."""
         return framed(self.rows.read(index, ("image", "mask")), self.encoder.shapes[self.groups[index]])
@@ -155,25 +202,35 @@ class Examples(Sequence[dict[str, Any]]):
     def _key(self, index: int) -> str:
         return content_key(VERSION, self.rows.digest(index), self.encoder.shapes[self.groups[index]])
 
+    def _chunks(self) -> list[list[Job]]:
+        """The samples, ``ENCODE_BATCH`` at a time, of one bucket each."""
+        indices = sorted(range(len(self)), key=lambda index: self.groups[index])
+        together = (list(members) for _, members in groupby(indices, key=lambda index: self.groups[index]))
+        # jobs hold an index, not a sample: a large set must not be decoded into memory
+        return [
+            [Job(self._key(index), f"sample {self.ids[index]}", index) for index in chunk]
+            for members in together
+            for chunk in _cut(members, ENCODE_BATCH)
+        ]
+
     def fill(self, accelerator: Accelerator) -> None:
         """Encode what no earlier run has encoded. Without a cache there is nothing to do."""
-        if not self._caches:
+        if not self._caches:  # every access encodes: the loader's processes share what is loaded before they are forked
+            self.encoder.parts.load("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
             return
-        encoder = self.encoder
+        encoder, chunks = self.encoder, self._chunks()
 
-        def per_sample(encode: Callable[[dict[str, Any]], Tensors]):
-            # jobs hold an index, not a sample: a large set must not be decoded into memory
-            for index, name in enumerate(self.ids):
-                yield self._key(index), f"sample {name}", lambda index=index: encode(self.seen(index))
+        def seen(indices: list[int]) -> list[dict[str, Any]]:
+            return [self.seen(index) for index in indices]
 
-        self._caches["latents"].fill("encoding pictures", per_sample(encoder.latents), accelerator)
+        self._caches["latents"].fill("encoding pictures", chunks, lambda i: encoder.latents(seen(i)), accelerator)
         if "method" in self._caches:
-            self._caches["method"].fill("encoding references", per_sample(encoder.method.encode), accelerator)
-        if "text" not in self._caches:
-            return
-        texts = sorted({*self.rows.texts, ""})
-        jobs = ((content_key(text), f"caption {text!r}", lambda text=text: encoder.text(text)) for text in texts)
-        self._caches["text"].fill("encoding captions", jobs, accelerator)
+            encode = encoder.method.encode
+            self._caches["method"].fill("encoding references", chunks, lambda i: encode(seen(i)), accelerator)
+        if "text" in self._caches:
+            texts = sorted({*self.rows.texts[: len(self)], ""})
+            jobs = [Job(content_key(text), f"caption {text!r}", text) for text in texts]
+            self._caches["text"].fill("encoding captions", _cut(jobs, TEXT_BATCH), encoder.text, accelerator)
 
     def __getitem__(self, index: Any) -> Any:
         needs_pixels = self.encoder.method.needs_pixels
@@ -187,16 +244,16 @@ class Examples(Sequence[dict[str, Any]]):
         return {**example, "id": self.ids[index], **text, "empty": empty}
 
     def _text(self, text: str) -> Tensors:
-        return self._caches["text"].get(content_key(text)) if "text" in self._caches else self.encoder.text(text)
+        return self._caches["text"].get(content_key(text)) if "text" in self._caches else self.encoder.text([text])[0]
 
     def fresh(self, index: int) -> dict[str, Any]:
         """The same without the cache."""
         seen, encoder = self.seen(index), self.encoder
         return {
-            **encoder.latents(seen),
-            "encoded": encoder.method.encode(seen),
+            **encoder.latents([seen])[0],
+            "encoded": encoder.method.encode([seen])[0],
             "seen": seen if encoder.method.needs_pixels else None,
             "id": self.ids[index],
-            **encoder.text(self.rows.texts[index]),
-            "empty": encoder.text(""),
+            **encoder.text([self.rows.texts[index]])[0],
+            "empty": encoder.text([""])[0],
         }

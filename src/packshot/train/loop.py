@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,13 +19,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from packshot.config.schema import KeepBest
 from packshot.core.errors import PackshotError
 from packshot.core.progress import progress as progress_bar
 from packshot.core.run import log
 from packshot.diffusion.keyed import SampleKey
 from packshot.train import state as checkpoints
-from packshot.train.optimizer import build_optimizer, evaluation_mode, set_learning_rate, training_mode
+from packshot.train.memory import attention_kernel, refuse_unavailable, uncompiled
+from packshot.train.optimizer import (
+    StepInBackward,
+    build_optimizer,
+    evaluation_mode,
+    set_learning_rate,
+    training_mode,
+)
 from packshot.train.order import Order, RankBatches, Stream, batches
+from packshot.train.resume import made_with
 from packshot.train.session import Session
 
 
@@ -34,6 +46,24 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Any) -> Any: ...
+
+    def fingerprint(self) -> str:
+        """Identity of the samples and of their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What one validation found.
+
+    figures: for the metrics line, the same on every process. pictures: files that a tracker shows, captions: a line
+    for each. table: one row per picture; its file in the validation's folder is named under ``picture``.
+    """
+
+    figures: dict[str, float]
+    pictures: list[Path] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    table: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Task(Protocol):
@@ -47,8 +77,8 @@ class Task(Protocol):
         """A batch of CPU tensors; every random draw comes from the sample's key."""
         ...
 
-    def validate(self, folder: Path, accelerator: Accelerator) -> tuple[dict[str, float], list[Path], list[str]]:
-        """Figures, pictures written under ``folder``, a line for each. Called on every process, without gradients."""
+    def validate(self, folder: Path, accelerator: Accelerator) -> Validated:
+        """Figures, and pictures written under ``folder``. Called on every process, without gradients."""
         ...
 
 
@@ -64,39 +94,45 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def validate(task: Any, ema: checkpoints.EMA | None, session: Session, step: int) -> None:
-    """Validation on every process, with the averaged weights, which are put back whatever happens."""
+def validate(task: Any, ema: checkpoints.EMA | None, session: Session, step: int) -> dict[str, float]:
+    """Figures of a validation on every process, with the averaged weights, which are put back whatever happens."""
     inner = session.accelerator.unwrap_model(task)
     training = inner.training
     inner.eval()
     if ema:
         ema.swap(inner)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled():
             folder = session.path / "samples" / str(step)
-            figures, pictures, captions = inner.validate(folder, session.accelerator)
+            found: Validated = inner.validate(folder, session.accelerator)
     finally:
         if ema:
             ema.swap(inner)
         inner.train(training)
+    figures = found.figures
     if session.run and session.tracker:
         session.run.metrics({"step": step, **figures})
         session.tracker.log(figures, step)
-        session.tracker.images("samples", pictures, captions, step)
+        session.tracker.images("samples", found.pictures, found.captions, step)
+        session.tracker.table("validation", folder, found.table, step)
         log.info("validation at step %d: %s", step, "  ".join(f"{k} {v:.4f}" for k, v in figures.items()) or "pictures")
+    return figures
 
 
 def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.EMA | None:
     """Train ``task`` (see :class:`Task`) to ``train.max_steps``, from the newest whole checkpoint if there is one.
 
     config: a script's config; its ``run.seed``, ``train``, ``optim`` and ``data.num_workers`` are read.
-    Returns the moving average, if one is kept.
+    Returns the moving average, if one is kept. It and ``task`` hold the last step's weights, or with
+    ``train.export_best`` those of the best checkpoint.
 
     Raises:
         PackshotError: loss or gradient is not finite (with the sample ids), or a checkpoint does not fit.
     """
     train, seed = config.train, config.run.seed
     accelerator, run, tracker = session.accelerator, session.run, session.tracker
+    refuse_unavailable(train, accelerator)
+    kernel = attention_kernel(train.attention)
     named = checkpoints.trainable(task)
     parameters = list(named.values())
     optimizer = build_optimizer(named, config.optim, train.learning_rate)
@@ -108,26 +144,29 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
     folder = session.path / "checkpoints"
     newest = checkpoints.newest_whole(folder)
     where = checkpoints.Progress()
+    made = made_with(config, rows, accelerator.num_processes)
     if newest:
-        where = checkpoints.load(newest, inner, optimizer.optimizer, ema, accelerator.scaler)
+        where = checkpoints.load(newest, made, inner, optimizer.optimizer, ema, accelerator.scaler)
         log.info("resuming at step %d from %s", where.step, newest)
+    best = checkpoints.open_best(folder, train.keep_best, where.step)
+    save = partial(checkpoints.save, folder, made, inner, optimizer.optimizer, ema, accelerator.scaler, where)
+    in_backward = StepInBackward(optimizer.optimizer) if train.fused_backward else None
     accelerator.wait_for_everyone()
 
     world, accumulation = accelerator.num_processes, train.gradient_accumulation_steps
     groups = getattr(rows, "groups", None) or [0] * len(rows)
     size = train.batch_size * world * accumulation
-    if where.samples_seen != where.step * size:
-        raise PackshotError(
-            f"{newest} was made with {where.samples_seen // where.step} samples per optimizer step, this run has "
-            f"{size} ({world} processes x {accumulation} micro-steps x {train.batch_size}).",
-            "Keep the product: on fewer processes raise train.gradient_accumulation_steps.",
-        )
     order = Order(groups, seed, size)
     mine = RankBatches(order, where.step, train.batch_size, accelerator.process_index, world)
     stream = batches(Stream(rows, rows.ids, seed), inner.collate, mine, config.data.num_workers)
     task.train()
     if train.validate_first and train.validation_steps and where.step == 0:
         validate(task, ema, session, 0)
+    if best and best.validated < where.step and _due(train.validation_steps, where.step, train.max_steps):
+        # killed between a checkpoint and its validation, which an unbroken run has: the best must not depend on that
+        _compare(validate(task, ema, session, where.step), where.step, best, train.keep_best, session, save)
+        if run:
+            checkpoints.prune(folder, train.checkpoints_total_limit, best)
 
     window_loss, window_start, window_wait, window_steps = (
         torch.zeros((), device=accelerator.device),
@@ -149,9 +188,12 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
                 with accelerator.accumulate(task):
                     # Dropout and the like inside the network draw from the global generator: tie it to the position.
                     torch.manual_seed(hash((seed, where.samples_seen, accelerator.process_index)) & 0x7FFFFFFF)
-                    loss = task(batch).mean()
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
+                    with kernel():
+                        loss = task(batch).mean()
+                        accelerator.backward(loss)
+                    if in_backward:
+                        grad_norm = in_backward.norm()
+                    elif accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(parameters, train.max_grad_norm or math.inf)
                     optimizer_step_allowed = not accelerator.sync_gradients or _finite(grad_norm, accelerator)
                     if not optimizer_step_allowed:
@@ -160,8 +202,9 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
                             f"is not finite; samples {', '.join(step_ids)}.",
                             "Lower train.learning_rate or look at these samples; the last checkpoint is untouched.",
                         )
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    if not in_backward:
+                        optimizer.step()
+                        optimizer.zero_grad()
                 window_loss += loss.detach() / accumulation
                 where.samples_seen += train.batch_size * world
             if ema:
@@ -188,20 +231,53 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
                 advance(window_steps, loss=mean_loss, lr=rate)
                 window_loss.zero_()
                 window_start, window_wait, window_steps = time.monotonic(), 0.0, 0
-            last = where.step == train.max_steps
-            saves = last or where.step % train.checkpointing_steps == 0
-            validates = train.validation_steps and (last or where.step % train.validation_steps == 0)
+            saves = _due(train.checkpointing_steps, where.step, train.max_steps)
+            validates = _due(train.validation_steps, where.step, train.max_steps)
             if saves or validates:
                 evaluation_mode(optimizer.optimizer)
             if saves:
                 if run:
-                    checkpoints.save(folder, inner, optimizer.optimizer, ema, accelerator.scaler, where)
-                    checkpoints.prune(folder, train.checkpoints_total_limit)
+                    save()
                 accelerator.wait_for_everyone()
             if validates:
-                validate(task, ema, session, where.step)
+                figures = validate(task, ema, session, where.step)
+                if best:
+                    _compare(figures, where.step, best, train.keep_best, session, save)
                 window_start = time.monotonic()
+            if run and (saves or validates):
+                checkpoints.prune(folder, train.checkpoints_total_limit, best)
+    if in_backward:
+        in_backward.remove()
+    accelerator.wait_for_everyone()
+    if train.export_best and best and best.step is not None:
+        checkpoints.load_weights(folder / str(best.step), inner, ema)
+        log.info("the weights are those of step %d, the best by %s (%.4g)", best.step, best.figure, best.value)
+    elif train.export_best:
+        log.warning("no validation gave a finite %s: the weights are those of the last step", train.keep_best)
     return ema
+
+
+def _due(every: int, step: int, last: int) -> bool:
+    """Whether something that is done every so many steps (0: never) and after the last one is due."""
+    return every > 0 and step > 0 and (step == last or step % every == 0)
+
+
+def _compare(
+    figures: dict[str, float],
+    step: int,
+    best: checkpoints.Best,
+    keep: KeepBest,
+    session: Session,
+    save: Callable[[], None],
+) -> None:
+    """Account for a validation; if it is the best so far, see to it that its step has a checkpoint."""
+    better = best.take(figures, step, checkpoints.FIGURES[keep])
+    if session.run:
+        folder = session.path / "checkpoints"
+        if better and not (folder / str(step)).exists():
+            save()
+        best.write(folder)
+    session.accelerator.wait_for_everyone()
 
 
 def _finite(grad_norm: Tensor, accelerator: Accelerator) -> bool:

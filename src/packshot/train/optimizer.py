@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,6 +133,47 @@ def _refuse_other_settings(optimizer: torch.optim.Optimizer, stored: dict[str, A
         f"The checkpoint's optimizer was made with {said}.",
         "Resume with the settings it was made with (optim.*, train.learning_rate), or start a new run.",
     )
+
+
+class StepInBackward:
+    """Steps an optimizer parameter by parameter during the backward pass, and frees each gradient.
+
+    At no time is there more than one whole gradient. The optimizer keeps all parameters in its groups, so its state
+    is that of ordinary steps. Only for optimizers that treat each parameter by itself.
+
+    norm: of all gradients since it was last asked for; asking starts the next step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._squares: list[torch.Tensor] = []
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._step, index))
+            for index, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+        ]
+
+    def _step(self, group: int, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None  # PyTorch calls this hook when it has added to the gradient
+        self._squares.append(parameter.grad.float().square().sum())
+        groups = self._optimizer.param_groups  # loading a state makes new ones: they are looked up each time
+        self._optimizer.param_groups = [{**groups[group], "params": [parameter]}]
+        try:
+            self._optimizer.step()
+        finally:
+            self._optimizer.param_groups = groups
+        parameter.grad = None
+
+    def norm(self) -> torch.Tensor:
+        """L2 norm of the gradients that were applied since the last call, scalar."""
+        norm = torch.stack(self._squares).sum().sqrt() if self._squares else torch.zeros(())
+        self._squares.clear()
+        return norm
+
+    def remove(self) -> None:
+        """Leave the parameters to ordinary steps again."""
+        for hook in self._hooks:
+            hook.remove()
 
 
 def set_learning_rate(optimizer: Any, step: int, config: TrainConfig) -> float:

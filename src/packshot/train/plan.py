@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
 
-from packshot.config.schema import MixedPrecision, OptimizerKind, TrainScript
+from packshot.config.schema import (
+    AttentionKernel,
+    MixedPrecision,
+    OptimizerKind,
+    Quantization,
+    TrainConfig,
+    TrainScript,
+)
 from packshot.core.run import log, open_run
 from packshot.data.dataset import load_rows
 from packshot.methods import METHODS
 from packshot.models.load import Parts
-from packshot.models.shapes import meta_parts
 from packshot.train.memory import enable_checkpointing
 
 # Optimizer state per trained parameter, bytes (what each library keeps, in fp32 unless its name says otherwise).
@@ -28,13 +41,21 @@ STATE_BYTES = {
     OptimizerKind.lion: 4,
 }
 PRECISION_BYTES = {MixedPrecision.no: 4, MixedPrecision.fp16: 2, MixedPrecision.bf16: 2}
+# Bytes of a quantised weight: codes of half a byte, a byte for each 64 of them, four for each 256 of those (nf4, its
+# scales quantised again); a byte per weight and four per row (int8).
+QUANTIZED_BYTES: dict[Quantization, Callable[[Tensor], float]] = {
+    Quantization.nf4: lambda weight: weight.numel() * (1 / 2 + 1 / 64 + 4 / (64 * 256)),
+    Quantization.int8: lambda weight: weight.numel() + 4 * weight.shape[0],
+}
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Cost of one process. Activations are those that one micro-step saves for its backward pass, in the precision of
-    the forward pass; workspaces and fragmentation come on top."""
+    """Cost of one process. Activations are what is alive at the peak of one micro-step besides weights and gradients,
+    in the precision of the forward pass: what the backward pass needs, what it recomputes, and what is on the way.
+    Fused attention kernels are counted unless ``train.attention=math``; their workspaces, the frozen VAE and
+    fragmentation come on top."""
 
     trained_parameters: int
     frozen_parameters: int
@@ -67,48 +88,110 @@ def _batch(parts: Parts, method: Any, resolution: int, size: int) -> tuple[Tenso
         "reference": reference,
     }
     meta = {name: torch.empty(size, *shape, device="meta") for name, shape in batch.items()}
+    meta |= {name: torch.empty(size, 77, dtype=torch.long, device="meta") for name in ("input_ids", "input_ids_2")}
     noisy = torch.empty(size, unet.in_channels, side, side, device="meta")
     return noisy, torch.empty(size, dtype=torch.long, device="meta"), meta
 
 
-def _measure(parts: Parts, method: Any, resolution: int, size: int) -> tuple[float, float]:
-    """(TFLOP, GiB of saved activations in fp32) of forward and backward of one micro-batch."""
-    noisy, timesteps, batch = _batch(parts, method, resolution, size)
-    known = {parameter.untyped_storage()._cdata for parameter in method.parameters()}
-    saved: dict[int, int] = {}
+class _Cost(TorchDispatchMode):
+    """FLOPs of operations, and bytes of what they have made and nobody has dropped yet, with their peak.
 
-    def pack(tensor: Tensor) -> Tensor:
+    PyTorch's FlopCounterMode keeps what checkpointing recomputes alive (its hooks on modules hold the graph).
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.flops = self.bytes = self.peak = 0
+        self._counted = WeakIdKeyDictionary({tensor.untyped_storage(): 0 for tensor in known})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=made)
+        tree_map_only(Tensor, self._count, made)
+        return made
+
+    def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            saved[storage._cdata] = tensor.numel() * tensor.element_size()
-            kept.append(storage)  # a freed storage's address would be taken for another's
-        return tensor
+        if storage not in self._counted:
+            self._counted[storage] = size = storage.nbytes()
+            self._change(size)
+            weakref.finalize(storage, self._change, -size)
 
-    kept: list[Any] = []
-    with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = method.predict(noisy, timesteps, batch).float().square().mean()
+    def _change(self, size: int) -> None:
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention as a fused kernel does it: of tensors without values PyTorch would keep every score."""
+    ordinary: Any = F.scaled_dot_product_attention
+    # replaced, not intercepted by a mode: modes are suspended in a backward pass, and recomputation is part of that
+    F.scaled_dot_product_attention = lambda q, k, v, *_, **__: torch.ops.aten._scaled_dot_product_flash_attention(
+        q, k, v
+    )[0]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = ordinary
+
+
+def _measure(parts: Parts, method: Any, train: TrainConfig, resolution: int) -> tuple[float, float]:
+    """(TFLOP, GiB in fp32 at the peak besides weights and gradients) of forward and backward of one micro-batch."""
+    noisy, timesteps, batch = _batch(parts, method, resolution, train.batch_size)
+    kernel = nullcontext() if train.attention is AttentionKernel.math else _fused_attention()
+    for parameter in method.parameters():
+        if parameter.requires_grad:  # gradients are counted by themselves
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    known = [*method.parameters(), *method.buffers(), noisy, timesteps, *batch.values()]
+    with kernel, _Cost(known) as cost:
+        if method.trains_text:
+            embeds = method.encode_prompt([batch["input_ids"], batch["input_ids_2"]])
+            batch |= dict(zip(("prompt_embeds", "pooled_prompt_embeds"), embeds, strict=True))
+        loss = method.predict(noisy, timesteps, batch).float().square().mean()
         loss.backward()
-    return counter.get_total_flops() / 1e12, sum(saved.values()) / GIB
+    return cost.flops / 1e12, cost.peak / GIB
+
+
+def _frozen_bytes(parts: Parts, method: Any, config: TrainScript) -> float:
+    """Of the weights that are not trained: a byte or less where models.load.quantize takes them, else full width.
+
+    Text encoders that are not trained are gone when training starts.
+    """
+    width = PRECISION_BYTES[config.train.mixed_precision]
+    layers = {id(m.weight) for name, m in parts.unet.named_modules() if "attentions." in name and hasattr(m, "weight")}
+    matrices = layers if config.model.quantization is not Quantization.none else ()
+    return sum(
+        QUANTIZED_BYTES[config.model.quantization](parameter)
+        if id(parameter) in matrices and parameter.dim() == 2
+        else parameter.numel() * width
+        for parameter in method.parameters()
+        if not parameter.requires_grad
+    )
 
 
 def make_plan(config: TrainScript, samples: int, processes: int = 1) -> Plan:
     """The cost of a training config on ``samples`` samples."""
+    from packshot.models.shapes import meta_parts  # imports every kind of model
+
     parts, train = meta_parts(config.model), config.train
     with torch.device("meta"):
         method: Any = METHODS[type(config.method)](parts, config.method)  # type: ignore[attr-defined]
     if train.gradient_checkpointing:
         enable_checkpointing(method)
-    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    sizes = [p.numel() for p in method.parameters() if p.requires_grad]
+    trained = sum(sizes)
     frozen = sum(p.numel() for p in method.parameters() if not p.requires_grad)
-    tflop, activations = _measure(parts, method, config.model.resolution, train.batch_size)
+    tflop, activations = _measure(parts, method, train, config.model.resolution)
     width = PRECISION_BYTES[train.mixed_precision]
     side = config.model.resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1)
     cells, embeds = 9 * side * side, 77 * parts.unet.config.cross_attention_dim
     gib = {
-        "frozen_weights_gib": frozen * width / GIB,
+        "frozen_weights_gib": _frozen_bytes(parts, method, config) / GIB,
         "trained_weights_gib": trained * 4 / GIB,
-        "gradients_gib": trained * 4 / GIB,
+        "gradients_gib": (max(sizes) if train.fused_backward else trained) * 4 / GIB,
         "optimizer_gib": trained * STATE_BYTES[config.optim.kind] / GIB,
         "ema_gib": trained * 4 / GIB if train.ema_decay else 0.0,
         "activations_gib": activations * width / 4,

@@ -11,20 +11,21 @@ from accelerate import Accelerator
 
 from packshot.config.schema import SCRIPTS, MixedPrecision, Mode, TrainConfig, TrainScript
 from packshot.core.run import log
-from packshot.core.storage import replacing_folder
 from packshot.data.dataset import Rows, load_rows
 from packshot.methods import METHODS
 from packshot.models.load import Parts, load_parts
 from packshot.train.card import write_card
 from packshot.train.encode import Encoder, Examples
 from packshot.train.loop import fit
-from packshot.train.memory import enable_checkpointing
+from packshot.train.memory import compile_networks, enable_checkpointing, refuse_unavailable
 from packshot.train.plan import plan
 from packshot.train.preview import check
 from packshot.train.session import Session, start, together
-from packshot.train.state import EMA
+from packshot.train.state import EMA, exporting
 from packshot.train.task import DiffusionTask
+from packshot.train.validation import LOSS_SAMPLES
 
+PICTURES = ("image", "mask")  # all that training looks at
 DTYPES = {MixedPrecision.no: torch.float32, MixedPrecision.fp16: torch.float16, MixedPrecision.bf16: torch.bfloat16}
 
 
@@ -38,8 +39,8 @@ def _with_task(work: Callable[[Session, DiffusionTask, Examples, Any], None]) ->
     """A mode that needs models and data: loads them, and closes the tracker whatever happens."""
 
     def mode(config: TrainScript, script: str) -> None:
-        rows = load_rows("data.train", config.data.train)
-        validation = load_rows("data.validation", config.data.validation)
+        rows = load_rows("data.train", config.data.train, pictures=PICTURES)
+        validation = load_rows("data.validation", config.data.validation, pictures=PICTURES)
         parts = load_parts(config.model)
         session = start(script, config, config.train)
         task, examples = build_task(config, parts, rows, validation, session.accelerator)
@@ -60,13 +61,15 @@ def build_task(
 
     New weights are drawn from run.seed: the same on every process.
     """
+    refuse_unavailable(config.train, accelerator)  # fit asks too, but after the data has been encoded
     torch.manual_seed(config.run.seed)
     method: Any = METHODS[type(config.method)](parts, config.method)
     if config.train.gradient_checkpointing:
         enable_checkpointing(method)
     encoder = Encoder(parts, method, config.model.resolution, config.data)
     folder = Path(config.data.cache_dir) if config.data.cache else None
-    examples, held_out = (Examples(part, encoder, folder) for part in (rows, validation))
+    examples = Examples(rows, encoder, folder)
+    held_out = Examples(validation, encoder, folder, max(LOSS_SAMPLES, config.train.validation_samples))
     task = DiffusionTask(method, parts, config, held_out)
     _place(task, parts, accelerator, config.train)
     return task, examples
@@ -83,10 +86,16 @@ def _place(task: DiffusionTask, parts: Any, accelerator: Accelerator, train: Tra
 
 
 def _train(session: Session, task: DiffusionTask, examples: Examples, config: TrainScript) -> None:
-    for part in (examples, task.validation):
-        part.fill(session.accelerator)
+    if config.train.compile:
+        compile_networks(task.method, session.accelerator.device)
+    examples.fill(session.accelerator)
+    if config.train.validation_steps:
+        task.validator.fill(session.accelerator)
     if config.data.cache:
         examples.encoder.release()
+    if session.tracker:
+        rows = examples.rows
+        session.tracker.record({"base": config.model.base, "data": rows.path, "data_sha256": rows.fingerprint()})
     ema = fit(task, examples, config, session)
     if session.run:
         export(session, task, task.method, ema, examples.rows, config)
@@ -96,12 +105,14 @@ def export(session: Session, module: torch.nn.Module, exporter: Any, ema: EMA | 
     """``<run>/export``: the adapter (its moving average, if kept), its config, its data's identity and a model card."""
     if ema:
         ema.swap(module)
-    with replacing_folder(session.path / "export") as folder:
+    with exporting(session.path) as folder:
         exporter.export(folder)
         if getattr(getattr(config, "export", None), "kohya", False):
             exporter.export_kohya(folder)
-        write_card(folder, session.path, rows, config)
-    log.info("exported to %s", session.path / "export")
+        made_from = write_card(folder, session.path, rows, config)
+    if session.tracker:
+        session.tracker.artifact("adapter", session.path / "export", made_from)
+    log.info("exported step %d to %s", made_from["step"], session.path / "export")
 
 
 MODES: dict[Mode, Callable[[TrainScript, str], None]] = {

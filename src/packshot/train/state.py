@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from packshot.config.schema import KeepBest
 from packshot.core.errors import PackshotError
 from packshot.core.run import log
-from packshot.core.storage import replacing_folder
+from packshot.core.storage import replacing_file, replacing_folder, writing
+from packshot.train.resume import MadeWith, check
+
+VERSION = 1  # raise it when a checkpoint of before cannot be resumed from
 
 
 @dataclass
@@ -24,6 +31,72 @@ class Progress:
 
     step: int = 0
     samples_seen: int = 0
+
+
+# What is compared, the smaller the better; where the first is equal (no product of either grew), the next decides.
+FIGURES: dict[KeepBest, tuple[str, ...]] = {
+    KeepBest.validation_loss: ("validation_loss",),
+    KeepBest.extension: ("extension", "validation_loss"),
+}
+
+
+@dataclass
+class Best:
+    """The best validation so far, kept in ``checkpoints/best.json`` beside the checkpoint it is about.
+
+    figure: what is compared. step, value: of the best, None before there is one. figures: all that were compared.
+    validated: the last step whose validation is accounted for; a run that was killed before that does it again.
+    """
+
+    figure: str
+    step: int | None = None
+    value: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+    validated: int = 0
+
+    def take(self, figures: dict[str, float], step: int, names: tuple[str, ...]) -> bool:
+        """Account for a validation; whether it is the best. One that has no such figure, or NaN, never is."""
+        self.validated = step
+        compared = {name: figures.get(name, math.nan) for name in names}
+        if not all(map(math.isfinite, compared.values())):
+            return False
+        if self.step is not None and tuple(compared.values()) >= tuple(self.figures.values()):
+            return False
+        self.step, self.value, self.figures = step, compared[self.figure], compared
+        return True
+
+    def write(self, folder: Path) -> None:
+        """``<folder>/best.json``."""
+        with replacing_file(folder / "best.json") as file:
+            file.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read_best(folder: Path) -> Best | None:
+    """What ``<folder>/best.json`` says, or None when there is no such file or it is damaged."""
+    try:
+        return Best(**json.loads((folder / "best.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def open_best(folder: Path, keep: KeepBest, step: int) -> Best | None:
+    """The best of a run that goes on at ``step``; None when none is to be kept.
+
+    A best that was chosen by another figure, or whose checkpoint is gone or of a later step (the newest was damaged,
+    and the run goes on from an older one), is forgotten with a message.
+    """
+    if keep is KeepBest.none:
+        return None
+    figure = FIGURES[keep][0]
+    best = read_best(folder)
+    if best is None:
+        return Best(figure)
+    known = best.step is None or (best.step <= step and is_whole(folder / str(best.step)))
+    if best.figure == figure and known:
+        best.validated = min(best.validated, step)
+        return best
+    log.warning("the best checkpoint so far (step %s by %s) is forgotten: it does not fit", best.step, best.figure)
+    return Best(figure)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -60,17 +133,32 @@ def _digest(path: Path) -> str:
 
 
 def save(
-    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None, scaler: Any, progress: Progress
+    folder: Path,
+    made_with: MadeWith,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None,
+    scaler: Any,
+    progress: Progress,
 ) -> None:
-    """Write ``<folder>/<step>``; it appears under this name only when every file is whole."""
-    with replacing_folder(folder / str(progress.step)) as temporary:
+    """Write ``<folder>/<step>`` (see docs/checkpoints.md); it has this name only when every file is whole.
+
+    Raises:
+        PackshotError: it cannot be written. Older checkpoints stay as they are.
+    """
+    path = folder / str(progress.step)
+    older = next((found.name for found in _checkpoints(folder) if found != path), None)
+    way_out = f"Free some space; run.resume=true goes on from step {older or 0}, the newest checkpoint."
+    with writing(f"checkpoint {path}", way_out), replacing_folder(path) as temporary:
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(module).items()}
         save_file(tensors, temporary / "trainable.safetensors")
         torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
         if ema:
             save_file({n: t.cpu().contiguous() for n, t in ema.shadow.items()}, temporary / "ema.safetensors")
         state = {
+            "version": VERSION,
             "progress": asdict(progress),
+            "made_with": asdict(made_with),
             "ema_updates": ema.updates if ema else 0,
             "scaler": scaler.state_dict() if scaler else None,
             "files": {file.name: _digest(file) for file in sorted(temporary.iterdir())},
@@ -78,10 +166,24 @@ def save(
         (temporary / "state.json").write_text(json.dumps(state, indent=2))
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints; called after a new one is safe."""
+@contextmanager
+def exporting(run: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``<run>/export`` when the block ends without an exception.
+
+    Raises:
+        PackshotError: it cannot be written; says how to export again.
+    """
+    safe = next(iter(_checkpoints(run / "checkpoints")), "no checkpoint")
+    way_out = f"The weights are in {safe}. Free some space; run.resume=true then exports without training again."
+    with writing(f"the export {run / 'export'}", way_out), replacing_folder(run / "export") as folder:
+        yield folder
+
+
+def prune(folder: Path, keep: int, best: Best | None) -> None:
+    """Delete all but the best and the newest ``keep`` checkpoints; called after a new one is safe."""
     for old in _checkpoints(folder)[keep:]:
-        shutil.rmtree(old)
+        if best is None or old.name != str(best.step):
+            shutil.rmtree(old)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -91,16 +193,19 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint whose files match their digests; damaged ones are skipped with a message."""
-    for path in _checkpoints(folder):
-        try:
-            state = json.loads((path / "state.json").read_text())
-            damaged = [name for name, digest in state["files"].items() if _digest(path / name) != digest]
-        except (OSError, ValueError, KeyError) as error:
-            damaged = [f"state.json ({error})"]
-        if not damaged:
-            return path
+    return next(filter(is_whole, _checkpoints(folder)), None)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint's files match their digests; says so when they do not."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        damaged = [name for name, digest in state["files"].items() if _digest(path / name) != digest]
+    except (OSError, ValueError, KeyError) as error:
+        damaged = [f"state.json ({error})"]
+    if damaged:
         log.warning("checkpoint %s is damaged (%s) and is skipped", path, ", ".join(damaged))
-    return None
+    return not damaged
 
 
 def _copy_into(parameters: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> None:
@@ -115,20 +220,43 @@ def _copy_into(parameters: dict[str, Any], tensors: dict[str, Tensor], path: Pat
             parameter.copy_(tensors[name])
 
 
-def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None, scaler: Any) -> Progress:
-    """Restore everything :func:`save` wrote.
+def load(
+    path: Path,
+    made_with: MadeWith,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None,
+    scaler: Any,
+) -> Progress:
+    """Restore everything :func:`save` wrote, for a run of these settings.
 
     Raises:
-        PackshotError: the checkpoint belongs to another configuration.
+        PackshotError: the checkpoint was made with other settings, or by another version.
     """
     state = json.loads((path / "state.json").read_text())
-    _copy_into(trainable(module), load_file(path / "trainable.safetensors"), path)
+    if state.get("version") != VERSION:
+        raise PackshotError(
+            f"{path} was written by another version of packshot (format {state.get('version')}, this is {VERSION}).",
+            "Finish the run with the version that started it, or start a new run with another run.dir.",
+        )
+    check(MadeWith(**state["made_with"]), made_with, state["progress"]["step"])
+    load_weights(path, module, ema)
     optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
     if ema:
-        if not (path / "ema.safetensors").exists():
-            raise PackshotError(f"{path} has no moving average.", "Resume with train.ema_decay=0 or start a new run.")
-        _copy_into(ema.shadow, load_file(path / "ema.safetensors"), path)
         ema.updates = state["ema_updates"]
     if scaler:
         scaler.load_state_dict(state["scaler"])
     return Progress(**state["progress"])
+
+
+def load_weights(path: Path, module: nn.Module, ema: EMA | None) -> None:
+    """Restore the trained weights of a checkpoint, and their average if one is kept.
+
+    Raises:
+        PackshotError: the checkpoint belongs to another configuration.
+    """
+    _copy_into(trainable(module), load_file(path / "trainable.safetensors"), path)
+    if ema:
+        if not (path / "ema.safetensors").exists():
+            raise PackshotError(f"{path} has no moving average.", "Resume with train.ema_decay=0 or start a new run.")
+        _copy_into(ema.shadow, load_file(path / "ema.safetensors"), path)

@@ -1,0 +1,128 @@
+"""The product held in place while a scene is denoised around it, and how the network is shown it meanwhile.
+
+Two rules, by the name of ``objective.product_shown``:
+
+- ``noised``: the product carries as much noise as the rest (blended latent diffusion, Avrahami et al. 2022, arXiv
+  2206.02779). Any base does it untrained, but at the noisiest steps, where the layout is decided, it sees no product.
+- ``clean``: the product is there from the first step, without noise. A network has to be trained on that.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Callback = Callable[[Any, int, Any, dict[str, Tensor]], dict[str, Tensor]]
+
+# ---- training ----
+
+
+def inner_cells(alpha_1HW: Tensor, cell: int) -> Tensor:
+    """1 for the cells that inference holds (``data.matte.held_cells``), else 0; fp32 (1, H, W).
+
+    alpha_1HW: the product's share of each latent cell, [0, 1]; cell: px that one stands for. Inference erodes the
+    softened outline by 1/128 of the picture's side. Of that, the shares know this much: an inner cell is full, and so
+    are its four neighbours as far as the erosion reaches into them. Nothing is eroded at the frame.
+    """
+    height, width = alpha_1HW.shape[-2:]
+    reach = max(1, round((height * width) ** 0.5 * cell / 128)) + 1  # px; softening takes one more
+    padded = F.pad(alpha_1HW, (1, 1, 1, 1), value=1.0)
+    neighbours = (padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:])
+    least = torch.stack(neighbours).amin(dim=0)
+    return ((alpha_1HW >= 0.999) & (least >= min(reach / cell, 0.999))).float()
+
+
+def show_clean(noisy_BCHW: Tensor, latents_BCHW: Tensor, held_B1HW: Tensor) -> Tensor:
+    """The network's input with the held cells (1; else 0) free of noise, as ``clean`` shows them; (B, C, H, W), fp32.
+
+    Nothing is left to predict there: their loss weight has to be 0.
+    """
+    return torch.where(held_B1HW > 0, latents_BCHW.float(), noisy_BCHW)
+
+
+# ---- sampling ----
+
+
+def _by_sigma(scheduler: Any, step: int) -> Tensor:
+    return (scheduler.sigmas[step] ** 2 + 1) ** 0.5
+
+
+def _unscaled(scheduler: Any, step: int) -> Tensor:
+    return torch.ones(())
+
+
+# By scheduler class: what ``scale_model_input`` divides the sampler's state by before its step number ``step``.
+INPUT_SCALES: dict[str, Callable[[Any, int], Tensor]] = {
+    "EulerDiscreteScheduler": _by_sigma,
+    "EulerAncestralDiscreteScheduler": _by_sigma,
+    "DDIMScheduler": _unscaled,
+    "DPMSolverMultistepScheduler": _unscaled,
+    "UniPCMultistepScheduler": _unscaled,
+}
+
+
+def _noised_state(scheduler: Any, known_1CHW: Tensor, noise_1CHW: Tensor, step: int) -> Tensor:
+    return scheduler.add_noise(known_1CHW, noise_1CHW, scheduler.timesteps[step : step + 1])
+
+
+def _clean_state(scheduler: Any, known_1CHW: Tensor, noise_1CHW: Tensor, step: int) -> Tensor:
+    name = type(scheduler).__name__
+    if name not in INPUT_SCALES:
+        known = ", ".join(INPUT_SCALES)
+        raise ValueError(f"how {name} scales a network's input is not known; a product is shown clean by {known}")
+    return known_1CHW * INPUT_SCALES[name](scheduler, step).to(known_1CHW.device)
+
+
+# By how the product is shown: (scheduler, known, noise, step) -> the sampler's state of held cells before that step.
+_STATES: dict[str, Callable[[Any, Tensor, Tensor, int], Tensor]] = {"noised": _noised_state, "clean": _clean_state}
+
+
+def hold_product(known_1CHW: Tensor, noise_1CHW: Tensor, held_1HW: Tensor, shown: str) -> Callback:
+    """A ``callback_on_step_end`` for a stock pipeline that puts the product's latents back after every step.
+
+    known_1CHW: the product's scaled latents, fp32. noise_1CHW: standard normal, fp32. held_1HW: 1 in the cells that are
+    held, 0 elsewhere. shown: ``noised`` or ``clean``. After the last step the held cells are ``known_1CHW``, in the
+    pipeline's dtype.
+
+    Raises:
+        ValueError: from the callback, if it is not known how the pipeline's scheduler scales what the network sees and
+            the product is shown ``clean``.
+    """
+    state = _STATES[shown]
+
+    def keep_product(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        latents, later = tensors["latents"], step + 1
+        is_last = later == len(pipe.scheduler.timesteps)
+        target = known_1CHW if is_last else state(pipe.scheduler, known_1CHW, noise_1CHW, later)
+        return {"latents": torch.lerp(latents.float(), target, held_1HW).to(latents.dtype)}
+
+    return keep_product
+
+
+def first_latents(
+    known_1CHW: Tensor,
+    noise_1CHW: Tensor,
+    held_1HW: Tensor,
+    shown: str,
+    scheduler: Any,
+    num_inference_steps: int,
+) -> Tensor:
+    """The ``latents`` to hand to a stock pipeline, (1, C, H, W): it multiplies them by ``scheduler.init_noise_sigma``.
+
+    Arguments as of :func:`hold_product`; the scheduler is the pipeline's, and is left as it is. ``noised`` starts from
+    the noise alone.
+
+    Raises:
+        ValueError: see :func:`hold_product`.
+    """
+    if shown == "noised":
+        return noise_1CHW
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    state = _STATES[shown](scheduler, known_1CHW, noise_1CHW, 0)
+    return torch.lerp(noise_1CHW, state / scheduler.init_noise_sigma, held_1HW)

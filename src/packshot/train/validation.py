@@ -1,0 +1,303 @@
+"""What validation measures and draws: the loss under fixed noise, and products held in pictures of fixed prompts.
+
+Pictures are made as generate.py makes them: the product's latents are held while the scene is denoised around it. What
+is scored is the raw decode, before the product's own pixels are laid over it: there it shows when the model has
+enlarged or continued the product.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from packshot.config.schema import KeepBest, TrainScript, Unconditional
+from packshot.core.errors import ConfigError, PackshotError
+from packshot.core.storage import replacing_file
+from packshot.data.matte import held_cells, soften_hard_edge, unmix
+from packshot.data.outline import compare_size, grabcut, is_extended, measure_extension
+from packshot.diffusion.hold import first_latents, hold_product
+from packshot.diffusion.keyed import SampleKey
+from packshot.train.encode import Examples
+from packshot.train.loop import Validated, to_device
+
+LOSS_SAMPLES = 32
+STEPS = 20
+GUIDANCE = 5.0
+GRID_CELL = 256  # px, longer side of a picture in the sheet
+GRID_STRIP = 14  # px, a line of words
+
+
+@dataclass(frozen=True)
+class Held:
+    """A held-out sample made ready for sampling; nothing of it changes from validation to validation.
+
+    sample: encoded (see ``Examples``). truth_HW3: the framed photo. seen: the framed sample with the product's colours
+    continued past its edge, as generate.py shows it to the model. matte_HW: uint8, zero where there is no product.
+    known_1CHW: the latents of that, scaled. held_1HW: 1 for the latent cells that show nothing but product. floor: the
+    measures of :func:`packshot.data.outline.extension_of` on the truth, where the right answer is 0.
+    """
+
+    sample: dict[str, Any]
+    truth_HW3: np.ndarray
+    seen: dict[str, Any]
+    matte_HW: np.ndarray
+    known_1CHW: Tensor
+    held_1HW: Tensor
+    floor: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A picture to draw: the sample's index, the prompt (None: its own caption), and the noise's seed."""
+
+    name: str
+    index: int
+    prompt: str | None
+    seed: int
+
+
+def measure(raw_HW3: np.ndarray, matte_HW: np.ndarray, floor: dict[str, float]) -> dict[str, float | None]:
+    """Extension and loss of the product in a raw decode (uint8), above their noise floor; None without a product.
+
+    ``extension`` and ``product_loss`` are shares of the product's area, at least 0: where the segmenter does better
+    than on the truth, nothing has shrunk. ``extended``: 1 or 0.
+    """
+    found = measure_extension(raw_HW3, matte_HW, grabcut, compare_size(*matte_HW.shape))
+    if not np.isfinite(found["extension"]):
+        return {"extension": None, "product_loss": None, "extended": None}
+    return {
+        "extension": max(0.0, found["extension"] - floor["extension"]),
+        "product_loss": max(0.0, found["loss"] - floor["loss"]),
+        "extended": is_extended(found["extension"], floor["extension"]),
+    }
+
+
+def means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """``extension``, ``extension_rate`` and ``product_loss`` over the rows that show a product; empty if none does."""
+    measured = [row for row in rows if row["extension"] is not None]
+    names = {"extension": "extension", "extension_rate": "extended", "product_loss": "product_loss"}
+    return {figure: fmean(row[name] for row in measured) for figure, name in names.items()} if measured else {}
+
+
+class Validator:
+    """The validation of a DiffusionTask: called on every process, returns the same figures on each.
+
+    Raises:
+        ConfigError: the best checkpoint is chosen by the extension and none of the samples has a mask.
+    """
+
+    def __init__(self, examples: Examples, config: TrainScript) -> None:
+        self.examples, self.config = examples, config
+        self.count = min(config.train.validation_samples, len(examples))
+        self._texts: dict[str, dict[str, Tensor]] = {}
+        self._held: dict[int, Held] = {}
+        by_extension = config.train.validation_steps and config.train.keep_best is KeepBest.extension
+        if by_extension and not any(self.examples.seen(index)["mask"] for index in range(self.count)):
+            raise ConfigError(
+                f"train.keep_best=extension, but the first {self.count} samples of data.validation="
+                f"{config.data.validation} have no mask.",
+                "Validate on a product dataset, or set train.keep_best=validation_loss.",
+            )
+
+    def fill(self, accelerator: Accelerator) -> None:
+        """Encode samples and prompts while the encoders are there."""
+        self.examples.fill(accelerator)
+        for prompt in self.config.train.validation_prompts:
+            self._text(prompt)
+
+    def _text(self, prompt: str) -> dict[str, Tensor]:
+        if prompt not in self._texts:
+            self._texts[prompt] = self.examples.encoder.text([prompt])[0]
+        return self._texts[prompt]
+
+    @torch.no_grad()
+    def __call__(self, task: Any, folder: Path, accelerator: Accelerator) -> Validated:
+        """Write ``<number>.png`` (truth | raw decode), ``grid.png`` and ``table.json`` under ``folder``."""
+        figures = {"validation_loss": self.loss(task, accelerator)}
+        folder.mkdir(parents=True, exist_ok=True)
+        pipeline = task.method.pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        shots = self.shots()
+        mine = [
+            self._draw(task, pipeline, shot, folder, accelerator)
+            for shot in shots[accelerator.process_index :: accelerator.num_processes]
+        ]
+        rows = sorted(gather_object(mine), key=lambda row: row["picture"])
+        if accelerator.is_main_process:
+            with replacing_file(folder / "table.json") as file:
+                file.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+            with replacing_file(folder / "grid.png") as file:
+                sheet(rows, folder).save(file, format="png")
+        accelerator.wait_for_everyone()
+        caption = f"{self.count} products x {len(shots) // self.count} pictures, the truth first"
+        return Validated({**figures, **means(rows)}, [folder / "grid.png"], [caption], rows)
+
+    def shots(self) -> list[Shot]:
+        """Products x prompts x seeds. The prompts of one product share their noise, so that they can be compared."""
+        train, seed = self.config.train, self.config.run.seed
+        places = [
+            (index, prompt, seed + index + 1000 * number)
+            for index in range(self.count)
+            for prompt in (None, *train.validation_prompts)
+            for number in range(train.validation_seeds)
+        ]
+        return [Shot(f"{number:03d}.png", *place) for number, place in enumerate(places)]
+
+    def loss(self, task: Any, accelerator: Accelerator) -> float:
+        """Mean loss of held-out samples under noise and timesteps that stay the same from step to step."""
+        count = min(LOSS_SAMPLES, len(self.examples))
+        total = torch.zeros((), device=accelerator.device)
+        for index in range(accelerator.process_index, count, accelerator.num_processes):
+            sample = self.examples[index]
+            # the epoch -1 never occurs in training
+            batch = task.collate([sample], [SampleKey(self.config.run.seed, -1, sample["id"])])
+            with accelerator.autocast():
+                total += task(to_device(batch, accelerator.device)).sum()
+        summed: Any = accelerator.reduce(total, "sum")
+        return summed.item() / count
+
+    def _ready(self, index: int, device: torch.device) -> Held:
+        if index not in self._held:
+            self._held[index] = hold(self.examples, index, device)
+        return self._held[index]
+
+    def _draw(self, task: Any, pipeline: Any, shot: Shot, folder: Path, accelerator: Accelerator) -> dict[str, Any]:
+        """Draw one picture and measure it: its row of the table."""
+        held = self._ready(shot.index, accelerator.device)
+        own = {name: held.sample[name] for name in held.sample["empty"]}
+        given = own if shot.prompt is None else self._text(shot.prompt)
+        with accelerator.autocast():
+            prompt = self._embeddings(task, given, held.sample["empty"], accelerator.device)
+            raw_HW3 = sample_picture(task, pipeline, held, prompt, shot.seed)
+        Image.fromarray(np.concatenate([held.truth_HW3, raw_HW3], axis=1)).save(folder / shot.name)
+        return {
+            "picture": shot.name,
+            "prompt": held.seen["text"] if shot.prompt is None else shot.prompt,
+            "own_caption": shot.prompt is None,
+            "product": held.sample["id"],
+            "seed": shot.seed,
+            **measure(raw_HW3, held.matte_HW, held.floor),
+        }
+
+    def _embeddings(
+        self, task: Any, given: dict[str, Tensor], empty: dict[str, Tensor], device: torch.device
+    ) -> dict[str, Tensor]:
+        """The pipeline's embeddings of a prompt, and of what guidance subtracts: a prompt that was dropped."""
+        given, empty = ({name: t[None].to(device) for name, t in one.items()} for one in (given, empty))
+        if task.method.trains_text:
+            kept = {"prompt_kept": torch.ones(1, device=device)}
+            given, empty = task.encode_prompt(given | kept), task.encode_prompt(empty | kept)
+        if self.config.objective.unconditional is Unconditional.zeros:
+            empty = {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
+        return {**given, **{f"negative_{name}": tensor for name, tensor in empty.items()}}
+
+
+def hold(examples: Examples, index: int, device: torch.device) -> Held:
+    """Make one held-out sample ready; see :class:`Held`."""
+    seen, encoder = examples.seen(index), examples.encoder
+    truth = np.asarray(seen["image"])
+    mask = np.zeros(truth.shape[:2], np.uint8) if seen["mask"] is None else np.asarray(seen["mask"])
+    matte = soften_hard_edge(mask)
+    if (matte >= 128).any():
+        seen = {**seen, "image": Image.fromarray(unmix(truth, matte))}
+    cell = encoder.vae_scale
+    inside = held_cells(matte.astype(np.float32) / 255, cell)[::cell, ::cell]
+    known = encoder.latents([seen])[0]["mean"] * encoder.parts.vae.config.scaling_factor
+    return Held(
+        sample=examples[index],
+        truth_HW3=truth,
+        seen=seen,
+        matte_HW=matte,
+        known_1CHW=known[None].to(device),
+        held_1HW=torch.from_numpy(inside.astype(np.float32))[None].to(device),
+        floor=measure_extension(truth, matte, grabcut, compare_size(*matte.shape)),
+    )
+
+
+def sample_picture(task: Any, pipeline: Any, held: Held, prompt: dict[str, Tensor], seed: int) -> np.ndarray:
+    """The raw decode of one picture, uint8 (H, W, 3), sampled with the product held.
+
+    Raises:
+        PackshotError: the denoiser or the decoder produced NaN or infinity; names the sample.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(held.known_1CHW.shape, generator=generator).to(held.known_1CHW.device)
+    height, width = held.matte_HW.shape
+    shown = task.config.objective.product_shown.name
+    latents = pipeline(
+        **prompt,
+        height=height,
+        width=width,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        generator=generator,
+        latents=first_latents(held.known_1CHW, noise, held.held_1HW, shown, pipeline.scheduler, STEPS),
+        output_type="latent",
+        callback_on_step_end=hold_product(held.known_1CHW, noise, held.held_1HW, shown),
+        **task.method.pipeline_inputs(held.seen, held.sample["encoded"]),
+    ).images
+    vae = pipeline.vae
+    with torch.autocast(latents.device.type, enabled=False):
+        pixels = vae.decode(latents.float() / vae.config.scaling_factor).sample[0]
+    if not torch.isfinite(pixels).all():
+        raise PackshotError(
+            f"validation drew NaN or infinity for sample {held.sample['id']}.",
+            "Lower train.learning_rate, or use the fp16-fix VAE; the last checkpoint is untouched.",
+        )
+    return ((pixels.clamp(-1, 1).permute(1, 2, 0).cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
+
+
+# ---- the sheet ----
+
+
+def sheet(rows: list[dict[str, Any]], folder: Path) -> Image.Image:
+    """One line per product: its truth, then its pictures, each with its measure; those that grew are framed in red."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(row["product"], []).append(row)
+    pairs = {row["picture"]: _halves(folder / row["picture"]) for row in rows}
+    side = max(max(picture.size) for pair in pairs.values() for picture in pair)
+    columns = 1 + max(map(len, lines.values()))
+    result = Image.new("RGB", (columns * (side + 4), len(lines) * (side + 2 * GRID_STRIP)), "white")
+    draw = ImageDraw.Draw(result)
+    for number, (product, shots) in enumerate(lines.items()):
+        top = number * (side + 2 * GRID_STRIP)
+        result.paste(pairs[shots[0]["picture"]][0], (0, top))
+        _words(draw, (0, top + side), ["truth", product[:12]], side)
+        for column, row in enumerate(shots, 1):
+            picture, left = pairs[row["picture"]][1], column * (side + 4)
+            result.paste(picture, (left, top))
+            if row["extended"]:
+                draw.rectangle((left, top, left + picture.width - 1, top + picture.height - 1), outline="red", width=2)
+            grown = "" if row["extension"] is None else f"grown {row['extension']:.1%}, "
+            said = "own caption" if row["own_caption"] else row["prompt"]
+            _words(draw, (left, top + side), [f"{grown}seed {row['seed']}", said], side)
+    return result
+
+
+def _words(draw: ImageDraw.ImageDraw, corner: tuple[int, int], lines: list[str], width: int) -> None:
+    """Lines below a picture, cut where they would reach the next one."""
+    for number, text in enumerate(lines):
+        while text and draw.textlength(text) > width:
+            text = text[:-1]
+        draw.text((corner[0], corner[1] + number * GRID_STRIP), text, fill="black")
+
+
+def _halves(file: Path) -> tuple[Image.Image, Image.Image]:
+    """Truth and picture of a file that holds them side by side, at the sheet's size."""
+    with Image.open(file) as both:
+        middle = both.width // 2
+        halves = both.crop((0, 0, middle, both.height)), both.crop((middle, 0, both.width, both.height))
+    for half in halves:
+        half.thumbnail((GRID_CELL, GRID_CELL), Image.Resampling.LANCZOS)
+    return halves

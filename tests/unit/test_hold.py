@@ -1,0 +1,349 @@
+"""The product held while the scene is denoised: what the network sees of it, in training and while sampling."""
+
+import json
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from PIL import Image, ImageDraw
+
+from packshot.config.compose import compose
+from packshot.config.schema import AdaptersConfig, GenerateSettings, LoraMethod, ModelConfig
+from packshot.core.errors import ConfigError, PackshotError
+from packshot.data.matte import held_cells, soften_hard_edge
+from packshot.diffusion.hold import INPUT_SCALES, first_latents, hold_product, inner_cells
+from packshot.diffusion.keyed import SampleKey
+from packshot.infer import Packshot
+from packshot.infer.canvas import make_working, plan_frame
+from packshot.infer.denoise import _to_latents, denoise, encode
+from packshot.infer.pipeline import check_adapters
+from packshot.methods import METHODS
+from packshot.models.load import load_parts
+from packshot.train.card import write_usage
+from packshot.train.run import build_task
+
+SCHEDULERS = (
+    EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+)
+SETTINGS = GenerateSettings(num_inference_steps=3, guidance_scale=1.0)
+
+
+def ellipse(side=128):
+    mask = Image.new("L", (side, side))
+    ImageDraw.Draw(mask).ellipse((side // 4, side // 5, 3 * side // 4, 4 * side // 5), fill=255)
+    return mask
+
+
+# ---- sampling, any network ----
+
+
+class Stock:
+    """What a stock pipeline does with latents and callback; the network answers with noise and notes what it saw."""
+
+    def __init__(self, scheduler):
+        self.scheduler, self.seen = scheduler, []
+
+    def __call__(self, latents, callback, steps):
+        self.scheduler.set_timesteps(steps)
+        latents = latents * self.scheduler.init_noise_sigma
+        generator = torch.Generator().manual_seed(7)
+        for step, timestep in enumerate(self.scheduler.timesteps):
+            self.seen.append(self.scheduler.scale_model_input(latents, timestep).clone())
+            said = torch.randn(latents.shape, generator=generator)
+            extra = {} if "generator" not in self.scheduler.step.__code__.co_varnames else {"generator": generator}
+            latents = self.scheduler.step(said, timestep, latents, **extra).prev_sample
+            latents = callback(self, step, timestep, {"latents": latents})["latents"]
+        return latents
+
+
+def sampler(kind, **changes):
+    with open("data/models/sdxl/scheduler/scheduler_config.json") as file:
+        return kind.from_config({**json.load(file), **changes})
+
+
+def run(scheduler, shown, held, steps=6):
+    generator = torch.Generator().manual_seed(0)
+    known, noise = (torch.randn(1, 4, 6, 6, generator=generator) for _ in range(2))
+    stock = Stock(scheduler)
+    start = first_latents(known, noise, held, shown, scheduler, steps)
+    return known, stock, stock(start, hold_product(known, noise, held, shown), steps)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_clean_cells_are_seen_without_noise_at_every_step_and_the_others_are_left_alone(kind, spacing):
+    held = torch.zeros(1, 6, 6)
+    held[:, 2:4, 1:5] = 1
+    inside = held[0].bool()
+    known, stock, result = run(sampler(kind, timestep_spacing=spacing), "clean", held)
+    assert len(stock.seen) == 6
+    for seen in stock.seen:
+        torch.testing.assert_close(seen[..., inside], known[..., inside], rtol=1e-6, atol=1e-6)
+    assert torch.equal(result[..., inside], known[..., inside])
+    _, free, unheld = run(sampler(kind, timestep_spacing=spacing), "clean", torch.zeros_like(held))
+    for seen, same in zip([*stock.seen, result], [*free.seen, unheld], strict=True):
+        assert torch.equal(seen[..., ~inside], same[..., ~inside])
+
+
+def test_clean_cells_are_seen_without_noise_from_a_start_of_pure_noise():
+    """Zero terminal SNR: the first sigma is 4096."""
+    held = torch.ones(1, 6, 6)
+    scheduler = sampler(EulerDiscreteScheduler, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    known, stock, _ = run(scheduler, "clean", held)
+    for seen in stock.seen:
+        torch.testing.assert_close(seen, known, rtol=1e-6, atol=1e-6)
+
+
+def test_a_product_noised_as_the_rest_starts_as_noise_and_then_has_the_noise_of_each_step():
+    held = torch.ones(1, 6, 6)
+    scheduler = sampler(EulerDiscreteScheduler)
+    generator = torch.Generator().manual_seed(0)
+    known, noise = (torch.randn(1, 4, 6, 6, generator=generator) for _ in range(2))
+    assert first_latents(known, noise, held, "noised", scheduler, 6) is noise
+    _, stock, result = run(scheduler, "noised", held)
+    for step, seen in enumerate(stock.seen[1:], 1):
+        sigma = scheduler.sigmas[step]
+        torch.testing.assert_close(seen, (known + sigma * noise) / (sigma**2 + 1) ** 0.5)
+    assert torch.equal(result, known)
+
+
+def test_a_scheduler_that_is_not_known_is_refused_for_a_clean_product():
+    scheduler, held = sampler(LMSDiscreteScheduler), torch.ones(1, 6, 6)
+    known, noise = torch.zeros(1, 4, 6, 6), torch.ones(1, 4, 6, 6)
+    for attempt in (
+        lambda: first_latents(known, noise, held, "clean", scheduler, 6),
+        lambda: Stock(scheduler)(noise, hold_product(known, noise, held, "clean"), 6),
+    ):
+        with pytest.raises(ValueError, match="LMSDiscreteScheduler"):
+            attempt()
+    assert set(INPUT_SCALES) == {kind.__name__ for kind in SCHEDULERS}
+
+
+# ---- which cells ----
+
+
+@pytest.mark.parametrize(("size", "least"), [(128, 0.85), (1024, 0.95)])
+def test_training_shows_the_cells_that_inference_holds(rows, size, least):
+    both = either = 0
+    for index in range(12):
+        mask = np.asarray(rows.read(index, ("mask",))["mask"].resize((size, size), Image.Resampling.BILINEAR))
+        held = held_cells(soften_hard_edge(mask).astype(np.float32) / 255, 8)[::8, ::8]
+        alpha = torch.from_numpy(mask.reshape(size // 8, 8, size // 8, 8).mean(axis=(1, 3), dtype=np.float32) / 255)
+        inner = inner_cells(alpha[None], 8)[0].numpy() > 0
+        assert (alpha.numpy()[inner] > 0.999).all()
+        both += (held & inner).sum()
+        either += (held | inner).sum()
+    assert both / either > least
+
+
+def test_the_frame_takes_nothing_from_a_product_that_fills_it():
+    assert inner_cells(torch.ones(1, 4, 4), 8).all()
+    assert not inner_cells(torch.full((1, 4, 4), 0.99), 8).any()
+
+
+# ---- training ----
+
+
+class Two:
+    """The first samples of a dataset."""
+
+    def __init__(self, rows):
+        self._rows, self.ids, self.texts, self.sizes = rows, rows.ids[:2], rows.texts[:2], rows.sizes[:2]
+        self.read, self.digest, self.path = rows.read, rows.digest, rows.path
+
+    def __len__(self):
+        return 2
+
+
+def task_of(rows, parts, *keys, script="train_lora"):
+    config = compose(script, ["tracking=none", "data.cache=false", "train.validation_samples=1", *keys])
+    return build_task(config, parts, Two(rows), Two(rows), Accelerator(cpu=True))
+
+
+def batch_of(task, examples):
+    samples = [examples[index] for index in range(2)]
+    return task.collate(samples, [SampleKey(0, 0, sample["id"]) for sample in samples])
+
+
+class Told(torch.nn.Module):
+    """A method whose network notes its input and says what it is told to."""
+
+    trains_text = False
+
+    def __init__(self, says):
+        super().__init__()
+        self.says, self.seen = says, None
+
+    def predict(self, noisy, timesteps, batch):
+        self.seen = noisy
+        return self.says
+
+
+@pytest.mark.parametrize("script", ["train_lora", "train_controlnet", "train_ip_adapter"])
+def test_every_method_sees_the_product_clean_and_its_loss_does_not_depend_on_what_is_said_there(rows, script):
+    weights = ("objective.product_weight=5", "objective.boundary_weight=3")
+    noised, others = task_of(rows, load_parts(ModelConfig()), *weights, script=script)
+    clean, examples = task_of(rows, load_parts(ModelConfig()), *weights, "objective.product_shown=clean", script=script)
+    plain, batch = batch_of(noised, others), batch_of(clean, examples)
+    held = batch.pop("held")
+    inside = (held > 0).expand_as(batch["latents"])
+    assert 4 < held.sum() < held.numel() / 2
+    assert set(plain) == set(batch)
+    assert all(torch.equal(plain[name], batch[name]) for name in plain if name != "weight")
+    assert (batch["weight"][held > 0] == 0).all()
+    assert torch.equal(batch["weight"][held == 0], plain["weight"][held == 0])
+    generator = torch.Generator().manual_seed(0)
+    says = torch.randn(batch["latents"].shape, generator=generator)
+    seen, losses = {}, {}
+    for name, task, given, answer in (
+        ("noised", noised, plain, says),
+        ("clean", clean, {**batch, "held": held}, says),
+        ("otherwise inside", clean, {**batch, "held": held}, torch.where(inside, says + 100, says)),
+        ("otherwise outside", clean, {**batch, "held": held}, torch.where(inside, says, says + 1)),
+    ):
+        task.method = Told(answer)
+        losses[name], seen[name] = task(given), task.method.seen
+    assert torch.equal(seen["clean"][inside], batch["latents"][inside])
+    assert torch.equal(seen["clean"][~inside], seen["noised"][~inside])
+    assert (seen["noised"][inside] != batch["latents"][inside]).all()
+    assert torch.equal(losses["clean"], losses["otherwise inside"])
+    assert (losses["clean"] != losses["otherwise outside"]).all()
+
+
+def test_gradients_reach_a_lora_that_sees_a_clean_product(rows, parts):
+    task, examples = task_of(rows, parts, "objective.product_shown=clean")
+    task(batch_of(task, examples)).mean().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in task.parameters())
+
+
+def test_a_clean_product_needs_masks(rows, parts):
+    task, examples = task_of(rows, parts, "objective.product_shown=clean")
+    sample = examples[0]
+    bare = {**sample, "alpha": torch.zeros_like(sample["alpha"])}
+    with pytest.raises(PackshotError, match=f"sample {sample['id']} has no product"):
+        task.collate([bare], [SampleKey(0, 0, sample["id"])])
+
+
+# ---- exports, and inference with them ----
+
+
+def said(folder, **content):
+    folder.mkdir(exist_ok=True)
+    (folder / "packshot.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """An export without a packshot.json, as those of other trainers are."""
+    folder = tmp_path_factory.mktemp("lora")
+    METHODS[LoraMethod](load_parts(ModelConfig()), LoraMethod(rank=2)).export(folder)
+    return folder
+
+
+def test_exports_say_how_the_product_was_shown_beside_what_the_method_says(tmp_path):
+    config = compose("train_controlnet", ["objective.product_shown=clean"])
+    write_usage(said(tmp_path, condition="inpaint"), config)
+    assert json.loads((tmp_path / "packshot.json").read_text()) == {"condition": "inpaint", "product_shown": "clean"}
+    (tmp_path / "bare").mkdir()
+    write_usage(tmp_path / "bare", compose("train_lora", []))
+    assert json.loads((tmp_path / "bare" / "packshot.json").read_text()) == {"product_shown": "noised"}
+
+
+def working_copy(tool):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8))
+    canvas = tool.set_product(photo, ellipse()).canvas(SETTINGS)
+    return make_working(canvas, plan_frame(128, 128, tool.models.resolution, tool.models.unit), 8)
+
+
+def network_inputs(monkeypatch, pipe):
+    """What the UNet is given at each step."""
+    seen, forward = [], pipe.unet.forward
+    monkeypatch.setattr(pipe.unet, "forward", lambda sample, *a, **k: seen.append(sample) or forward(sample, *a, **k))
+    return seen
+
+
+def test_an_adapter_trained_on_clean_products_is_shown_them_clean(lora, tmp_path, monkeypatch):
+    export = said(tmp_path / "clean", product_shown="clean")
+    (export / "pytorch_lora_weights.safetensors").write_bytes((lora / "pytorch_lora_weights.safetensors").read_bytes())
+    tool = Packshot.load(lora=str(export))
+    assert tool.models.product_shown == tool.models.manifest["product_shown"] == "clean"
+    working = working_copy(tool)
+    seen = network_inputs(monkeypatch, tool.models.pipe)
+    denoise(tool.models, working, encode(tool.models, "an object on a table", SETTINGS), SETTINGS, seed=0)
+    with torch.no_grad():
+        known = _to_latents(tool.models.pipe.vae, working.image_HW3)
+    inside = torch.from_numpy(working.held_HW[::8, ::8])
+    assert len(seen) == 3
+    assert inside.sum() > 10
+    for sample in seen:
+        torch.testing.assert_close(sample[..., inside], known[..., inside], rtol=1e-5, atol=1e-5)
+
+
+def blended(pipe, known, noise, held):
+    """Blended latent diffusion written out: what is done for a product that is noised as the rest."""
+
+    def keep(pipe, step, timestep, tensors):
+        later = pipe.scheduler.timesteps[step + 1 : step + 2]
+        target = pipe.scheduler.add_noise(known, noise, later) if len(later) else known
+        return {"latents": torch.lerp(tensors["latents"], target, held)}
+
+    return keep
+
+
+def test_without_such_an_adapter_pictures_are_those_of_blended_latent_diffusion(lora):
+    tool = Packshot.load(lora=str(lora))
+    pipe = tool.models.pipe
+    assert tool.models.product_shown == "noised"
+    working = working_copy(tool)
+    conditioning = encode(tool.models, "an object on a table", SETTINGS)
+    ours = denoise(tool.models, working, conditioning, SETTINGS, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn((1, 4, 16, 16), generator=generator)
+    with torch.no_grad():
+        known = _to_latents(pipe.vae, working.image_HW3)
+        held = torch.from_numpy(working.held_HW[::8, ::8].astype(np.float32))
+        latents = pipe(
+            **conditioning.arguments, height=128, width=128, num_inference_steps=3, guidance_scale=1.0, latents=noise,
+            generator=generator, output_type="latent", callback_on_step_end=blended(pipe, known, noise, held),
+        ).images  # fmt: skip
+        theirs = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample[0].permute(1, 2, 0)
+    assert np.array_equal(ours, (theirs / 2 + 0.5).clamp(0, 1).numpy())
+
+
+def test_one_adapter_of_several_is_enough_and_the_disagreement_is_logged(lora, tmp_path, monkeypatch, caplog):
+    export = said(tmp_path / "net", condition="inpaint", product_shown="clean")
+    (export / "config.json").write_text("{}")
+    adapters = AdaptersConfig(lora=str(lora), controlnets=[str(export)])
+    monkeypatch.setattr("packshot.infer.pipeline.log.propagate", True)
+    with caplog.at_level(logging.WARNING):
+        check_adapters(adapters)
+    assert "it is shown clean" in caplog.text
+    assert f"{lora}: noised" in caplog.text
+    assert f"{export}: clean" in caplog.text
+    caplog.clear()
+    check_adapters(replace(adapters, lora=None))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"product_shown": "blurred"}', '{"product_shown": 1}'])
+def test_an_export_that_says_nonsense_is_refused(lora, tmp_path, content):
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    (tmp_path / "packshot.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"adapters.lora: .*packshot.json does not say how the product is shown"):
+        check_adapters(AdaptersConfig(lora=str(tmp_path)))

@@ -1,0 +1,246 @@
+"""What a run imports and loads: nothing that it has no use for."""
+
+import gc
+import json
+import shutil
+import subprocess
+import sys
+import threading
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from accelerate import Accelerator
+
+from packshot.config.compose import compose
+from packshot.config.schema import IPAdapterMethod, LoraMethod, ModelConfig, Quantization, TrainLora
+from packshot.core.errors import ConfigError
+from packshot.core.startup import collecting_nothing, without
+from packshot.core.storage import resolve
+from packshot.data.dataset import load_rows
+from packshot.methods import METHODS
+from packshot.models.load import Source, load_parts, weights_hash
+from packshot.train.run import build_task
+from packshot.train.start import part_configs, unused, unused_at_import
+
+UNUSED = {  # by a LoRA that has encoded everything and draws nothing, and who would import it
+    "bitsandbytes": "diffusers.quantizers, peft",
+    "torch._inductor.compile_fx": "bitsandbytes",
+    "scipy": "diffusers.schedulers, transformers.loss",
+    "pandas": "pyarrow.dataset",
+    "pymatting": "packshot.data.matte",
+    "wandb": "packshot.core.tracking",
+    "datasets": "packshot.data.build",
+    "diffusers.pipelines.pipeline_utils": "the methods' pipelines",
+    "diffusers.models.autoencoders.autoencoder_kl": "packshot.models",
+    "diffusers.models.controlnets.controlnet": "packshot.methods.controlnet",
+    "transformers.models.clip.modeling_clip": "packshot.models",
+}
+RUN = """
+import json, sys
+from packshot.config.compose import compose
+from packshot.core.run import Run
+from packshot.models.load import Source
+from packshot.train.start import train
+
+parts, seen, load = [], {}, Source.load
+Source.load = lambda self: parts.append(self.subfolder) or load(self)
+def metrics(self, line):
+    seen.setdefault("parts", list(parts))
+    seen.setdefault("modules", [name for name, module in sys.modules.items() if module is not None])
+Run.metrics = metrics
+train(compose("train_lora", sys.argv[1:]))
+print(json.dumps(seen))
+"""
+
+
+def python(*arguments):
+    found = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+@pytest.fixture
+def few(tmp_path):
+    """Overrides of a small LoRA run whose samples are cached."""
+    (tmp_path / "set").mkdir()
+    table = pq.read_table(sorted(resolve("data/rendered/heldout").glob("part-*.parquet"))[0])
+    pq.write_table(table.slice(0, 4), tmp_path / "set" / "part-00000.parquet")
+    overrides = [f"data.{name}={tmp_path / 'set'}" for name in ("train", "validation")]
+    overrides += [f"data.cache_dir={tmp_path / 'cache'}", "train.validation_steps=0", "train.max_steps=1"]
+    config = compose("train_lora", overrides)
+    rows, accelerator = load_rows("data.train", config.data.train), Accelerator(cpu=True)
+    _, examples = build_task(config, load_parts(config.model), rows, rows, accelerator)
+    examples.fill(accelerator)
+    return overrides
+
+
+def test_a_lora_whose_samples_are_encoded_loads_and_imports_nothing_else(few, tmp_path):
+    seen = json.loads(python("-c", RUN, *few, "tracking=none", f"run.dir={tmp_path / 'run'}").splitlines()[-1])
+    assert seen["parts"] == ["unet", "scheduler"]
+    imported = {name: by for name, by in UNUSED.items() if name in seen["modules"]}
+    assert not imported
+    assert "diffusers.models.unets.unet_2d_condition" in seen["modules"]  # the names are those of today's libraries
+
+
+def test_help_imports_no_library_of_models():
+    code = "import sys, runpy, atexit\natexit.register(lambda: print(sorted(sys.modules)))\nsys.argv[1:] = ['--help']\n"
+    said = python("-c", code + "runpy.run_path('train_lora.py', run_name='__main__')")
+    modules = said.splitlines()[-1]
+    assert "'packshot.config.cli'" in modules
+    assert not [name for name in ("torch", "numpy", "diffusers", "pyarrow") if f"'{name}'" in modules]
+
+
+def test_packages_are_given_up_only_where_none_of_the_parts_can_ask_for_them(tmp_path):
+    config = TrainLora()
+    plain = part_configs(config.model)
+    assert unused(config, plain) == ["bitsandbytes"]
+    assert unused_at_import(plain) == ["scipy"]
+    config.model.quantization = Quantization.nf4
+    assert unused(config, plain) == []
+    assert unused(compose("train_lora", ["optim=adam8bit"]), plain) == []
+    # of a base on the hub nothing is known
+    assert unused(TrainLora(), part_configs(ModelConfig(base="owner/name"))) == []
+    assert unused_at_import([]) == []
+    for part, found in (("scheduler", {"use_beta_sigmas": True}), ("unet", {"quantization_config": {}})):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "some_config.json").write_text(json.dumps(found))
+    (tmp_path / "unet" / "config.json").write_text("{")  # the loader's to complain about
+    own = part_configs(ModelConfig(base=str(tmp_path)))
+    assert unused(TrainLora(), own) == unused_at_import(own) == []
+
+
+def test_a_hidden_package_is_there_again_afterwards():
+    with without(["this", "json"]):
+        with pytest.raises(ImportError):
+            import this  # noqa: F401
+        import json as known
+    assert known is json  # what is imported already stays
+    assert "this" not in sys.modules
+    with pytest.raises(KeyError), without(["this"]):
+        raise KeyError
+    assert "this" not in sys.modules
+
+
+def test_garbage_is_collected_again_afterwards():
+    assert gc.isenabled()
+    with collecting_nothing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.unfreeze()
+
+
+# ---- parts ----
+
+
+def test_only_the_method_that_reads_references_loads_their_encoder():
+    for config, loaded in ((LoraMethod(rank=2), False), (IPAdapterMethod(), True)):
+        parts = load_parts(ModelConfig())
+        METHODS[type(config)](parts, config)
+        assert ("image_encoder" in parts.loaded()) is loaded
+
+
+def test_a_part_that_is_loaded_later_is_placed_like_the_others():
+    parts = load_parts(ModelConfig()).to(torch.device("cpu"), torch.bfloat16)
+    assert parts.loaded() == {"unet", "scheduler"}
+    assert parts.unet.dtype == parts.text_encoder.dtype == torch.bfloat16
+    assert parts.vae.dtype == torch.float32
+    for network in (parts.vae, parts.text_encoder, parts.image_encoder):
+        assert not network.training
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+    parts.text_encoder = None  # given up
+    assert parts.text_encoder is None
+    with pytest.raises(AttributeError, match="no 'decoder'"):
+        parts.decoder  # noqa: B018
+
+
+def test_threads_that_ask_for_a_part_together_get_the_same(monkeypatch):
+    parts, found, ready = load_parts(ModelConfig()), [], threading.Barrier(3)
+
+    def ask():
+        ready.wait()
+        found.append(parts.text_encoder)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(part is found[0] for part in found)
+    assert len(found) == 3
+
+
+def test_the_identity_of_networks_needs_no_loading_and_follows_weights_config_and_dtype(tmp_path):
+    parts = load_parts(ModelConfig())
+    vae, text = parts.identity("vae"), parts.identity("text_encoder", "text_encoder_2")
+    assert parts.loaded() == {"unet", "scheduler"}
+    parts.load("vae")
+    assert parts.identity("vae") == vae
+    parts.to(torch.device("cpu"), torch.bfloat16)
+    assert parts.identity("vae") == vae
+    assert parts.identity("text_encoder", "text_encoder_2") != text
+    shutil.copytree(resolve("data/models/sdxl/vae"), tmp_path / "vae")
+    changed = ModelConfig(vae=str(tmp_path / "vae"))
+    assert load_parts(changed).identity("vae") == vae  # the same files elsewhere
+    for variant in ("README.md", "diffusion_pytorch_model.fp16.safetensors"):
+        (tmp_path / "vae" / variant).write_text("not read")
+    assert load_parts(changed).identity("vae") == vae
+    written = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({**written, "scaling_factor": 1.0}))
+    assert load_parts(changed).identity("vae") != vae
+    assert load_parts(changed).vae_config("scaling_factor") == 1.0
+    assert load_parts(changed).vae_config("latent_channels") == parts.vae.config.latent_channels
+    # where there are no files, as of a base on the hub, the weights tell
+    parts._sources = {}
+    hashed = parts.identity("vae")
+    with torch.no_grad():
+        next(parts.vae.parameters()).mul_(1.5)
+    assert parts.identity("vae") != hashed
+    assert weights_hash(parts.vae) not in (vae, hashed)
+
+
+def test_a_missing_part_is_named_before_anything_is_loaded_or_when_it_is_needed(tmp_path):
+    base = tmp_path / "sdxl"
+    shutil.copytree(resolve("data/models/sdxl"), base)
+    for part in ("image_encoder", "feature_extractor"):
+        shutil.rmtree(base / part)
+    parts = load_parts(ModelConfig(base=str(base)))  # SDXL's own repository has none either
+    assert parts.pipeline_components().keys().isdisjoint({"image_encoder", "feature_extractor"})
+    with pytest.raises(ConfigError, match=r"model\.image_encoder: .*sdxl/image_encoder holds no CLIPVisionModel"):
+        parts.image_encoder  # noqa: B018
+    with pytest.raises(ConfigError, match=r"model\.image_encoder: .* holds no CLIPVisionModel.* \(no config\.json\)"):
+        load_parts(ModelConfig(base=str(base), image_encoder=str(base / "tokenizer")))
+    shutil.rmtree(base / "vae")
+    with pytest.raises(ConfigError, match=r"model\.base: .*sdxl/vae holds no AutoencoderKL"):
+        load_parts(ModelConfig(base=str(base)))
+    with pytest.raises(ConfigError, match=r"model\.vae: .* holds no AutoencoderKL"):
+        load_parts(ModelConfig(vae=str(base / "scheduler")))
+
+
+def test_a_part_that_cannot_be_read_is_named_with_its_key(tmp_path):
+    shutil.copytree(resolve("data/models/sdxl/vae"), tmp_path / "vae")
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    parts = load_parts(ModelConfig(vae=str(tmp_path / "vae")))
+    with pytest.raises(ConfigError, match=r"model\.vae: .*vae holds no AutoencoderKL that can be loaded"):
+        parts.vae  # noqa: B018
+
+
+def test_sources_on_the_hub_are_taken_to_be_there():
+    source = Source("model.vae", "owner/name", None, "diffusers", "AutoencoderKL", "config.json", True)
+    assert source.found
+    assert source.folder is None
+    assert source.files() == []
+    assert source.config() == {}
+
+
+def test_pictures_that_are_not_asked_for_stay_on_disk():
+    rows = load_rows("data.validation", "data/rendered/heldout", pictures=("image", "mask"))
+    whole = load_rows("data.validation", "data/rendered/heldout")
+    assert set(whole._table.column_names) - set(rows._table.column_names) >= {"plate", "cutout"}
+    seen, all_of_it = rows.read(0, ("image", "mask")), whole.read(0, ("image", "mask"))
+    assert seen["image"].tobytes() == all_of_it["image"].tobytes()
+    assert {key: seen[key] for key in ("id", "text", "scene")} == {
+        key: all_of_it[key] for key in ("id", "text", "scene")
+    }
+    assert rows.fingerprint() == whole.fingerprint()
+    assert rows.digest(0) == whole.digest(0)
