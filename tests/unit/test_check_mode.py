@@ -12,8 +12,9 @@ from PIL import Image
 from packshot.config.compose import compose
 from packshot.config.schema import LoraMethod
 from packshot.methods.lora import Lora
+from packshot.models.tokens import lost_words
 from packshot.train import panels
-from packshot.train.encode import Encoder, Examples, lost_words
+from packshot.train.encode import Encoder, Examples
 from packshot.train.findings import findings, kept_words
 from packshot.train.run import train
 

@@ -27,7 +27,7 @@ from packshot.diffusion.keyed import SampleKey
 from packshot.infer import Packshot
 from packshot.infer.canvas import make_working, plan_frame
 from packshot.infer.denoise import _to_latents, denoise, encode
-from packshot.infer.pipeline import check_adapters
+from packshot.infer.pipeline import _product_shown, check_adapters
 from packshot.methods import METHODS
 from packshot.models.load import load_parts
 from packshot.train.card import write_usage
@@ -336,6 +336,8 @@ def test_one_adapter_of_several_is_enough_and_the_disagreement_is_logged(lora, t
     assert "it is shown clean" in caplog.text
     assert f"{lora}: noised" in caplog.text
     assert f"{export}: clean" in caplog.text
+    assert _product_shown({"lora": [lora], "controlnets": [export], "ip_adapter": []}) == "clean"
+    assert _product_shown({"lora": [lora], "controlnets": [], "ip_adapter": []}) == "noised"
     caplog.clear()
     check_adapters(replace(adapters, lora=None))
     assert not caplog.text

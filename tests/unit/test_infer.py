@@ -30,12 +30,13 @@ from packshot.evaluate.samples import place_photo
 from packshot.infer import Packshot
 from packshot.infer.certificate import digest, judge, load_certificates, measure
 from packshot.infer.composite import blend
-from packshot.infer.denoise import encode, lost_words
+from packshot.infer.denoise import encode
 from packshot.infer.pipeline import load_models
 from packshot.infer.product import core_of, prepare
 from packshot.infer.run import generate
 from packshot.methods import METHODS
 from packshot.models.load import load_parts
+from packshot.models.tokens import lost_words
 from packshot.scene import Scene
 
 QUICK = GenerateSettings(num_inference_steps=2, guidance_scale=2.0)

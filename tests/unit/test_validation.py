@@ -54,6 +54,8 @@ def test_a_product_enlarged_by_hand_has_a_higher_extension_and_the_truth_has_non
     assert found[0]["extension"] < found[1]["extension"] < found[2]["extension"]
     assert found[2]["extension"] == pytest.approx(1.4**2 - 1, abs=0.2)  # less the tolerance around the outline
     assert found[2]["extended"] == 1.0
+    blind = measure(grown(truth, matte, 1.4), matte, {"extension": found[2]["extension"], "loss": 0.0})
+    assert blind == {"extension": 0.0, "product_loss": 0.0, "extended": 0.0}  # what is found in the truth too
     empty = np.zeros_like(matte)
     assert measure(truth, empty, measure_extension(truth, empty, grabcut, (128, 128)))["extension"] is None
 

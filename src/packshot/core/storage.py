@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from packshot.core.errors import ConfigError, PackshotError
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -80,6 +78,8 @@ def writing(what: str, way_out: str) -> Iterator[None]:
     Raises:
         PackshotError: in place of what Python, safetensors and torch raise.
     """
+    from safetensors import SafetensorError  # Blender's environment, where this module is read too, has none
+
     try:
         yield
     except OSError as error:

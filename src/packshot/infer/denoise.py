@@ -16,6 +16,7 @@ from packshot.diffusion.hold import first_latents, hold_product
 from packshot.infer.canvas import Working
 from packshot.infer.conditions import control_map
 from packshot.infer.pipeline import Models
+from packshot.models.tokens import lost_words
 
 GREY = (127, 127, 127)
 
@@ -29,13 +30,6 @@ class Conditioning:
 
     arguments: dict[str, Any]
     lost_words: dict[str, str]
-
-
-def lost_words(tokenizer: Any, text: str) -> str:
-    """The part of a text that a CLIP tokenizer's context cuts off, as the tokenizer spells it."""
-    ids = tokenizer(text, verbose=False).input_ids
-    limit = tokenizer.model_max_length
-    return tokenizer.decode(ids[limit - 1 : -1]).strip() if len(ids) > limit else ""
 
 
 @torch.no_grad()

@@ -91,5 +91,6 @@ def _last_figures(metrics: Path, step: int) -> dict[str, float]:
         for line in map(json.loads, metrics.read_text().splitlines()):
             if line["step"] <= step:
                 figures.update(line)
-    figures.pop("step", None)
+    for name in ("step", "time"):
+        figures.pop(name, None)
     return figures

@@ -22,6 +22,7 @@ from packshot.core.run import log
 from packshot.data import buckets, geometry
 from packshot.data.dataset import Rows
 from packshot.models.load import Parts
+from packshot.models.tokens import lost_words
 from packshot.train.cache import Job, TensorCache, Tensors, content_key
 
 VERSION = 3  # raise it when the same sample gives other tensors
@@ -155,12 +156,6 @@ def _token_ids(tokenizer: Any, text: str) -> Tensor:
     length = tokenizer.model_max_length
     read = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return read.input_ids[0]
-
-
-def lost_words(tokenizer: Any, text: str) -> str:
-    """What the text encoders do not read of a text: all behind the 77th token; "" when it fits."""
-    ids = tokenizer(text).input_ids
-    return tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]) if len(ids) > tokenizer.model_max_length else ""
 
 
 class Examples(Sequence[dict[str, Any]]):

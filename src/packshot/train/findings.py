@@ -13,7 +13,8 @@ import numpy as np
 from packshot.config.schema import OptimizerKind
 from packshot.core.progress import progress
 from packshot.data import geometry
-from packshot.train.encode import Examples, lost_words
+from packshot.models.tokens import lost_words
+from packshot.train.encode import Examples
 
 MOST_MASKS = 1000  # masks that are decoded; of a larger set every n-th
 NAMED = 5  # samples that a finding names

@@ -141,12 +141,12 @@ class StepInBackward:
     At no time is there more than one whole gradient. The optimizer keeps all parameters in its groups, so its state
     is that of ordinary steps. Only for optimizers that treat each parameter by itself.
 
-    norm: of all gradients since it was last asked for; asking starts the next step.
+    A gradient that is not finite is found by :meth:`norm`, when the parameters have been spoiled already.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._squares: list[torch.Tensor] = []
+        self._norms: list[torch.Tensor] = []
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._step, index))
             for index, group in enumerate(optimizer.param_groups)
@@ -155,7 +155,7 @@ class StepInBackward:
 
     def _step(self, group: int, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None  # PyTorch calls this hook when it has added to the gradient
-        self._squares.append(parameter.grad.float().square().sum())
+        self._norms.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
         groups = self._optimizer.param_groups  # loading a state makes new ones: they are looked up each time
         self._optimizer.param_groups = [{**groups[group], "params": [parameter]}]
         try:
@@ -166,8 +166,8 @@ class StepInBackward:
 
     def norm(self) -> torch.Tensor:
         """L2 norm of the gradients that were applied since the last call, scalar."""
-        norm = torch.stack(self._squares).sum().sqrt() if self._squares else torch.zeros(())
-        self._squares.clear()
+        norm = torch.linalg.vector_norm(torch.stack(self._norms)) if self._norms else torch.zeros(())
+        self._norms.clear()
         return norm
 
     def remove(self) -> None:
