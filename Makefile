@@ -35,10 +35,10 @@ test: $(VENV)/.installed ## set up, then every test
 smoke: $(VENV)/.installed ## only the end-to-end tests: two steps, kill, resume, generate
 	$(BIN)/python -m pytest tests/smoke
 
-proof-fullsize: $(VENV)/.installed ## two steps, kill, resume and export at SDXL's real size on a CPU (20 GiB of memory, docs/proofs.md)
+proof-fullsize: $(VENV)/.installed ## two steps, kill, resume and export at SDXL's real size on a CPU (20 GiB of memory)
 	$(BIN)/python benchmarks/fullsize.py
 
-proof-learning: $(VENV)/.installed ## a LoRA learns a look the base has never seen, three seeds and their controls (docs/proofs.md)
+proof-learning: $(VENV)/.installed ## a LoRA learns a look the base has never seen, three seeds and their controls
 	$(BIN)/python benchmarks/learning.py
 
 lint: $(VENV)/.installed ## format, lint and type checks
