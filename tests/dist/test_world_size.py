@@ -23,7 +23,12 @@ def launch(processes, folder, *overrides):
 
 
 def test_the_number_of_processes_does_not_change_the_result(tmp_path):
-    common = ("train.max_steps=10", "train.validation_steps=10", "train.validation_samples=2", "train.validate_first=true")
+    common = (
+        "train.max_steps=10",
+        "train.validation_steps=10",
+        "train.validation_samples=2",
+        "train.validate_first=true",
+    )
     launch(2, tmp_path / "two", "train.batch_size=2", *common)
     launch(1, tmp_path / "one", "train.batch_size=4", *common)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "one", "two"]
