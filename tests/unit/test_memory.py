@@ -1,6 +1,9 @@
 """Switches that trade memory against time: the same weights with them as without, and a sentence where they cannot."""
 
 import json
+import subprocess
+import sys
+import weakref
 from itertools import count
 
 import pytest
@@ -15,8 +18,10 @@ from packshot.config.schema import (
     AttentionKernel,
     CaptionVLM,
     ControlNetMethod,
+    DataConfig,
     LoraMethod,
     LRSchedule,
+    ModelConfig,
     OptimConfig,
     OptimizerKind,
     TrainConfig,
@@ -25,6 +30,8 @@ from packshot.core.errors import PackshotError
 from packshot.core.run import Run
 from packshot.core.tracking import NullTracker
 from packshot.methods import METHODS
+from packshot.models.load import load_parts
+from packshot.train.encode import Encoder
 from packshot.train.loop import Validated, fit
 from packshot.train.memory import KERNELS, compile_networks, enable_checkpointing, refuse_unavailable
 from packshot.train.session import Session, make_accelerator
@@ -331,3 +338,39 @@ def test_a_machine_without_a_compiler_is_told_so(compiler, monkeypatch):
 def test_compiling_for_captions_of_every_length_is_refused():
     with pytest.raises(ConfigError, match=r"train.compile=true: captions differ in length"):
         compose("caption_vlm", ["train.compile=true"])
+
+
+def test_encoding_prompts_loads_no_image_encoder_and_release_lets_the_text_encoders_go():
+    parts = load_parts(ModelConfig())
+    encoder = Encoder(parts, METHODS[LoraMethod](parts, LoraMethod()), 128, DataConfig())
+    encoder.text(["a stone counter"])
+    assert {"text_encoder", "text_encoder_2"} <= parts.loaded()
+    assert "image_encoder" not in parts.loaded()
+    held = [weakref.ref(part) for part in (parts.text_encoder, parts.text_encoder_2)]
+    encoder.release()
+    assert [reference() for reference in held] == [None, None]
+    assert parts.loaded().isdisjoint({"text_encoder", "text_encoder_2"})
+
+
+FREEING = """
+import torch
+from pathlib import Path
+from packshot.train.memory import return_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4 // 1024
+
+torch.ones(7 * 2**20).add_(1)  # 28 MiB, freed at once: from now on glibc keeps blocks up to this size
+weights = [torch.ones(2 * 2**20) for _ in range(60)]
+last = torch.ones(2 * 2**20)
+del weights
+kept = resident()
+return_freed_memory()
+print(kept - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's habit")
+def test_memory_of_freed_weights_goes_back_to_the_system():
+    found = subprocess.run([sys.executable, "-c", FREEING], capture_output=True, text=True, check=True)
+    assert int(found.stdout) > 300  # MiB of 480

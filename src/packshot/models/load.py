@@ -142,9 +142,12 @@ class Parts:
         """Names of the parts that are in memory."""
         return {field.name for field in fields(self) if vars(self).get(field.name) is not None}
 
-    def pipeline_components(self) -> dict[str, Any]:
-        """Keyword arguments for the stock SDXL pipelines; without parts they can do without and the base has not."""
-        names = [field.name for field in fields(self)]
+    def pipeline_components(self, references: bool = True) -> dict[str, Any]:
+        """Keyword arguments for the stock SDXL pipelines; without parts they can do without and the base has not.
+
+        references: with what reads reference images, if there is such a part.
+        """
+        names = [field.name for field in fields(self) if references or field.name not in _REFERENCE]
         return {name: getattr(self, name) for name in names if name in vars(self) or self._sources[name].found}
 
     def vae_config(self, key: str) -> Any:

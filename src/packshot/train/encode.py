@@ -24,6 +24,7 @@ from packshot.data.dataset import Rows
 from packshot.models.load import Parts
 from packshot.models.tokens import lost_words
 from packshot.train.cache import Job, TensorCache, Tensors, content_key
+from packshot.train.memory import return_freed_memory
 
 VERSION = 3  # raise it when the same sample gives other tensors
 ENCODE_BATCH = 8  # pictures that go through an encoder together
@@ -95,7 +96,7 @@ class Encoder:
     def _pipeline(self) -> Any:
         from diffusers import StableDiffusionXLPipeline
 
-        return StableDiffusionXLPipeline(**self.parts.pipeline_components())
+        return StableDiffusionXLPipeline(**self.parts.pipeline_components(references=False))
 
     def release(self) -> None:
         """Free the encoders that are not trained; the VAE stays, for validation pictures."""
@@ -104,6 +105,7 @@ class Encoder:
         for name in (*text, "image_encoder"):
             setattr(self.parts, name, None)
         self.method.image_encoder = None
+        return_freed_memory()
 
     @torch.no_grad()
     def latents(self, seen: Sequence[dict[str, Any]]) -> list[Tensors]:
