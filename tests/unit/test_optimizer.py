@@ -165,23 +165,13 @@ def test_a_matrix_that_starts_at_zero_moves_at_the_learning_rate(kind):
 
 
 @pytest.mark.parametrize("kind", list(OptimizerKind))
-@pytest.mark.parametrize(
-    ("settings", "rate", "says"),
-    [
-        ({"weight_decay": 0.5}, None, r"optim\.weight_decay 0\.01, this run has 0\.5"),
-        ({}, 0.75, r"peak learning rate .*, this run has 0\.75"),
-        ({"kind": "another"}, None, r"optim\.kind"),
-    ],
-)
-def test_a_state_of_other_settings_is_refused(kind, settings, rate, says):
+def test_a_state_of_parameters_in_another_order_is_refused(kind):
     model, other = network(), network()
     optimizer = build(kind, model)
     train(model, optimizer, range(2))
-    if settings.get("kind"):
-        settings = {"kind": next(one for one in OptimizerKind if one is not kind)}
-    config = OptimConfig(**{"kind": kind, **settings})
-    fresh = build_optimizer(dict(other.named_parameters()), config, rate or RATES.get(kind, 3e-3))
-    with pytest.raises(PackshotError, match=says):
+    renamed = {f"other.{name}": parameter for name, parameter in other.named_parameters()}
+    fresh = build_optimizer(renamed, OptimConfig(kind=kind), RATES.get(kind, 3e-3))
+    with pytest.raises(PackshotError, match=r"of other parameters: 4 \(\w+\); this run has 4 \(\w+\)"):
         fresh.load_state_dict(optimizer.state_dict())
     assert not fresh.state
 
@@ -192,7 +182,7 @@ def test_a_state_of_other_groups_is_refused():
         return build_optimizer(dict(model.named_parameters()), OptimConfig(groups=list(groups)), 1e-3)
 
     for mine, theirs in ((["^0=1e-2"], ["^1=1e-2"]), ([], ["^1=1e-2"]), (["^1=1e-2"], [])):
-        with pytest.raises(PackshotError, match="trained parameters"):
+        with pytest.raises(PackshotError, match="of other parameters"):
             built(*mine).load_state_dict(built(*theirs).state_dict())
     built("^0=1e-2").load_state_dict(built("^0=1e-2").state_dict())
 

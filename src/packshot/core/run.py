@@ -12,7 +12,7 @@ from typing import Any
 
 from packshot.config.compose import to_yaml
 from packshot.core.errors import ConfigError
-from packshot.core.storage import replacing_file
+from packshot.core.storage import replacing_file, writing
 
 log = logging.getLogger("packshot")
 
@@ -25,9 +25,13 @@ class Run:
     resumed: bool
 
     def metrics(self, line: dict[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Append one line to ``metrics.jsonl``. Raises PackshotError if it cannot be written."""
+        file = self.path / "metrics.jsonl"
+        with (
+            writing(str(file), "Make room; run.resume=true goes on from the newest checkpoint."),
+            file.open("a") as out,
+        ):
+            out.write(json.dumps(line) + "\n")
 
 
 def default_dir(script: str) -> str:

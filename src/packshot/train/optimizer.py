@@ -30,7 +30,7 @@ def _adam8bit(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
 
     class Checked(AdamW8bit):
         def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
-            _refuse_other_settings(self, state_dict)  # bitsandbytes replaces this method and calls no hooks
+            _refuse_other_parameters(self, state_dict)  # bitsandbytes replaces this method and calls no hooks
             super().load_state_dict(state_dict, move_to_device)
 
     return Checked(groups, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, eps=config.eps)
@@ -84,8 +84,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of ``optim.kind`` over one group for each pattern of ``optim.groups`` and one for the rest.
 
-    A group's ``peak`` is the learning rate that the schedule scales. It and ``made_with``, the settings behind the
-    group, survive in the optimizer's state: loading the state of other settings raises PackshotError.
+    A group's ``peak`` is the learning rate that the schedule scales. It and ``names``, the identity of the group's
+    parameters in their order, survive in the optimizer's state: loading that of others raises PackshotError.
 
     Raises:
         ConfigError: a pattern is no "regex=rate" or matches no trained parameter.
@@ -100,39 +100,27 @@ def build_optimizer(
                 f"optim.groups: {pattern!r} matches no trained parameter that an earlier pattern has left.",
                 f"There are, for example: {', '.join(list(parameters)[:4])}.",
             )
-        groups.append(_group(mine, config, peak))
+        groups.append(_group(mine, peak))
     if rest:
-        groups.insert(0, _group(rest, config, learning_rate))
+        groups.insert(0, _group(rest, learning_rate))
     optimizer = OPTIMIZERS[config.kind](groups, config)
-    optimizer.register_load_state_dict_pre_hook(_refuse_other_settings)
+    optimizer.register_load_state_dict_pre_hook(_refuse_other_parameters)
     return optimizer
 
 
-def _group(parameters: dict[str, torch.nn.Parameter], config: OptimConfig, peak: float) -> dict[str, Any]:
-    names = hashlib.sha256("\n".join(parameters).encode()).hexdigest()[:12]  # in order: states are stored by position
-    settings = {f"optim.{key}": getattr(config, key) for key in ("beta1", "beta2", "weight_decay", "eps")}
-    made_with = {
-        "optim.kind": config.kind.name,
-        "trained parameters": f"{len(parameters)} ({names})",
-        "peak learning rate": peak,
-        **settings,
-    }
-    return {"params": list(parameters.values()), "lr": peak, "peak": peak, "made_with": made_with}
+def _group(parameters: dict[str, torch.nn.Parameter], peak: float) -> dict[str, Any]:
+    names = hashlib.sha256("\n".join(parameters).encode()).hexdigest()[:12]
+    return {"params": list(parameters.values()), "lr": peak, "peak": peak, "names": f"{len(parameters)} ({names})"}
 
 
-def _refuse_other_settings(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
-    """Loading replaces the settings by the stored ones without a word, and moments go by position, not by name."""
-    mine = [group["made_with"] for group in optimizer.param_groups if "made_with" in group]
-    theirs = [group["made_with"] for group in stored["param_groups"] if "made_with" in group]
-    if mine == theirs or not mine or not theirs:  # checkpoints of before have none
-        return
-    said = f"{len(theirs)} groups of parameters, this run has {len(mine)}"
-    for a, b in zip(mine, theirs, strict=False):
-        said = next((f"{key} {b[key]}, this run has {a[key]}" for key in a if a[key] != b[key]), said)
-    raise PackshotError(
-        f"The checkpoint's optimizer was made with {said}.",
-        "Resume with the settings it was made with (optim.*, train.learning_rate), or start a new run.",
-    )
+def _refuse_other_parameters(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
+    """Loading gives every parameter the moments of its position, whatever its name."""
+    mine, theirs = ([group["names"] for group in groups] for groups in (optimizer.param_groups, stored["param_groups"]))
+    if mine != theirs:
+        raise PackshotError(
+            f"The checkpoint's optimizer is of other parameters: {', '.join(theirs)}; this run has {', '.join(mine)}.",
+            "Resume with the version and the settings that it was made with, or start a new run.",
+        )
 
 
 class StepInBackward:
