@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from packshot.models.mini.folder import Family
 
-STAGES = ("tokenizer", "vae", "clip", "unet", "florence2")
-MINUTES = {"vae": 15.0, "clip": 5.0, "unet": 40.0, "florence2": 10.0}
+STAGES = ("tokenizer", "vae", "clip", "unet", "florence2", "matting")
+MINUTES = {"vae": 15.0, "clip": 5.0, "unet": 40.0, "florence2": 10.0, "matting": 20.0}
 
 
 def _refuse_unknown(stages: set[str]) -> None:
@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
     from packshot.models.mini.clip import train_clip
     from packshot.models.mini.data import Renders
     from packshot.models.mini.florence2 import train_florence
-    from packshot.models.mini.folder import Family
+    from packshot.models.mini.folder import RECORD, Family
+    from packshot.models.mini.matting import train_matting
     from packshot.models.mini.unet import fits, train_unet
     from packshot.models.mini.vae import train_vae
 
@@ -79,6 +80,8 @@ def run(args: argparse.Namespace) -> None:
     renders = Renders.open(args.train, args.heldout)
     print(f"{len(renders.train)} training and {len(renders.held_out)} held-out scenes", flush=True)
     sdxl, florence = (Family.open(args.work, args.out, name, args.start) for name in ("sdxl", "florence2"))
+    start = args.start if args.start and (args.start / "matting" / RECORD).exists() else None  # it came later
+    matting = Family.open(args.work, args.out, "matting", start)
     if "tokenizer" in args.stage and not (sdxl.staging / "tokenizer_2" / "merges.txt").exists():
         _stage_tokenizers(args.clip_bpe, sdxl)
     train = {
@@ -86,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
         "clip": lambda *rest: train_clip(renders, sdxl, *rest),
         "unet": lambda *rest: train_unet(renders, sdxl, *rest),
         "florence2": lambda *rest: train_florence(renders, florence, *rest),
+        "matting": lambda *rest: train_matting(renders, (args.train, args.heldout), matting, *rest),
     }
     for stage in args.stage:
         if stage in train:
@@ -94,6 +98,8 @@ def run(args: argparse.Namespace) -> None:
             sdxl.publish(model_card("sdxl", sdxl.records))
         if stage == "florence2":
             florence.publish(model_card("florence2", florence.records))
+        if stage == "matting":
+            matting.publish(model_card("matting", matting.records))
     if not fits(sdxl):
         print("sdxl: not published, no UNet of the staged parts; run --stage unet", flush=True)
 
