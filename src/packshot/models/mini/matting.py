@@ -21,7 +21,8 @@ from packshot.models.mini.data import Renders, to_pixels
 from packshot.models.mini.folder import Family, Record
 from packshot.models.mini.stretch import Plan, Progress, run_stretch
 
-IN_SCENE = 0.5  # share of samples that are renders as they are; the rest are cut-outs on other grounds
+# Shares of samples: renders as they are, and grounds without a product; the rest are cut-outs on other grounds.
+IN_SCENE, EMPTY = 0.5, 0.07
 Sample = tuple[np.ndarray, np.ndarray]  # uint8 (SIDE, SIDE, 3), float32 alpha (SIDE, SIDE)
 
 
@@ -120,15 +121,17 @@ def _shadowed(ground: np.ndarray, alpha_HW: np.ndarray, rng: random.Random) -> n
     return (ground * (1 - rng.uniform(0.1, 0.7) * shadow[..., None])).astype(np.uint8)
 
 
+def _ground(other: Layers, rng: random.Random) -> np.ndarray:
+    """A scene's plate through a window, or a studio."""
+    plain = rng.random() < 0.5
+    return _studio(rng) if plain else _warp(other.plate, _window(other.alpha, rng), cv2.BORDER_REFLECT_101)
+
+
 def _composite(scene: Layers, other: Layers, rng: random.Random) -> Sample:
-    """The product of one scene before the plate of another, or in a studio."""
-    matrix = _window(scene.alpha, rng)
-    cutout = _warp(scene.cutout, matrix)
+    """The product of one scene before another ground."""
+    cutout = _warp(scene.cutout, _window(scene.alpha, rng))
     alpha_HW = cutout[..., 3].astype(np.float32) / 255
-    if rng.random() < 0.5:
-        ground = _studio(rng)
-    else:
-        ground = _warp(other.plate, _window(other.alpha, rng), cv2.BORDER_REFLECT_101)
+    ground = _ground(other, rng)
     if rng.random() < 0.6:
         ground = _shadowed(ground, alpha_HW, rng)
     mixed = cutout[..., :3] * alpha_HW[..., None] + ground * (1 - alpha_HW[..., None])
@@ -154,8 +157,11 @@ def _photographed(image: np.ndarray, rng: random.Random) -> np.ndarray:
 
 def draw(scenes: list[Layers], rng: random.Random) -> Sample:
     """One training sample."""
-    scene = rng.choice(scenes)
-    image, alpha_HW = _in_scene(scene, rng) if rng.random() < IN_SCENE else _composite(scene, rng.choice(scenes), rng)
+    scene, other, kind = rng.choice(scenes), rng.choice(scenes), rng.random()
+    if kind < EMPTY:
+        image, alpha_HW = _ground(other, rng), np.zeros((SIDE, SIDE), np.float32)
+    else:
+        image, alpha_HW = _in_scene(scene, rng) if kind < EMPTY + IN_SCENE else _composite(scene, other, rng)
     return _photographed(image, rng), alpha_HW
 
 

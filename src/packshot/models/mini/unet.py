@@ -183,12 +183,14 @@ def held_out_loss(
     return torch.stack(losses).mean().item()
 
 
-def sample(parts: dict, unet: UNet2DConditionModel, texts: list[str], guidance: float = 4.0) -> list[np.ndarray]:
-    """uint8 images, 25 Euler steps, one fixed seed per position."""
+def sample(
+    parts: dict, unet: UNet2DConditionModel, texts: list[str], guidance: float = 4.0, seed: int = 0
+) -> list[np.ndarray]:
+    """uint8 images, 25 Euler steps, the k-th from seed ``seed + k``."""
     images = []
     for start in range(0, len(texts), 16):
         chunk = texts[start : start + 16]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(len(chunk))]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
         output = assemble(parts, unet)(
             chunk, num_inference_steps=25, guidance_scale=guidance, generator=generators, output_type="np"
         )
