@@ -20,12 +20,12 @@ from packshot.config.compose import to_plain
 from packshot.config.schema import BuildData, DatasetKind, MatteConfig, QualityConfig
 from packshot.core.errors import PackshotError
 from packshot.core.run import log, open_run
-from packshot.core.storage import file_sha256, readable, replacing_file, sha256
+from packshot.core.storage import file_sha256, folder_hash, readable, replacing_file, sha256
 from packshot.core.tracking import open_tracker
 from packshot.data import card as cards
 from packshot.data.decode import DecodeError, decode_image, flatten
 from packshot.data.dedup import find_duplicates, perceptual_hash
-from packshot.data.masks import MaskFileError, NoProductError, find_mask, load_network
+from packshot.data.masks import MaskFileError, NoProductError, find_mask, load_segmentation
 from packshot.data.quality import check
 from packshot.data.sources import Raw, fingerprint, list_items, read_items
 from packshot.pipeline import Outcome, Report, Step, run_steps
@@ -194,13 +194,19 @@ def _photo_steps(config: BuildData, captions: Sequence[Step]) -> list[Step]:
         ),
     ]
     if product:
-        network = file_sha256(readable("matte.onnx", config.matte.onnx)) if config.matte.onnx else None
         columns = pa.schema([("mask", _IMAGE), ("mask_method", pa.string()), ("mask_confidence", pa.float32())])
-        settings = {"onnx": network, "min_confidence": config.matte.min_confidence}
+        settings = {**_network_identity(config.matte), "min_confidence": config.matte.min_confidence}
         reads = ("image", "mask_file", "source")
         steps.append(Step("mask", 1, settings, columns, partial(_mask, matte=config.matte), reads=reads))
     dataset = config.dataset.name
     return [*steps, *captions, _final(_COLUMNS[config.dataset], partial(_row, dataset=dataset), {"dataset": dataset})]
+
+
+def _network_identity(matte: MatteConfig) -> dict[str, str | None]:
+    """Digests of what finds products: another network makes other masks."""
+    if matte.onnx:
+        return {"onnx": file_sha256(readable("matte.onnx", matte.onnx))}
+    return {"network": folder_hash(readable("matte.network", matte.network)) if matte.network else None}
 
 
 # --- rendered packshots -----------------------------------------------------------------------------------------------
@@ -230,8 +236,8 @@ def build(config: BuildData, captions: Sequence[Step] = ()) -> None:
     if rendered:
         farm.blender_python(config.render.environment)  # refuse it here, not in a worker
     items = farm.jobs(config) if rendered else list_items(config.source)
-    if config.matte.onnx and config.dataset is DatasetKind.product:
-        load_network(config.matte.onnx)  # refuse it here, not in a worker
+    if config.dataset is DatasetKind.product:
+        load_segmentation(config.matte)  # refuse it here, not in a worker
     run = open_run("build_data", config)
     steps = _render_steps(config, run.path) if rendered else _photo_steps(config, captions)
     tracker = open_tracker(run, config, "build_data")

@@ -1,9 +1,10 @@
-"""Where the product is: from a mask file, the picture's own alpha, a segmentation network, or GrabCut, in that order.
+"""Where the product is: from a mask file, the picture's own alpha, an ONNX network, or GrabCut, in that order.
 
-GrabCut needs to be told roughly where the object is. Two cheap measures of "differs from the frame of the picture" do
-that: the geodesic distance to the border (Wei et al., "Geodesic Saliency Using Background Priors", ECCV 2012), which
-knows regions, and the Mahalanobis distance to the colours along the border, which knows colours. Their mean, cut by
-Otsu's threshold, is the first guess; each alone fails on textured tables and on objects of several materials.
+GrabCut needs to be told roughly where the object is. The family's segmentation network does that. Without it, two cheap
+measures of "differs from the frame of the picture" do: the geodesic distance to the border (Wei et al., "Geodesic
+Saliency Using Background Priors", ECCV 2012), which knows regions, and the Mahalanobis distance to the colours along
+the border, which knows colours. Their mean, cut by Otsu's threshold, is the first guess; each alone fails on textured
+tables and on objects of several materials.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class MaskFileError(ConfigError):
 
 @dataclass(frozen=True)
 class Mask:
-    """alpha_HW: float32 in [0, 1], 1 = product. method: file, alpha, onnx or grabcut. confidence: in [0, 1]."""
+    """alpha_HW: float32, 1 = product. method: file, alpha, onnx, network or grabcut. Alpha, confidence: in [0, 1]."""
 
     alpha_HW: np.ndarray
     method: str
@@ -66,7 +67,7 @@ def find_mask(image: Image.Image, matte: MatteConfig, mask: Image.Image | None =
     Raises:
         NoProductError: nothing found, or the confidence is below ``matte.min_confidence``.
         MaskFileError: the mask has another size than the image, or marks nothing or everything.
-        ConfigError: ``matte.onnx`` is no usable model.
+        ConfigError: ``matte.onnx`` or ``matte.network`` is no usable model.
     """
     if mask is not None:
         found = _from_file(image, mask, name)
@@ -75,7 +76,7 @@ def find_mask(image: Image.Image, matte: MatteConfig, mask: Image.Image | None =
     elif matte.onnx:
         found = _from_onnx(flatten(image), matte.onnx)
     else:
-        found = _from_grabcut(flatten(image))
+        found = _from_grabcut(flatten(image), matte.network)
     if found.confidence < matte.min_confidence or not (found.alpha_HW >= 0.5).any():
         raise NoProductError(name, found.confidence, matte.min_confidence)
     return found
@@ -145,6 +146,16 @@ def load_network(path: str) -> Any:
     return session
 
 
+def load_segmentation(matte: MatteConfig) -> None:
+    """Load what :func:`find_mask` would use. Raises ConfigError if it is no usable model."""
+    if matte.onnx:
+        load_network(matte.onnx)
+    elif matte.network:
+        from packshot.models.matting import load_matting
+
+        load_matting(matte.network)
+
+
 def _from_onnx(image: Image.Image, path: str) -> Mask:
     """A salient-object network. Its input size is read from the model (a free size means 1024); IS-Net's
     normalisation, (x - 128) / 256, holds for every size but U²-Net's 320."""
@@ -167,11 +178,12 @@ def _from_onnx(image: Image.Image, path: str) -> Mask:
 # --- GrabCut ----------------------------------------------------------------------------------------------------------
 
 
-def _from_grabcut(image: Image.Image) -> Mask:
+def _from_grabcut(image: Image.Image, network: str | None) -> Mask:
     rgb_HWC = np.asarray(image)
     small_HWC = _shrink(rgb_HWC, WORK_SIDE)
-    guess_HW = _saliency(small_HWC)
-    nothing = Mask(np.zeros(rgb_HWC.shape[:2], np.float32), "grabcut", 0.0)
+    guess_HW = _seen_by(network, rgb_HWC, small_HWC.shape[:2]) if network else _saliency(small_HWC)
+    method = "network" if network else "grabcut"
+    nothing = Mask(np.zeros(rgb_HWC.shape[:2], np.float32), method, 0.0)
     if guess_HW.max() == 0:
         return nothing
     raw_HW = _grabcut(small_HWC, guess_HW)
@@ -180,7 +192,15 @@ def _from_grabcut(image: Image.Image) -> Mask:
         return nothing
     # A mask is as good as the weakest thing that speaks for it.
     confidence = min(evidence(small_HWC, guess_HW, raw_HW, clean_HW).values())
-    return Mask(_refine(rgb_HWC, clean_HW), "grabcut", confidence)
+    return Mask(_refine(rgb_HWC, clean_HW), method, confidence)
+
+
+def _seen_by(network: str, rgb_HWC: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The network's alpha at a shape (H, W)."""
+    from packshot.models.matting import load_matting, predict_alpha  # with torch, which masks from files do not need
+
+    alpha_HW = predict_alpha(load_matting(network), rgb_HWC)
+    return cv2.resize(alpha_HW, shape[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def _shrink(array: np.ndarray, side: int) -> np.ndarray:

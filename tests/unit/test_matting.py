@@ -1,0 +1,111 @@
+"""The segmentation network: what it is taught with, what it finds, and what is no such network."""
+
+import random
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packshot.core.errors import ConfigError
+from packshot.models.matting import PATCH, SIDE, alpha_logits, load_matting, predict_alpha
+from packshot.models.mini.matting import (
+    Layers,
+    _window,
+    build_matting,
+    draw,
+    matting_loss,
+    measure_matting,
+    read_layers,
+)
+
+
+def scene(seed: int = 0) -> Layers:
+    """A red block before green noise."""
+    rng = np.random.default_rng(seed)
+    plate = np.stack(
+        [rng.integers(0, 40, (SIDE, SIDE)), rng.integers(90, 200, (SIDE, SIDE)), rng.integers(0, 40, (SIDE, SIDE))], -1
+    )
+    plate, image = plate.astype(np.uint8), plate.astype(np.uint8).copy()
+    image[40:100, 50:80] = (220, 0, 0)
+    cutout = np.zeros((SIDE, SIDE, 4), np.uint8)
+    cutout[40:100, 50:80] = (220, 0, 0, 255)
+    return Layers(image, plate, cutout)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    box=st.tuples(st.integers(0, 90), st.integers(0, 90), st.integers(8, 128), st.integers(8, 128)),
+)
+def test_the_window_keeps_the_product_whole(seed: int, box: tuple[int, int, int, int]) -> None:
+    top, left, height, width = box
+    alpha = np.zeros((SIDE, SIDE), np.float32)
+    alpha[top : top + height, left : left + width] = 1
+    matrix = _window(alpha, random.Random(seed))
+    warped = cv2.warpAffine(alpha, matrix, (SIDE, SIDE), flags=cv2.INTER_LINEAR)
+    grown = abs(np.linalg.det(matrix[:, :2]))
+    assert warped.sum() == pytest.approx(alpha.sum() * grown, rel=0.12)
+
+
+def test_the_picture_of_a_sample_shows_the_product_where_its_alpha_says() -> None:
+    rng = random.Random(0)
+    shares = []
+    for _ in range(60):
+        image, alpha = draw([scene(0)], rng)
+        assert image.shape == (SIDE, SIDE, 3)
+        assert image.dtype == np.uint8
+        assert 0 <= alpha.min() <= alpha.max() <= 1
+        if alpha.any():
+            inside, outside = image[alpha > 0.95].std(0).mean(), image[alpha < 0.05].std(0).mean()
+            shares.append(inside < outside or outside < 20)  # one colour inside, noise or a plain ground outside
+    assert len(shares) < 60  # some have no product
+    assert np.mean(shares) > 0.9
+
+
+def test_samples_follow_from_the_seed() -> None:
+    first, second = (draw([scene(0), scene(1)], random.Random(7)) for _ in range(2))
+    assert np.array_equal(first[0], second[0])
+    assert np.array_equal(first[1], second[1])
+
+
+def test_the_network_learns_a_product_it_sees_often() -> None:
+    torch.manual_seed(0)
+    network, scenes = build_matting(), [scene(i) for i in range(4)]
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    samples = [(one.image, one.alpha) for one in scenes]
+    before = measure_matting(network.eval(), samples)["iou"]
+    pixels = torch.from_numpy(np.stack([one.image for one in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    alpha = torch.from_numpy(np.stack([one.alpha for one in scenes]))[:, None]
+    for _ in range(20):
+        optimizer.zero_grad()
+        matting_loss(alpha_logits(network.train(), pixels), alpha).backward()
+        optimizer.step()
+    assert measure_matting(network.eval(), samples)["iou"] > max(0.8, before)
+
+
+def test_the_shipped_network_finds_held_out_products() -> None:
+    scenes = read_layers("set", "data/rendered/heldout")[::16]
+    network = load_matting("data/models/matting")
+    iou = []
+    for one in scenes:
+        guess = predict_alpha(network, cv2.resize(one.image, (200, 160)))  # any size, any shape
+        assert guess.shape == (SIDE, SIDE)
+        a, b = guess >= 0.5, one.alpha >= 0.5
+        iou.append((a & b).sum() / (a | b).sum())
+    assert np.mean(iou) > 0.8
+
+
+def test_what_is_no_segmentation_network_is_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"matte\.network=.*nowhere: no such file or folder"):
+        load_matting(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"matte\.network=.* cannot be loaded"):
+        load_matting(str(tmp_path))
+    from diffusers import UNet2DModel
+
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    UNet2DModel(in_channels=3, out_channels=1, norm_num_groups=4, **blocks).save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match=f"3 input and 1 output channels.\n  It needs {3 * PATCH**2} and {PATCH**2}"):
+        load_matting(str(tmp_path / "other"))
