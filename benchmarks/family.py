@@ -144,7 +144,8 @@ def distance(folder: Path, drawn: Pictures, renders: Renders) -> str:
 
     def both(pictures: Pictures) -> str:
         clip = cmmd(image_embeddings(encoder, pictures).numpy(), image_embeddings(encoder, held_out).numpy())
-        plain = cmmd(*(np.stack([plain_features(picture) for picture in some]) for some in (pictures, held_out)))
+        some, all_of = (np.stack([plain_features(picture) for picture in these]) for these in (pictures, held_out))
+        plain = cmmd(some, all_of)
         return f"{clip:.2f} by CLIP, {plain:.2f} by plain features"
 
     return f"drawn {both(drawn)}; as many training renders {both(real)}"

@@ -294,7 +294,7 @@ class SourceConfig:
 class MatteConfig:
     onnx: str | None = opt(None, "ONNX file of a salient-object network, used instead of matte.network")
     network: str | None = opt(
-        "data/models/matting", "folder of the family's segmentation network, which guides GrabCut; null: GrabCut alone"
+        None, "folder of the family's segmentation network, which guides GrabCut; null: GrabCut alone"
     )
     min_confidence: float = opt(0.5, "masks below this confidence are rejected", min=0, max=1)
 

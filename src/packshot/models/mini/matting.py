@@ -1,7 +1,7 @@
 """Stage ``matting``: a segmentation network for products, from rendered alpha."""
 
 # diffusers annotates block tuples as one-element tuples.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -151,7 +151,8 @@ def _photographed(image: np.ndarray, rng: random.Random) -> np.ndarray:
         pixels += np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(0, 0.04), pixels.shape)
     image = (255 * np.clip(pixels, 0, 1)).round().astype(np.uint8)
     if rng.random() < 0.3:
-        image = cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, rng.randint(40, 95)])[1], 1)
+        file = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, rng.randint(40, 95)])[1]
+        return np.asarray(cv2.imdecode(file, cv2.IMREAD_COLOR))
     return image
 
 
