@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,9 +13,9 @@ from packshot.data.dataset import load_rows
 from packshot.scene import Scene
 
 
-def png(mode="RGB", color=(10, 20, 30)):
+def png(mode="RGB", color=(10, 20, 30), size=(8, 6)):
     buffer = io.BytesIO()
-    Image.new(mode, (8, 6), color).save(buffer, "PNG")
+    Image.new(mode, size, color).save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
@@ -87,3 +88,70 @@ def test_a_broken_image_names_its_sample(tmp_path):
     path = write(tmp_path, image=[png(), {"bytes": b"junk", "path": None}])
     with pytest.raises(PackshotError, match="sample b has a broken image"):
         load_rows("data.train", path)[1]
+
+
+# --- pictures on disk
+
+
+def shards(folder, count=3, rows=20):
+    """Files of noise, the last of which has no masks; and a caption that failed in each."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for shard in range(count):
+        noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(rows)]
+        table = {
+            "id": [f"{shard}-{i}" for i in range(rows)],
+            "text": [f"a table, {i}" for i in range(rows)],
+            "image": [{"bytes": stored(image), "path": None} for image in noise],
+            "caption_error": [None] * (rows - 1) + ["no text"],
+        }
+        if shard < count - 1:
+            table["mask"] = [None if i == 1 else png("L", i, (64, 64)) for i in range(rows)]
+        pq.write_table(pa.table(table), folder / f"part-{shard:05}.parquet")
+    return str(folder)
+
+
+def stored(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_spooled_pictures_are_those_in_memory_and_take_none(tmp_path):
+    path, spool = shards(tmp_path / "set"), str(tmp_path / "cache")
+    load_rows("data.train", path, spool=spool)
+    (file,) = (tmp_path / "cache").iterdir()
+    written = file.stat().st_mtime_ns
+    before = pa.total_allocated_bytes()
+    mapped = load_rows("data.train", path, spool=spool)
+    assert pa.total_allocated_bytes() - before < 100_000  # of 740 kB of pictures
+    assert file.stat().st_mtime_ns == written
+    held = load_rows("data.train", path)
+    assert len(mapped) == len(held) == 57
+    for index in range(len(held)):
+        a, b = mapped[index], held[index]
+        assert a.keys() == b.keys()
+        assert a["image"].tobytes() == b["image"].tobytes()
+        assert (a["mask"] is None) == (b["mask"] is None) == (index % 19 == 1 or index >= 38)
+        assert a["mask"] is None or a["mask"].tobytes() == b["mask"].tobytes()
+        assert mapped.digest(index) == held.digest(index)
+
+
+def test_changed_files_are_copied_anew(tmp_path):
+    path, spool = write(tmp_path), str(tmp_path / "cache")
+    load_rows("data.train", path, spool=spool)
+    write(tmp_path, image=[png(), png(color=(200, 0, 0))])
+    assert load_rows("data.train", path, spool=spool)[1]["image"].getpixel((0, 0)) == (200, 0, 0)
+
+
+def test_a_file_that_breaks_off_among_its_pictures_is_named_and_nothing_is_kept(tmp_path):
+    path = shards(tmp_path / "set", count=1)
+    file = tmp_path / "set" / "part-00000.parquet"
+    column = pq.ParquetFile(file).metadata.row_group(0).column(2)
+    assert column.path_in_schema.startswith("image")
+    data = bytearray(file.read_bytes())
+    data[column.data_page_offset : column.data_page_offset + 64] = bytes(64)
+    file.write_bytes(data)
+    with pytest.raises(ConfigError, match="cannot be read as Parquet"):
+        load_rows("data.train", path, spool=str(tmp_path / "cache"))
+    assert list((tmp_path / "cache").iterdir()) == []

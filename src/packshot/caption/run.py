@@ -26,6 +26,7 @@ from packshot.train.loop import fit
 from packshot.train.session import Session, start
 from packshot.train.state import EMA, exporting
 
+PICTURES = ("image", "mask")  # all that a captioner looks at
 WORST = 32
 
 
@@ -44,8 +45,8 @@ def run(config: CaptionVLM) -> None:
 
 def train(config: CaptionVLM) -> None:
     """Fine-tune the captioner on ``data.train``; writes ``export/``."""
-    rows = load_rows("data.train", config.data.train)
-    validation = load_rows("data.validation", config.data.validation)
+    rows = load_rows("data.train", config.data.train, pictures=PICTURES, spool=config.data.cache_dir)
+    validation = load_rows("data.validation", config.data.validation, pictures=PICTURES, spool=config.data.cache_dir)
     torch.manual_seed(config.run.seed)  # the start of a LoRA's weights
     adapter = load_adapter(config.model, config.captioner, trainable=True)
     _refuse_long_captions(adapter, rows, config.captioner.max_new_tokens)
@@ -120,10 +121,10 @@ def _card(run: Path, config: CaptionVLM, data: dict[str, Any]) -> str:
 
 def evaluate(config: CaptionVLM) -> None:
     """Score the captioner on ``data.validation``; writes ``scores.json`` and ``worst.html``."""
-    rows = load_rows("data.validation", config.data.validation)
+    rows = load_rows("data.validation", config.data.validation, pictures=PICTURES, spool=config.data.cache_dir)
     if len(rows) < 2:
         raise ConfigError(f"data.validation={config.data.validation} has one row.", "The baselines need two or more.")
-    known = load_rows("data.train", config.data.train)
+    known = load_rows("data.train", config.data.train, pictures=PICTURES, spool=config.data.cache_dir)
     captioner = load_captioner(config.model, config.captioner)
     session = start("caption_vlm", config, config.train)
     try:

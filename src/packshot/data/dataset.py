@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.run import log
 from packshot.core.storage import readable
 from packshot.data.decode import flatten
+from packshot.data.spool import read_tables
 from packshot.scene import Scene
 
 _IMAGES = {"image": "RGB", "plate": "RGB", "cutout": "RGBA", "mask": "L", "shadow": "L"}
@@ -29,8 +28,10 @@ class Rows(Sequence[dict[str, Any]]):
     (Scene), ``id`` and every other column as it is (``plate``: PIL RGB, ``cutout``: RGBA, ``shadow``: L).
     """
 
-    def __init__(self, path: str, files: list[str], table: Any) -> None:
-        self.path, self.files, self._table = path, files, table
+    def __init__(self, path: str, files: list[str], table: Any, pictures: Any, places: list[int]) -> None:
+        """table: everything but pictures. places: the row of each sample in ``pictures``."""
+        self.path, self.files = path, files
+        self._table, self._pictures, self._places = table, pictures, places
         self.ids: list[str] = table.column("id").to_pylist()
         self.texts: list[str] = table.column("text").to_pylist()
         self.licenses = sorted(set(table.column("license").to_pylist())) if "license" in table.column_names else []
@@ -45,14 +46,20 @@ class Rows(Sequence[dict[str, Any]]):
 
     def read(self, index: int, images: Sequence[str]) -> dict[str, Any]:
         """One sample of which only these images are decoded, and the others left out."""
-        names = [name for name in self._table.column_names if name not in _IMAGES or name in images]
-        row = {name: self._table.column(name)[index].as_py() for name in names}
+        row = {name: self._table.column(name)[index].as_py() for name in self._table.column_names}
+        for name in self._pictures.column_names:
+            if name in images or name not in _IMAGES:
+                row[name] = self._picture(name, index)
         for name in images:
             if row.get(name) is not None:
                 row[name] = self._decode(row, name)
         row.setdefault("mask", None)
         row["scene"] = Scene.from_dict(row["scene"]) if row.get("scene") else Scene.parse(row["text"]).scene
         return row
+
+    def _picture(self, name: str, index: int) -> dict[str, Any] | None:
+        """A picture as its file is, under ``bytes``."""
+        return self._pictures.column(name)[self._places[index]].as_py()
 
     def _decode(self, row: dict[str, Any], name: str) -> Image.Image:
         mode = _IMAGES[name]
@@ -75,7 +82,7 @@ class Rows(Sequence[dict[str, Any]]):
 
     def digest(self, index: int) -> str:
         """Identity of a sample's picture and mask, without decoding either."""
-        mask = self._table.column("mask")[index].as_py() if "mask" in self._table.column_names else None
+        mask = self._picture("mask", index) if "mask" in self._pictures.column_names else None
         return hashlib.sha256(self.ids[index].encode() + (mask["bytes"] if mask else b"")).hexdigest()
 
     def fingerprint(self) -> str:
@@ -85,23 +92,13 @@ class Rows(Sequence[dict[str, Any]]):
         ).hexdigest()
 
 
-def _table(file: Any, pictures: Sequence[str] | None) -> Any:
-    parquet = pq.ParquetFile(file)
-    fields = [
-        field for field in parquet.schema_arrow if pictures is None or field.name in pictures or not _shows(field)
-    ]
-    return parquet.read([field.name for field in fields])
-
-
-def _shows(field: Any) -> bool:
-    """Whether a column holds encoded pictures."""
-    return pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
-
-
-def load_rows(key: str, path: str, *, captions: bool = True, pictures: Sequence[str] | None = None) -> Rows:
+def load_rows(
+    key: str, path: str, *, captions: bool = True, pictures: Sequence[str] | None = None, spool: str | None = None
+) -> Rows:
     """Open a dataset folder (or one Parquet file) that the config names under ``key``.
 
-    captions: refuse a set in which a sample has no text. pictures: leave all other pictures on disk; default: none.
+    captions: refuse a set in which a sample has no text. pictures: read only these of the picture columns; default:
+    all. spool: folder in which pictures may lie for access by memory map (see ``data.spool``); default: in memory.
 
     Raises:
         ConfigError: nothing there, no Parquet, missing columns, no rows, missing captions.
@@ -112,22 +109,24 @@ def load_rows(key: str, path: str, *, captions: bool = True, pictures: Sequence[
     if not files:
         raise ConfigError(f"{key}={path} holds no part-*.parquet.", "build_data.py writes such folders.")
     try:
-        # file by file: pq.read_table imports pandas
-        table = pa.concat_tables([_table(file, pictures) for file in files], promote_options="default")
+        table, shown = read_tables(files, pictures, spool)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{key}={path} cannot be read as Parquet ({reason}).", "Build the dataset again.") from error
-    missing = {"id", "image", "text"} - set(table.column_names)
+    missing = {"id", "image", "text"} - {*table.column_names, *shown.column_names}
     if missing:
         raise ConfigError(f"{key}={path} lacks the column {', '.join(sorted(missing))}.", "build_data.py writes them.")
-    if "caption_error" in table.column_names:
-        failed = table.num_rows - table.filter(pc.is_null(table.column("caption_error"))).num_rows
-        if captions and failed:
+    places = list(range(table.num_rows))
+    if captions and "caption_error" in table.column_names:
+        errors = table.column("caption_error")
+        places = [place for place, error in enumerate(errors.to_pylist()) if error is None]
+        if len(places) < table.num_rows:
+            failed = table.num_rows - len(places)
             log.warning("%s=%s: %d samples without a usable caption are left out (caption_error)", key, path, failed)
-            table = table.filter(pc.is_null(table.column("caption_error")))
+            table = table.filter(pc.is_null(errors))
     if table.num_rows == 0:
         raise ConfigError(f"{key}={path} has no rows.", "Its rejected.parquet says why images were left out.")
-    rows = Rows(path, [file.name for file in files], table)
+    rows = Rows(path, [file.name for file in files], table, shown, places)
     bare = sum(not text for text in rows.texts)
     if captions and bare:
         raise ConfigError(

@@ -211,7 +211,7 @@ def make_plan(config: TrainScript, samples: int, processes: int = 1) -> Plan:
 
 def plan(config: TrainScript, script: str) -> None:
     """Write ``plan.json`` and log it as a table."""
-    rows = load_rows("data.train", config.data.train)
+    rows = load_rows("data.train", config.data.train, pictures=("image",), spool=config.data.cache_dir)
     run = open_run(script, config)
     result = make_plan(config, len(rows))
     (run.path / "plan.json").write_text(json.dumps(asdict(result), indent=2) + "\n")

@@ -39,8 +39,9 @@ def _with_task(work: Callable[[Session, DiffusionTask, Examples, Any], None]) ->
     """A mode that needs models and data: loads them, and closes the tracker whatever happens."""
 
     def mode(config: TrainScript, script: str) -> None:
-        rows = load_rows("data.train", config.data.train, pictures=PICTURES)
-        validation = load_rows("data.validation", config.data.validation, pictures=PICTURES)
+        spool = config.data.cache_dir
+        rows = load_rows("data.train", config.data.train, pictures=PICTURES, spool=spool)
+        validation = load_rows("data.validation", config.data.validation, pictures=PICTURES, spool=spool)
         parts = load_parts(config.model)
         session = start(script, config, config.train)
         task, examples = build_task(config, parts, rows, validation, session.accelerator)

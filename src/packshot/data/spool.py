@@ -1,0 +1,85 @@
+"""Pictures of a dataset by row without holding them in memory.
+
+Parquet gives out whole row groups, hundreds of megabytes at times; training wants single rows in any order. So the
+picture columns are copied once into an Arrow file, as the ``datasets`` library does, and mapped into memory: the system
+reads what is touched and drops it when memory is short, and processes share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from packshot.core.progress import progress
+from packshot.core.storage import replacing_file, writing
+
+BATCH = 16  # rows copied at a time
+
+
+def read_tables(files: Sequence[Path], pictures: Sequence[str] | None, spool: str | None) -> tuple[Any, Any]:
+    """(all but pictures, pictures) of Parquet files, as two tables of as many rows.
+
+    pictures: names of the columns to read; None: all. spool: folder for the Arrow file; None: read into memory.
+
+    Raises:
+        OSError, ValueError: as pyarrow does, when a file is not whole.
+        PackshotError: the Arrow file cannot be written.
+    """
+    opened = [pq.ParquetFile(file) for file in files]  # file by file: pq.read_table imports pandas
+    other = [[field.name for field in file.schema_arrow if not _shows(field)] for file in opened]
+    tables = [file.read(names) for file, names in zip(opened, other, strict=True)]
+    table = pa.concat_tables(tables, promote_options="default")
+    schema = pa.unify_schemas([pa.schema([field for field in file.schema_arrow if _shows(field)]) for file in opened])
+    if pictures is not None:
+        schema = pa.schema([field for field in schema if field.name in pictures])
+    schema = schema.remove_metadata()
+    if spool is None:
+        return table, pa.Table.from_batches(_batches(opened, schema), schema)
+    return table, pa.ipc.open_file(pa.memory_map(str(_spooled(files, opened, schema, Path(spool))))).read_all()
+
+
+def _shows(field: Any) -> bool:
+    """Whether a column holds encoded pictures."""
+    return pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
+
+
+def _batches(opened: Sequence[Any], schema: Any) -> Iterator[Any]:
+    """The columns of a schema, ``BATCH`` rows at a time; null where a file lacks one."""
+    for file in opened:
+        here = {field.name for field in schema} & set(file.schema_arrow.names)
+        try:
+            for batch in file.iter_batches(BATCH, columns=sorted(here)):
+                columns = [
+                    batch.column(field.name).cast(field.type)
+                    if field.name in here
+                    else pa.nulls(len(batch), field.type)
+                    for field in schema
+                ]
+                yield pa.RecordBatch.from_arrays(columns, schema=schema)
+        except OSError as error:  # whoever writes what comes from here would take it for its own
+            raise ValueError(str(error)) from error
+
+
+def _spooled(files: Sequence[Path], opened: Sequence[Any], schema: Any, folder: Path) -> Path:
+    """The Arrow file of these columns of these files, which is written unless it is there."""
+    states = ((str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    name = hashlib.sha256(repr((*states, str(schema))).encode()).hexdigest()[:16]
+    path = folder / f"pictures-{name}.arrow"
+    if not path.exists():
+        rows = sum(file.metadata.num_rows for file in opened)
+        hint = "Make room, or name another folder with data.cache_dir."
+        with (
+            writing(str(path), hint),
+            replacing_file(path) as temporary,
+            pa.ipc.new_file(str(temporary), schema) as out,
+            progress(f"copying the pictures of {files[0].parent}", rows) as advance,
+        ):
+            for batch in _batches(opened, schema):
+                out.write_batch(batch)
+                advance(len(batch))
+    return path
