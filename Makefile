@@ -28,9 +28,10 @@ render-env: $(RENDER_VENV)/.installed ## install Blender for build_data.py datas
 demo: $(VENV)/.installed ## set up, then the whole road on the mini family: build, caption, train, generate, evaluate
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./demo.sh
 
+# One thread a process: matrices of the mini family are too small to gain from two.
 test: $(VENV)/.installed ## set up, then every test
 	@$(MAKE) --no-print-directory render-env || echo "no Blender here: the tests that render are skipped"
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 smoke: $(VENV)/.installed ## only the end-to-end tests: two steps, kill, resume, generate
 	$(BIN)/python -m pytest tests/smoke
