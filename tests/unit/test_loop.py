@@ -2,7 +2,10 @@
 
 import json
 import math
+import threading
+import time
 from collections import Counter
+from itertools import count
 
 import pytest
 import torch
@@ -142,6 +145,27 @@ def test_steps_are_of_one_bucket_and_no_sample_is_ever_left_behind(groups, size,
         if size % world == 0:
             shares = [next(iter(RankBatches(order, step, size // world, rank, world))) for rank in range(world)]
             assert [place for share in shares for place in share] == order.step(step)
+
+
+def loaders():
+    return [thread for thread in threading.enumerate() if thread.name == "batches ahead"]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_closing_the_batches_ends_their_thread(waits):
+    prepared = []
+    items = ahead(prepared.append(number) or number for number in count())
+    assert next(items) == 0
+    assert loaders()
+    while waits and len(prepared) < 4:  # two lie ready, and one waits for room
+        time.sleep(0.01)
+    items.close()
+    assert not loaders()
+
+
+def test_training_leaves_no_thread_behind(tmp_path):
+    run_fit(tmp_path, max_steps=2)
+    assert not loaders()
 
 
 def test_what_a_loading_thread_raises_reaches_the_loop():

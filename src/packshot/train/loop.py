@@ -10,6 +10,7 @@ import math
 import resource
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -174,7 +175,7 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
         0.0,
         0,
     )
-    with progress_bar("training", train.max_steps, where.step, show=run is not None) as advance:
+    with progress_bar("training", train.max_steps, where.step, show=run is not None) as advance, closing(stream):
         while where.step < train.max_steps:
             training_mode(optimizer.optimizer)
             rate = set_learning_rate(optimizer, where.step, train)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -107,8 +107,8 @@ class RankBatches(Sampler[list[Place]]):
 Collate = Callable[[list[dict[str, Any]], list[SampleKey]], dict[str, Any]]
 
 
-def batches(stream: Stream, collate: Collate, order: RankBatches, num_workers: int) -> Iterator[dict[str, Any]]:
-    """Endless iterator of collated micro-batches; the next ones are prepared while the network works."""
+def batches(stream: Stream, collate: Collate, order: RankBatches, num_workers: int) -> Generator[dict[str, Any]]:
+    """Endless collated micro-batches; the next ones are prepared while the network works. Close it after use."""
 
     def together(items: list[tuple[dict[str, Any], SampleKey]]) -> dict[str, Any]:
         samples, keys = zip(*items, strict=True)
@@ -124,11 +124,14 @@ def batches(stream: Stream, collate: Collate, order: RankBatches, num_workers: i
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader) if num_workers else ahead(iter(loader))
+    return (batch for batch in loader) if num_workers else ahead(iter(loader))
 
 
-def ahead(source: Iterator[Any], count: int = 2) -> Iterator[Any]:
-    """Items of ``source``, taken by a thread up to ``count`` ahead of whoever asks; its exceptions arrive in turn."""
+def ahead(source: Iterator[Any], count: int = 2) -> Generator[Any]:
+    """Items of ``source``, taken by a thread up to ``count`` ahead of whoever asks; its exceptions arrive in turn.
+
+    Closing the generator ends the thread.
+    """
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(count)
     stop = threading.Event()
 
@@ -149,7 +152,8 @@ def ahead(source: Iterator[Any], count: int = 2) -> Iterator[Any]:
         except BaseException as error:
             offer((None, error))
 
-    threading.Thread(target=take, daemon=True).start()
+    thread = threading.Thread(target=take, name="batches ahead", daemon=True)
+    thread.start()
     try:
         while True:
             item, error = ready.get()
@@ -158,3 +162,7 @@ def ahead(source: Iterator[Any], count: int = 2) -> Iterator[Any]:
             yield item
     finally:
         stop.set()
+        while not ready.empty():  # it may be waiting for room
+            ready.get()
+        # a thread that is inside PyTorch or Arrow when the interpreter ends takes the whole process down
+        thread.join(timeout=60)
