@@ -9,8 +9,9 @@ from PIL import Image, ImageDraw
 
 from packshot.config.schema import MatteConfig
 from packshot.core.errors import ConfigError
+from packshot.data.dataset import load_rows
 from packshot.data.decode import decode_image
-from packshot.data.masks import MaskFileError, NoProductError, find_mask, load_network
+from packshot.data.masks import MaskFileError, NoProductError, find_mask, load_network, load_segmentation
 
 COFFEE = Path(__file__).resolve().parents[2] / "data/products/coffee.png"
 RNG = np.random.default_rng(0)
@@ -64,6 +65,25 @@ def test_grabcut_finds_the_cup_with_saucer_and_spoon_on_a_wooden_table():
     for where, (x, y) in outside.items():
         assert mask.alpha_HW[y, x] < 0.05, where
     assert 0.44 < (mask.alpha_HW > 0.5).mean() < 0.50
+
+
+def test_the_network_guides_grabcut_where_colours_alone_mislead_it():
+    rows = load_rows("set", "data/rendered/showcase", pictures=("image", "mask"))
+    found = {None: [], "data/models/matting": []}
+    for row in (rows.read(index, ("image", "mask")) for index in range(0, len(rows), 6)):
+        for network, scores in found.items():
+            mask = find_mask(row["image"], MatteConfig(network=network, min_confidence=0.0))
+            assert mask.method == ("network" if network else "grabcut")
+            assert mask.alpha_HW.shape == row["image"].size[::-1]
+            scores.append(iou(mask.alpha_HW >= 0.5, np.asarray(row["mask"]) >= 128))
+    assert np.mean(found["data/models/matting"]) > np.mean(found[None])
+
+
+def test_a_network_that_is_not_there_is_refused():
+    image, _ = product("white", "navy")
+    for ask in (lambda matte: find_mask(image, matte), load_segmentation):
+        with pytest.raises(ConfigError, match=r"matte\.network=nowhere: no such file"):
+            ask(MatteConfig(network="nowhere"))
 
 
 def test_grabcut_gives_the_same_bytes_twice():

@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 
 from packshot.core.errors import ConfigError
 from packshot.models.matting import PATCH, SIDE, alpha_logits, load_matting, predict_alpha
+from packshot.models.mini.data import Render, read_renders
 from packshot.models.mini.matting import (
-    Layers,
     _window,
     build_matting,
     draw,
     matting_loss,
     measure_matting,
-    read_layers,
 )
+from packshot.scene import Scene
 
 
-def scene(seed: int = 0) -> Layers:
+def scene(seed: int = 0) -> Render:
     """A red block before green noise."""
     rng = np.random.default_rng(seed)
     plate = np.stack(
@@ -32,7 +32,7 @@ def scene(seed: int = 0) -> Layers:
     image[40:100, 50:80] = (220, 0, 0)
     cutout = np.zeros((SIDE, SIDE, 4), np.uint8)
     cutout[40:100, 50:80] = (220, 0, 0, 255)
-    return Layers(image, plate, cutout)
+    return Render("0", "p000", {}, Scene("a bed of sand"), image, plate, cutout)
 
 
 @settings(max_examples=60, deadline=None)
@@ -87,7 +87,7 @@ def test_the_network_learns_a_product_it_sees_often() -> None:
 
 
 def test_the_shipped_network_finds_held_out_products() -> None:
-    scenes = read_layers("set", "data/rendered/heldout")[::16]
+    scenes = list(read_renders("set", "data/rendered/heldout"))[::16]
     network = load_matting("data/models/matting")
     iou = []
     for one in scenes:

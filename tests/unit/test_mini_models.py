@@ -242,7 +242,9 @@ def test_renders_are_the_rows_of_two_sets(tmp_path: Path) -> None:
 
 def test_a_batch_for_the_unet_pairs_each_latent_with_its_size_and_text(pipeline: StableDiffusionXLPipeline) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
-    pair = [Render(name, "p000", {}, SCENE, picture, 255 - picture, picture[..., 0] > 127) for name in "ab"]
+    pair = [
+        Render(name, "p000", {}, SCENE, picture, 255 - picture, np.dstack([picture, picture[..., 0]])) for name in "ab"
+    ]
     cache = LatentCache(pipeline.vae)
     image, plate, mirrored_image, _ = cache.of(pair[0])
     flipped = encode(pipeline.vae, [picture[:, ::-1].copy()])[0] * pipeline.vae.config.scaling_factor
@@ -283,7 +285,7 @@ def test_captions_for_pretraining_name_what_they_should() -> None:
         SCENE,
         picture,
         picture,
-        picture[..., 0] > 0,
+        np.dstack([picture, picture[..., 0]]),
     )
     full = free_caption(render, SCENE, random.Random(0), detail=2)
     assert all(

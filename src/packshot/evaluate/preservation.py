@@ -68,7 +68,8 @@ def _percentiles(values: np.ndarray) -> dict[str, float]:
 
 
 def segmenter(matte: MatteConfig) -> Segment:
-    """The object in a picture, near where it should be: the matting network if one is configured, else GrabCut."""
+    """The object in a picture, near where it should be: by ``matte.onnx`` if it is set, else GrabCut, which the keep
+    mask guides better than ``matte.network`` could."""
     if not matte.onnx:
         return grabcut
     certain = replace(matte, min_confidence=0.0)

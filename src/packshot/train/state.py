@@ -22,7 +22,7 @@ from packshot.core.run import log
 from packshot.core.storage import replacing_file, replacing_folder, writing
 from packshot.train.resume import MadeWith, check
 
-VERSION = 1  # raise it when a checkpoint of before cannot be resumed from
+VERSION = 2  # raise it when a checkpoint of before cannot be resumed from
 
 
 @dataclass

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         "clip": lambda *rest: train_clip(renders, sdxl, *rest),
         "unet": lambda *rest: train_unet(renders, sdxl, *rest),
         "florence2": lambda *rest: train_florence(renders, florence, *rest),
-        "matting": lambda *rest: train_matting(renders, (args.train, args.heldout), matting, *rest),
+        "matting": lambda *rest: train_matting(renders, matting, *rest),
     }
     for stage in args.stage:
         if stage in train:

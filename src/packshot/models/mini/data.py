@@ -19,12 +19,12 @@ from packshot.scene import Scene
 from packshot.scene.vocabulary import ON, split_position
 
 SIZE = 128  # px; the family's native image size
-_LAYERS = ("image", "plate", "mask")
+_LAYERS = ("image", "plate", "cutout")
 
 
 @dataclass(frozen=True)
 class Render:
-    """One scene: image and plate (the same without product) uint8 RGB (SIZE, SIZE, 3), mask bool (SIZE, SIZE).
+    """One scene: image and plate (the same without product) uint8 RGB (SIZE, SIZE, 3), cutout uint8 (SIZE, SIZE, 4).
 
     product: the design behind ``product_id``, as the renderer was given it.
     """
@@ -35,7 +35,17 @@ class Render:
     scene: Scene
     image: np.ndarray
     plate: np.ndarray
-    mask: np.ndarray
+    cutout: np.ndarray
+
+    @property
+    def alpha(self) -> np.ndarray:
+        """The product's share of every pixel, float32 (SIZE, SIZE) in [0, 1]."""
+        return self.cutout[..., 3].astype(np.float32) / 255
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Where the product is, bool (SIZE, SIZE)."""
+        return self.cutout[..., 3] > 127
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -44,7 +54,8 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return array if fits else cv2.resize(array, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
 
 
-def _read_renders(key: str, path: str) -> Iterator[Render]:
+def read_renders(key: str, path: str) -> Iterator[Render]:
+    """The scenes of a rendered set; ``key`` names it in messages. Raises ConfigError: it is none."""
     rows = load_rows(key, path)
     for index in range(len(rows)):
         row = rows.read(index, _LAYERS)
@@ -54,9 +65,9 @@ def _read_renders(key: str, path: str) -> Iterator[Render]:
                 f"{key} {path}: sample {row['id']} lacks {', '.join(missing)}.",
                 "The mini family learns from rendered sets: build_data.py dataset=rendered writes them.",
             )
-        image, plate, mask = (_pixels(row[name]) for name in _LAYERS)
+        image, plate, cutout = (_pixels(row[name]) for name in _LAYERS)
         product = design(row["product_id"])
-        yield Render(row["id"], row["product_id"], product, row["scene"], image, plate, mask > 127)
+        yield Render(row["id"], row["product_id"], product, row["scene"], image, plate, cutout)
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class Renders:
         Raises:
             ConfigError: a set is missing, empty, not Parquet, or not a rendered one; both show the same product.
         """
-        renders = cls(list(_read_renders("--train", train)), list(_read_renders("--heldout", held_out)))
+        renders = cls(list(read_renders("--train", train)), list(read_renders("--heldout", held_out)))
         shared = {r.product_id for r in renders.train} & {r.product_id for r in renders.held_out}
         if shared:
             raise ConfigError(

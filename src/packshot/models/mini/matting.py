@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -15,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 
-from packshot.data.dataset import load_rows
 from packshot.models.matting import PATCH, SIDE, alpha_logits
-from packshot.models.mini.data import Renders, to_pixels
+from packshot.models.mini.data import Render, Renders, to_pixels
 from packshot.models.mini.folder import Family, Record
 from packshot.models.mini.stretch import Plan, Progress, run_stretch
 
@@ -39,30 +37,6 @@ def build_matting() -> UNet2DModel:
         norm_num_groups=8,
         attention_head_dim=32,
     )
-
-
-@dataclass(frozen=True)
-class Layers:
-    """A scene: the picture and its plate, uint8 (SIDE, SIDE, 3); the product cut out, uint8 (SIDE, SIDE, 4)."""
-
-    image: np.ndarray
-    plate: np.ndarray
-    cutout: np.ndarray
-
-    @property
-    def alpha(self) -> np.ndarray:
-        return self.cutout[..., 3].astype(np.float32) / 255
-
-
-def read_layers(key: str, path: str) -> list[Layers]:
-    """Every scene of a rendered set, decoded."""
-    rows = load_rows(key, path)
-    names = ("image", "plate", "cutout")
-    read = (rows.read(index, names) for index in range(len(rows)))
-    return [
-        Layers(*(cv2.resize(np.asarray(row[n]), (SIDE, SIDE), interpolation=cv2.INTER_AREA) for n in names))
-        for row in read
-    ]
 
 
 # ---- samples ----
@@ -90,7 +64,7 @@ def _warp(array: np.ndarray, matrix_23: np.ndarray, border: int = cv2.BORDER_CON
     return cv2.warpAffine(array, matrix_23, (SIDE, SIDE), flags=cv2.INTER_AREA, borderMode=border)
 
 
-def _in_scene(scene: Layers, rng: random.Random) -> Sample:
+def _in_scene(scene: Render, rng: random.Random) -> Sample:
     """The render through a window; what lies beyond it is the mirrored plate, where there is no second product."""
     matrix = _window(scene.alpha, rng)
     inside_HW1 = _warp(np.ones((SIDE, SIDE), np.float32), matrix)[..., None]
@@ -121,13 +95,13 @@ def _shadowed(ground: np.ndarray, alpha_HW: np.ndarray, rng: random.Random) -> n
     return (ground * (1 - rng.uniform(0.1, 0.7) * shadow[..., None])).astype(np.uint8)
 
 
-def _ground(other: Layers, rng: random.Random) -> np.ndarray:
+def _ground(other: Render, rng: random.Random) -> np.ndarray:
     """A scene's plate through a window, or a studio."""
     plain = rng.random() < 0.5
     return _studio(rng) if plain else _warp(other.plate, _window(other.alpha, rng), cv2.BORDER_REFLECT_101)
 
 
-def _composite(scene: Layers, other: Layers, rng: random.Random) -> Sample:
+def _composite(scene: Render, other: Render, rng: random.Random) -> Sample:
     """The product of one scene before another ground."""
     cutout = _warp(scene.cutout, _window(scene.alpha, rng))
     alpha_HW = cutout[..., 3].astype(np.float32) / 255
@@ -156,7 +130,7 @@ def _photographed(image: np.ndarray, rng: random.Random) -> np.ndarray:
     return image
 
 
-def draw(scenes: list[Layers], rng: random.Random) -> Sample:
+def draw(scenes: list[Render], rng: random.Random) -> Sample:
     """One training sample."""
     scene, other, kind = rng.choice(scenes), rng.choice(scenes), rng.random()
     if kind < EMPTY:
@@ -192,7 +166,7 @@ def measure_matting(network: UNet2DModel, samples: list[Sample]) -> dict[str, fl
     return {"iou": float(iou.mean()), "good": float((iou > 0.9).mean()), "error": float(np.abs(guess - truth).mean())}
 
 
-def _held_out(scenes: list[Layers]) -> dict[str, list[Sample]]:
+def _held_out(scenes: list[Render]) -> dict[str, list[Sample]]:
     """Renders as they are, and one composite of each: the same at every call."""
     composites = [
         _composite(scene, random.Random(i).choice(scenes), random.Random(i)) for i, scene in enumerate(scenes)
@@ -200,11 +174,9 @@ def _held_out(scenes: list[Layers]) -> dict[str, list[Sample]]:
     return {"scenes": [(scene.image, scene.alpha) for scene in scenes], "composites": composites}
 
 
-def train_matting(
-    renders: Renders, sets: tuple[str, str], family: Family, folder: Path, minutes: float, seed: int
-) -> None:
-    """Train the network and stage it. sets: the training and the held-out rendered set behind ``renders``."""
-    scenes, held_out = read_layers("--train", sets[0]), _held_out(read_layers("--heldout", sets[1]))
+def train_matting(renders: Renders, family: Family, folder: Path, minutes: float, seed: int) -> None:
+    """Train the network and stage it."""
+    held_out = _held_out(renders.held_out)
     torch.manual_seed(seed)
     network = build_matting().to(memory_format=torch.channels_last)
     family.begin(network, "")
@@ -212,7 +184,7 @@ def train_matting(
 
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
-        images, alphas = zip(*(draw(scenes, rng) for _ in range(plan.batch_size)), strict=True)
+        images, alphas = zip(*(draw(renders.train, rng) for _ in range(plan.batch_size)), strict=True)
         alpha_B1HW = torch.from_numpy(np.stack(alphas))[:, None]
         return matting_loss(alpha_logits(network, to_pixels(list(images))), alpha_B1HW), {}
 
@@ -225,7 +197,7 @@ def train_matting(
         score=measures["scenes_iou"],
         measures=measures,
         **family.effort("matting", progress),
-        scenes=len(scenes),
+        scenes=len(renders.train),
         held_out=renders.held_out_id,
         parameters=network.num_parameters(),
     )
