@@ -50,6 +50,19 @@ def test_the_fingerprint_follows_ids_and_texts(tmp_path):
     assert load_rows("data.train", write(tmp_path, text=["a table", "a door"])).fingerprint() != first
 
 
+def test_the_digest_follows_mask_and_picture_whatever_the_ids(tmp_path):
+    def digest(**columns):
+        return load_rows("data.train", write(tmp_path, **columns)).digest(0)
+
+    masks = [png("L", 255), None]
+    known = digest(mask=masks)
+    assert digest(mask=masks, text=["a door", "a wall"]) == known
+    assert digest(mask=[png("L", 200), None]) != known
+    assert digest() != known
+    assert digest(mask=masks, image=[png(color=(200, 0, 0)), png()]) != known  # under the same id, "a"
+    assert digest(mask=masks, id=["f" * 64, "b"]) != digest(mask=masks, id=["e" * 64, "b"])
+
+
 @pytest.mark.parametrize(
     ("columns", "says"),
     [

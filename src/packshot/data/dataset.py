@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ from packshot.data.decode import flatten
 from packshot.data.spool import read_tables
 from packshot.scene import Scene
 
+_DIGEST = re.compile("[0-9a-f]{64}")
 _IMAGES = {"image": "RGB", "plate": "RGB", "cutout": "RGBA", "mask": "L", "shadow": "L"}
 
 
@@ -81,9 +83,18 @@ class Rows(Sequence[dict[str, Any]]):
         return [self.read(index, ("image",))["image"].size[::-1] for index in range(len(self))]
 
     def digest(self, index: int) -> str:
-        """Identity of a sample's picture and mask, without decoding either."""
-        mask = self._picture("mask", index) if "mask" in self._pictures.column_names else None
-        return hashlib.sha256(self.ids[index].encode() + (mask["bytes"] if mask else b"")).hexdigest()
+        """Identity of a sample's picture and mask, without decoding either.
+
+        An id of 64 hex digits is taken for the digest of the picture, as build_data.py writes it; any other is only a
+        name, and the picture's own bytes are read.
+        """
+        sample_id, digest = self.ids[index], hashlib.sha256()
+        parts = ["mask"] if _DIGEST.fullmatch(sample_id) else ["image", "mask"]
+        digest.update(sample_id.encode())
+        for name in parts:
+            found = self._picture(name, index) if name in self._pictures.column_names else None
+            digest.update(hashlib.sha256(found["bytes"] if found else b"").digest())
+        return digest.hexdigest()
 
     def fingerprint(self) -> str:
         """Digest over sample ids and texts, in order: the identity of what a run was trained on."""
