@@ -28,7 +28,7 @@ class Scripted(Captioner):
     """A captioner that answers from a function of the image's size and counts the images it is shown."""
 
     def __init__(self, answer, batch_size=4):
-        super().__init__(adapter=None, batch_size=batch_size)
+        super().__init__(write_batch=None, batch_size=batch_size)
         object.__setattr__(self, "answer", answer)
         object.__setattr__(self, "seen", [])
 

@@ -8,9 +8,11 @@ from caption_fixtures import CAPTIONS, PROMPT, picture, save_tiny_florence, trai
 from PIL import Image
 
 from packshot.caption import florence2
-from packshot.caption.adapter import loss_per_sample, write
-from packshot.caption.captioner import load_captioner
-from packshot.config.schema import CaptionerConfig, CaptionerKind, ModelConfig, Tuning
+from packshot.caption.adapter import loss_per_sample
+from packshot.caption.captioner import load_captioner, ready_adapter
+from packshot.caption.decoding import write
+from packshot.caption.weights import Asked
+from packshot.config.schema import CaptionerConfig, CaptionerKind, Constraint, ModelConfig, ProductTarget, Tuning
 from packshot.core.errors import ConfigError
 
 IMAGES = [picture(0), picture(1)]
@@ -27,7 +29,7 @@ def load(folder, trainable=False, **settings):
 
 
 def trained(**settings):
-    settings = {"adapter": str(trained_run() / "export"), **settings}
+    settings = {"adapter": str(trained_run() / "export"), "constraint": Constraint.none, **settings}
     return load_captioner(ModelConfig(florence2=str(trained_run().parent / "base")), CaptionerConfig(**settings))
 
 
@@ -104,7 +106,8 @@ def test_the_checkpoints_generation_defaults_are_ignored(tmp_path):
     (folder / "generation_config.json").write_text(json.dumps(HOSTILE))
     captioner = trained(adapter=str(folder))
     assert captioner.caption(IMAGES, NO_MASKS) == CAPTIONS
-    settings = captioner.adapter.model.generation_config.to_dict()
+    adapter = ready_adapter(ModelConfig(), CaptionerConfig(adapter=str(folder)))
+    settings = adapter.model.generation_config.to_dict()
     assert settings["num_beams"] == 1
     assert not any(settings[name] for name in ("no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id"))
 
@@ -154,11 +157,11 @@ def test_the_product_box_is_written_in_thousandths():
 def test_the_product_box_follows_the_prompt(base):
     adapter = load(base)
     mask = Image.new("L", (32, 32), 255)
-    adapter.product_box = True
+    adapter.asked = Asked(PROMPT, ProductTarget.box)
     ids = adapter.generate_batch([picture(0)], [mask])["input_ids"][0]
     text = adapter.processor.tokenizer.decode(ids)
     assert text.endswith(f"<s>{PROMPT}<loc_0><loc_0><loc_968><loc_968></s>")
-    adapter.prompt = "<MORE_DETAILED_CAPTION>"
+    adapter.asked = Asked("<MORE_DETAILED_CAPTION>", ProductTarget.box)
     ids = adapter.generate_batch([picture(0)], [mask])["input_ids"][0]
     assert "Describe with a paragraph what is shown in the image.<loc_0>" in adapter.processor.tokenizer.decode(ids)
 
@@ -179,11 +182,11 @@ def test_what_cannot_be_loaded_is_refused_with_its_reason(base, tmp_path):
         load(base, adapter=str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"has no packshot.json"):
         load(base, adapter=str(base))
-    with pytest.raises(ConfigError, match=r"captioner.product_box=true needs"):
-        load(base, product_box=True)
+    with pytest.raises(ConfigError, match=r"captioner.product=box needs"):
+        load(base, product=ProductTarget.box)
     with pytest.raises(ConfigError, match=r"captioner.max_new_tokens=512 is more than"):
         load(base, max_new_tokens=512)
-    with pytest.raises(ConfigError, match=r"captioner=none writes no captions"):
+    with pytest.raises(ConfigError, match=r"captioner=none has no weights here"):
         load_captioner(ModelConfig(), CaptionerConfig(kind=CaptionerKind.none))
 
 

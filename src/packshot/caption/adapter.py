@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
@@ -17,10 +16,17 @@ IGNORED = -100  # label of every position that must not be learned: prompt, imag
 
 @dataclass(frozen=True)
 class Caption:
-    """What a model wrote. truncated: it was cut at the longest length, no end token came."""
+    """What a model wrote.
+
+    truncated: it was cut at the longest length, no end token came. confidence: per slot of a caption in the grammar,
+    the probability that the model gave to those words, given the words before them, in [0, 1]; empty if unknown.
+    error: why there is no caption (a server's answer, say).
+    """
 
     text: str
     truncated: bool
+    confidence: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
 
 
 class Adapter(Protocol):
@@ -31,6 +37,11 @@ class Adapter(Protocol):
     """
 
     model: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of what is written; its ``eos_token_id`` ends a caption."""
+        ...
 
     def train_batch(
         self, images: Sequence[Image], masks: Sequence[Image | None], captions: Sequence[str]
@@ -46,8 +57,8 @@ class Adapter(Protocol):
         """logits_BTV; position t is the prediction of ``labels[:, t]``."""
         ...
 
-    def decode(self, batch: dict[str, Tensor], ids_BT: Tensor) -> list[Caption]:
-        """Texts of what ``generate`` returned for ``batch``, without special tokens."""
+    def lead(self, batch: dict[str, Tensor]) -> tuple[int, list[int]]:
+        """How many ids of what ``generate`` returns were given, and the ids that precede the words of the caption."""
         ...
 
     def caption_length(self, caption: str) -> int:
@@ -67,16 +78,3 @@ def loss_per_sample(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """
     losses_BT = F.cross_entropy(logits_BTV.float().transpose(1, 2), labels_BT, ignore_index=IGNORED, reduction="none")
     return losses_BT.sum(1) / (labels_BT != IGNORED).sum(1)
-
-
-@torch.inference_mode()
-def write(adapter: Adapter, images: Sequence[Image], masks: Sequence[Image | None]) -> list[Caption]:
-    """Caption one batch, with the weights as they are (a model in training is put back into training)."""
-    model = adapter.model
-    training = model.training
-    model.eval()
-    try:
-        batch = {name: tensor.to(model.device) for name, tensor in adapter.generate_batch(images, masks).items()}
-        return adapter.decode(batch, model.generate(**batch))
-    finally:
-        model.train(training)

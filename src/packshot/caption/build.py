@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from packshot.config.compose import to_plain
+from packshot.caption.captioner import Captioner, identity, load_captioner
 from packshot.config.schema import BuildData, CaptionerKind, DatasetKind
-from packshot.core.storage import folder_hash, resolve
 from packshot.data import build as data
 from packshot.data.decode import flatten
 from packshot.pipeline import Outcome, Step
@@ -19,7 +18,6 @@ from packshot.pipeline.step import Sample
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from packshot.caption.captioner import Captioner
     from packshot.caption.data import CaptionedRow
 
 
@@ -31,23 +29,16 @@ def build(config: BuildData) -> None:
 
 def caption_step(config: BuildData) -> Step:
     """Writes ``text`` where the source had none. A changed prompt or model redoes it, and no step before it."""
-    weights = resolve(config.captioner.adapter or config.model.florence2)
-    identity = {
-        **{key: value for key, value in to_plain(config)["captioner"].items() if key not in ("batch_size", "adapter")},
-        "base": config.model.florence2,
-        "weights": folder_hash(weights) if weights.is_dir() else str(weights),
-    }
     reads = ["image", "text", *(["mask"] if config.dataset is DatasetKind.product else [])]
 
     @cache
     def captioner() -> Captioner:  # loaded when the first image needs it: never, on finished work
-        from packshot.caption.captioner import load_captioner
-
         return load_captioner(config.model, config.captioner)
 
+    named = identity(config.model, config.captioner)
     function = partial(_caption, captioner=captioner)
     schema = pa.schema([("text", pa.string())])
-    return Step("caption", 1, identity, schema, function, reads=tuple(reads), exclusive=True)
+    return Step("caption", 1, named, schema, function, reads=tuple(reads), exclusive=True)
 
 
 def _caption(samples: list[Sample], captioner: Callable[[], Captioner]) -> list[Outcome]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from packshot.caption.captioner import Captioner
 from packshot.caption.data import (
     ERROR_COLUMN,
     CaptionedRow,
+    Journal,
     decode_row,
     read_captions,
     read_shard,
@@ -32,38 +33,58 @@ from packshot.scene.scores import product_words
 
 def judge(caption: Caption) -> CaptionedRow:
     """A caption as a row, or the reason why it may not become training data, with its wording."""
+    if caption.error:
+        return CaptionedRow(error=caption.error)
     if caption.truncated:
         return CaptionedRow(error=f"was cut at captioner.max_new_tokens: {caption.text}")
     if words := product_words(caption.text):
         return CaptionedRow(error=f"names the product ({', '.join(words)}): {caption.text}")
     if Scene.parse(caption.text).scene == Scene():
         return CaptionedRow(error=f"describes no scene: {caption.text}")
-    return CaptionedRow(text=caption.text)
+    return CaptionedRow(text=caption.text, confidence=caption.confidence)
 
 
-def caption_shard(source: Path, target: Path, captioner: Captioner, identity: str) -> dict[str, float]:
-    """Caption one shard into ``target``; rows that ``target`` already holds without an error are kept.
+def caption_shard(
+    source: Path, target: Path, captioner: Captioner, identity: str, advance: Callable[..., None] = lambda n: None
+) -> dict[str, float]:
+    """Caption one shard into ``target``; rows that were captioned before, without an error, are kept.
 
     identity: names the captioner and its settings. Captions of another identity, or of a shard with other content,
         are not reused.
+    advance: told how many rows are done, as they are.
     Returns: rows, captioned (now), kept, errors, images_per_second.
     """
     started = time.monotonic()
     key = json.dumps({"captioner": identity, "input": sha256(source.read_bytes())}, sort_keys=True)
-    table = read_shard(source)
+    table, journal = read_shard(source), Journal(target, key)
     earlier = read_captions(target, key)
     rows = earlier or [CaptionedRow(error="not captioned yet")] * table.num_rows
-    todo = [index for index, row in enumerate(rows) if row.error is not None]
+    for index, row in journal.read().items():
+        rows[index] = row
+    todo = _by_size(table, [index for index, row in enumerate(rows) if row.error is not None])
+    advance(len(rows) - len(todo))
     for start in range(0, len(todo), captioner.batch_size):
         part = todo[start : start + captioner.batch_size]
-        for index, row in zip(part, _caption_rows(table, part, captioner), strict=True):
+        found = dict(zip(part, _caption_rows(table, part, captioner), strict=True))
+        journal.add(found)
+        for index, row in found.items():
             rows[index] = row
+        advance(len(part))
     if todo or earlier is None:
         write_captions(target, table, rows, key)
+    journal.remove()
     errors = sum(row.error is not None for row in rows)
     rate = len(todo) / max(time.monotonic() - started, 1e-9)
     counts = {"rows": len(rows), "captioned": len(todo), "kept": len(rows) - len(todo), "errors": errors}
     return {**counts, "images_per_second": rate}
+
+
+def _by_size(table: pa.Table, indices: list[int]) -> list[int]:
+    """Pictures of one shape side by side, so that a batch carries little padding; as they are where no size is told."""
+    if not {"width", "height"} <= set(table.column_names):
+        return indices
+    sizes = list(zip(table.column("height").to_pylist(), table.column("width").to_pylist(), strict=True))
+    return sorted(indices, key=lambda index: sizes[index])
 
 
 def _caption_rows(table: pa.Table, indices: Sequence[int], captioner: Captioner) -> list[CaptionedRow]:

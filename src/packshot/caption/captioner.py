@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from packshot.config.schema import CaptionerConfig, CaptionerKind, ModelConfig
+from packshot.config.schema import CaptionerConfig, CaptionerKind, Constraint, ModelConfig
 from packshot.core.errors import ConfigError
+from packshot.core.storage import folder_hash, resolve
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,8 +24,15 @@ def _florence2(model: ModelConfig, captioner: CaptionerConfig, trainable: bool) 
     return florence2.load(model, captioner, trainable)
 
 
+def _llama32_vision(model: ModelConfig, captioner: CaptionerConfig, trainable: bool) -> Adapter:
+    from packshot.caption import mllama
+
+    return mllama.load(model, captioner, trainable)
+
+
 FAMILIES: dict[CaptionerKind, Callable[[ModelConfig, CaptionerConfig, bool], Adapter]] = {
     CaptionerKind.florence2: _florence2,
+    CaptionerKind.llama32_vision: _llama32_vision,
 }
 
 
@@ -31,28 +40,58 @@ def load_adapter(model: ModelConfig, captioner: CaptionerConfig, trainable: bool
     """The family of ``captioner.kind`` with its weights.
 
     Raises:
-        ConfigError: captioner=none, or weights that cannot be used.
+        ConfigError: captioner is none or endpoint, or weights that cannot be used.
     """
     if captioner.kind not in FAMILIES:
-        raise ConfigError(f"captioner={captioner.kind} writes no captions.", f"Use {' | '.join(map(str, FAMILIES))}.")
+        raise ConfigError(
+            f"captioner={captioner.kind} has no weights here.", f"Use captioner={' | '.join(map(str, FAMILIES))}."
+        )
     return FAMILIES[captioner.kind](model, captioner, trainable)
+
+
+def base_of(model: ModelConfig, captioner: CaptionerConfig) -> str | None:
+    """What the config names as the base of its captioner: folder or hub id, an endpoint's model, None for none."""
+    return {
+        CaptionerKind.none: None,
+        CaptionerKind.florence2: model.florence2,
+        CaptionerKind.llama32_vision: model.llama32_vision,
+        CaptionerKind.endpoint: f"{captioner.endpoint} {captioner.endpoint_model}",
+    }[captioner.kind]
+
+
+def identity(model: ModelConfig, captioner: CaptionerConfig) -> dict[str, Any]:
+    """Everything that a caption depends on besides its image: weights by content, and the settings that write it."""
+    base = base_of(model, captioner)
+    weights = resolve(captioner.adapter or base or "")
+    keys = ("prompt", "product", "quantization", "dtype", "constraint", "max_new_tokens")
+    return {
+        "kind": str(captioner.kind),
+        "base": base,
+        "weights": folder_hash(weights) if weights.is_dir() else str(weights),
+        **{key: str(getattr(captioner, key)) for key in keys},
+    }
+
+
+WriteBatch = Callable[[Sequence["Image"], Sequence["Image | None"], Constraint], list["Caption"]]
 
 
 @dataclass(frozen=True)
 class Captioner:
-    """A loaded captioner on its device."""
+    """Something that captions batches: a model on this machine, or a server.
 
-    adapter: Adapter
+    write_batch: captions up to ``batch_size`` images, held to the constraint it is given.
+    """
+
+    write_batch: WriteBatch
     batch_size: int
+    constraint: Constraint = Constraint.none
 
     def write(self, images: Sequence[Image], masks: Sequence[Image | None]) -> list[Caption]:
         """One :class:`Caption` per image; RGB images of any sizes, masks white = product or None."""
-        from packshot.caption.adapter import write
-
         captions: list[Caption] = []
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
-            captions += write(self.adapter, images[part], masks[part])
+            captions += self.write_batch(images[part], masks[part], self.constraint)
         return captions
 
     def caption(self, images: Sequence[Image], masks: Sequence[Image | None]) -> list[str]:
@@ -60,17 +99,38 @@ class Captioner:
         return [caption.text for caption in self.write(images, masks)]
 
 
+def writing(adapter: Adapter, captioner: CaptionerConfig) -> Captioner:
+    """The captioner that writes with ``adapter``, with its weights as they are at the time."""
+    from packshot.caption.decoding import write
+
+    return Captioner(partial(write, adapter), captioner.batch_size, captioner.constraint)
+
+
+def unconstrained(captioner: Captioner) -> Captioner:
+    """The same captioner, free to write what it likes."""
+    return replace(captioner, constraint=Constraint.none)
+
+
 def load_captioner(model: ModelConfig, captioner: CaptionerConfig) -> Captioner:
-    """A captioner ready to write, on the GPU if there is one.
+    """A captioner ready to write, on the GPU if there is one, or at ``captioner.endpoint``.
 
     Raises:
         ConfigError: as :func:`load_adapter`.
     """
+    if captioner.kind is CaptionerKind.endpoint:
+        from packshot.caption.endpoint import connect
+
+        return connect(captioner)
+    return writing(ready_adapter(model, captioner), captioner)
+
+
+def ready_adapter(model: ModelConfig, captioner: CaptionerConfig) -> Adapter:
+    """:func:`load_adapter` to write with: in eval mode, on the GPU if there is one."""
     import torch
 
     adapter = load_adapter(model, captioner)
     adapter.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Captioner(adapter, captioner.batch_size)
+    return adapter
 
 
 def caption_rows(

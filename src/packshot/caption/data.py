@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from packshot.data.decode import decode_image, flatten
 from packshot.scene import Scene
 
 ERROR_COLUMN = "caption_error"
+CONFIDENCE_COLUMN = "caption_confidence"
 _KEY = b"packshot.caption"  # footer entry: which input and which captioner a shard was written from
 _TEXT = Value("string")
 _SCENE = {
@@ -30,12 +34,19 @@ _SCENE = {
 }
 
 
+_CONFIDENCE = dict.fromkeys(_SCENE, Value("float32"))
+
+
 @dataclass(frozen=True)
 class CaptionedRow:
-    """The caption of one row, or the reason why it has none. Exactly one of text and error is set."""
+    """The caption of one row, or the reason why it has none. Exactly one of text and error is set.
+
+    confidence: per slot, as :class:`packshot.caption.adapter.Caption` has it.
+    """
 
     text: str | None = None
     error: str | None = None
+    confidence: dict[str, float] = field(default_factory=dict)
 
 
 def shard_files(key: str, path: str | None) -> list[Path]:
@@ -93,26 +104,65 @@ def read_captions(file: Path, key: str) -> list[CaptionedRow] | None:
     """The rows of an earlier run's shard, or None when there is none that was written under the same ``key``."""
     if not file.exists() or (pq.read_schema(file).metadata or {}).get(_KEY) != key.encode():
         return None
-    table = pq.read_table(file, columns=["text", ERROR_COLUMN])
-    return [CaptionedRow(row["text"], row[ERROR_COLUMN]) for row in table.to_pylist()]
+    table = pq.read_table(file, columns=["text", ERROR_COLUMN, CONFIDENCE_COLUMN])
+    return [
+        CaptionedRow(row["text"], row[ERROR_COLUMN], _known(row[CONFIDENCE_COLUMN] or {})) for row in table.to_pylist()
+    ]
+
+
+def _known(confidence: dict[str, float | None]) -> dict[str, float]:
+    return {slot: value for slot, value in confidence.items() if value is not None}
+
+
+class Journal:
+    """Captions of a shard that is being written, a line each as they come, so that a kill costs one batch.
+
+    It lies beside the shard and goes when the shard is whole. Lines under another ``key`` are not read.
+    """
+
+    def __init__(self, target: Path, key: str) -> None:
+        self._file, self._key = target.with_name(f".{target.name}.journal"), hashlib.sha256(key.encode()).hexdigest()
+
+    def read(self) -> dict[int, CaptionedRow]:
+        """Rows that were captioned before, by index; a line that a kill cut short is passed over."""
+        rows: dict[int, CaptionedRow] = {}
+        for line in self._file.read_text().splitlines() if self._file.exists() else []:
+            with suppress(ValueError):
+                found = json.loads(line)
+                if found["key"] == self._key:
+                    rows[found["row"]] = CaptionedRow(found["text"], found["error"], found["confidence"])
+        return rows
+
+    def add(self, rows: dict[int, CaptionedRow]) -> None:
+        """Note a batch."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        cut = self._file.exists() and self._file.read_bytes()[-1:] not in (b"", b"\n")
+        lines = [json.dumps({"key": self._key, "row": index, **asdict(row)}) for index, row in rows.items()]
+        with self._file.open("a") as file:
+            file.write("\n" * cut + "".join(line + "\n" for line in lines))
+
+    def remove(self) -> None:
+        """The shard is whole."""
+        self._file.unlink(missing_ok=True)
 
 
 def write_captions(file: Path, table: pa.Table, rows: Sequence[CaptionedRow], key: str) -> None:
-    """``table`` with ``text``, ``scene`` and ``caption_error`` replaced, whole or not at all.
+    """``table`` with ``text``, ``scene``, ``caption_error`` and ``caption_confidence`` replaced, whole or not at all.
 
     The features that ``datasets`` and the hub viewer read from the footer are kept and extended.
     """
     features = Features.from_arrow_schema(table.schema)
-    features.update({"text": _TEXT, "scene": _SCENE, ERROR_COLUMN: _TEXT})
+    features.update({"text": _TEXT, "scene": _SCENE, ERROR_COLUMN: _TEXT, CONFIDENCE_COLUMN: _CONFIDENCE})
     columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
     columns["text"] = [row.text for row in rows]
     columns["scene"] = [Scene.parse(row.text).scene.to_dict() if row.text else None for row in rows]
     columns[ERROR_COLUMN] = [row.error for row in rows]
+    columns[CONFIDENCE_COLUMN] = [{slot: row.confidence.get(slot) for slot in _CONFIDENCE} for row in rows]
     schema = features.arrow_schema
     metadata = {**(table.schema.metadata or {}), **schema.metadata, _KEY: key.encode()}
     arrays = []
-    for field in schema:
-        column = columns[field.name]
-        arrays.append(pa.array(column, field.type) if isinstance(column, list) else column.cast(field.type))
+    for column_type in schema:
+        column = columns[column_type.name]
+        arrays.append(pa.array(column, column_type.type) if isinstance(column, list) else column.cast(column_type.type))
     with replacing_file(file) as temporary:
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema.with_metadata(metadata)), temporary)

@@ -20,7 +20,7 @@ from PIL import Image
 from packshot.caption.adapter import Caption
 from packshot.core.storage import replacing_file
 from packshot.scene import SLOTS, Scene, SceneSyntaxError
-from packshot.scene.scores import SlotScore, mean_scores, product_words, score
+from packshot.scene.scores import SlotScore, mean_scores, paired, product_words, score, token_f1
 
 _COUNTED = [slot for slot in SLOTS if slot != "style"]
 
@@ -39,9 +39,10 @@ def measure(captions: Sequence[Caption], truths: Sequence[Scene]) -> dict[str, A
 
     ``parse_rate``: captions in the strict grammar. ``leakage_rate``: captions that name a product.
     ``truncated_rate``: captions without an end. ``slots``: exact and soft F1 per slot. ``mean``: over the five slots,
-    with a 95 % bootstrap interval of the soft F1 over samples.
+    with a 95 % bootstrap interval of the soft F1 over samples. ``invented``: see :func:`invented`.
     """
-    scores = [score(Scene.parse(c.text).scene, truth) for c, truth in zip(captions, truths, strict=True)]
+    guesses = [Scene.parse(caption.text).scene for caption in captions]
+    scores = [score(guess, truth) for guess, truth in zip(guesses, truths, strict=True)]
     slots: dict[str, Any] = mean_scores(scores)
     mean = {**slots.pop("mean"), "soft_interval_95": _interval([_mean_soft(sample) for sample in scores])}
     return {
@@ -50,7 +51,44 @@ def measure(captions: Sequence[Caption], truths: Sequence[Scene]) -> dict[str, A
         "truncated_rate": float(np.mean([caption.truncated for caption in captions])),
         "mean": mean,
         "slots": slots,
+        "invented": invented(guesses, truths),
     }
+
+
+def invented(guesses: Sequence[Scene], truths: Sequence[Scene]) -> dict[str, float]:
+    """Things said to stand around the product that do not: CHAIR of Rohrbach et al. 2018 (arXiv 1809.02156), section 2.
+
+    ``things``: their share among the things named. ``captions``: the share of captions with one. A thing is there if
+    it shares half of its words, as token F1 counts them, with a true one; 0 if nothing was named.
+    """
+    named = [
+        [max((token_f1(thing, real) for real in truth.surroundings), default=0.0) < 0.5 for thing in guess.surroundings]
+        for guess, truth in zip(guesses, truths, strict=True)
+    ]
+    things = [wrong for caption in named for wrong in caption]
+    return {"things": float(np.mean(things)) if things else 0.0, "captions": float(np.mean([any(c) for c in named]))}
+
+
+def leakage(captions: Sequence[Caption], products: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Per category of product: how many captions there are, and the share that names a product or this category."""
+    table: dict[str, list[bool]] = {}
+    for caption, product in zip(captions, products, strict=True):
+        table.setdefault(product, []).append(bool(product_words(caption.text, product=[product])))
+    return {product: {"captions": len(hits), "rate": float(np.mean(hits))} for product, hits in sorted(table.items())}
+
+
+def confusion(captions: Sequence[Caption], truths: Sequence[Scene]) -> dict[str, dict[str, dict[str, int]]]:
+    """Per slot, how often each true value was called what: ``{slot: {truth: {caption: count}}}``.
+
+    "" stands for an absent value. Several values of a slot are paired so that they agree best.
+    """
+    tables: dict[str, dict[str, Counter[str]]] = {slot: {} for slot in _COUNTED}
+    for caption, truth in zip(captions, truths, strict=True):
+        guess = Scene.parse(caption.text).scene
+        for slot in _COUNTED:
+            for said, real in paired(guess.slots()[slot], truth.slots()[slot]) or [("", "")]:
+                tables[slot].setdefault(real, Counter())[said] += 1
+    return {slot: {real: dict(found.most_common()) for real, found in sorted(t.items())} for slot, t in tables.items()}
 
 
 def _is_strict(text: str) -> bool:
@@ -97,6 +135,41 @@ def with_baselines(captions: Sequence[Caption], truths: Sequence[Scene], constan
     }
 
 
+_CONFUSION = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Confusions</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; }} td, th {{ padding: .15rem .6rem; text-align: left; vertical-align: top; }}
+tr {{ border-top: 1px solid #ddd; }} .right {{ color: #176b1e; }} .wrong {{ color: #a00000; }}
+</style>
+<h1>What was called what</h1>
+<p>{count} captions. Per slot: the truth, how often it was said right, and what was said instead.</p>
+{tables}
+</html>
+"""
+
+
+def confusion_page(file: Path, tables: dict[str, dict[str, dict[str, int]]], count: int) -> None:
+    """Write :func:`confusion` as an HTML page, the most frequent truths first."""
+    parts = []
+    for slot, table in tables.items():
+        rows = sorted(table.items(), key=lambda item: -sum(item[1].values()))
+        cells = "".join(_confusion_row(real, said) for real, said in rows)
+        parts.append(f"<h2>{slot}</h2><table><tr><th>truth<th>right<th>said instead</tr>{cells}</table>")
+    with replacing_file(file) as temporary:
+        temporary.write_text(_CONFUSION.format(count=count, tables="\n".join(parts)), encoding="utf-8")
+
+
+def _confusion_row(real: str, said: dict[str, int]) -> str:
+    total, right = sum(said.values()), said.get(real, 0)
+    others = [f"{html.escape(name) or 'nothing'} {number}" for name, number in said.items() if name != real]
+    more = f", and {len(others) - 6} others" if len(others) > 6 else ""
+    return (
+        f'<tr><td>{html.escape(real) or "nothing"}<td class="right">{right} of {total}'
+        f'<td class="wrong">{", ".join(others[:6])}{more}</tr>'
+    )
+
+
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Worst captions</title>
 <style>
@@ -130,7 +203,7 @@ def _article(image: Image.Image, name: str, caption: Caption, truth: Scene) -> s
     wrong = ", ".join(f"{slot} {scores[slot].soft:.2f}" for slot in SLOTS if scores[slot].soft < 1) or "none"
     note = " (cut at the longest length)" if caption.truncated else ""
     return (
-        f'<article><img alt="{html.escape(name)}" src="{_data_url(image)}"><dl>'
+        f'<article><img alt="{html.escape(name)}" src="{data_url(image)}"><dl>'
         f"<dt>{html.escape(name)}, soft F1 {soft_f1(caption.text, truth):.2f}</dt>"
         f'<dd class="wrong">{wrong}</dd>'
         f"<dt>Truth</dt><dd>{html.escape(truth.render())}</dd>"
@@ -138,7 +211,8 @@ def _article(image: Image.Image, name: str, caption: Caption, truth: Scene) -> s
     )
 
 
-def _data_url(image: Image.Image) -> str:
+def data_url(image: Image.Image) -> str:
+    """A picture of at most 320 px for a page that needs no other file."""
     small = image.copy()
     small.thumbnail((320, 320))
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What caption_vlm.py does: ``task=train``, ``task=evaluate``, ``task=caption``."""
+"""What caption_vlm.py does: ``task=train``, ``evaluate``, ``caption``, ``review``, ``correct``."""
 
 from __future__ import annotations
 
@@ -7,19 +7,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from accelerate.utils import gather_object
 
 from packshot.caption import bulk
-from packshot.caption.captioner import Captioner, caption_rows, load_adapter, load_captioner
+from packshot.caption.captioner import (
+    base_of,
+    caption_rows,
+    identity,
+    load_adapter,
+    load_captioner,
+    unconstrained,
+    writing,
+)
+from packshot.caption.cider import cider
 from packshot.caption.data import shard_files
-from packshot.caption.evaluate import constant_caption, soft_f1, with_baselines, worst_page
+from packshot.caption.evaluate import (
+    confusion,
+    confusion_page,
+    constant_caption,
+    leakage,
+    measure,
+    soft_f1,
+    with_baselines,
+    worst_page,
+)
+from packshot.caption.review import doubtful, read_corrections, write_review
 from packshot.caption.task import CaptioningTask
 from packshot.config.schema import CaptionTask, CaptionVLM
 from packshot.core.errors import ConfigError
 from packshot.core.progress import progress
 from packshot.core.run import log
-from packshot.core.storage import folder_hash, replacing_file, resolve
+from packshot.core.storage import readable, replacing_file
+from packshot.data import corrections
 from packshot.data.dataset import Rows, load_rows
 from packshot.train.card import exported, weights_line, write_provenance
 from packshot.train.loop import fit
@@ -54,9 +75,8 @@ def train(config: CaptionVLM) -> None:
     if config.train.gradient_checkpointing:
         adapter.model.gradient_checkpointing_enable({"use_reentrant": False})
     adapter.model.to(session.accelerator.device)
-    captioner = Captioner(adapter, config.captioner.batch_size)
-    pictures, seed = config.train.validation_samples, config.run.seed
-    task = CaptioningTask(captioner, validation, constant_caption(rows.texts), pictures, seed)
+    pictures, seed, captioner = config.train.validation_samples, config.run.seed, writing(adapter, config.captioner)
+    task = CaptioningTask(adapter, captioner, validation, constant_caption(rows.texts), pictures, seed)
     try:
         ema = fit(task, rows, config, session)
         if session.run:
@@ -100,7 +120,7 @@ def _card(run: Path, config: CaptionVLM, data: dict[str, Any]) -> str:
         "",
         'It describes the scene around a product in the caption grammar and calls the product "an object".',
         "",
-        f"- base: `{config.model.florence2}`, tuning: {config.captioner.tuning}",
+        f"- base: `{base_of(config.model, config.captioner)}`, tuning: {config.captioner.tuning}",
         f"- prompt: `{config.captioner.prompt}`",
         f"- data: `{data['path']}`, {data['rows']} samples, manifest sha256 `{data['sha256']}`",
         f"- licences of the data: {', '.join(data['licenses']) or 'not recorded'}",
@@ -130,13 +150,20 @@ def evaluate(config: CaptionVLM) -> None:
     try:
         indices = list(range(len(rows)))
         captions = caption_rows(captioner, rows, indices, session.accelerator)
+        free = caption_rows(unconstrained(captioner), rows, indices, session.accelerator)
         if not session.run or not session.tracker:
             return
-        truths = [rows[index]["scene"] for index in indices]
+        samples = [rows.read(index, ()) for index in indices]
+        truths, products = [sample["scene"] for sample in samples], [_category(sample) for sample in samples]
         scores = with_baselines(captions, truths, constant_caption(known.texts), config.run.seed)
-        identity = {"samples": len(rows), "data": rows.path, "manifest_sha256": rows.fingerprint()}
+        scores["unconstrained"] = {**measure(free, truths), "leakage": leakage(free, products)}
+        scores["captioner"]["leakage"] = leakage(captions, products)
+        scores["captioner"]["cider"] = cider([c.text for c in captions], [t.render() for t in truths], known.texts)
+        scores["confusion"] = confusion(captions, truths)
+        named = {"samples": len(rows), "data": rows.path, "manifest_sha256": rows.fingerprint()}
         with replacing_file(session.path / "scores.json") as file:
-            file.write_text(json.dumps({**identity, **scores}, indent=2) + "\n")
+            file.write_text(json.dumps({**named, **scores}, indent=2) + "\n")
+        confusion_page(session.path / "confusion.html", scores["confusion"], len(rows))
         worst = sorted(indices, key=lambda i: soft_f1(captions[i].text, truths[i]))[:WORST]
         samples = [rows[index] for index in worst]
         worst_page(
@@ -151,22 +178,32 @@ def evaluate(config: CaptionVLM) -> None:
         _finish(session)
 
 
+def _category(sample: dict[str, Any]) -> str:
+    """What kind of product a sample shows: its column ``category``, or the name that its product's id begins with."""
+    named = sample.get("category") or str(sample.get("product_id") or "").split(".")[0]
+    return named if named and not any(char.isdigit() for char in named) else "other"
+
+
 def _report(session: Session, scores: dict[str, Any]) -> None:
     assert session.run is not None  # evaluate() calls this on the main process
     assert session.tracker is not None
     figures = {
         f"{name}/{figure}": value
-        for name, table in {"captioner": scores["captioner"], **scores["baselines"]}.items()
+        for name, table in _tables(scores).items()
         for figure, value in {**table, "soft_f1": table["mean"]["soft"], "exact": table["mean"]["exact"]}.items()
         if isinstance(value, float)
     }
     session.run.metrics({"step": 0, **figures})
     session.tracker.log(figures, 0)
-    for name, table in {"captioner": scores["captioner"], **scores["baselines"]}.items():
+    for name, table in _tables(scores).items():
         log.info(
             "%-17s soft F1 %.3f  exact %.3f  in the grammar %.3f  naming the product %.3f",
             name, table["mean"]["soft"], table["mean"]["exact"], table["parse_rate"], table["leakage_rate"],
         )  # fmt: skip
+
+
+def _tables(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: scores[name] for name in ("captioner", "unconstrained")} | scores["baselines"]
 
 
 # ---- caption ----
@@ -180,13 +217,14 @@ def caption(config: CaptionVLM) -> None:
     captioner = load_captioner(config.model, config.captioner)
     session = start("caption_vlm", config, config.train)
     rank, world = session.accelerator.process_index, session.accelerator.num_processes
-    identity = _identity(config)
+    named = _identity(config)
     try:
         mine, figures = files[rank::world], []
-        with progress("captioning", len(mine), show=session.run is not None) as advance:
+        total = sum(pq.read_metadata(file).num_rows for file in mine)
+        with progress("captioning", total, show=session.run is not None) as advance:
             for file in mine:
-                figures.append((file.name, bulk.caption_shard(file, session.path / file.name, captioner, identity)))
-                advance(errors=sum(counts["errors"] for _, counts in figures))
+                counts = bulk.caption_shard(file, session.path / file.name, captioner, named, advance)
+                figures.append((file.name, counts))
         figures = gather_object(figures)
         if session.run and session.tracker:
             for step, (name, counts) in enumerate(sorted(figures)):
@@ -199,11 +237,7 @@ def caption(config: CaptionVLM) -> None:
 
 def _identity(config: CaptionVLM) -> str:
     """Everything that a caption depends on besides its image, as text."""
-    source = config.captioner.adapter or config.model.florence2
-    weights = folder_hash(resolve(source)) if resolve(source).is_dir() else source
-    chosen = config.captioner
-    settings = {"prompt": chosen.prompt, "product_box": chosen.product_box, "max_new_tokens": chosen.max_new_tokens}
-    return json.dumps({"weights": weights, "base": config.model.florence2, **settings}, sort_keys=True)
+    return json.dumps(identity(config.model, config.captioner), sort_keys=True)
 
 
 def _summarise(session: Session, files: list[Path]) -> None:
@@ -217,6 +251,34 @@ def _summarise(session: Session, files: list[Path]) -> None:
         log.info("run.resume=true tries these rows again; their column caption_error says why")
 
 
+# ---- review and correct ----
+
+
+def review(config: CaptionVLM) -> None:
+    """Write the doubtful captions of ``data.input`` to ``review.csv`` and ``review.html``."""
+    shard_files("data.input", config.data.input)
+    rows = load_rows("data.input", str(config.data.input), captions=False, pictures=PICTURES)
+    session = start("caption_vlm", config, config.train)
+    try:
+        if session.run:
+            samples = doubtful(rows, config.data.review)
+            write_review(session.path, samples, rows.path)
+            log.info("%d captions to review in %s", len(samples), session.path / "review.html")
+    finally:
+        _finish(session)
+
+
+def correct(config: CaptionVLM) -> None:
+    """Take the corrections of ``data.corrections`` over into the dataset ``data.input``."""
+    folder = shard_files("data.input", config.data.input)[0].parent
+    if config.data.corrections is None:
+        raise ConfigError("task=correct needs data.corrections.", "Name the review.csv that you have edited.")
+    table = readable("data.corrections", config.data.corrections)
+    rows = load_rows("data.input", str(config.data.input), captions=False, pictures=())
+    found = read_corrections(table, set(rows.ids))
+    log.info("%d corrections taken over, %d in %s", len(found), corrections.add(folder, found), folder)
+
+
 def _finish(session: Session) -> None:
     if session.tracker:
         session.tracker.finish()
@@ -226,4 +288,6 @@ TASKS: dict[CaptionTask, Callable[[CaptionVLM], None]] = {
     CaptionTask.train: train,
     CaptionTask.evaluate: evaluate,
     CaptionTask.caption: caption,
+    CaptionTask.review: review,
+    CaptionTask.correct: correct,
 }

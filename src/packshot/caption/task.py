@@ -22,16 +22,18 @@ VALIDATION_SCORE_SAMPLES = 32
 class CaptioningTask(nn.Module):
     """Token cross-entropy of an adapter on a dataset. Nothing is drawn at random: dropout is off, nothing is augmented.
 
-    constant: the caption that the validation's first baseline gives to every image.
+    captioner: writes with ``adapter``. constant: the caption that the validation's first baseline gives to every image.
     pictures: how many validation pictures are written.
     """
 
-    def __init__(self, captioner: Captioner, validation: Rows, constant: str, pictures: int, seed: int) -> None:
+    def __init__(
+        self, adapter: Adapter, captioner: Captioner, validation: Rows, constant: str, pictures: int, seed: int
+    ) -> None:
         super().__init__()
         self._captioner, self._validation = captioner, validation
         self._constant, self._pictures, self._seed = constant, pictures, seed
-        self.adapter: Adapter = captioner.adapter
-        self.model: nn.Module = captioner.adapter.model
+        self.adapter = adapter
+        self.model: nn.Module = adapter.model
 
     def collate(self, samples: list[dict[str, Any]], keys: Sequence[object]) -> dict[str, Any]:
         """The adapter's training batch; the keys go unused, nothing is drawn."""

@@ -47,9 +47,12 @@ Unconditional = Names("Unconditional", ["zeros", "empty"])
 ProductShown = Names("ProductShown", ["noised", "clean"])
 DatasetKind = Names("DatasetKind", ["background", "product", "rendered"])
 RenderSplit = Names("RenderSplit", ["all", "train", "heldout"])
-CaptionerKind = Names("CaptionerKind", ["none", "florence2"])
-CaptionTask = Names("CaptionTask", ["train", "evaluate", "caption"])
-Tuning = Names("Tuning", ["full", "language_lora"])
+CaptionerKind = Names("CaptionerKind", ["none", "florence2", "llama32_vision", "endpoint"])
+CaptionTask = Names("CaptionTask", ["train", "evaluate", "caption", "review", "correct"])
+Tuning = Names("Tuning", ["full", "frozen_vision", "language_lora", "cross_attention_lora", "vision_adapter"])
+ProductTarget = Names("ProductTarget", ["none", "box", "outline", "mask"])
+Constraint = Names("Constraint", ["none", "scene"])
+WeightDtype = Names("WeightDtype", ["float32", "bfloat16", "float16"])
 ExecutorKind = Names("ExecutorKind", ["local"])
 Placement = Names("Placement", ["original", "center"])
 KeepBest = Names("KeepBest", ["none", "validation_loss", "extension"])
@@ -77,6 +80,7 @@ class ModelConfig:
     vae: str | None = opt(None, "VAE folder or hub id that replaces the base's (sdxl-vae-fp16-fix)")
     image_encoder: str | None = opt(None, "CLIP vision encoder; default: <base>/image_encoder")
     florence2: str = opt("data/models/florence2", "Florence-2 folder or hub id")
+    llama32_vision: str = opt("data/models/mllama", "Llama 3.2 Vision folder or hub id")
     resolution: int = opt(128, "side of the square the base was trained on, px", min=32, max=2048)
     quantization: Quantization = opt(
         Quantization.none, "weights of the frozen UNet's transformer layers while a LoRA is trained"
@@ -259,16 +263,34 @@ class CaptionerConfig:
     prompt: str = opt(
         "Describe the scene around the object.", "the instruction the captioner is trained and asked with"
     )
-    product_box: bool = opt(False, "tell the captioner where the product is (box of its mask as <loc_…> tokens)")
-    tuning: Tuning = opt(Tuning.full, "what task=train trains: all weights, or a LoRA on the language model")
-    lora_rank: int = opt(16, "rank of tuning=language_lora", min=1, max=1024)
+    product: ProductTarget = opt(
+        ProductTarget.none,
+        "how the captioner is told what the product is, where a mask is known: box (of <loc_…> tokens, Florence-2), "
+        "outline (red line), mask (painted grey), none",
+    )
+    tuning: Tuning = opt(
+        Tuning.full,
+        "what task=train trains: full; frozen_vision (Florence-2: all but the vision tower); language_lora; "
+        "cross_attention_lora or vision_adapter (Llama 3.2 Vision)",
+    )
+    lora_rank: int = opt(16, "rank of the LoRA presets", min=1, max=1024)
+    quantization: Quantization = opt(Quantization.none, "frozen weights of the language model: none or nf4 (QLoRA)")
+    dtype: WeightDtype = opt(WeightDtype.float32, "dtype of frozen weights; trained ones are float32")
+    constraint: Constraint = opt(
+        Constraint.scene, "scene: captions are held to the caption grammar and to words that name no product; none"
+    )
     max_new_tokens: int = opt(96, "longest caption, tokens", min=8, max=512)
     batch_size: int = opt(8, "images per generation batch", min=1)
+    endpoint: str | None = opt(None, "captioner=endpoint: address of an OpenAI-compatible server, up to and with /v1")
+    endpoint_model: str | None = opt(None, "captioner=endpoint: the model's name there")
+    endpoint_requests: int = opt(8, "captioner=endpoint: requests under way at once", min=1, max=256)
 
 
 @dataclass
 class CaptionDataConfig(DataConfig):
-    input: str | None = opt(None, "dataset folder (Parquet) to caption")
+    input: str | None = opt(None, "dataset folder (Parquet) to caption, to review or to correct")
+    review: int = opt(64, "task=review: how many captions are shown, failures and the least certain first", min=1)
+    corrections: str | None = opt(None, "task=correct: review.csv with a column `corrected` filled in")
 
 
 @dataclass
@@ -276,7 +298,11 @@ class CaptionVLM:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    task: CaptionTask = opt(CaptionTask.train, "train, evaluate (scores.json) or caption (a dataset)")
+    task: CaptionTask = opt(
+        CaptionTask.train,
+        "train, evaluate (scores.json), caption (a dataset), review (its doubtful captions, as a page and a table to "
+        "edit) or correct (take the edited table)",
+    )
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     data: CaptionDataConfig = field(default_factory=CaptionDataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

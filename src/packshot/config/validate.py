@@ -141,6 +141,43 @@ def _captioner_validation(config: schema.CaptionVLM) -> None:
         )
 
 
+_FLORENCE = (schema.CaptionerKind.florence2, schema.CaptionerKind.none)
+
+
+def _captioner(config: Any) -> None:
+    captioner = config.captioner
+    if captioner.quantization is schema.Quantization.int8:
+        raise ConfigError(
+            "captioner.quantization=int8: the captioners' layers do not train over eight bits.",
+            "Use captioner.quantization=nf4 or none.",
+        )
+    if captioner.product is schema.ProductTarget.box and captioner.kind not in _FLORENCE:
+        raise ConfigError(
+            f"captioner.product=box with captioner={captioner.kind}: only Florence-2 has words for places.",
+            "Use captioner.product=outline or mask.",
+        )
+
+
+def _captioner_training(config: schema.CaptionVLM) -> None:
+    captioner = config.captioner
+    if config.task is not schema.CaptionTask.train:
+        return
+    if captioner.kind in (schema.CaptionerKind.endpoint, schema.CaptionerKind.none):
+        raise ConfigError(
+            f"task=train with captioner={captioner.kind}: there are no weights to train.", "Name a model."
+        )
+    whole = captioner.tuning in (schema.Tuning.full, schema.Tuning.frozen_vision)
+    for key, value, plain in (
+        ("quantization", captioner.quantization, schema.Quantization.none),
+        ("dtype", captioner.dtype, schema.WeightDtype.float32),
+    ):
+        if whole and value is not plain:
+            raise ConfigError(
+                f"captioner.{key}={value} with captioner.tuning={captioner.tuning}: it is for frozen weights.",
+                f"Use a LoRA preset (captioner.tuning=language_lora), or captioner.{key}={plain}.",
+            )
+
+
 def check_objective(objective: schema.ObjectiveConfig, prediction_type: str, num_timesteps: int | None = None) -> None:
     """Refuses combinations that have no meaning, or NaN for a weight.
 
@@ -321,6 +358,8 @@ _CHECKS: list[tuple[type | tuple[type, ...], Callable[[Any], None]]] = [
     ((schema.TrainScript, schema.CaptionVLM), _memory),
     ((schema.TrainScript, schema.CaptionVLM), _best),
     (schema.CaptionVLM, _captioner_validation),
+    ((schema.CaptionVLM, schema.BuildData, schema.Evaluate), _captioner),
+    (schema.CaptionVLM, _captioner_training),
     (schema.TrainScript, _objective),
     (schema.TrainLora, _lora),
     (tuple(schema.SCRIPTS.values()), _quantization),

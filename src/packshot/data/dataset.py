@@ -15,6 +15,7 @@ from PIL import Image
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.run import log
 from packshot.core.storage import readable
+from packshot.data import corrections
 from packshot.data.decode import flatten
 from packshot.data.spool import read_tables
 from packshot.scene import Scene
@@ -127,6 +128,7 @@ def load_rows(
     missing = {"id", "image", "text"} - {*table.column_names, *shown.column_names}
     if missing:
         raise ConfigError(f"{key}={path} lacks the column {', '.join(sorted(missing))}.", "build_data.py writes them.")
+    table = corrections.apply(table, corrections.read(folder))
     places = list(range(table.num_rows))
     if captions and "caption_error" in table.column_names:
         errors = table.column("caption_error")

@@ -231,8 +231,8 @@ QUANTIZERS: dict[Quantization, Callable[[torch.nn.Linear], torch.nn.Module]] = {
 }
 
 
-def quantize(unet: torch.nn.Module, quantization: Quantization) -> None:
-    """Replace the linear layers of a frozen UNet's transformers, where they stand; convolutions stay as they are.
+def quantize(network: torch.nn.Module, quantization: Quantization, key: str, chosen: Callable[[str], bool]) -> None:
+    """Replace those linear layers of a frozen network whose names are ``chosen``, where they stand.
 
     diffusers' ``BitsAndBytesConfig`` would do it while loading, but refuses machines without a GPU.
 
@@ -241,17 +241,17 @@ def quantize(unet: torch.nn.Module, quantization: Quantization) -> None:
     """
     # it says at every layer and step that inputs are cast
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    linears = {name: m for name, m in unet.named_modules() if isinstance(m, torch.nn.Linear) and "attentions." in name}
+    linears = {name: m for name, m in network.named_modules() if isinstance(m, torch.nn.Linear) and chosen(name)}
     try:
         for name, linear in linears.items():
             layer: Any = QUANTIZERS[quantization](linear)
             layer.bias = linear.bias
-            unet.set_submodule(name, layer)
+            network.set_submodule(name, layer)
     except (ImportError, RuntimeError, NotImplementedError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"model.quantization={quantization} does not work on this machine ({reason}).",
-            "Set model.quantization=none.",
+            f"{key}={quantization} does not work on this machine ({reason}).",
+            f"Set {key}=none.",
         ) from error
 
 
@@ -327,7 +327,8 @@ def load_parts(model: ModelConfig) -> Parts:
     parts = Parts.lazily(sources)
     parts.load(*AT_ONCE)
     if model.quantization is not Quantization.none:
-        quantize(parts.unet, model.quantization)
+        # the transformers' linear layers; convolutions stay as they are
+        quantize(parts.unet, model.quantization, "model.quantization", lambda name: "attentions." in name)
         parts.unet.eval()
     return parts
 

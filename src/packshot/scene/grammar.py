@@ -23,16 +23,17 @@ HEAD = "Professional photo of an object"
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
 _TAGGED = re.compile(rf"(surface|surroundings|background|lighting|mood|style)((?: {_QUOTED})+)", re.DOTALL)
 _CLAUSE = re.compile(rf"(?:{_QUOTED}|[^,])+", re.DOTALL)
-_LIGHT = re.compile(
-    r"\b(light\w*|\w*light|lit|\w*lit|shadows?|sun|sunny|sunshine|sunset|sunrise|golden hour|blue hour|glow\w*|neon|"
-    r"illuminat\w*|bright|dim|rays?)\b",
-    re.IGNORECASE,
+# Words by which a clause is known for light or style; scene/lark.py writes the same lists into the decoding grammar.
+LIGHT_WORDS = (
+    r"light\w*|\w*light|lit|\w*lit|shadows?|sun|sunny|sunshine|sunset|sunrise|golden hour|blue hour|glow\w*|neon|"
+    r"illuminat\w*|bright|dim|rays?"
 )
-_STYLE = re.compile(
-    r"\b(photography|depth of field|close-?up|macro|top view|overhead|eye[- ]level|low angle|high angle|lens|"
-    r"focus|resolution|\d+k|\d+ ?mm|hdr|sharp|detailed|photorealistic|realistic|film grain|cinematic)\b",
-    re.IGNORECASE,
+STYLE_WORDS = (
+    r"photography|depth of field|close-?up|macro|top view|overhead|eye[- ]level|low angle|high angle|lens|"
+    r"focus|resolution|\d+k|\d+ ?mm|hdr|sharp|detailed|photorealistic|realistic|film grain|cinematic"
 )
+_LIGHT = re.compile(rf"\b({LIGHT_WORDS})\b", re.IGNORECASE)
+_STYLE = re.compile(rf"\b({STYLE_WORDS})\b", re.IGNORECASE)
 _AROUND = re.compile(r"^(?:and )?(surrounded by|with|next to|beside|among|amid)\s+", re.IGNORECASE)
 _FREE_HEAD = re.compile(
     r"^(?:an? |the )?(?:\w+ ){0,3}?(?:photo(?:graph)?|image|picture|shot)?(?: of)? ?"
@@ -141,6 +142,19 @@ def _classify(clause: str) -> tuple[str, tuple[str, ...]] | None:
     if _LIGHT.search(clause):
         return "lighting", (clause,)
     return None
+
+
+def slot_spans(text: str) -> list[tuple[str, int, int]]:
+    """Slot, first character and end of every clause of a caption in the grammar; [] for any other text."""
+    with suppress(SceneSyntaxError):
+        parse_strict(text)
+        spans = []
+        for number, (begin, clause) in enumerate(_clauses(text)):
+            placed = _classify(clause) if number else ("surface", ())
+            if placed and clause != HEAD:
+                spans.append((placed[0], begin + (len(HEAD) if number == 0 else 0), begin + len(clause)))
+        return spans
+    return []
 
 
 _ORDER = ("surface", *_PLAIN)

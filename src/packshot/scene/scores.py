@@ -47,9 +47,17 @@ def set_f1(guess: Sequence[str], truth: Sequence[str]) -> float:
     """Soft F1 between two sets of texts under the best one-to-one matching (Hungarian), in [0, 1]."""
     if not guess or not truth:
         return float(len(guess) == len(truth))
-    similarity = np.array([[token_f1(g, t) for t in truth] for g in guess])
-    rows, columns = linear_sum_assignment(-similarity)
-    return float(2 * similarity[rows, columns].sum() / (len(guess) + len(truth)))
+    agreeing = sum(token_f1(said, real) for said, real in paired(guess, truth) if said and real)
+    return 2 * agreeing / (len(guess) + len(truth))
+
+
+def paired(guess: Sequence[str], truth: Sequence[str]) -> list[tuple[str, str]]:
+    """(guess, truth) pairs of two sets of texts that agree best together (Hungarian); "" where one has no partner."""
+    similarity = np.array([[token_f1(g, t) for t in truth] for g in guess]).reshape(len(guess), len(truth))
+    rows, columns = (indices.tolist() for indices in linear_sum_assignment(-similarity))
+    pairs = [(guess[i], truth[j]) for i, j in zip(rows, columns, strict=True)]
+    alone = [(text, "") for i, text in enumerate(guess) if i not in rows]
+    return pairs + alone + [("", text) for j, text in enumerate(truth) if j not in columns]
 
 
 @dataclass(frozen=True)
