@@ -1,4 +1,4 @@
-"""A Florence-2 of 70k parameters and a two-caption world, built in the process."""
+"""A Florence-2 and a Llama 3.2 Vision of 70k parameters and a two-caption world, built in the process."""
 
 import functools
 import io
@@ -15,11 +15,15 @@ from transformers import (
     Florence2Config,
     Florence2ForConditionalGeneration,
     Florence2Processor,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    MllamaProcessor,
 )
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from packshot.caption.run import run
 from packshot.config.compose import compose
-from packshot.models.mini.vocabulary import train_florence_tokenizer
+from packshot.models.mini.vocabulary import LLAMA_TEMPLATE, train_florence_tokenizer, train_llama_tokenizer
 from packshot.scene import Scene
 
 torch.set_num_threads(1)  # models this small lose more by sharing their work than they gain
@@ -61,6 +65,40 @@ def save_tiny_florence(folder, vocabulary=420):
         images.image_seq_length = model.get_image_features(torch.zeros(1, 3, 32, 32)).pooler_output.shape[1]
     model.save_pretrained(folder)
     Florence2Processor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+TILES = 4
+
+
+def save_tiny_mllama(folder, vocabulary=420, template=LLAMA_TEMPLATE, gate=0.5):
+    """Write model, processor and tokenizer as a checkpoint folder: four tiles of 28 px, two cross-attention layers.
+
+    gate: where the cross-attention's gates stand; new models have 0 and ignore the picture.
+    """
+    torch.manual_seed(0)
+    tokenizer = train_llama_tokenizer([*CAPTIONS, PROMPT, "user", "assistant"] * 4, vocabulary)
+    rows = len(tokenizer) - 1  # the image token has none
+    text = {
+        "vocab_size": rows, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 64, "cross_attention_layers": [1, 3],
+        "max_position_embeddings": 512, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2,
+        "intermediate_size": 32, "image_size": 28, "patch_size": 14, "max_num_tiles": TILES,
+        "intermediate_layers_indices": [0], "vision_output_dim": 32,
+    }  # fmt: skip
+    config = MllamaConfig(vision_config=vision, text_config=text, image_token_index=rows)
+    model = MllamaForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate")):
+                parameter.fill_(gate)
+    images = MllamaImageProcessorPil(size={"height": 28, "width": 28}, max_image_tiles=TILES)
+    model.save_pretrained(folder)
+    MllamaProcessor(images, tokenizer, chat_template=template).save_pretrained(folder)
     return folder
 
 
@@ -108,16 +146,21 @@ def write_dataset(folder, shards=(2, 2), captions=True):
 _TEMPORARY = []
 
 
+SAVES = {"florence2": save_tiny_florence, "llama32_vision": save_tiny_mllama}
+
+
 @functools.cache
-def trained_run():
+def trained_run(kind="florence2"):
     """A finished run of task=train whose ``export/`` knows both captions; ``base`` and ``data`` lie beside it."""
     _TEMPORARY.append(tempfile.TemporaryDirectory())
     folder = Path(_TEMPORARY[-1].name)
-    save_tiny_florence(folder / "base")
+    SAVES[kind](folder / "base")
     write_dataset(folder / "data")
     caption_vlm(
         folder,
         "run",
+        f"captioner={kind}",
+        "captioner.tuning=full",
         "train.max_steps=120",
         "train.batch_size=4",
         "train.learning_rate=4e-3",
@@ -129,7 +172,7 @@ def trained_run():
 def caption_vlm(folder, name, *overrides, task="train"):
     """Run caption_vlm.py's target in this process, on the tiny model and dataset under ``folder``."""
     common = [
-        f"run.dir={folder / name}", f"task={task}", "tracking=none", f"model.florence2={folder / 'base'}",
+        f"run.dir={folder / name}", f"task={task}", "tracking=none", f"model.florence2={folder / 'base'}", f"model.llama32_vision={folder / 'base'}",
         f"data.train={folder / 'data'}", f"data.validation={folder / 'data'}", "train.lr_schedule=constant",
         "train.checkpointing_steps=1000", "train.validation_steps=1000",
     ]  # fmt: skip

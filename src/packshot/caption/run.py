@@ -73,7 +73,7 @@ def train(config: CaptionVLM) -> None:
     _refuse_long_captions(adapter, rows, config.captioner.max_new_tokens)
     session = start("caption_vlm", config, config.train)
     if config.train.gradient_checkpointing:
-        adapter.model.gradient_checkpointing_enable({"use_reentrant": False})
+        adapter.model.activation_checkpointing_enable({"use_reentrant": False})
     adapter.model.to(session.accelerator.device)
     pictures, seed, captioner = config.train.validation_samples, config.run.seed, writing(adapter, config.captioner)
     task = CaptioningTask(adapter, captioner, validation, constant_caption(rows.texts), pictures, seed)
@@ -274,7 +274,7 @@ def correct(config: CaptionVLM) -> None:
     if config.data.corrections is None:
         raise ConfigError("task=correct needs data.corrections.", "Name the review.csv that you have edited.")
     table = readable("data.corrections", config.data.corrections)
-    rows = load_rows("data.input", str(config.data.input), captions=False, pictures=())
+    rows = load_rows("data.input", str(config.data.input), captions=False, pictures=PICTURES)
     found = read_corrections(table, set(rows.ids))
     log.info("%d corrections taken over, %d in %s", len(found), corrections.add(folder, found), folder)
 

@@ -57,7 +57,7 @@ class Rows(Sequence[dict[str, Any]]):
             if row.get(name) is not None:
                 row[name] = self._decode(row, name)
         row.setdefault("mask", None)
-        row["scene"] = Scene.from_dict(row["scene"]) if row.get("scene") else Scene.parse(row["text"]).scene
+        row["scene"] = Scene.from_dict(row["scene"]) if row.get("scene") else Scene.parse(row["text"] or "").scene
         return row
 
     def _picture(self, name: str, index: int) -> dict[str, Any] | None:

@@ -35,13 +35,14 @@ def _but(words: Iterable[str]) -> str:
 def scene_grammar() -> str:
     """The grammar's text. It is one terminal, hence a regular expression: nothing depends on how a lexer cuts it."""
     products = _forms(PRODUCT_NOUNS) | _MARKERS
+    props = _forms(PROP_NOUNS) - (PRODUCT_NOUNS - PROP_NOUNS)  # "glasses" are no plural of the prop
     optional = "".join(f'(", " {clause})?' for clause in ("AROUND", "BACKGROUND", "LIGHTING", "STYLES", "MOOD"))
     return rf"""
 start: CAPTION
 CAPTION: "{HEAD} on " PHRASE {optional}
 
 WORD: {_but(products)}
-THING: {_but(products - PROP_NOUNS - _forms(PROP_NOUNS))}
+THING: {_but(products - props)}
 OF_LIGHT: {_but(products | _STYLE)}
 BREAK: /[ '-]/
 PHRASE: WORD (BREAK WORD)*

@@ -1,0 +1,149 @@
+"""Captions from an OpenAI-compatible server: a small one, in a thread, that answers like the real ones."""
+
+import base64
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow.parquet as pq
+import pytest
+from caption_fixtures import CAPTIONS, SCENES, caption_vlm, picture, write_dataset
+from PIL import Image
+
+from packshot.caption.captioner import load_captioner
+from packshot.config.schema import CaptionerConfig, CaptionerKind, Constraint, ModelConfig, ProductTarget
+from packshot.core.errors import ConfigError
+
+
+class Server(ThreadingHTTPServer):
+    """Describes red and blue pictures; ``script`` decides what else happens, by the number of the request."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script = lambda number, red: (200, CAPTIONS[0 if red else 1])
+        self.requests, self.waiting, self.lock = [], threading.Barrier(1), threading.Lock()
+
+    @property
+    def address(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        parts = body["messages"][0]["content"]
+        url = next(part["image_url"]["url"] for part in parts if part["type"] == "image_url")
+        image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+        with self.server.lock:
+            self.server.requests.append((body, image, self.headers))
+            number = len(self.server.requests)
+        red, _, blue = image.convert("RGB").getpixel((0, 0))
+        if self.server.waiting.parties > 1:
+            self.server.waiting.wait(timeout=20)
+        status, text = self.server.script(number, red > blue)
+        answer = {
+            "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+        } if status == 200 else {"error": {"message": text}}  # fmt: skip
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    running = Server()
+    thread = threading.Thread(target=running.serve_forever, daemon=True)
+    thread.start()
+    yield running
+    running.shutdown()
+    running.server_close()
+    thread.join()
+
+
+def connect(server, **settings):
+    config = CaptionerConfig(
+        kind=CaptionerKind.endpoint, endpoint=server.address, endpoint_model="small-vl", **settings
+    )
+    return load_captioner(ModelConfig(), config)
+
+
+IMAGES = [picture(i) for i in range(4)]
+NO_MASKS = [None] * 4
+
+
+def test_captions_come_back_in_the_order_of_the_pictures(server):
+    assert connect(server).caption(IMAGES, NO_MASKS) == CAPTIONS * 2
+    body, image, _ = server.requests[0]
+    assert body["model"] == "small-vl"
+    assert body["max_tokens"] == 96
+    assert body["temperature"] == 0
+    assert "Describe the scene around the object." in body["messages"][0]["content"][0]["text"]
+    assert image.size == (32, 32)
+
+
+def test_requests_are_under_way_together(server):
+    server.waiting = threading.Barrier(4)  # no answer before four have come
+    assert connect(server, endpoint_requests=4).caption(IMAGES, NO_MASKS) == CAPTIONS * 2
+
+
+def test_what_the_server_says_is_written_in_the_grammar(server):
+    server.script = lambda number, red: (200, "The object is on a red table. In the background is a wall, warm light.")
+    (text,) = connect(server).caption(IMAGES[:1], [None])
+    assert text.startswith("Professional photo of an object")
+    (text,) = connect(server, constraint=Constraint.none).caption(IMAGES[:1], [None])
+    assert text.startswith("The object is on")
+
+
+def test_a_busy_server_is_asked_again_and_a_broken_answer_costs_its_row(server):
+    server.script = lambda number, red: (429, "slow down") if number == 1 else (200, CAPTIONS[0 if red else 1])
+    assert connect(server).caption(IMAGES[:2], NO_MASKS[:2]) == CAPTIONS
+    server.script = lambda number, red: (400, "this picture is odd") if red else (200, CAPTIONS[1])
+    first, second = connect(server).write(IMAGES[:2], NO_MASKS[:2])
+    assert "this picture is odd" in first.error
+    assert (second.text, second.error) == (CAPTIONS[1], None)
+
+
+def test_a_refused_key_and_an_unknown_model_end_the_run_with_a_sentence(server):
+    for status in (401, 404):
+        server.script = lambda number, red, status=status: (status, "no such thing")
+        with pytest.raises(ConfigError, match=r"captioner.endpoint=http.* refuses: .*no such thing"):
+            connect(server).caption(IMAGES[:1], [None])
+
+
+def test_the_key_comes_from_the_environment(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-123")
+    connect(server).caption(IMAGES[:1], [None])
+    assert server.requests[0][2]["Authorization"] == "Bearer secret-123"
+
+
+def test_the_product_is_covered_before_the_picture_leaves(server):
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (8, 8, 24, 24))
+    connect(server, product=ProductTarget.mask).caption(IMAGES[:1], [mask])
+    centre = server.requests[0][1].convert("RGB").getpixel((16, 16))
+    assert all(abs(value - 127) < 8 for value in centre)
+
+
+def test_a_dataset_is_captioned_by_a_server_like_by_any_model(server, tmp_path):
+    write_dataset(tmp_path / "data", captions=False)
+    run = caption_vlm(
+        tmp_path, "run", "captioner=endpoint", f"captioner.endpoint={server.address}",
+        "captioner.endpoint_model=small-vl", f"data.input={tmp_path / 'data'}", task="caption",
+    )  # fmt: skip
+    table = pq.read_table(run / "part-00000.parquet")
+    assert table.column("text").to_pylist() == CAPTIONS
+    assert table.column("scene")[1].as_py()["background"] == SCENES[1].background
+    assert table.column("caption_confidence")[0].as_py()["surface"] is None
+
+
+def test_half_a_config_is_refused():
+    with pytest.raises(ConfigError, match=r"needs captioner.endpoint and captioner.endpoint_model"):
+        load_captioner(ModelConfig(), CaptionerConfig(kind=CaptionerKind.endpoint))
