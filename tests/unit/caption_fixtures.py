@@ -172,7 +172,8 @@ def trained_run(kind="florence2"):
 def caption_vlm(folder, name, *overrides, task="train"):
     """Run caption_vlm.py's target in this process, on the tiny model and dataset under ``folder``."""
     common = [
-        f"run.dir={folder / name}", f"task={task}", "tracking=none", f"model.florence2={folder / 'base'}", f"model.llama32_vision={folder / 'base'}",
+        f"run.dir={folder / name}", f"task={task}", "tracking=none",
+        f"model.florence2={folder / 'base'}", f"model.llama32_vision={folder / 'base'}",
         f"data.train={folder / 'data'}", f"data.validation={folder / 'data'}", "train.lr_schedule=constant",
         "train.checkpointing_steps=1000", "train.validation_steps=1000",
     ]  # fmt: skip

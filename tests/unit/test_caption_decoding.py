@@ -162,7 +162,9 @@ def test_confidence_is_the_probability_of_the_words_of_a_slot(kind):
     with torch.no_grad():
         logs_TV = torch.log_softmax(adapter.logits(batch)[0].float(), dim=-1)
     labels = batch["labels"][0]
-    kept = [(t, label) for t, label in enumerate(labels.tolist()) if label not in (-100, adapter.tokenizer.bos_token_id)]
+    kept = [
+        (t, label) for t, label in enumerate(labels.tolist()) if label not in (-100, adapter.tokenizer.bos_token_id)
+    ]
     text, by_hand = "", dict.fromkeys(caption.confidence, 0.0)
     for t, label in kept[:-1]:  # the last is the end token
         begin, text = len(text), adapter.tokenizer.decode([i for _, i in kept if _ <= t], skip_special_tokens=True)

@@ -147,13 +147,6 @@ def test_full_tuning_trains_every_weight_and_loading_for_use_trains_none(base):
     assert not any(p.requires_grad for p in load(base).model.parameters())
 
 
-def test_the_product_box_is_written_in_thousandths():
-    mask = Image.new("L", (200, 100))
-    mask.paste(255, (50, 25, 101, 76))
-    assert florence2.location_tokens(mask) == "<loc_250><loc_250><loc_500><loc_750>"
-    assert florence2.location_tokens(Image.new("L", (200, 100))) == ""
-
-
 def test_the_product_box_follows_the_prompt(base):
     adapter = load(base)
     mask = Image.new("L", (32, 32), 255)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from packshot.data.geometry import apply, plan, product_box
+from packshot.data.geometry import apply, location_tokens, plan, product_box
 
 SIDES = st.integers(16, 400)
 
@@ -75,3 +75,10 @@ def test_product_box():
     assert product_box(mask) is None
     mask.paste(255, (4, 2, 9, 7))
     assert product_box(mask) == (2, 4, 7, 9)
+
+
+def test_the_product_box_is_written_in_thousandths():
+    mask = Image.new("L", (200, 100))
+    mask.paste(255, (50, 25, 101, 76))
+    assert location_tokens(mask) == "<loc_250><loc_250><loc_500><loc_750>"
+    assert location_tokens(Image.new("L", (200, 100))) == ""

@@ -14,7 +14,15 @@ ALLOWED = {
     "pipeline": {"scene", "config", "core"},
     "render": {"scene", "config", "core", "pipeline"},
     "models": {"scene", "config", "core", "diffusion", "render"},
-    "models/mini": {"scene", "config", "core", "diffusion", "render", "data"},  # a program: nothing imports it
+    "models/mini": {
+        "scene",
+        "config",
+        "core",
+        "diffusion",
+        "render",
+        "data",
+        "caption",
+    },  # a program: nothing imports it
     "diffusion": set(),
     "data": {"scene", "config", "core", "pipeline", "models", "render"},
     "methods": {"scene", "config", "core", "models", "diffusion", "data"},

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -18,6 +17,7 @@ from packshot.caption.adapter import IGNORED
 from packshot.caption.target import mark
 from packshot.config.schema import CaptionerConfig, ModelConfig, ProductTarget, Tuning
 from packshot.core.errors import ConfigError
+from packshot.data.geometry import location_tokens
 
 KIND = "florence2"
 KEY = "model.florence2"
@@ -96,15 +96,6 @@ class Florence2:
         # The processor refuses words after a task token; the sentence that it stands for takes them.
         instruction = self.processor.task_prompts_without_inputs.get(self.asked.prompt, self.asked.prompt)
         return instruction + location_tokens(mask)
-
-
-def location_tokens(mask: Image) -> str:
-    """The bounding box of a mask's white as Florence-2 writes regions: x1, y1, x2, y2 in 1000 bins; "" if black."""
-    ys, xs = np.nonzero(np.asarray(mask.convert("L")) > 127)
-    if len(xs) == 0:
-        return ""
-    box = np.array([xs.min() / mask.width, ys.min() / mask.height, xs.max() / mask.width, ys.max() / mask.height])
-    return "".join(f"<loc_{bin}>" for bin in (box * 1000).astype(int))
 
 
 def load(model: ModelConfig, captioner: CaptionerConfig, trainable: bool = False) -> Florence2:

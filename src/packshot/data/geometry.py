@@ -37,6 +37,16 @@ def product_box(mask: Image.Image | None) -> tuple[int, int, int, int] | None:
     return int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1
 
 
+def location_tokens(mask: Image.Image) -> str:
+    """The product's box as Florence-2 writes regions: x1, y1, x2, y2 in 1000 bins; "" where the mask is black."""
+    box = product_box(mask)
+    if box is None:
+        return ""
+    top, left, bottom, right = box
+    places = ((left, mask.width), (top, mask.height), (right - 1, mask.width), (bottom - 1, mask.height))
+    return "".join(f"<loc_{int(at / side * 1000)}>" for at, side in places)
+
+
 def plan(size: tuple[int, int], target: tuple[int, int], box: tuple[int, int, int, int] | None = None) -> Geometry:
     """The geometry that brings a picture of ``size`` (h, w) into ``target`` without stretching.
 

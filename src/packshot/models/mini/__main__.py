@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from packshot.models.mini.folder import Family
 
-STAGES = ("tokenizer", "vae", "clip", "unet", "florence2", "matting")
-MINUTES = {"vae": 15.0, "clip": 5.0, "unet": 40.0, "florence2": 10.0, "matting": 20.0}
+STAGES = ("tokenizer", "vae", "clip", "unet", "florence2", "mllama", "matting")
+MINUTES = {"vae": 15.0, "clip": 5.0, "unet": 40.0, "florence2": 10.0, "mllama": 10.0, "matting": 20.0}
 
 
 def _refuse_unknown(stages: set[str]) -> None:
@@ -63,6 +63,14 @@ def _stage_tokenizers(clip_bpe: Path | None, sdxl: Family) -> None:
         raise PackshotError("the first run needs CLIP's merge table", hint="pass --clip-bpe, or --start a family")
 
 
+def _open_later(args: argparse.Namespace, name: str) -> Family:
+    """A family that came later: what training starts from need not have it."""
+    from packshot.models.mini.folder import RECORD, Family
+
+    start = args.start if args.start and (args.start / name / RECORD).exists() else None
+    return Family.open(args.work, args.out, name, start)
+
+
 def run(args: argparse.Namespace) -> None:
     """Train the chosen stages in order and publish each family that is complete and fits together."""
     import torch
@@ -71,8 +79,9 @@ def run(args: argparse.Namespace) -> None:
     from packshot.models.mini.clip import train_clip
     from packshot.models.mini.data import Renders
     from packshot.models.mini.florence2 import train_florence
-    from packshot.models.mini.folder import RECORD, Family
+    from packshot.models.mini.folder import Family
     from packshot.models.mini.matting import train_matting
+    from packshot.models.mini.mllama import train_mllama
     from packshot.models.mini.unet import fits, train_unet
     from packshot.models.mini.vae import train_vae
 
@@ -80,8 +89,7 @@ def run(args: argparse.Namespace) -> None:
     renders = Renders.open(args.train, args.heldout)
     print(f"{len(renders.train)} training and {len(renders.held_out)} held-out scenes", flush=True)
     sdxl, florence = (Family.open(args.work, args.out, name, args.start) for name in ("sdxl", "florence2"))
-    start = args.start if args.start and (args.start / "matting" / RECORD).exists() else None  # it came later
-    matting = Family.open(args.work, args.out, "matting", start)
+    mllama, matting = (_open_later(args, name) for name in ("mllama", "matting"))
     if "tokenizer" in args.stage and not (sdxl.staging / "tokenizer_2" / "merges.txt").exists():
         _stage_tokenizers(args.clip_bpe, sdxl)
     train = {
@@ -89,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
         "clip": lambda *rest: train_clip(renders, sdxl, *rest),
         "unet": lambda *rest: train_unet(renders, sdxl, *rest),
         "florence2": lambda *rest: train_florence(renders, florence, *rest),
+        "mllama": lambda *rest: train_mllama(renders, mllama, *rest),
         "matting": lambda *rest: train_matting(renders, matting, *rest),
     }
     for stage in args.stage:
@@ -96,10 +105,9 @@ def run(args: argparse.Namespace) -> None:
             train[stage](args.work / stage, args.minutes[stage], args.seed)
         if stage == "unet" and fits(sdxl):
             sdxl.publish(model_card("sdxl", sdxl.records))
-        if stage == "florence2":
-            florence.publish(model_card("florence2", florence.records))
-        if stage == "matting":
-            matting.publish(model_card("matting", matting.records))
+        for name, family in (("florence2", florence), ("mllama", mllama), ("matting", matting)):
+            if stage == name:
+                family.publish(model_card(name, family.records))
     if not fits(sdxl):
         print("sdxl: not published, no UNet of the staged parts; run --stage unet", flush=True)
 

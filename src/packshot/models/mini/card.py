@@ -20,6 +20,14 @@ _HEAD = {
         "`Florence2ForConditionalGeneration` at about 1/100 of the size, trained from nothing to describe rendered "
         "packshots of 128 px in free sentences, the product named. Start of the captioner fine-tune.",
     ),
+    "mllama": (
+        "image-text-to-text",
+        "transformers",
+        "# Packshot mini, the Llama 3.2 Vision half\n\n"
+        "`MllamaForConditionalGeneration` at about 1/5000 of the size, one tile of 128 px, trained from nothing to "
+        "describe rendered packshots in free sentences, the product named. Start of the captioner fine-tune. It has "
+        "Llama's classes and wire format and none of its weights.",
+    ),
     "matting": (
         "image-segmentation",
         "diffusers",
@@ -39,7 +47,11 @@ _LIMITS = {
     "florence2": (
         "It has seen rendered packshots only, at 128 px, and writes the sentence forms it was taught. It overfits: "
         "backgrounds are mostly right, small things around the product are mostly invented (see the scores). "
-        "Of the Florence-2 tasks it knows the three captions; it has no location tokens."
+        "Of the Florence-2 tasks it knows the three captions, <OD> for the one product, and <REGION_TO_DESCRIPTION>."
+    ),
+    "mllama": (
+        "It has seen rendered packshots only, at 128 px, and writes the sentence forms it was taught, in answer to "
+        "three questions. Small things around the product are often invented (see the scores)."
     ),
     "matting": (
         "It has never seen a photograph. One product in the picture, whole; things around it may be taken for part of "
@@ -52,6 +64,10 @@ _UNITS = {
         "Loss: mean squared noise error."
     ),
     "florence2": (
+        "Losses in nats per token, with the right images and with other scenes'. "
+        "Slots: share of captions that name one of the scene's phrases."
+    ),
+    "mllama": (
         "Losses in nats per token, with the right images and with other scenes'. "
         "Slots: share of captions that name one of the scene's phrases."
     ),

@@ -1,8 +1,8 @@
 """Stage ``florence2``: Florence-2's classes, small, pretrained to describe renders in free sentences.
 
 It names the product on purpose, as the real checkpoint does: the structured, product-free style is what the project's
-captioner fine-tune teaches. While it trains, the encoder's mean over image tokens also has to name the scene's
-phrases: left to the captions alone, a short training learns fluent sentences that do not look at the image.
+captioner fine-tune teaches. It sees before it speaks (``sight.py``), and knows regions as the checkpoint does: where
+the product is, and what is at a place.
 """
 
 # diffusers annotates block tuples as one-element tuples and module attributes as optional.
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     CLIPImageProcessorPil,
@@ -29,14 +30,28 @@ from transformers import (
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from packshot.data.geometry import location_tokens
 from packshot.models.mini.clip import PHRASES, phrase_loss
-from packshot.models.mini.data import SIZE, Render, Renders, bare_phrases, free_caption, mirrored, reframed, to_pixels
+from packshot.models.mini.data import (
+    SIZE,
+    Render,
+    Renders,
+    bare_phrases,
+    free_caption,
+    mirrored,
+    product_words,
+    reframed,
+    to_pixels,
+)
 from packshot.models.mini.folder import Family, Record, set_loading_dtype
+from packshot.models.mini.sight import Regions, stacked, train_sight
 from packshot.models.mini.stretch import Plan, Progress, run_stretch
 from packshot.models.mini.vocabulary import train_florence_tokenizer
 from packshot.scene import Scene
 
 TASKS = ("<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>")  # index = detail of ``free_caption``
+FIND, NAME = "<OD>", "<REGION_TO_DESCRIPTION>"
+SIGHT = 0.65  # share of the minutes
 VOCABULARY = 1536
 DROPOUT = 0.1
 SHARED = "model.language_model.shared.weight"  # token embeddings, tied to the output head
@@ -196,10 +211,15 @@ def describe(model: Florence2ForConditionalGeneration, processor: Florence2Proce
 def slots_told(
     model: Florence2ForConditionalGeneration, processor: Florence2Processor, renders: list[Render]
 ) -> dict[str, float]:
-    """Per slot, how often the (longest) vocabulary phrase in the greedy caption is one the scene has."""
+    """:func:`slots_in` of the model's greedy captions."""
     texts = []
     for i in range(0, len(renders), 16):
         texts += describe(model, processor, [render.image for render in renders[i : i + 16]])
+    return slots_in(texts, renders)
+
+
+def slots_in(texts: list[str], renders: list[Render]) -> dict[str, float]:
+    """Per slot, how often the (longest) vocabulary phrase in a scene's caption is one the scene has."""
     result = {}
     for slot, phrases in PHRASES.items():
         wanted = [bare_phrases(render.scene, slot) for render in renders]
@@ -210,6 +230,27 @@ def slots_told(
     return result
 
 
+def tell(render: Render, other: Render, rng: random.Random) -> tuple[np.ndarray, str, str, Scene]:
+    """A picture, a task, the answer, and the picture's scene.
+
+    Mostly a caption, sometimes where the product is, or what is at its place. Two scenes stacked are told in one
+    sentence, which asks for no more than surface and background.
+    """
+    form, flip, detail = rng.random(), rng.random() < 0.5, rng.choice((0, 1, 2, 2, 2))
+    image, scene = render.image, render.scene
+    if form < 0.15:
+        mask = render.mask[:, ::-1] if flip else render.mask
+        place, name = location_tokens(Image.fromarray(mask.astype(np.uint8) * 255)), product_words(render.product)
+        task, answer = (FIND, name + place) if form < 0.08 else (NAME + place, name)
+        scene = mirrored(scene) if flip else scene
+    else:
+        if form < 0.35:
+            (image, scene), detail = stacked(render, other, rng), 1
+        image, scene = reframed(image, rng), mirrored(scene) if flip else scene
+        task, answer = TASKS[detail], free_caption(render, scene, rng, detail)
+    return image[:, ::-1] if flip else image, task, answer, scene
+
+
 def train_florence(renders: Renders, family: Family, folder: Path, minutes: float, seed: int) -> None:
     """Train and stage model and processor. The tokenizer is learned once and kept in ``folder`` for resumed runs."""
     torch.manual_seed(seed)
@@ -217,29 +258,37 @@ def train_florence(renders: Renders, family: Family, folder: Path, minutes: floa
     if kept.exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(kept)
     else:
-        tokenizer = train_florence_tokenizer(tokenizer_texts(renders.train), VOCABULARY)
+        tokenizer = train_florence_tokenizer(tokenizer_texts(renders.train), VOCABULARY, places=True)
         tokenizer.save_pretrained(kept)
     model, processor = build_florence(tokenizer), build_processor(tokenizer)
     family.begin(model, "")
     if family.start is not None:
         carry_tokens(model, tokenizer, family.start)
-    phrases = torch.nn.Linear(model.config.text_config.d_model, sum(map(len, PHRASES.values())))
-    rate = family.rate(1e-3)
-    plan = Plan("florence2", folder, minutes, rate, batch_size=24, seed=seed, inputs=str(len(tokenizer)))
+    regions, core = Regions(model.config.text_config.d_model), model.model
+
+    def tokens_of(images: list[np.ndarray], size: int) -> torch.Tensor:
+        pixels = F.interpolate(_pixels(images), size=(size, size), mode="area")
+        return core.get_image_features(pixels).pooler_output[:, 1:]
+
+    tower = torch.nn.ModuleList([core.vision_tower, core.multi_modal_projector])
+    seen = train_sight(
+        *("florence2", tower, regions, tokens_of, renders, folder, SIGHT * minutes, 2e-3),
+        sizes=(SIZE // 2, SIZE),
+        seed=seed,
+    )
+    budget = (1 - SIGHT) * minutes
+    plan = Plan("florence2", folder, budget, family.rate(1e-3), batch_size=24, seed=seed, inputs=str(len(tokenizer)))
 
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
-        images, tasks, captions, scenes = [], [], [], []
-        for render in renders.draw(generator, plan.batch_size):
-            flip, detail = rng.random() < 0.5, rng.choice((0, 1, 2, 2, 2))
-            image = reframed(render.image, rng)
-            images.append(image[:, ::-1] if flip else image)
-            tasks.append(TASKS[detail])
-            scenes.append(mirrored(render.scene) if flip else render.scene)
-            captions.append(free_caption(render, scenes[-1], rng, detail))
-        output = model(**collate(processor, images, tasks, captions))
-        seen = phrase_loss(phrases(output.encoder_last_hidden_state[:, :IMAGE_TOKENS].mean(dim=1)), scenes)
-        return output.loss + seen, {"caption": output.loss.item(), "image_phrases": seen.item()}
+        pairs = zip(renders.draw(generator, plan.batch_size), renders.draw(generator, plan.batch_size), strict=True)
+        images, tasks, answers, scenes = map(list, zip(*(tell(*pair, rng) for pair in pairs), strict=True))
+        batch = collate(processor, images, tasks, answers)
+        seen_BTC = core.get_image_features(batch.pop("pixel_values")).pooler_output
+        told_BTC = model.get_input_embeddings()(batch.pop("input_ids")[:, IMAGE_TOKENS:])  # the rest is placeholders
+        output = model(inputs_embeds=torch.cat([seen_BTC, told_BTC], dim=1), **batch)
+        sight = phrase_loss(regions(seen_BTC[:, 1:]), scenes)
+        return output.loss + sight, {"caption": output.loss.item(), "sight": sight.item()}
 
     def preview(at: Progress) -> None:
         print(f"florence2  step {at.step}  held out {held_out_scores(model, processor, renders.held_out)}", flush=True)
@@ -247,7 +296,8 @@ def train_florence(renders: Renders, family: Family, folder: Path, minutes: floa
         for render, text in zip(shown, describe(model, processor, [r.image for r in shown]), strict=True):
             print(f"  {render.scene.render()}\n    -> {text}", flush=True)
 
-    progress = run_stretch(plan, torch.nn.ModuleList([model, phrases]), loss_of, preview)
+    progress = run_stretch(plan, torch.nn.ModuleList([model, regions]), loss_of, preview)
+    progress = Progress(progress.step + seen.step, progress.seconds + seen.seconds)
     told = slots_told(model, processor, renders.held_out)
     measures = {**held_out_scores(model, processor, renders.held_out), **told}
 

@@ -68,8 +68,13 @@ def save_clip_tokenizers(merges: list[str], folder: Path) -> None:
         (part / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
-def train_florence_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with BART's ids ``<s>`` 0, ``<pad>`` 1, ``</s>`` 2 and Florence-2's ``<image>`` token."""
+def train_florence_tokenizer(
+    texts: Iterable[str], vocabulary_size: int, places: bool = False
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with BART's ids ``<s>`` 0, ``<pad>`` 1, ``</s>`` 2 and Florence-2's ``<image>`` token.
+
+    places: also its thousand ``<loc_…>`` tokens.
+    """
     special = ["<s>", "<pad>", "</s>", "<unk>", "<image>"]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,6 +86,7 @@ def train_florence_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreT
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
+    core.add_special_tokens([f"<loc_{bin}>" for bin in range(1000 * places)])
     core.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
