@@ -9,6 +9,7 @@ from caption_fixtures import CAPTIONS, caption_vlm, trained_run, write_dataset
 from packshot.caption.adapter import Caption
 from packshot.caption.bulk import caption_shard, judge, summary
 from packshot.caption.captioner import Captioner
+from packshot.caption.data import CaptionedRow, Journal
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.data.dataset import load_rows
 from packshot.scene import Scene
@@ -35,6 +36,10 @@ class Scripted(Captioner):
     def write(self, images, masks):
         self.seen.append(len(images))
         return [self.answer(image) for image in images]
+
+
+class Killed(BaseException):
+    """What a signal does: nothing catches it."""
 
 
 def say(text=CAPTIONS[0]):
@@ -126,6 +131,73 @@ def test_a_caption_that_may_not_be_trained_on_is_kept_out_of_text(caption, reaso
     row = judge(caption)
     assert row.text == (caption.text if reason is None else None)
     assert row.error == (None if reason is None else f"{reason}: {caption.text}")
+
+
+def sure(image):
+    return Caption(CAPTIONS[0], truncated=False, confidence={"surface": 0.5, "mood": 0.25})
+
+
+def test_a_kill_costs_one_batch_and_the_shard_has_the_same_bytes(tmp_path):
+    shard = write_dataset(tmp_path / "data", shards=(7,), captions=False) / "part-00000.parquet"
+    whole, parts = tmp_path / "whole.parquet", tmp_path / "parts.parquet"
+    caption_shard(shard, whole, Scripted(sure, batch_size=2), "a")
+
+    def dies(image, counted=[]):  # noqa: B006
+        counted.append(image)
+        if len(counted) == 5:
+            raise Killed
+        return sure(image)
+
+    with pytest.raises(Killed):
+        caption_shard(shard, parts, Scripted(dies, batch_size=2), "a")
+    assert not parts.exists()
+    journal = next(tmp_path.glob(".parts.parquet.journal"))
+    journal.write_text(journal.read_text()[:-5])  # the last line was being written
+    told = []
+    again = Scripted(sure, batch_size=2)
+    counts = caption_shard(shard, parts, again, "a", told.append)
+    assert again.seen == [2, 2], "three rows of seven were kept"
+    assert (counts["captioned"], counts["kept"]) == (4, 3)
+    assert told == [3, 2, 2]
+    assert parts.read_bytes() == whole.read_bytes()
+    assert not journal.exists()
+
+
+def test_a_journal_of_another_captioner_is_not_read(shard, tmp_path):
+    journal = Journal(tmp_path / "out.parquet", "another key")
+    journal.add({0: CaptionedRow("a lie")})
+    caption_shard(shard, tmp_path / "out.parquet", Scripted(say()), "a")
+    assert column(tmp_path / "out.parquet", "text") == [CAPTIONS[0]] * 4
+
+
+def test_confidence_is_kept_beside_the_caption(shard, tmp_path):
+    caption_shard(shard, tmp_path / "out.parquet", Scripted(sure), "a")
+    (first, *_) = column(tmp_path / "out.parquet", "caption_confidence")
+    assert first == {"surface": 0.5, "mood": 0.25, **dict.fromkeys(("surroundings", "background", "lighting", "style"))}
+    before = Scripted(sure)
+    caption_shard(shard, tmp_path / "out.parquet", before, "a")
+    assert before.seen == []
+
+
+def test_an_error_of_the_writer_is_the_rows_error(shard, tmp_path):
+    captioner = Scripted(lambda image: Caption("", truncated=False, error="RateLimitError: slow down"))
+    caption_shard(shard, tmp_path / "out.parquet", captioner, "a")
+    assert column(tmp_path / "out.parquet", "caption_error") == ["RateLimitError: slow down"] * 4
+
+
+def test_pictures_of_one_shape_are_captioned_together(shard, tmp_path):
+    table = pq.read_table(shard)
+    table = table.append_column("width", pa.array([40, 32, 40, 32])).append_column("height", pa.array([32] * 4))
+    pq.write_table(table, shard)
+    order = []
+
+    def note(image):
+        order.append(image.getpixel((0, 0)))
+        return Caption(CAPTIONS[0], truncated=False)
+
+    caption_shard(shard, tmp_path / "out.parquet", Scripted(note, batch_size=2), "a")
+    reds = [pixel[0] > pixel[2] for pixel in order]
+    assert reds == [False, False, True, True], "rows 1 and 3, then 0 and 2"
 
 
 def test_other_columns_and_the_features_of_datasets_survive(shard, tmp_path):

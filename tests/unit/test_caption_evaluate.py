@@ -1,14 +1,20 @@
 """Caption scores and their baselines."""
 
 import json
+import math
 
 import pytest
 from caption_fixtures import CAPTIONS, SCENES, caption_vlm, picture, trained_run
 
 from packshot.caption.adapter import Caption
+from packshot.caption.cider import cider
 from packshot.caption.evaluate import (
+    confusion,
+    confusion_page,
     constant_caption,
     deal_to_others,
+    invented,
+    leakage,
     measure,
     soft_f1,
     with_baselines,
@@ -88,6 +94,12 @@ def test_task_evaluate_writes_scores_beside_their_baselines(tmp_path):
     for baseline in scores["baselines"].values():
         assert baseline["mean"]["soft"] < 1.0
     assert (out / "worst.html").read_text().count("<article>") == 4
+    assert scores["unconstrained"]["mean"]["exact"] == 1.0
+    assert scores["captioner"]["leakage"] == {"other": {"captions": 4, "rate": 0.0}}
+    assert scores["captioner"]["invented"] == {"things": 0.0, "captions": 0.0}
+    assert scores["captioner"]["cider"] > scores["baselines"]["constant_caption"]["mean"]["soft"]
+    assert scores["confusion"]["background"] == {"a blue sky": {"a blue sky": 2}, "a red wall": {"a red wall": 2}}
+    assert "2 of 2" in (out / "confusion.html").read_text()
     line = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["captioner/soft_f1"] > line["shuffled_images/soft_f1"]
 
@@ -95,3 +107,59 @@ def test_task_evaluate_writes_scores_beside_their_baselines(tmp_path):
 def test_soft_f1_is_the_mean_of_five_slots():
     four_right = CAPTIONS[0].replace("minimalist mood", "playful mood")
     assert soft_f1(four_right, SCENES[0]) == pytest.approx(0.8)
+
+
+def test_what_was_called_what_is_counted_per_slot():
+    guess = "Professional photo of an object on a stone podium, surrounded by books and lemons, a blue sky in the background"
+    table = confusion(captions([guess, guess]), [SCENES[0], SCENES[1]])
+    assert table["surface"] == {
+        "a linen tablecloth": {"a stone podium": 1},
+        "a stone podium": {"a stone podium": 1},
+    }
+    assert table["surroundings"]["lemons"] == {"lemons": 1}, "things are paired as they agree best, in any order"
+    assert table["surroundings"]["books"] == {"books": 1}
+    assert sum(table["surroundings"]["palm leaves"].values()) == 1
+    assert table["mood"] == {"calm": {"": 1}, "minimalist": {"": 1}}
+
+
+def test_things_that_are_not_there_are_counted_and_near_words_are_not():
+    truths = [Scene("a table", ("green palm leaves", "lemons")), Scene("a table"), Scene("a table", ("books",))]
+    guesses = [Scene("a table", ("palm leaves", "candles")), Scene("a table", ("books",)), Scene("a table")]
+    assert invented(guesses, truths) == {"things": 2 / 3, "captions": 2 / 3}
+    assert invented([Scene("a table")], truths[:1]) == {"things": 0.0, "captions": 0.0}
+
+
+def test_leakage_knows_the_category_beside_the_common_names():
+    said = captions(["Professional photo of an object on a wooden chest", "Professional photo of an object on a bottle"])
+    table = leakage(said + captions([CAPTIONS[0]]), ["chest", "other", "chest"])
+    assert table == {"chest": {"captions": 2, "rate": 0.5}, "other": {"captions": 1, "rate": 1.0}}
+
+
+def test_the_confusion_page_runs_no_markup_of_captions(tmp_path):
+    confusion_page(tmp_path / "page.html", {"mood": {"<b>calm</b>": {"": 1, "<i>warm</i>": 2, "<b>calm</b>": 3}}}, 6)
+    page = (tmp_path / "page.html").read_text()
+    assert "&lt;b&gt;calm&lt;/b&gt;" in page
+    assert "3 of 6" in page
+    assert "nothing 1" in page
+    assert "<i>" not in page
+
+
+CORPUS = [scene.render() for scene in SCENES] * 5 + ["Professional photo of an object on a table, warm mood"]
+
+
+def test_cider_is_ten_for_the_truth_and_little_for_the_common_words():
+    truths = [scene.render() for scene in SCENES]
+    assert cider(truths, truths, CORPUS) == pytest.approx(10.0)
+    assert cider(truths[::-1], truths, CORPUS) < 2
+    assert cider(["Professional photo of an object"] * 2, truths, CORPUS) < cider(truths[::-1], truths, CORPUS)
+    assert cider([""], truths[:1], CORPUS) == 0.0
+    assert cider(truths[:1], truths[:1], CORPUS) == pytest.approx(10.0), "one caption alone is no worse than many"
+
+
+def test_cider_by_hand():
+    # one word each, the longer n-grams are empty: 10 / 4 of a cosine of 1, times the penalty for one word too many
+    assert cider(["lemons"], ["lemons"], ["books", "lemons", "candles"]) == pytest.approx(2.5)
+    weights = math.log(3) - math.log(1)
+    cosine = weights**2 / (math.sqrt(2 * weights**2) * weights)
+    expected = 10 / 4 * cosine * math.exp(-1 / (2 * 6.0**2))
+    assert cider(["lemons candles"], ["lemons"], ["books", "lemons", "candles"]) == pytest.approx(expected)
