@@ -6,7 +6,7 @@ import pytest
 from caption_fixtures import caption_vlm, save_tiny_florence, trained_run, write_dataset
 from safetensors.torch import load_file
 
-from packshot.core.errors import ConfigError
+from packshot.core.errors import ConfigError, PackshotError
 
 
 def test_the_export_loads_in_stock_transformers_and_says_where_it_is_from():
@@ -53,6 +53,27 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(world):
     whole, parts = (load_file(world / name / "export" / "model.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(tensor.equal(parts[name]) for name, tensor in whole.items())
+
+
+def test_a_config_that_does_not_fit_leaves_that_of_the_run_where_it_is(world):
+    run = caption_vlm(world, "run", *SHORT, "train.max_steps=2")
+    before = (run / "config.yaml").read_text()
+    with pytest.raises(PackshotError, match=r"run.seed: 0 -> 1"):
+        caption_vlm(world, "run", *SHORT, "train.max_steps=4", "run.seed=1", "run.resume=true")
+    assert (run / "config.yaml").read_text() == before
+    caption_vlm(world, "run", *SHORT, "train.max_steps=4", "run.resume=true")
+    assert "max_steps: 4" in (run / "config.yaml").read_text()
+
+
+def test_frozen_vision_trains_all_but_the_vision_tower(world):
+    run = caption_vlm(world, "run", *SHORT, "train.max_steps=2", "captioner.tuning=frozen_vision")
+    before = load_file(world / "base" / "model.safetensors")
+    after = load_file(run / "export" / "model.safetensors")
+    moved = {name for name in after if not after[name].equal(before[name])}
+    assert moved
+    assert not any("vision_tower" in name for name in moved)
+    assert any("multi_modal_projector" in name for name in moved)
+    assert any("language_model" in name for name in moved)
 
 
 def test_gradient_checkpointing_changes_no_weight(world):

@@ -71,7 +71,7 @@ def train(config: CaptionVLM) -> None:
     torch.manual_seed(config.run.seed)  # the start of a LoRA's weights
     adapter = load_adapter(config.model, config.captioner, trainable=True)
     _refuse_long_captions(adapter, rows, config.captioner.max_new_tokens)
-    session = start("caption_vlm", config, config.train)
+    session = start("caption_vlm", config, config.train, resumable=False)
     if config.train.gradient_checkpointing:
         adapter.model.activation_checkpointing_enable({"use_reentrant": False})
     adapter.model.to(session.accelerator.device)

@@ -24,6 +24,11 @@ class Run:
     path: Path
     resumed: bool
 
+    def write_config(self, config: Any) -> None:
+        """(Re)write ``config.yaml``."""
+        with replacing_file(self.path / "config.yaml") as file:
+            file.write_text(to_yaml(config))
+
     def metrics(self, line: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``. Raises PackshotError if it cannot be written."""
         file = self.path / "metrics.jsonl"
@@ -39,8 +44,11 @@ def default_dir(script: str) -> str:
     return f"outputs/{script}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
 
 
-def open_run(script: str, config: Any) -> Run:
+def open_run(script: str, config: Any, resumable: bool = True) -> Run:
     """Create the folder ``config.run.dir`` (or continue in it) and start its log.
+
+    resumable: whether going on with this config needs nobody's leave. If not, a folder that is gone on with keeps its
+        ``config.yaml`` until the caller has found that the config fits, and writes it.
 
     Raises:
         ConfigError: the folder has content and run.resume is not set, or the path is no folder that can be written.
@@ -56,13 +64,14 @@ def open_run(script: str, config: Any) -> Run:
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with replacing_file(path / "config.yaml") as file:
-            file.write_text(to_yaml(config))
+        run = Run(path, resumed=used)
+        if resumable or not (path / "config.yaml").exists():
+            run.write_config(config)
     except OSError as error:
         raise ConfigError(f"run.dir={path} cannot be written: {error.strerror}.", "Choose another folder.") from error
     _start_log(path / "log.txt")
     log.info("%s in %s", "resuming" if used else "running", path)
-    return Run(path, resumed=used)
+    return run
 
 
 def _start_log(file: Path) -> None:

@@ -24,6 +24,7 @@ from packshot.config.schema import KeepBest
 from packshot.core.errors import PackshotError
 from packshot.core.progress import progress as progress_bar
 from packshot.core.run import log
+from packshot.core.storage import writing
 from packshot.diffusion.keyed import SampleKey
 from packshot.train import state as checkpoints
 from packshot.train.memory import attention_kernel, refuse_unavailable, uncompiled
@@ -149,6 +150,9 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
     if newest:
         where = checkpoints.load(newest, made, inner, optimizer.optimizer, ema, accelerator.scaler)
         log.info("resuming at step %d from %s", where.step, newest)
+    if run and run.resumed:  # not before: a config that does not fit leaves that of the run where it is
+        with writing(f"{run.path}/config.yaml", "Make room, then resume."):
+            run.write_config(config)
     best = checkpoints.open_best(folder, train.keep_best, where.step)
     save = partial(checkpoints.save, folder, made, inner, optimizer.optimizer, ema, accelerator.scaler, where)
     in_backward = StepInBackward(optimizer.optimizer) if train.fused_backward else None

@@ -43,7 +43,7 @@ def _with_task(work: Callable[[Session, DiffusionTask, Examples, Any], None]) ->
         rows = load_rows("data.train", config.data.train, pictures=PICTURES, spool=spool)
         validation = load_rows("data.validation", config.data.validation, pictures=PICTURES, spool=spool)
         parts = load_parts(config.model)
-        session = start(script, config, config.train)
+        session = start(script, config, config.train, resumable=False)
         task, examples = build_task(config, parts, rows, validation, session.accelerator)
         try:
             with together(session.accelerator):

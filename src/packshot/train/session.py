@@ -64,8 +64,8 @@ class Session:
     tracker: Tracker | None
 
 
-def start(script: str, config: Any, train: TrainConfig) -> Session:
-    """Open the run on the main process and tell the others where it is.
+def start(script: str, config: Any, train: TrainConfig, resumable: bool = True) -> Session:
+    """Open the run on the main process and tell the others where it is; ``resumable`` as in :func:`open_run`.
 
     Raises:
         PackshotError: on every process, when the main one cannot open the folder.
@@ -75,7 +75,7 @@ def start(script: str, config: Any, train: TrainConfig) -> Session:
     run = tracker = None
     if accelerator.is_main_process:
         try:
-            run = open_run(script, config)
+            run = open_run(script, config, resumable)
             tracker = open_tracker(run, config, job_type=script)
             message = [str(run.path), None]
         except PackshotError as error:
