@@ -147,3 +147,10 @@ def test_a_dataset_is_captioned_by_a_server_like_by_any_model(server, tmp_path):
 def test_half_a_config_is_refused():
     with pytest.raises(ConfigError, match=r"needs captioner.endpoint and captioner.endpoint_model"):
         load_captioner(ModelConfig(), CaptionerConfig(kind=CaptionerKind.endpoint))
+
+
+def test_a_server_cannot_be_trained(tmp_path):
+    write_dataset(tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"captioner=endpoint has no weights here"):
+        caption_vlm(tmp_path, "run", "captioner=endpoint")
+    assert not (tmp_path / "run").exists()

@@ -51,7 +51,6 @@ def test_the_picture_stays_where_it_is_not_marked(target):
         (["captioner.quantization=int8"], "do not train over eight bits"),
         (["captioner.quantization=nf4"], "captioner.quantization=nf4 with captioner.tuning=full"),
         (["captioner.dtype=bfloat16"], "captioner.dtype=bfloat16 with captioner.tuning=full"),
-        (["captioner=endpoint"], "no weights to train"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_is_loaded(overrides, reason):

@@ -14,8 +14,8 @@ from PIL import Image
 
 from packshot.config.schema import ProductTarget
 
-GREY = (127, 127, 127)
-RED = (255, 0, 0)
+GREY = np.array((127, 127, 127), np.uint8)
+RED = np.array((255, 0, 0), np.uint8)
 
 
 def _outline(pixels: np.ndarray, product: np.ndarray) -> np.ndarray:
@@ -23,12 +23,12 @@ def _outline(pixels: np.ndarray, product: np.ndarray) -> np.ndarray:
     reach = max(1, round(max(product.shape) / 100))
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
     ring = cv2.dilate(product.astype(np.uint8), kernel).astype(bool) & ~product
-    return np.where(ring[..., None], np.uint8(RED), pixels)
+    return np.where(ring[..., None], RED, pixels)
 
 
 def _cover(pixels: np.ndarray, product: np.ndarray) -> np.ndarray:
     """Plain grey in place of the product."""
-    return np.where(product[..., None], np.uint8(GREY), pixels)
+    return np.where(product[..., None], GREY, pixels)
 
 
 MARKS: dict[ProductTarget, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {

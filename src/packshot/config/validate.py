@@ -162,10 +162,6 @@ def _captioner_training(config: schema.CaptionVLM) -> None:
     captioner = config.captioner
     if config.task is not schema.CaptionTask.train:
         return
-    if captioner.kind in (schema.CaptionerKind.endpoint, schema.CaptionerKind.none):
-        raise ConfigError(
-            f"task=train with captioner={captioner.kind}: there are no weights to train.", "Name a model."
-        )
     whole = captioner.tuning in (schema.Tuning.full, schema.Tuning.frozen_vision)
     for key, value, plain in (
         ("quantization", captioner.quantization, schema.Quantization.none),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -50,7 +51,7 @@ def apply(table: pa.Table, corrections: Mapping[str, str]) -> pa.Table:
     if not corrections:
         return table
     ids = table.column("id").to_pylist()
-    kept = {
+    kept: dict[str, list[Any]] = {
         "text": [corrections.get(key, text) for key, text in zip(ids, table.column("text").to_pylist(), strict=True)]
     }
     for name in {"scene", "caption_error", "caption_confidence"} & set(table.column_names):
