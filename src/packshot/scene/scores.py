@@ -54,8 +54,9 @@ def set_f1(guess: Sequence[str], truth: Sequence[str]) -> float:
 def paired(guess: Sequence[str], truth: Sequence[str]) -> list[tuple[str, str]]:
     """(guess, truth) pairs of two sets of texts that agree best together (Hungarian); "" where one has no partner."""
     similarity = np.array([[token_f1(g, t) for t in truth] for g in guess]).reshape(len(guess), len(truth))
-    rows, columns = (indices.tolist() for indices in linear_sum_assignment(-similarity))
-    pairs: list[tuple[str, str]] = [(guess[i], truth[j]) for i, j in zip(rows, columns, strict=True)]
+    found: list[list[int]] = [indices.tolist() for indices in linear_sum_assignment(-similarity)]
+    rows, columns = found
+    pairs = [(guess[i], truth[j]) for i, j in zip(rows, columns, strict=True)]
     alone = [(text, "") for i, text in enumerate(guess) if i not in rows]
     missed = [("", text) for j, text in enumerate(truth) if j not in columns]
     return [*pairs, *alone, *missed]
