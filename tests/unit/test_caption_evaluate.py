@@ -110,7 +110,7 @@ def test_soft_f1_is_the_mean_of_five_slots():
 
 
 def test_what_was_called_what_is_counted_per_slot():
-    guess = "Professional photo of an object on a stone podium, surrounded by books and lemons, a blue sky in the background"
+    guess = Scene("a stone podium", ("books", "lemons"), "a blue sky").render()
     table = confusion(captions([guess, guess]), [SCENES[0], SCENES[1]])
     assert table["surface"] == {
         "a linen tablecloth": {"a stone podium": 1},
@@ -130,7 +130,9 @@ def test_things_that_are_not_there_are_counted_and_near_words_are_not():
 
 
 def test_leakage_knows_the_category_beside_the_common_names():
-    said = captions(["Professional photo of an object on a wooden chest", "Professional photo of an object on a bottle"])
+    said = captions(
+        ["Professional photo of an object on a wooden chest", "Professional photo of an object on a bottle"]
+    )
     table = leakage(said + captions([CAPTIONS[0]]), ["chest", "other", "chest"])
     assert table == {"chest": {"captions": 2, "rate": 0.5}, "other": {"captions": 1, "rate": 1.0}}
 

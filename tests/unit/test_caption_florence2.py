@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from caption_fixtures import CAPTIONS, PROMPT, picture, save_tiny_florence, trained_run
+from caption_fixtures import CAPTIONS, PROMPT, hand_written_cross_entropy, picture, save_tiny_florence, trained_run
 from PIL import Image
 
 from packshot.caption import florence2
@@ -31,15 +31,6 @@ def load(folder, trainable=False, **settings):
 def trained(**settings):
     settings = {"adapter": str(trained_run() / "export"), "constraint": Constraint.none, **settings}
     return load_captioner(ModelConfig(florence2=str(trained_run().parent / "base")), CaptionerConfig(**settings))
-
-
-def hand_written_cross_entropy(logits_TV, labels_T):
-    total, count = 0.0, 0
-    for logits_V, label in zip(logits_TV.double(), labels_T.tolist(), strict=True):
-        if label != -100:
-            total += torch.logsumexp(logits_V, 0) - logits_V[label]
-            count += 1
-    return float(total / count)
 
 
 def test_loss_is_the_hand_written_cross_entropy_and_the_models_own(base):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from caption_fixtures import CAPTIONS, PROMPT, TILES, picture, save_tiny_mllama, trained_run
+from caption_fixtures import CAPTIONS, PROMPT, TILES, hand_written_cross_entropy, picture, save_tiny_mllama, trained_run
 from PIL import Image
 from transformers import MllamaForConditionalGeneration
 
@@ -46,15 +46,6 @@ def trained(**values):
     return load_captioner(
         ModelConfig(llama32_vision=str(run.parent / "base")), settings(**{"adapter": str(run / "export"), **values})
     )
-
-
-def hand_written_cross_entropy(logits_TV, labels_T):
-    total, count = 0.0, 0
-    for logits_V, label in zip(logits_TV.double(), labels_T.tolist(), strict=True):
-        if label != -100:
-            total += torch.logsumexp(logits_V, 0) - logits_V[label]
-            count += 1
-    return float(total / count)
 
 
 def test_loss_is_the_hand_written_cross_entropy_and_the_models_own(base):

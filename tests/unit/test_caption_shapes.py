@@ -4,7 +4,12 @@ import re
 
 import pytest
 import torch
-from transformers import Florence2Config, Florence2ForConditionalGeneration, MllamaConfig, MllamaForConditionalGeneration
+from transformers import (
+    Florence2Config,
+    Florence2ForConditionalGeneration,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+)
 
 from packshot.caption import florence2, mllama
 from packshot.config.compose import compose
@@ -61,7 +66,9 @@ def test_florence_2_has_its_published_size_and_its_presets_their_layers(size):
     unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
     assert sum(unique.values()) == pytest.approx(SIZES[size][2], rel=0.003)
     pattern = florence2.PRESETS[Tuning.language_lora]
-    names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(pattern, name)]
+    names = [
+        name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(pattern, name)
+    ]
     layers = SIZES[size][1]["layers"]
     assert len(names) == layers * (4 + 2) + layers * (8 + 2)
     frozen = [name for name, _ in model.named_parameters() if not florence2.PRESETS[Tuning.frozen_vision](name)]

@@ -24,7 +24,7 @@ _HEAD = {
         "image-text-to-text",
         "transformers",
         "# Packshot mini, the Llama 3.2 Vision half\n\n"
-        "`MllamaForConditionalGeneration` at about 1/5000 of the size, one tile of 128 px, trained from nothing to "
+        "`MllamaForConditionalGeneration` at about 1/4900 of the size, one tile of 128 px, trained from nothing to "
         "describe rendered packshots in free sentences, the product named. Start of the captioner fine-tune. It has "
         "Llama's classes and wire format and none of its weights.",
     ),

@@ -12,6 +12,7 @@ the product is, and what is at a place.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -43,8 +44,9 @@ from packshot.models.mini.data import (
     reframed,
     to_pixels,
 )
-from packshot.models.mini.folder import Family, Record, set_loading_dtype
-from packshot.models.mini.sight import Regions, stacked, train_sight
+from packshot.models.mini.folder import Family
+from packshot.models.mini.sight import DROPOUT as SEEN_DROPOUT
+from packshot.models.mini.sight import Regions, other_product, stacked, train_sight
 from packshot.models.mini.stretch import Plan, Progress, run_stretch
 from packshot.models.mini.vocabulary import train_florence_tokenizer
 from packshot.scene import Scene
@@ -246,6 +248,8 @@ def tell(render: Render, other: Render, rng: random.Random) -> tuple[np.ndarray,
     else:
         if form < 0.35:
             (image, scene), detail = stacked(render, other, rng), 1
+        elif form < 0.6:
+            image, render = other_product(render, other), replace(render, product=other.product)
         image, scene = reframed(image, rng), mirrored(scene) if flip else scene
         task, answer = TASKS[detail], free_caption(render, scene, rng, detail)
     return image[:, ::-1] if flip else image, task, answer, scene
@@ -286,7 +290,8 @@ def train_florence(renders: Renders, family: Family, folder: Path, minutes: floa
         batch = collate(processor, images, tasks, answers)
         seen_BTC = core.get_image_features(batch.pop("pixel_values")).pooler_output
         told_BTC = model.get_input_embeddings()(batch.pop("input_ids")[:, IMAGE_TOKENS:])  # the rest is placeholders
-        output = model(inputs_embeds=torch.cat([seen_BTC, told_BTC], dim=1), **batch)
+        shown_BTC = F.dropout(seen_BTC, SEEN_DROPOUT)
+        output = model(inputs_embeds=torch.cat([shown_BTC, told_BTC], dim=1), **batch)
         sight = phrase_loss(regions(seen_BTC[:, 1:]), scenes)
         return output.loss + sight, {"caption": output.loss.item(), "sight": sight.item()}
 
@@ -298,22 +303,6 @@ def train_florence(renders: Renders, family: Family, folder: Path, minutes: floa
 
     progress = run_stretch(plan, torch.nn.ModuleList([model, regions]), loss_of, preview)
     progress = Progress(progress.step + seen.step, progress.seconds + seen.seconds)
-    told = slots_told(model, processor, renders.held_out)
-    measures = {**held_out_scores(model, processor, renders.held_out), **told}
-
-    def write(staging: Path) -> None:
-        model.config.text_config.dropout = 0.0  # against overfitting here; a fine-tune says itself what it needs
-        model.half().save_pretrained(staging)
-        set_loading_dtype(staging)
-        processor.save_pretrained(staging)
-
-    record = Record(
-        score=sum(told.values()) / len(told),
-        measures=measures,
-        **family.effort("florence2", progress),
-        scenes=len(renders.train),
-        held_out=renders.held_out_id,
-        parameters=model.num_parameters(),
-        inputs=f"vocabulary {len(tokenizer)}",
-    )
-    family.keep_if_better("florence2", record, write)
+    scores = (held_out_scores(model, processor, renders.held_out), slots_told(model, processor, renders.held_out))
+    model.config.text_config.dropout = 0.0  # against overfitting here; a fine-tune says itself what it needs
+    family.keep_captioner("florence2", model, processor, scores, renders, progress)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from packshot.core.errors import PackshotError
+from packshot.models.mini.data import Renders
 from packshot.models.mini.stretch import Progress
 
 RECORD = "mini.json"
@@ -109,6 +110,37 @@ class Family:
         (self.staging / RECORD).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         print(f"{stage}: new part, score {record.score:.4f} {record.measures}", flush=True)
         return True
+
+    def keep_captioner(
+        self,
+        stage: str,
+        model: Any,
+        processor: Any,
+        scores: tuple[dict[str, float], dict[str, float]],
+        renders: Renders,
+        progress: Progress,
+    ) -> None:
+        """Stage a captioner, at half precision, unless the present one is better.
+
+        scores: losses, and per slot the share of held-out scenes that it told right, whose mean decides.
+        """
+        losses, told = scores
+        record = Record(
+            score=sum(told.values()) / len(told),
+            measures={**losses, **told},
+            **self.effort(stage, progress),
+            scenes=len(renders.train),
+            held_out=renders.held_out_id,
+            parameters=model.num_parameters(),
+            inputs=f"vocabulary {len(processor.tokenizer)}",
+        )
+
+        def write(staging: Path) -> None:
+            model.half().save_pretrained(staging)
+            set_loading_dtype(staging)
+            processor.save_pretrained(staging)
+
+        self.keep_if_better(stage, record, write)
 
     def publish(self, card: str) -> None:
         """Replace the published folder by a copy of staging in one rename."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor, PreTrainedTokenizerFast
@@ -27,8 +28,8 @@ from packshot.config.schema import ProductTarget
 from packshot.models.mini.clip import phrase_loss
 from packshot.models.mini.data import SIZE, Render, Renders, free_caption, mirrored, reframed, to_pixels
 from packshot.models.mini.florence2 import VOCABULARY, slots_in, tokenizer_texts
-from packshot.models.mini.folder import Family, Record, set_loading_dtype
-from packshot.models.mini.sight import Regions, stacked, train_sight
+from packshot.models.mini.folder import Family
+from packshot.models.mini.sight import DROPOUT, Regions, other_product, stacked, train_sight
 from packshot.models.mini.stretch import Plan, Progress, run_stretch
 from packshot.models.mini.vocabulary import LLAMA_TEMPLATE, train_llama_tokenizer
 
@@ -82,7 +83,8 @@ def build_mllama(tokenizer: PreTrainedTokenizerFast) -> MllamaForConditionalGene
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> MllamaProcessor:
     """Processor with one tile of 128 px and Llama's conversations."""
-    images = MllamaImageProcessorPil(size={"height": SIZE, "width": SIZE}, max_image_tiles=1)
+    stats = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}  # as the published checkpoints have them
+    images = MllamaImageProcessorPil(size={"height": SIZE, "width": SIZE}, max_image_tiles=1, **stats)
     return MllamaProcessor(images, tokenizer, chat_template=LLAMA_TEMPLATE)
 
 
@@ -103,6 +105,8 @@ def _seen(core: Any, images: list[np.ndarray]) -> Tensor:
 def _tell(render: Render, other: Render, rng: random.Random, detail: int) -> tuple[np.ndarray, str, Any]:
     """Picture, caption and scene. A detail of 1 asks for surface and background alone: two scenes are stacked."""
     image, scene = stacked(render, other, rng) if detail == 1 else (render.image, render.scene)
+    if detail != 1 and rng.random() < 0.4:
+        image, render = other_product(render, other), replace(render, product=other.product)
     flip, image = rng.random() < 0.5, reframed(image, rng)
     scene = mirrored(scene) if flip else scene
     return image[:, ::-1] if flip else image, free_caption(render, scene, rng, detail), scene
@@ -172,7 +176,8 @@ def train_mllama(renders: Renders, family: Family, folder: Path, minutes: float,
         for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
             del batch[name]
         seen_BTC = _seen(core, images)
-        told = loss_per_sample(asking.logits({**batch, "cross_attention_states": seen_BTC}), batch["labels"]).mean()
+        batch["cross_attention_states"] = F.dropout(seen_BTC, DROPOUT)
+        told = loss_per_sample(asking.logits(batch), batch["labels"]).mean()
         sight = phrase_loss(regions(seen_BTC[:, 1:]), scenes)
         return told + sight, {"caption": told.item(), "sight": sight.item()}
 
@@ -184,21 +189,5 @@ def train_mllama(renders: Renders, family: Family, folder: Path, minutes: float,
 
     spoken = run_stretch(plan, torch.nn.ModuleList([model, regions]), loss_of, preview)
     progress = Progress(looked.step + spoken.step, looked.seconds + spoken.seconds)
-    told = slots_in(_describe(adapter, renders.held_out), renders.held_out)
-    measures = {**_losses(adapter, renders.held_out), **told}
-
-    def write_files(staging: Path) -> None:
-        model.half().save_pretrained(staging)
-        set_loading_dtype(staging)
-        adapter.processor.save_pretrained(staging)
-
-    record = Record(
-        score=sum(told.values()) / len(told),
-        measures=measures,
-        **family.effort("mllama", progress),
-        scenes=len(renders.train),
-        held_out=renders.held_out_id,
-        parameters=model.num_parameters(),
-        inputs=f"vocabulary {len(tokenizer)}",
-    )
-    family.keep_if_better("mllama", record, write_files)
+    scores = (_losses(adapter, renders.held_out), slots_in(_describe(adapter, renders.held_out), renders.held_out))
+    family.keep_captioner("mllama", model, adapter.processor, scores, renders, progress)

@@ -23,6 +23,7 @@ from packshot.models.mini.stretch import Plan, Progress, run_stretch
 from packshot.scene import Scene
 
 GRID = 3  # regions a side
+DROPOUT = 0.2  # of what is seen, while captions are learned: a few scenes told often are recognised, not looked at
 BATCH = 64
 
 
