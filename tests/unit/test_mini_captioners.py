@@ -16,6 +16,7 @@ from packshot.config.schema import ProductTarget
 from packshot.models.mini import florence2, mllama
 from packshot.models.mini.clip import PHRASES
 from packshot.models.mini.data import SIZE, Render, Renders
+from packshot.models.mini.folder import halve
 from packshot.models.mini.sight import Regions, other_product, sight_accuracy, sight_batch, stacked
 from packshot.models.mini.vocabulary import train_florence_tokenizer, train_llama_tokenizer
 from packshot.scene import Scene
@@ -113,6 +114,18 @@ def test_the_short_cut_through_the_picture_is_the_models_own_way(tokenizer):
             del batch[name]
         short = adapter.logits({**batch, "cross_attention_states": mllama._seen(model.model, [A.image])})
     torch.testing.assert_close(short, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_halved_weights_are_as_near_as_those_of_bfloat16():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(300, 300)
+    before = layer.weight.detach().clone()
+    halve(layer)
+    assert layer.weight.dtype == torch.float16
+    assert not (layer.weight.data.view(torch.int16) & 7).any()
+    normal = before.abs() > 2**-14
+    error = ((layer.weight.float() - before).abs() / before.abs())[normal].max()
+    assert error <= 2**-8 + 2**-11  # rounded twice
 
 
 def test_places_are_tokens_of_the_florence_tokenizer():

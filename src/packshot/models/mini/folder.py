@@ -136,7 +136,8 @@ class Family:
         )
 
         def write(staging: Path) -> None:
-            model.half().save_pretrained(staging)
+            halve(model)
+            model.save_pretrained(staging)
             set_loading_dtype(staging)
             processor.save_pretrained(staging)
 
@@ -165,6 +166,15 @@ def fingerprint(*folders: Path) -> str:
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def halve(model: torch.nn.Module) -> None:
+    """Weights in half precision with seven of its ten bits of mantissa, those of bfloat16: a fifth less to store."""
+    model.half()
+    for parameter in model.parameters():
+        bits = parameter.data.view(torch.int16)
+        parameter.data = ((bits + 4) & ~7).view(torch.float16)
 
 
 def set_loading_dtype(folder: Path) -> None:
