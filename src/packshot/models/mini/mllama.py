@@ -83,7 +83,8 @@ def build_mllama(tokenizer: PreTrainedTokenizerFast) -> MllamaForConditionalGene
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> MllamaProcessor:
     """Processor with one tile of 128 px and Llama's conversations."""
-    stats = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}  # as the published checkpoints have them
+    # mean and deviation as the published checkpoints have them; the class's own are others
+    stats: dict[str, Any] = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
     images = MllamaImageProcessorPil(size={"height": SIZE, "width": SIZE}, max_image_tiles=1, **stats)
     return MllamaProcessor(images, tokenizer, chat_template=LLAMA_TEMPLATE)
 
