@@ -287,7 +287,7 @@ def captioner(monkeypatch, tmp_path):
     """``load_captioner`` gives a fake whose caption ends with the prompt."""
     monkeypatch.setattr(FakeCaptioner, "calls", 0)
     load = lambda model, captioner: FakeCaptioner(f"{CAPTION}, {captioner.prompt} mood")  # noqa: E731
-    monkeypatch.setattr("packshot.caption.captioner.load_captioner", load)
+    monkeypatch.setattr("packshot.caption.build.load_captioner", load)
     (tmp_path / "weights").mkdir()
     return ["captioner=florence2", f"model.florence2={tmp_path / 'weights'}", "captioner.prompt=calm"]
 
