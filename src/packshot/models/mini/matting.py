@@ -45,18 +45,22 @@ def build_matting() -> UNet2DModel:
 def _window(alpha_HW: np.ndarray, rng: random.Random) -> np.ndarray:
     """A random affine map (2, 3) after which the product is still inside: crop, stretch, small turn, mirror."""
     rows, columns = np.nonzero(alpha_HW > 0.5)
-    top, left, bottom, right = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+    # pixel i lies between i - 1/2 and i + 1/2
+    top, left, bottom, right = rows.min() - 0.5, columns.min() - 0.5, rows.max() + 0.5, columns.max() + 0.5
     most = 0.95 * SIDE / max(bottom - top, right - left)
     scale = float(np.exp(rng.uniform(np.log(0.6), np.log(max(0.65, min(most, 2.2))))))
     stretch = float(np.exp(rng.uniform(-0.2, 0.2)))
-    sides = scale * stretch, scale / stretch
     turn = np.deg2rad(rng.gauss(0, 4))
-    matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) @ np.diag(sides)
+    matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    matrix = matrix @ np.diag((scale * stretch, scale / stretch))
     if rng.random() < 0.5:
         matrix[:, 0] *= -1
+    reach = np.abs(matrix) @ np.array([right - left, bottom - top]) / 2  # of the turned and stretched box, each way
+    shrink = min(1.0, 0.5 * SIDE / reach.max())
+    matrix, reach = matrix * shrink, reach * shrink
     centre = matrix @ np.array([(left + right) / 2, (top + bottom) / 2])
-    room = [max(0.0, SIDE - side * size) / 2 for side, size in zip(sides, (right - left, bottom - top), strict=True)]
-    where = [SIDE / 2 + rng.uniform(-1, 1) * space for space in room]
+    middle = (SIDE - 1) / 2
+    where = [middle + rng.uniform(-1, 1) * (SIDE / 2 - half) for half in reach]
     return np.column_stack([matrix, np.array(where) - centre]).astype(np.float32)
 
 
