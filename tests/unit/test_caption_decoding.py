@@ -106,6 +106,8 @@ def test_no_product_can_be_named(noun):
         "Professional photo of an object on a table, a calm mood, soft light",  # out of order
         "Professional photo of an object on a table, warm",  # in no slot
         "Professional photo of an object on  a table",
+        "Professional photo of an object on a table, shot at 8\U0001ccf9 mm",  # a digit to some readers only
+        "Professional photo of an object on a table, in 8\u212a",  # the sign of kelvin, "k" to who ignores case
         "A photo of an object on a table",
         "Professional photo of an object on a table, studio lighting, soft light",  # twice
     ],

@@ -95,8 +95,8 @@ def test_the_checkpoints_generation_defaults_are_ignored(tmp_path):
         if file.is_file():
             (folder / file.name).write_bytes(file.read_bytes())
     (folder / "generation_config.json").write_text(json.dumps(HOSTILE))
-    captioner = trained(adapter=str(folder))
-    assert captioner.caption(IMAGES, NO_MASKS) == CAPTIONS
+    for constraint in Constraint:
+        assert trained(adapter=str(folder), constraint=constraint).caption(IMAGES, NO_MASKS) == CAPTIONS
     adapter = ready_adapter(ModelConfig(), CaptionerConfig(adapter=str(folder)))
     settings = adapter.model.generation_config.to_dict()
     assert settings["num_beams"] == 1
@@ -131,6 +131,21 @@ def test_lora_reaches_the_language_model_only_and_merges_without_change(base, tm
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
     assert (ours - plain).abs().max() > 1e-2
     assert write(adapter, IMAGES, NO_MASKS) == write(merged, IMAGES, NO_MASKS)
+
+
+def test_a_lora_belongs_to_its_base_and_is_not_laid_over_another(base, tmp_path):
+    tuned = {"tuning": Tuning.language_lora, "lora_rank": 2}
+    load(base, trainable=True, **tuned).save(tmp_path / "lora")
+    other = save_tiny_florence(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"is a LoRA over .*, not .*other"):
+        load(other, adapter=str(tmp_path / "lora"))
+    with pytest.raises(ConfigError, match=r"would lay a second one over it"):
+        load(base, trainable=True, adapter=str(tmp_path / "lora"), **tuned)
+    # over a whole export, it is the export that a LoRA belongs to
+    export = trained_run() / "export"
+    load(base, trainable=True, adapter=str(export), **tuned).save(tmp_path / "second")
+    config = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(export)
 
 
 def test_full_tuning_trains_every_weight_and_loading_for_use_trains_none(base):

@@ -132,7 +132,8 @@ def test_the_checkpoints_generation_defaults_are_ignored(tmp_path):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     hostile = {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "max_length": 20, "eos_token_id": 1}
     (tmp_path / "generation_config.json").write_text(json.dumps(hostile))
-    assert trained(adapter=str(tmp_path)).caption(IMAGES, NO_MASKS) == CAPTIONS
+    for constraint in Constraint:
+        assert trained(adapter=str(tmp_path), constraint=constraint).caption(IMAGES, NO_MASKS) == CAPTIONS
 
 
 def test_truncation_is_seen():

@@ -127,7 +127,7 @@ class Journal:
         """Rows that were captioned before, by index; a line that a kill cut short is passed over."""
         rows: dict[int, CaptionedRow] = {}
         for line in self._file.read_text().splitlines() if self._file.exists() else []:
-            with suppress(ValueError):
+            with suppress(ValueError):  # an empty line, or one cut short
                 found = json.loads(line)
                 if found["key"] == self._key:
                     rows[found["row"]] = CaptionedRow(found["text"], found["error"], found["confidence"])
@@ -136,10 +136,9 @@ class Journal:
     def add(self, rows: dict[int, CaptionedRow]) -> None:
         """Note a batch."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        cut = self._file.exists() and self._file.read_bytes()[-1:] not in (b"", b"\n")
         lines = [json.dumps({"key": self._key, "row": index, **asdict(row)}) for index, row in rows.items()]
         with self._file.open("a") as file:
-            file.write("\n" * cut + "".join(line + "\n" for line in lines))
+            file.write("\n" + "\n".join(lines))  # a line that a kill cut short ends before the next
 
     def remove(self) -> None:
         """The shard is whole."""

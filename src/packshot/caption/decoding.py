@@ -30,7 +30,7 @@ class SceneConstraint(LogitsProcessor):
     """
 
     def __init__(self, tokenizer: Any, rows: int, given: int, lead: Sequence[int]) -> None:
-        self._given, self._lead, self._end = given, list(lead), tokenizer.eos_token_id
+        self._given, self._lead = given, list(lead)
         known = _known(tokenizer)
         self._matchers = [llguidance.LLMatcher(known, _grammar()) for _ in range(rows)]
         self._mask = llguidance.torch.allocate_token_bitmask(rows, known.vocab_size)

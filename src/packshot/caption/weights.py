@@ -57,6 +57,8 @@ def find(kind: str, key: str, base: str, captioner: CaptionerConfig) -> Source:
     adapter = readable("captioner.adapter", captioner.adapter) if captioner.adapter else None
     record = _record(kind, adapter) if adapter else {}
     is_lora = adapter is not None and (adapter / "adapter_config.json").exists()
+    if adapter is not None and is_lora:
+        _refuse_other_base(adapter, key, base)
     weights = _base(key, base) if adapter is None or is_lora else str(adapter)
     return Source(base, weights, adapter, is_lora, record)
 
@@ -66,6 +68,17 @@ def _base(key: str, source: str) -> str:
     if not path.exists() and source.count("/") != 1:
         raise ConfigError(f"{key}={source}: no such folder.", "Give a model folder or a hub id (owner/name).")
     return str(path) if path.exists() else source
+
+
+def _refuse_other_base(adapter: Path, key: str, base: str) -> None:
+    """A LoRA over weights that it was not trained on loads without an error and writes nonsense."""
+    trained = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    same = trained == base or resolve(str(trained)).resolve() == resolve(base).resolve()
+    if same or not trained:
+        return
+    if resolve(trained).exists() or not resolve(base).exists():
+        raise ConfigError(f"captioner.adapter={adapter} is a LoRA over {trained}, not {base}.", f"Set {key}={trained}.")
+    log.warning("captioner.adapter was trained over %s, which is not here; %s=%s is taken for it", trained, key, base)
 
 
 def _record(kind: str, adapter: Path) -> dict[str, Any]:
@@ -136,7 +149,14 @@ def apply_tuning(
         )
     preset = presets[captioner.tuning]
     if isinstance(preset, str):
-        network.name_or_path = source.base  # what the adapter's config names as its base: as the user wrote it
+        if source.is_lora:
+            raise ConfigError(
+                f"captioner.adapter={source.adapter} is a LoRA, and captioner.tuning={captioner.tuning} would lay a "
+                "second one over it, whose base exists nowhere.",
+                "Leave captioner.adapter out, or go on in that run (run.resume=true with more steps).",
+            )
+        # what the LoRA's config names as its base: as the user wrote it
+        network.name_or_path = str(source.adapter or source.base)
         rank = captioner.lora_rank
         settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=preset, lora_dropout=0.0)
         # a LoRA is trained in fp32 whatever its base is kept in

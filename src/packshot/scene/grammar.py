@@ -30,7 +30,7 @@ LIGHT_WORDS = (
 )
 STYLE_WORDS = (
     r"photography|depth of field|close-?up|macro|top view|overhead|eye[- ]level|low angle|high angle|lens|"
-    r"focus|resolution|\d+k|\d+ ?mm|hdr|sharp|detailed|photorealistic|realistic|film grain|cinematic"
+    r"focus|resolution|[0-9]+k|[0-9]+ ?mm|hdr|sharp|detailed|photorealistic|realistic|film grain|cinematic"
 )
 _LIGHT = re.compile(rf"\b({LIGHT_WORDS})\b", re.IGNORECASE)
 _STYLE = re.compile(rf"\b({STYLE_WORDS})\b", re.IGNORECASE)

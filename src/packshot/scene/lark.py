@@ -45,12 +45,13 @@ WORD: {_but(products)}
 THING: {_but(products - props)}
 OF_LIGHT: {_but(products | _STYLE)}
 BREAK: /[ '-]/
+ASCII: /[ -~]+/
 PHRASE: WORD (BREAK WORD)*
 
 AROUND: "surrounded by " THING (BREAK THING)*
 BACKGROUND: PHRASE " in the background"
 LIGHTING: (OF_LIGHT BREAK)* (OF_LIGHT & /(?i:{LIGHT_WORDS})/) (BREAK OF_LIGHT)*
 STYLES: STYLE (", " STYLE)*
-STYLE: (WORD BREAK)* /(?i:product photography|{STYLE_WORDS})/ (BREAK WORD)*
+STYLE: (WORD BREAK)* (/(?i:product photography|{STYLE_WORDS})/ & ASCII) (BREAK WORD)*
 MOOD: PHRASE " mood"
 """
