@@ -10,10 +10,12 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from packshot.config.schema import GenerateSettings, Placement
 from packshot.core.errors import ConfigError
+from packshot.diffusion.conditions import Control
 from packshot.evaluate.samples import place_photo
 from packshot.infer.canvas import background_at, held_cells, make_working, place, plan_frame
-from packshot.infer.conditions import control_map, read_condition
+from packshot.infer.conditions import control_map
 from packshot.infer.product import core_of, prepare, soften_hard_edge
+from packshot.models.controlnets import read_control
 
 CENTER = {"placement": Placement.center}
 
@@ -99,7 +101,7 @@ def test_inpaint_map_is_minus_one_on_the_background_and_shows_no_old_background(
     photo = Image.composite(Image.new("RGB", mask.size, (200, 40, 40)), Image.new("RGB", mask.size, (0, 255, 0)), mask)
     canvas = place(prepare(photo, mask), GenerateSettings())
     working = make_working(canvas, plan_frame(96, 96, 64, 32), 8)
-    known = control_map("inpaint", working)[0].permute(1, 2, 0).numpy()
+    known = control_map(Control("inpaint"), working)[0].permute(1, 2, 0).numpy()
     assert (known[~working.keep_HW] == -1).all()
     assert (known[working.keep_HW] >= 0).all()
     assert (known[working.keep_HW][:, 0] > known[working.keep_HW][:, 1]).mean() > 0.99
@@ -108,7 +110,7 @@ def test_inpaint_map_is_minus_one_on_the_background_and_shows_no_old_background(
 def test_canny_map_is_binary_and_empty_on_the_background():
     photo, mask = photo_and_mask()
     working = make_working(place(prepare(photo, mask), GenerateSettings()), plan_frame(61, 90, 128, 32), 8)
-    edges = control_map("canny", working)[0]
+    edges = control_map(Control("canny"), working)[0]
     assert set(edges.unique().tolist()) == {0.0, 1.0}
     far = np.asarray(Image.fromarray(working.keep_HW).filter(ImageFilter.MaxFilter(5)))
     assert not edges[:, ~far].any()
@@ -116,14 +118,16 @@ def test_canny_map_is_binary_and_empty_on_the_background():
 
 def test_control_condition_is_read_from_the_export(tmp_path):
     (tmp_path / "packshot.json").write_text('{"condition": "canny"}')
-    assert read_condition(tmp_path) == "canny"
-    for content in ("{}", "[]", "nonsense", '{"condition": "depthy"}'):
+    assert read_control("adapters.controlnets", tmp_path) == Control("canny")
+    (tmp_path / "packshot.json").write_text('{"condition": "inpaint", "mask_grow": -2, "mask_feather": 3.5}')
+    assert read_control("adapters.controlnets", tmp_path) == Control("inpaint", -2.0, 3.5)
+    for content in ("{}", "[]", "nonsense", '{"condition": "depthy"}', '{"condition": "canny", "mask_grow": "two"}'):
         (tmp_path / "packshot.json").write_text(content)
         with pytest.raises(ConfigError, match="condition"):
-            read_condition(tmp_path)
+            read_control("adapters.controlnets", tmp_path)
     (tmp_path / "packshot.json").unlink()
     with pytest.raises(ConfigError, match=r"has no packshot\.json"):
-        read_condition(tmp_path)
+        read_control("adapters.controlnets", tmp_path)
 
 
 def test_hard_masks_get_a_soft_edge_without_touching_the_core_and_soft_ones_stay():

@@ -1,5 +1,6 @@
 """Schedule, targets, weights, keyed randomness: against diffusers or the formula of the paper."""
 
+from dataclasses import replace
 from math import erf
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from packshot.config.schema import LossWeighting, TimestepSampling
 from packshot.diffusion import schedule
-from packshot.diffusion.conditions import CONDITIONS
+from packshot.diffusion.conditions import CONDITIONS, DEPTH_FLOOR, View, keep_mask
 from packshot.diffusion.keyed import SampleKey, permutation
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000, "beta_schedule": "scaled_linear"}
@@ -332,17 +333,63 @@ def test_draws_depend_on_seed_epoch_sample_and_use_only():
     assert not torch.equal(permutation(0, 0, 50), permutation(0, 1, 50))
 
 
-def test_control_maps_mark_the_unknown_and_ignore_the_old_background():
-    draws = np.random.default_rng(0)
-    mask = np.zeros((32, 32), np.float32)
+def square_view(seed=0, inside=None):
+    """A product of noise in the middle of other noise, with a depth."""
+    draws, mask = np.random.default_rng(seed), np.zeros((32, 32), np.float32)
     mask[8:24, 8:24] = 1
-    first, second = (draws.random((32, 32, 3)).astype(np.float32) for _ in range(2))
-    second[8:24, 8:24] = first[8:24, 8:24]
-    inpaint = CONDITIONS["inpaint"](first, mask)
-    assert (inpaint[mask == 0] == -1).all()
-    assert np.array_equal(inpaint[mask == 1], first[mask == 1])
-    for condition in CONDITIONS.values():
-        assert np.array_equal(condition(first, mask), condition(second, mask))
-    canny = CONDITIONS["canny"](first, mask)
-    assert canny.min() >= 0
-    assert canny.max() == 1
+    image, near = draws.random((32, 32, 3)).astype(np.float32), draws.random((32, 32)).astype(np.float32)
+    if inside is not None:
+        image[mask == 1], near[mask == 1] = inside.image_HWC[mask == 1], inside.depth_HW[mask == 1]
+    return View(image, mask, near)
+
+
+def test_control_maps_mark_the_unknown_and_ignore_the_old_background():
+    first = square_view()
+    second, mask = square_view(1, inside=first), first.mask_HW
+    shown = {name: condition(first) for name, condition in CONDITIONS.items()}
+    assert (shown["inpaint"][mask == 0] == -1).all()
+    assert np.array_equal(shown["inpaint"][mask == 1], first.image_HWC[mask == 1])
+    for name, condition in CONDITIONS.items():
+        assert np.array_equal(shown[name], condition(second))
+        assert shown[name].shape == (32, 32, 3)
+        assert shown[name].dtype == np.float32
+        if name != "inpaint":
+            assert shown[name].min() == 0
+            assert shown[name].max() == 1
+    # the product's inside is empty in its silhouette, and nowhere else
+    assert not shown["silhouette"][11:21, 11:21].any()
+    assert all(shown[name][11:21, 11:21].any() for name in ("canny", "softedge", "depth"))
+
+
+def test_the_depth_map_is_the_products_relief_whatever_the_scale():
+    view = square_view()
+    slope = np.tile(np.linspace(0.4, 0.6, 32, dtype=np.float32), (32, 1))
+    relief = CONDITIONS["depth"](replace(view, depth_HW=slope))[16, 8:24, 0]
+    assert relief[0] == pytest.approx(DEPTH_FLOOR)
+    assert relief[-1] == pytest.approx(1)
+    assert (np.diff(relief) >= 0).all()
+    again = CONDITIONS["depth"](replace(view, depth_HW=0.1 + 0.5 * slope))[16, 8:24, 0]
+    np.testing.assert_allclose(relief, again, atol=1e-4)
+    with pytest.raises(ValueError, match="depth map"):
+        CONDITIONS["depth"](replace(view, depth_HW=None))
+
+
+@given(st.floats(-5, 5), st.floats(0, 6))
+def test_a_keep_mask_grows_by_px_and_fades_around_its_outline(grow, feather):
+    mask = square_view().mask_HW
+    keep = keep_mask(mask, grow, feather)
+    assert keep.min() >= 0
+    assert keep.max() <= 1
+    # along a line through the middle, its area is the product's width and grow at both ends
+    assert keep[16].sum() == pytest.approx(16 + 2 * grow, abs=1.01)
+    soft = (keep[16] > 0) & (keep[16] < 1)
+    assert soft.sum() <= 2 * (feather + 1)
+    assert feather or not soft.any()
+    assert np.array_equal(keep_mask(mask), mask)
+
+
+def test_masks_of_nothing_and_everything_stay():
+    for mask in (np.zeros((8, 8), np.float32), np.ones((8, 8), np.float32)):
+        assert np.array_equal(keep_mask(mask, 2, 3), mask)
+        view = View(np.full((8, 8, 3), 0.5, np.float32), mask, mask)
+        assert all(np.isfinite(condition(view)).all() for condition in CONDITIONS.values())

@@ -19,7 +19,7 @@ from diffusers import (
 from PIL import Image, ImageDraw
 
 from packshot.config.compose import compose
-from packshot.config.schema import AdaptersConfig, GenerateSettings, LoraMethod, ModelConfig
+from packshot.config.schema import AdaptersConfig, DepthConfig, GenerateSettings, LoraMethod, ModelConfig
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.data.matte import held_cells, soften_hard_edge
 from packshot.diffusion.hold import INPUT_SCALES, first_latents, hold_product, inner_cells
@@ -332,14 +332,14 @@ def test_one_adapter_of_several_is_enough_and_the_disagreement_is_logged(lora, t
     adapters = AdaptersConfig(lora=str(lora), controlnets=[str(export)])
     monkeypatch.setattr("packshot.infer.pipeline.log.propagate", True)
     with caplog.at_level(logging.WARNING):
-        check_adapters(adapters)
+        check_adapters(adapters, DepthConfig())
     assert "it is shown clean" in caplog.text
     assert f"{lora}: noised" in caplog.text
     assert f"{export}: clean" in caplog.text
     assert _product_shown({"lora": [lora], "controlnets": [export], "ip_adapter": []}) == "clean"
     assert _product_shown({"lora": [lora], "controlnets": [], "ip_adapter": []}) == "noised"
     caplog.clear()
-    check_adapters(replace(adapters, lora=None))
+    check_adapters(replace(adapters, lora=None), DepthConfig())
     assert not caplog.text
 
 
@@ -348,4 +348,4 @@ def test_an_export_that_says_nonsense_is_refused(lora, tmp_path, content):
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
     (tmp_path / "packshot.json").write_text(content)
     with pytest.raises(ConfigError, match=r"adapters.lora: .*packshot.json does not say how the product is shown"):
-        check_adapters(AdaptersConfig(lora=str(tmp_path)))
+        check_adapters(AdaptersConfig(lora=str(tmp_path)), DepthConfig())

@@ -11,7 +11,9 @@ from packshot.config.schema import MatteConfig
 from packshot.core.errors import ConfigError
 from packshot.data.dataset import load_rows
 from packshot.data.decode import decode_image
-from packshot.data.masks import MaskFileError, NoProductError, find_mask, load_network, load_segmentation
+from packshot.data.depth import _input_size, estimate_depth
+from packshot.data.masks import MaskFileError, NoProductError, find_mask, load_segmentation
+from packshot.data.onnx import load_session
 
 COFFEE = Path(__file__).resolve().parents[2] / "data/products/coffee.png"
 RNG = np.random.default_rng(0)
@@ -191,7 +193,8 @@ def proto(*fields):
 
 
 def tensor(name, *shape):
-    dims = proto(*((1, proto((1, size))) for size in shape))
+    # a dimension is a number or, where it is free, a name
+    dims = proto(*((1, proto((2 if isinstance(size, str) else 1, size))) for size in shape))
     return proto((1, name), (2, proto((1, proto((1, 1), (2, dims))))))
 
 
@@ -238,4 +241,19 @@ def test_unusable_onnx_files_are_refused(tmp_path):
         (dark_is_product(tmp_path / "grey.onnx", 32, channels=1), "shape"),
     ):
         with pytest.raises(ConfigError, match=says):
-            load_network(path)
+            load_session("matte.onnx", path)
+
+
+def test_depth_is_estimated_at_the_pictures_size_by_a_network_of_any_input_size(tmp_path):
+    """The test's network answers dark with near."""
+    image = Image.new("RGB", (96, 64), "white")
+    image.paste((0, 0, 0), (48, 0, 96, 64))
+    near = np.asarray(estimate_depth(image, dark_is_product(tmp_path / "dark.onnx", 32)))
+    assert near.shape == (64, 96)
+    assert near[:, :40].max() == 0
+    assert near[:, 56:].min() == 255
+    free = np.asarray(estimate_depth(image, dark_is_product(tmp_path / "free.onnx", "side")))
+    np.testing.assert_allclose(free[:, :40], near[:, :40])
+    assert _input_size([1, 3, "height", "width"], image) == (777 // 14 * 14 + 14 * (777 % 14 >= 7), 518)
+    with pytest.raises(ConfigError, match=r"depth\.onnx=.*no such file"):
+        estimate_depth(image, str(tmp_path / "gone.onnx"))

@@ -96,7 +96,7 @@ def prediction_and_texts(parts, method):
     pooled, width = parts.text_encoder_2.config.projection_dim, parts.unet.config.cross_attention_dim
     embeds = {"prompt_embeds": (2, 77, width), "pooled_prompt_embeds": (2, pooled)}
     batch = {name: torch.randn(*shape, generator=g) for name, shape in embeds.items()}
-    batch |= {"time_ids": torch.full((2, 6), 128.0), "control": torch.rand(2, 3, 128, 128, generator=g)}
+    batch |= {"time_ids": torch.full((2, 6), 128.0), "control_0": torch.rand(2, 3, 128, 128, generator=g)}
     if method.trains_text:
         ids = [torch.randint(0, 49000, (2, 77), generator=g) for _ in range(2)]
         batch |= dict(zip(embeds, method.encode_prompt(ids), strict=True))

@@ -147,7 +147,7 @@ def test_stock_diffusers_loads_the_controlnet_alike(parts, rows, tmp_path):
     pipeline = StableDiffusionXLControlNetPipeline.from_pretrained(BASE, controlnet=method.controlnet)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(
-        "a table", image=batch["control"], num_inference_steps=1, height=128, width=128, output_type="np"
+        "a table", image=batch["control_0"], num_inference_steps=1, height=128, width=128, output_type="np"
     ).images
     assert image.shape == (1, 128, 128, 3)
 

@@ -49,7 +49,7 @@ def real(config):
         "prompt_embeds": torch.randn(2, 77, parts.unet.config.cross_attention_dim),
         "pooled_prompt_embeds": torch.randn(2, parts.text_encoder_2.config.projection_dim),
         "time_ids": torch.full((2, 6), 128.0),
-        "control": torch.rand(2, 3, 128, 128),
+        "control_0": torch.rand(2, 3, 128, 128),
         "reference": torch.randn(2, parts.image_encoder.config.projection_dim),
     }
     ids = [torch.zeros(2, 77, dtype=torch.long)] * 2

@@ -38,7 +38,7 @@ LoraTargets = Names(
 )
 Quantization = Names("Quantization", ["none", "nf4", "int8"])
 AttentionKernel = Names("AttentionKernel", ["auto", "flash", "efficient", "cudnn", "math"])
-Condition = Names("Condition", ["inpaint", "canny"])
+Condition = Names("Condition", ["inpaint", "canny", "silhouette", "softedge", "depth"])
 IPAdapterVariant = Names("IPAdapterVariant", ["base", "plus"])
 PredictionType = Names("PredictionType", ["base", "epsilon", "v_prediction"])
 LossWeighting = Names("LossWeighting", ["none", "min_snr", "debiased"])
@@ -217,8 +217,18 @@ class IPAdapterMethod:
 
 @dataclass
 class ControlNetMethod:
-    condition: Condition = opt(Condition.inpaint, "inpaint (background = -1) or canny (edges of the product)")
+    condition: Condition = opt(
+        Condition.inpaint,
+        "inpaint (background = -1), canny (edges of the product), silhouette (its outline), softedge (its gradients) "
+        "or depth (its relief)",
+    )
     conditioning_scale: float = opt(1.0, "weight of the control residuals", min=0, max=2)
+    init: str | None = opt(None, "ControlNet to start from, folder or hub id; null: a copy of the UNet's encoder")
+    beside: list[str] = opt([], "export/ folders of ControlNets that work along, frozen unless method.joint=true")
+    joint: bool = opt(False, "also train those of method.beside; they are exported to export/beside-<k>")
+    mask_grow: float = opt(0.0, "px by which the product's mask is grown for the map, here and later", min=-64, max=64)
+    mask_feather: float = opt(0.0, "px over which the mask fades, here and later (inpaint)", min=0, max=64)
+    mask_jitter: float = opt(0.0, "px by which the mask is grown or shrunk at random in training", min=0, max=64)
 
 
 @dataclass
@@ -326,6 +336,13 @@ class MatteConfig:
 
 
 @dataclass
+class DepthConfig:
+    onnx: str | None = opt(
+        None, "ONNX file of a monocular depth network (MiDaS, Depth Anything), for ControlNets that read depth"
+    )
+
+
+@dataclass
 class QualityConfig:
     min_side: int = opt(64, "reject images with a shorter side, px", min=1)
     max_pixels: int = opt(120_000_000, "reject larger images (decompression bombs)", min=1)
@@ -379,6 +396,7 @@ class BuildData:
     dataset: DatasetKind = opt(DatasetKind.product, "background (image, text), product (image, mask, text) or rendered")
     source: SourceConfig = field(default_factory=SourceConfig)
     matte: MatteConfig = field(default_factory=MatteConfig)
+    depth: DepthConfig = field(default_factory=DepthConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
     render: RenderConfig = field(default_factory=RenderConfig)
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
@@ -418,6 +436,7 @@ class Generate(GenerateSettings):
     product: str = opt("data/products/coffee.png", "product photo, or a folder of them")
     mask: str | None = opt(None, "product mask (white = product); found from alpha or by segmentation if not given")
     matte: MatteConfig = field(default_factory=MatteConfig)
+    depth: DepthConfig = field(default_factory=DepthConfig)
     prompt: str | None = opt(None, "free text; scene.* is the structured way")
     scene: SceneConfig = field(default_factory=SceneConfig)
     reference: str | None = opt(None, "image whose look the background takes (needs adapters.ip_adapter)")
@@ -456,6 +475,7 @@ class Serve:
     serve: ServeConfig = field(default_factory=ServeConfig)
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     matte: MatteConfig = field(default_factory=MatteConfig)
+    depth: DepthConfig = field(default_factory=DepthConfig)
     generate: GenerateSettings = field(default_factory=GenerateSettings)
 
 

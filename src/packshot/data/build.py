@@ -25,7 +25,9 @@ from packshot.core.tracking import open_tracker
 from packshot.data import card as cards
 from packshot.data.decode import DecodeError, decode_image, flatten
 from packshot.data.dedup import find_duplicates, perceptual_hash
+from packshot.data.depth import estimate_depth
 from packshot.data.masks import MaskFileError, NoProductError, find_mask, load_segmentation
+from packshot.data.onnx import load_session
 from packshot.data.quality import check
 from packshot.data.sources import Raw, fingerprint, list_items, read_items
 from packshot.pipeline import Outcome, Report, Step, run_steps
@@ -54,7 +56,7 @@ _MEANING = {
     "plate": "the same scene without the product",
     "cutout": "the product alone, with alpha",
     "shadow": "what the product does to the light around it: plate x shadow carries its shadow; white = nothing",
-    "depth": "inverse depth, near is bright, the product at 0.5",
+    "depth": "inverse depth, near is bright; in rendered sets the product is at 0.5",
     "normals": "surface normals in camera space: x right, y up, z to the camera",
     "product_id": "design of the product",
 }
@@ -148,8 +150,12 @@ def _mask_one(sample: Sample, matte: MatteConfig) -> Outcome:
     return Outcome({"mask": png(found.to_image()), "mask_method": found.method, "mask_confidence": found.confidence})
 
 
-def _row(samples: list[Sample], dataset: str) -> list[Outcome]:
-    return [Outcome(_finished(sample, _COLUMNS[DatasetKind[dataset]])) for sample in samples]
+def _depth(samples: list[Sample], onnx: str) -> list[Outcome]:
+    return [Outcome({"depth": png(estimate_depth(flatten(open_png(sample["image"])), onnx))}) for sample in samples]
+
+
+def _row(samples: list[Sample], columns: Sequence[str]) -> list[Outcome]:
+    return [Outcome(_finished(sample, columns)) for sample in samples]
 
 
 def _finished(sample: Sample, columns: Sequence[str]) -> Sample:
@@ -198,8 +204,14 @@ def _photo_steps(config: BuildData, captions: Sequence[Step]) -> list[Step]:
         settings = {**_network_identity(config.matte), "min_confidence": config.matte.min_confidence}
         reads = ("image", "mask_file", "source")
         steps.append(Step("mask", 1, settings, columns, partial(_mask, matte=config.matte), reads=reads))
-    dataset = config.dataset.name
-    return [*steps, *captions, _final(_COLUMNS[config.dataset], partial(_row, dataset=dataset), {"dataset": dataset})]
+    columns = _COLUMNS[config.dataset]
+    if product and config.depth.onnx:
+        settings = {"onnx": file_sha256(readable("depth.onnx", config.depth.onnx))}
+        added = pa.schema([("depth", _IMAGE)])
+        steps.append(Step("depth", 1, settings, added, partial(_depth, onnx=config.depth.onnx), reads=("image",)))
+        columns = ("image", "mask", "depth", *_BASE[1:])
+    last = _final(columns, partial(_row, columns=columns), {"dataset": config.dataset.name, "columns": list(columns)})
+    return [*steps, *captions, last]
 
 
 def _network_identity(matte: MatteConfig) -> dict[str, str | None]:
@@ -238,6 +250,8 @@ def build(config: BuildData, captions: Sequence[Step] = ()) -> None:
     items = farm.jobs(config) if rendered else list_items(config.source)
     if config.dataset is DatasetKind.product:
         load_segmentation(config.matte)  # refuse it here, not in a worker
+        if config.depth.onnx:
+            load_session("depth.onnx", config.depth.onnx)
     run = open_run("build_data", config)
     steps = _render_steps(config, run.path) if rendered else _photo_steps(config, captions)
     tracker = open_tracker(run, config, "build_data")
@@ -293,7 +307,9 @@ def _settings(config: BuildData) -> dict[str, Any]:
     """What the card says of how the set was made: everything that shaped it, nothing of where."""
     plain = to_plain(config)
     if config.dataset is not DatasetKind.rendered:
-        return {key: plain[key] for key in ("dataset", "source", "matte", "quality", "captioner", "shard_size")}
+        return {
+            key: plain[key] for key in ("dataset", "source", "matte", "depth", "quality", "captioner", "shard_size")
+        }
     render = {key: value for key, value in plain["render"].items() if key not in ("folder", "environment")}
     return {"dataset": "rendered", "seed": config.run.seed, "render": render, "shard_size": config.shard_size}
 

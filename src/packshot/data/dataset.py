@@ -21,14 +21,14 @@ from packshot.data.spool import read_tables
 from packshot.scene import Scene
 
 _DIGEST = re.compile("[0-9a-f]{64}")
-_IMAGES = {"image": "RGB", "plate": "RGB", "cutout": "RGBA", "mask": "L", "shadow": "L"}
+_IMAGES = {"image": "RGB", "plate": "RGB", "cutout": "RGBA", "mask": "L", "shadow": "L", "depth": "L"}
 
 
 class Rows(Sequence[dict[str, Any]]):
     """Samples of a dataset folder; ``rows[i]`` decodes one.
 
     Each is a dict with ``image`` (PIL RGB), ``mask`` (PIL L, or None when the set has none), ``text``, ``scene``
-    (Scene), ``id`` and every other column as it is (``plate``: PIL RGB, ``cutout``: RGBA, ``shadow``: L).
+    (Scene), ``id`` and every other column as it is (``plate``: PIL RGB, ``cutout``: RGBA, ``shadow`` and ``depth``: L).
     """
 
     def __init__(self, path: str, files: list[str], table: Any, pictures: Any, places: list[int]) -> None:

@@ -10,8 +10,6 @@ tables and on objects of several materials.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import cv2
 import numpy as np
@@ -21,8 +19,8 @@ from scipy.sparse.csgraph import dijkstra
 
 from packshot.config.schema import MatteConfig
 from packshot.core.errors import ConfigError, PackshotError
-from packshot.core.storage import readable
 from packshot.data.decode import flatten
+from packshot.data.onnx import load_session
 
 WORK_SIDE = 400  # px, longer side at which GrabCut works: seconds at 12 megapixels, and its result is no better
 REFINE_SIDE = 1024  # px, longer side at which the edge filter is fitted
@@ -123,33 +121,10 @@ U2NET = (
 _NORMALISATION = {1024: ISNET, 320: U2NET}
 
 
-@lru_cache(maxsize=1)
-def load_network(path: str) -> Any:
-    """The ONNX session of ``matte.onnx``; loaded once per process.
-
-    Raises:
-        ConfigError: no such file, no ONNX model, or not one with a 1x3xSxS input.
-    """
-    import onnxruntime
-
-    file = readable("matte.onnx", path)
-    try:
-        session = onnxruntime.InferenceSession(str(file), providers=onnxruntime.get_available_providers())
-    except Exception as error:  # onnxruntime has no common base for its errors
-        raise ConfigError(f"matte.onnx={path} cannot be loaded: {error}", "Name an ONNX model file.") from error
-    shape = session.get_inputs()[0].shape
-    if len(shape) != 4 or shape[1] != 3:
-        raise ConfigError(
-            f"matte.onnx={path} takes an input of shape {shape}.",
-            "Supported: one RGB image, 1x3xSxS; IS-Net at 1024 px and U²-Net at 320 px are known.",
-        )
-    return session
-
-
 def load_segmentation(matte: MatteConfig) -> None:
     """Load what :func:`find_mask` would use. Raises ConfigError if it is no usable model."""
     if matte.onnx:
-        load_network(matte.onnx)
+        load_session("matte.onnx", matte.onnx)
     elif matte.network:
         from packshot.models.matting import load_matting
 
@@ -159,7 +134,7 @@ def load_segmentation(matte: MatteConfig) -> None:
 def _from_onnx(image: Image.Image, path: str) -> Mask:
     """A salient-object network. Its input size is read from the model (a free size means 1024); IS-Net's
     normalisation, (x - 128) / 256, holds for every size but U²-Net's 320."""
-    session = load_network(path)
+    session = load_session("matte.onnx", path)
     node = session.get_inputs()[0]
     side = node.shape[2] if isinstance(node.shape[2], int) else 1024
     mean, scale = _NORMALISATION.get(side, ISNET)

@@ -1,32 +1,131 @@
-"""Control maps: what a ControlNet is shown of a product. The same functions in training and at inference."""
+"""Control maps: what a ControlNet is shown of a product. The same functions in training and at inference.
+
+All maps are float32 (H, W, 3) and know nothing of the old background: they are functions of what lies in the keep mask.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 
+DEPTH_FLOOR = 0.25  # the product's farthest point; 0 is where nothing is known
 
-def inpaint(image_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
-    """The product's pixels, and -1 where the background is to be invented.
 
-    image_HWC: RGB in [0, 1]; mask_HW: product's alpha in [0, 1]. Returns (H, W, 3) float32 in {-1} | [0, 1].
+@dataclass(frozen=True)
+class View:
+    """A product in its frame, all of one size.
+
+    image_HWC: RGB in [0, 1]. mask_HW: the product's alpha in [0, 1]. depth_HW: nearness in [0, 1], larger is nearer, in
+    any scale; None where it is not known.
     """
-    known = (mask_HW >= 0.5)[..., None]
-    return np.where(known, image_HWC, -1.0).astype(np.float32)
+
+    image_HWC: np.ndarray
+    mask_HW: np.ndarray
+    depth_HW: np.ndarray | None = None
 
 
-def canny(image_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
-    """Edges of the product and its outline, nothing of the old background.
+def keep_mask(mask_HW: np.ndarray, grow: float = 0.0, feather: float = 0.0) -> np.ndarray:
+    """The product's mask with its outline moved outwards by ``grow`` px (inwards if negative), float32 in [0, 1].
 
-    Arguments as :func:`inpaint`. Returns (H, W, 3) float32 in {0, 1}.
+    feather: px over which it falls from 1 to 0, half of them on either side of the outline; 0 gives 0 and 1 alone.
+    A product thinner than twice what is taken away vanishes.
     """
-    product = np.where((mask_HW >= 0.5)[..., None], image_HWC, 0.5)
-    inner = cv2.Canny((product * 255).astype(np.uint8), 100, 200)
-    outline = cv2.Canny(((mask_HW >= 0.5) * 255).astype(np.uint8), 100, 200)
-    edges = np.maximum(inner, outline).astype(np.float32) / 255
-    return np.repeat(edges[..., None], 3, axis=2)
+    solid = (mask_HW >= 0.5).astype(np.uint8)
+    if not (grow or feather) or solid.all() or not solid.any():
+        return solid.astype(np.float32)
+    # from pixel centres to the outline, which runs between pixels; positive inside
+    inside, outside = (cv2.distanceTransform(part, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for part in (solid, 1 - solid))
+    distance = np.where(solid, inside - 0.5, 0.5 - outside) + grow
+    return np.clip(distance / max(feather, 1e-3) + 0.5, 0, 1) if feather else (distance > 0).astype(np.float32)
 
 
-CONDITIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"inpaint": inpaint, "canny": canny}
+def inpaint(view: View) -> np.ndarray:
+    """The product's pixels, and -1 where the background is to be invented; a soft mask fades between them."""
+    known = view.mask_HW[..., None]
+    return np.where(known > 0, view.image_HWC * known - (1 - known), -1.0).astype(np.float32)
+
+
+def _edges(picture_HWC: np.ndarray) -> np.ndarray:
+    return cv2.Canny((picture_HWC * 255).astype(np.uint8), 100, 200)
+
+
+def _shown(view: View) -> np.ndarray:
+    """The product on grey, and its mask as bool."""
+    return np.where((view.mask_HW >= 0.5)[..., None], view.image_HWC, 0.5)
+
+
+def _grey_map(values_HW: np.ndarray) -> np.ndarray:
+    return np.repeat(values_HW.astype(np.float32)[..., None], 3, axis=2)
+
+
+def silhouette(view: View) -> np.ndarray:
+    """The outline of the product alone: Canny (1986) of its mask, 0 or 1."""
+    return _grey_map(_edges(np.where(view.mask_HW >= 0.5, 1.0, 0.0)) / 255)
+
+
+def canny(view: View) -> np.ndarray:
+    """Edges on the product (Canny 1986) and its outline, 0 or 1."""
+    return np.maximum(_grey_map(_edges(_shown(view)) / 255), silhouette(view))
+
+
+def softedge(view: View) -> np.ndarray:
+    """How steeply the product's colours change, its outline included: Scharr's gradient, blurred by 1 px; [0, 1]."""
+    shown, solid = _shown(view).astype(np.float32), (view.mask_HW >= 0.5).astype(np.float32)
+    steepness = np.zeros(solid.shape, np.float32)
+    for layer_HW in (*np.moveaxis(shown, -1, 0), solid):
+        smooth = cv2.GaussianBlur(np.ascontiguousarray(layer_HW), (0, 0), 1.0)
+        steepness = np.maximum(steepness, np.hypot(cv2.Scharr(smooth, -1, 1, 0), cv2.Scharr(smooth, -1, 0, 1)))
+    return _grey_map(np.clip(steepness / 10, 0, 1))  # an ideal step from 0 to 1 gives 10.3 after that blur
+
+
+def depth(view: View) -> np.ndarray:
+    """The product's relief: 1 at its nearest point, ``DEPTH_FLOOR`` at its farthest, 0 outside.
+
+    The nearest and farthest two hundredths are cut off: at the outline a depth map mixes product and background.
+
+    Raises:
+        ValueError: the view has no depth.
+    """
+    if view.depth_HW is None:
+        raise ValueError("the depth condition needs a depth map")
+    solid = view.mask_HW >= 0.5
+    if not solid.any():
+        return _grey_map(np.zeros(solid.shape))
+    far, near = np.percentile(view.depth_HW[solid], (2, 98))
+    relief = np.clip((view.depth_HW - far) / max(float(near - far), 1e-6), 0, 1)
+    return _grey_map(np.where(solid, DEPTH_FLOOR + (1 - DEPTH_FLOOR) * relief, 0.0))
+
+
+CONDITIONS: dict[str, Callable[[View], np.ndarray]] = {
+    "inpaint": inpaint,
+    "canny": canny,
+    "silhouette": silhouette,
+    "softedge": softedge,
+    "depth": depth,
+}
+NEEDS_DEPTH = frozenset(("depth",))
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a ControlNet is shown, in training as at inference; its export's ``packshot.json`` says it.
+
+    mask_grow, mask_feather: see :func:`keep_mask`; px of the model's resolution.
+    """
+
+    condition: str
+    mask_grow: float = 0.0
+    mask_feather: float = 0.0
+
+    @property
+    def needs_depth(self) -> bool:
+        """Whether a view must have a depth map."""
+        return self.condition in NEEDS_DEPTH
+
+    def draw(self, view: View, shift: float = 0.0) -> np.ndarray:
+        """The control map. shift: px by which the outline is moved besides ``mask_grow``."""
+        keep_HW = keep_mask(view.mask_HW, self.mask_grow + shift, self.mask_feather)
+        return CONDITIONS[self.condition](replace(view, mask_HW=keep_HW))

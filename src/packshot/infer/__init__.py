@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from packshot.config.compose import compose as compose_config
-from packshot.config.schema import AdaptersConfig, GenerateSettings, MatteConfig, ModelConfig
+from packshot.config.schema import AdaptersConfig, DepthConfig, GenerateSettings, MatteConfig, ModelConfig
 from packshot.config.validate import validate
 from packshot.core.errors import ConfigError
 from packshot.infer import certificate as certificates
@@ -54,6 +54,7 @@ class Packshot:
     models: Models
     matte: MatteConfig = field(default_factory=MatteConfig)
     product: Product | None = None
+    depth: DepthConfig = field(default_factory=DepthConfig)
     _turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
@@ -65,6 +66,7 @@ class Packshot:
         ip_adapter: str | None = None,
         adapters: AdaptersConfig | None = None,
         matte: MatteConfig | None = None,
+        depth: DepthConfig | None = None,
     ) -> Packshot:
         """Load a base and its adapters.
 
@@ -78,23 +80,26 @@ class Packshot:
             raise ConfigError("adapters and lora/controlnets/ip_adapter are both given.", "Use one of the two ways.")
         wanted = adapters or AdaptersConfig(lora=lora, controlnets=list(controlnets), ip_adapter=ip_adapter)
         config = compose_config("generate", [f"model={model}"]).model if isinstance(model, str) else model
-        return cls(load_models(config, wanted), matte or MatteConfig())
+        return cls(load_models(config, wanted), matte or MatteConfig(), depth=depth or DepthConfig())
 
     def set_product(
         self,
         image: str | Path | Image.Image,
         mask: str | Path | Image.Image | None = None,
         name: str | None = None,
+        depth: str | Path | Image.Image | None = None,
     ) -> Packshot:
         """Take this product from now on; returns ``self``.
 
         image: RGB, or RGBA whose alpha is the mask. mask: white = product, of the image's size; found when not given.
+        depth: near is bright, of the image's size; estimated when not given, where a ControlNet reads it.
 
         Raises:
             ConfigError, PackshotError: see :func:`packshot.infer.product.prepare`.
         """
         known = name or (Path(image).stem if isinstance(image, str | Path) else "product")
-        self.product = prepare(image, mask, self.matte, known)
+        needed = any(control.needs_depth for control in self.models.controls)
+        self.product = prepare(image, mask, self.matte, known, depth, self.depth.onnx if needed else None)
         return self
 
     def with_product(self, product: Product) -> Packshot:

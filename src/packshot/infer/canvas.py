@@ -27,6 +27,7 @@ class Canvas:
     foreground_HW3: uint8 product colours, equal to rgb_HW3 where matte_HW is 255, continued outwards elsewhere.
     core_HW: bool, the pixels that must come out unchanged.
     transform: how a pixel of the photo got here, in words and numbers; part of the certificate.
+    depth_HW: uint8 nearness in any scale, None where it is not known.
     """
 
     rgb_HW3: np.ndarray
@@ -34,6 +35,7 @@ class Canvas:
     foreground_HW3: np.ndarray
     core_HW: np.ndarray
     transform: dict[str, Any]
+    depth_HW: np.ndarray | None = None
 
 
 def place(product: Product, settings: GenerateSettings) -> Canvas:
@@ -53,7 +55,7 @@ def place_original(product: Product, settings: GenerateSettings) -> Canvas:
         "resampling": "none",
     }
     core = core_of(product.alpha_HW)
-    return Canvas(product.rgb_HW3, product.matte_HW, product.foreground_HW3, core, transform)
+    return Canvas(product.rgb_HW3, product.matte_HW, product.foreground_HW3, core, transform, product.depth_HW)
 
 
 def place_center(product: Product, settings: GenerateSettings) -> Canvas:
@@ -94,7 +96,8 @@ def place_center(product: Product, settings: GenerateSettings) -> Canvas:
         "resampling": f"pillow {method.name.lower()}",
         "touches_frame": min(left, top) == 0 or bottom == rows_total or right == columns_total,
     }
-    return Canvas(rgb, matte, foreground, core, transform)
+    depth = None if product.depth_HW is None else resampled(product.depth_HW)
+    return Canvas(rgb, matte, foreground, core, transform, depth)
 
 
 PLACEMENTS: dict[Placement, Callable[[Product, GenerateSettings], Canvas]] = {
@@ -149,6 +152,7 @@ class Working:
     held_HW: bool, constant over latent cells: those that show nothing but product, and are held to it. A cell on the
         product's edge stays free: holding it, even in part (the hold repeats at every step), paints its whole square in
         the product's colour, which the composite then shows as a fringe.
+    depth_HW: float32 nearness in [0, 1], in any scale; None where it is not known.
     """
 
     frame: Frame
@@ -156,6 +160,7 @@ class Working:
     keep_HW: np.ndarray
     coverage_HW: np.ndarray
     held_HW: np.ndarray
+    depth_HW: np.ndarray | None = None
 
 
 def make_working(canvas: Canvas, frame: Frame, cell: int) -> Working:
@@ -170,12 +175,17 @@ def make_working(canvas: Canvas, frame: Frame, cell: int) -> Working:
     coverage = np.asarray(Image.fromarray(canvas.matte_HW).resize(size, Image.Resampling.BOX), np.float32) / 255
     image = np.asarray(Image.fromarray(canvas.foreground_HW3).resize(size, Image.Resampling.LANCZOS))
     coverage = np.pad(coverage, margins)
+    depth = None
+    if canvas.depth_HW is not None:
+        small = np.asarray(Image.fromarray(canvas.depth_HW).resize(size, Image.Resampling.BILINEAR), np.float32)
+        depth = np.pad(small / 255, margins, mode="edge")
     return Working(
         frame,
         np.pad(image, (*margins, (0, 0)), mode="edge"),
         np.pad(keep[0, 0].numpy() > 0, margins),
         coverage,
         held_cells(coverage, cell),
+        depth,
     )
 
 

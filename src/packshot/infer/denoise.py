@@ -114,8 +114,8 @@ def denoise(
     held = torch.from_numpy(working.held_HW[None, ::factor, ::factor].astype(np.float32)).to(pipe.device)
     steps, shown = settings.num_inference_steps, models.product_shown
     controls: dict[str, Any] = {}
-    if models.conditions:
-        controls["image"] = [control_map(name, working) for name in models.conditions]
+    if models.controls:
+        controls["image"] = [control_map(control, working) for control in models.controls]
         controls["controlnet_conditioning_scale"] = list(models.controlnet_scales)
     latents = pipe(
         **conditioning.arguments,

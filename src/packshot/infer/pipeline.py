@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
-    ControlNetModel,
     MultiControlNetModel,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
@@ -18,11 +17,13 @@ from diffusers import (
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from packshot.config.schema import AdaptersConfig, ModelConfig, ProductShown
+from packshot.config.schema import AdaptersConfig, DepthConfig, ModelConfig, ProductShown
 from packshot.core.errors import ConfigError
 from packshot.core.run import log
 from packshot.core.storage import readable
-from packshot.infer.conditions import read_condition
+from packshot.data.onnx import load_session
+from packshot.diffusion.conditions import Control
+from packshot.models.controlnets import load_controlnet, read_control
 from packshot.models.load import load_parts, model_folder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -35,7 +36,7 @@ _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError)
 class Models:
     """A pipeline ready to draw.
 
-    conditions, controlnet_scales: one entry per ControlNet, in the pipeline's order.
+    controls, controlnet_scales: what each ControlNet is shown and its weight, in the pipeline's order.
     has_ip_adapter: every call must then bring image embeddings.
     product_shown: how the network sees the product while the scene is denoised; a key of ``ProductShown``.
     unit: sides of the working copy are multiples of this, px.
@@ -44,7 +45,7 @@ class Models:
     """
 
     pipe: StableDiffusionXLPipeline | StableDiffusionXLControlNetPipeline
-    conditions: tuple[str, ...]
+    controls: tuple[Control, ...]
     controlnet_scales: tuple[float, ...]
     has_ip_adapter: bool
     product_shown: str
@@ -68,16 +69,17 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
     """
     adapters = adapters or AdaptersConfig()
     folders = _adapter_folders(adapters)
-    conditions = tuple(read_condition(folder) for folder in folders["controlnets"])
+    controls = tuple(read_control("adapters.controlnets", folder) for folder in folders["controlnets"])
     shown = _product_shown(folders)
-    scales = tuple(adapters.controlnet_scales or [1.0] * len(conditions))
+    scales = tuple(adapters.controlnet_scales or [1.0] * len(controls))
     device, dtype = pick_device()
     parts = load_parts(model).to(device, dtype)
     pipe: Any
-    if conditions:
-        nets: list[Any] = [_load_controlnet(folder) for folder in folders["controlnets"]]
-        control = MultiControlNetModel([net.to(device, dtype) for net in nets])
-        pipe = StableDiffusionXLControlNetPipeline(**parts.pipeline_components(), controlnet=control)
+    if controls:
+        sources = map(str, folders["controlnets"])
+        nets = [load_controlnet("adapters.controlnets", source, parts.unet).eval() for source in sources]
+        together = MultiControlNetModel([net.to(device, dtype) for net in nets])
+        pipe = StableDiffusionXLControlNetPipeline(**parts.pipeline_components(), controlnet=together)
     else:
         pipe = StableDiffusionXLPipeline(**parts.pipeline_components())
     for folder in folders["lora"]:
@@ -87,22 +89,36 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
     pipe.set_progress_bar_config(disable=True)
     return Models(
         pipe=pipe,
-        conditions=conditions,
+        controls=controls,
         controlnet_scales=scales,
         has_ip_adapter=bool(folders["ip_adapter"]),
         product_shown=shown,
         unit=pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1),
         resolution=model.resolution,
-        manifest={**_manifest(model, adapters, folders, conditions, scales, device, dtype), "product_shown": shown},
+        manifest={**_manifest(model, adapters, folders, controls, scales, device, dtype), "product_shown": shown},
     )
 
 
-def check_adapters(adapters: AdaptersConfig) -> None:
-    """What can be known without loading: folders, their main files, what they say of themselves. Raises ConfigError."""
+def check_adapters(adapters: AdaptersConfig, depth: DepthConfig) -> str | None:
+    """What can be known without loading: folders, their main files, what they say of themselves.
+
+    Returns the depth network that products need; None if no ControlNet reads their depth.
+
+    Raises:
+        ConfigError: something is missing or wrong, or there is no network for a depth that is needed.
+    """
     folders = _adapter_folders(adapters)
-    for folder in folders["controlnets"]:
-        read_condition(folder)
     _product_shown(folders)
+    readers = [f for f in folders["controlnets"] if read_control("adapters.controlnets", f).needs_depth]
+    if not readers:
+        return None
+    if not depth.onnx:
+        raise ConfigError(
+            f"adapters.controlnets: {readers[0]} reads the product's depth, which a photo does not have.",
+            "Set depth.onnx to a depth network (MiDaS, Depth Anything).",
+        )
+    load_session("depth.onnx", depth.onnx)
+    return depth.onnx
 
 
 def _adapter_folders(adapters: AdaptersConfig) -> dict[str, list[Path]]:
@@ -156,13 +172,6 @@ def _read_product_shown(kind: str, folder: Path) -> str:
 def _refusal(key: str, folder: Path, error: Exception) -> ConfigError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     return ConfigError(f"{key}={folder} cannot be loaded into this base: {reason}", "Was it trained on another model?")
-
-
-def _load_controlnet(folder: Path) -> ControlNetModel:
-    try:
-        return ControlNetModel.from_pretrained(folder).eval()
-    except _LOAD_ERRORS as error:
-        raise _refusal("adapters.controlnets", folder, error) from error
 
 
 def _add_lora(pipe: Any, folder: Path, scale: float) -> None:
@@ -219,7 +228,7 @@ def _manifest(
     model: ModelConfig,
     adapters: AdaptersConfig,
     folders: dict[str, list[Path]],
-    conditions: tuple[str, ...],
+    controls: tuple[Control, ...],
     scales: tuple[float, ...],
     device: torch.device,
     dtype: torch.dtype,
@@ -235,6 +244,6 @@ def _manifest(
         for number, folder in enumerate(folders[kind]):
             entry = {"kind": kind.removesuffix("s"), "name": str(folder), "scale": weights[number]}
             if kind == "controlnets":
-                entry["condition"] = conditions[number]
+                entry |= asdict(controls[number])
             entries.append({**entry, "files": file_hashes(folder)})
     return {**parts, "adapters": entries, "device": device.type, "dtype": str(dtype).removeprefix("torch.")}

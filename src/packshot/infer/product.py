@@ -15,6 +15,7 @@ from packshot.config.schema import MatteConfig
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.storage import readable
 from packshot.data.decode import decode_image
+from packshot.data.depth import estimate_depth
 from packshot.data.masks import find_mask
 from packshot.data.matte import soften_hard_edge, unmix
 
@@ -31,6 +32,7 @@ class Product:
     matte_HW: the alpha that compositing uses: alpha_HW, with a one-pixel soft edge where the mask had none.
     foreground_HW3: the product's own colours, uint8; equals the photo wherever matte_HW is 255.
     method, confidence: where the mask came from (``file``, ``alpha``, ``onnx``, ``grabcut``) and how sure that is.
+    depth_HW: uint8 nearness, larger is nearer, in any scale; None where nothing asks for it.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Product:
     method: str
     confidence: float
     sha256: str
+    depth_HW: np.ndarray | None = None
 
 
 def open_image(key: str, source: str | Path | Image.Image) -> tuple[Image.Image, str]:
@@ -93,8 +96,12 @@ def prepare(
     mask: str | Path | Image.Image | None = None,
     matte: MatteConfig | None = None,
     name: str = "product",
+    depth: str | Path | Image.Image | None = None,
+    depth_onnx: str | None = None,
 ) -> Product:
     """Decode, find or check the mask, un-mix the edge.
+
+    depth: a picture of the photo's size, near is bright. depth_onnx: a network that estimates it where it is not given.
 
     Raises:
         ConfigError: a file is missing or no image; the mask has another size, is empty or leaves no background.
@@ -105,21 +112,27 @@ def prepare(
         raise ConfigError(
             f"product: {name} is {photo.width}x{photo.height} px.", f"Each side needs at least {MIN_SIDE} px."
         )
-    given = None if mask is None else _open_mask(mask, photo, name)
+    given = None if mask is None else _open_alike("mask", mask, photo, name)
+    near = None if depth is None else _open_alike("depth", depth, photo, name)
     found = find_mask(photo, matte or MatteConfig(), given, name)
     alpha = np.rint(np.clip(found.alpha_HW, 0, 1) * 255).astype(np.uint8)
     _check_alpha(alpha, name, "file" if given is not None else found.method)
     rgb = np.ascontiguousarray(photo.convert("RGB"))
     soft = soften_hard_edge(alpha)
-    return Product(name, rgb, alpha, soft, unmix(rgb, soft), found.method, float(found.confidence), digest)
+    if near is None and depth_onnx:
+        near = estimate_depth(Image.fromarray(rgb), depth_onnx)
+    depth_HW = None if near is None else np.asarray(near.convert("L"))
+    confidence = float(found.confidence)
+    return Product(name, rgb, alpha, soft, unmix(rgb, soft), found.method, confidence, digest, depth_HW)
 
 
-def _open_mask(mask: str | Path | Image.Image, photo: Image.Image, name: str) -> Image.Image:
-    picture, _ = open_image("mask", mask)
+def _open_alike(key: str, source: str | Path | Image.Image, photo: Image.Image, name: str) -> Image.Image:
+    """A picture that belongs to the photo, pixel by pixel."""
+    picture, _ = open_image(key, source)
     if picture.size != photo.size:
         raise ConfigError(
-            f"mask is {picture.width}x{picture.height} px, the photo {name} is {photo.width}x{photo.height} px.",
-            "Give a mask of the photo's size; it is not resized, because that would move its edge.",
+            f"{key} is {picture.width}x{picture.height} px, the photo {name} is {photo.width}x{photo.height} px.",
+            f"Give a {key} of the photo's size; it is not resized, because that would move its edge.",
         )
     return picture
 

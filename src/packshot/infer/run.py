@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,17 @@ def generate(config: Generate) -> None:
     baseline = _folder("baseline", config.baseline)
     if config.reference:
         open_image("reference", config.reference)
-    first = prepare(files[0], masks[files[0]], config.matte, files[0].stem) if len(files) == 1 else None
-    check_adapters(config.adapters)
-    tool = Packshot(load_models(config.model, config.adapters), config.matte)
+    network = check_adapters(config.adapters, config.depth)
+    ready = partial(prepare, matte=config.matte, depth_onnx=network)
+    first = ready(files[0], masks[files[0]], name=files[0].stem) if len(files) == 1 else None
+    tool = Packshot(load_models(config.model, config.adapters), config.matte, depth=config.depth)
     run = open_run("generate", config)
     tracker = open_tracker(run, config, "generate")
     failures = []
     with progress("pictures", total=len(files) * config.num_images) as advance:
         for name, file in unique_names(files):
             try:
-                product = first or prepare(file, masks[file], config.matte, name)
+                product = first or ready(file, masks[file], name=name)
                 copy_input(run, file, name)
                 make_pictures(config, run, tool.with_product(product), request, advance)
             except PackshotError as error:

@@ -18,11 +18,11 @@ class Method(Protocol):
 
     Built as ``Class(parts, method_config)``. Trainable parameters are fp32 from the start.
 
-    needs_pixels: whether ``condition`` reads the sample itself; if not, nothing is decoded during training.
+    pictures: the pictures of a sample that ``condition`` reads; if there are none, nothing is decoded during training.
     trains_text: whether the text encoders are trained; then embeddings come from ``encode_prompt`` at each step.
     """
 
-    needs_pixels: bool
+    pictures: tuple[str, ...]
     trains_text: bool
 
     def encode(self, samples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
@@ -36,7 +36,7 @@ class Method(Protocol):
     def condition(self, sample: Any, encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
         """Extra conditioning of one access, no batch dimension; dropout is drawn from ``key``.
 
-        sample: the framed sample if the method needs pixels, else None.
+        sample: the framed sample if the method reads pictures, else None.
         """
         ...
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,11 @@ from torch import Tensor, nn
 
 from packshot.config.schema import ControlNetMethod
 from packshot.core.errors import PackshotError
-from packshot.diffusion.conditions import CONDITIONS
+from packshot.core.storage import readable
+from packshot.diffusion.conditions import Control, View
 from packshot.diffusion.keyed import SampleKey
 from packshot.methods.base import trainable_fp32, unet_conditioning
+from packshot.models.controlnets import USAGE, load_controlnet, read_control
 from packshot.models.load import Parts
 
 if TYPE_CHECKING:  # imported where one is built
@@ -22,9 +26,15 @@ if TYPE_CHECKING:  # imported where one is built
 
 
 class ControlNet(nn.Module):
-    """Zero-initialised residuals from a control map (Zhang et al. 2023, arXiv 2302.05543); the UNet stays frozen."""
+    """Zero-initialised residuals from a control map (Zhang et al. 2023, arXiv 2302.05543); the UNet stays frozen.
 
-    needs_pixels = True
+    ``method.beside`` names ControlNets that work along, each with its own map; their residuals are added up, as at
+    inference. They are frozen (training one after the other), or trained too with ``method.joint``.
+
+    Raises:
+        ConfigError: ``method.init`` or one of ``method.beside`` cannot be loaded or does not fit the base.
+    """
+
     trains_text = False
 
     def __init__(self, parts: Parts, config: ControlNetMethod) -> None:
@@ -33,9 +43,24 @@ class ControlNet(nn.Module):
         super().__init__()
         self.config, self._parts = config, parts
         self.unet = parts.unet
-        self.controlnet = ControlNetModel.from_unet(parts.unet)
+        init, folders = config.init, [readable("method.beside", path) for path in config.beside]
+        fresh = ControlNetModel.from_unet
+        self.controlnet: Any = load_controlnet("method.init", init, self.unet) if init else fresh(self.unet)
+        self.beside = nn.ModuleList(load_controlnet("method.beside", str(folder), self.unet) for folder in folders)
+        self.controls = [
+            Control(config.condition.name, config.mask_grow, config.mask_feather),
+            *(read_control("method.beside", folder) for folder in folders),
+        ]
         self.controlnet.requires_grad_(True).train()
-        trainable_fp32(self.controlnet)
+        self.beside.requires_grad_(config.joint).train(config.joint)
+        for net in self._nets():
+            trainable_fp32(net)
+        needs_depth = any(control.needs_depth for control in self.controls)
+        self.pictures = ("image", "mask", "depth") if needs_depth else ("image", "mask")
+
+    def _nets(self) -> list[Any]:
+        """All ControlNets, in the order of ``controls``."""
+        return [self.controlnet, *self.beside]
 
     def encode(self, samples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """Nothing: control maps are cheap to draw at each access."""
@@ -45,55 +70,82 @@ class ControlNet(nn.Module):
         """Nothing to distinguish."""
         return ""
 
-    def _control_map(self, sample: dict[str, Any]) -> Tensor:
-        if sample.get("mask") is None:
-            raise PackshotError(
-                f"sample {sample['id']} has no mask, a ControlNet cannot be trained on it.",
-                "Use a product dataset (build_data.py dataset=product).",
-            )
-        image_HWC = np.asarray(sample["image"], dtype=np.float32) / 255
-        mask_HW = np.asarray(sample["mask"], dtype=np.float32) / 255
-        control_HWC = CONDITIONS[self.config.condition.name](image_HWC, mask_HW)
-        return torch.from_numpy(np.ascontiguousarray(control_HWC.transpose(2, 0, 1)))
+    def _control_maps(self, sample: dict[str, Any], shift: float = 0.0) -> list[Tensor]:
+        view = _view(sample, any(control.needs_depth for control in self.controls))
+        maps = [control.draw(view, shift) for control in self.controls]
+        return [torch.from_numpy(np.ascontiguousarray(map_HWC.transpose(2, 0, 1))) for map_HWC in maps]
 
     def condition(self, sample: Any, encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
-        """``control``: (3, H, W) at image resolution; [0, 1], unknown pixels -1 for inpaint."""
-        return {"control": self._control_map(sample)}
+        """``control_0`` and so on, one for each ControlNet: (3, H, W) at image resolution; [0, 1], and -1 for unknown
+        pixels of inpaint. In all of them the product's outline is moved by up to ``method.mask_jitter`` px: masks of
+        photographs are never exact, and a network that has only seen exact ones takes an error for the product."""
+        shift = (2 * key.uniform("mask_jitter") - 1) * self.config.mask_jitter
+        return {f"control_{k}": control for k, control in enumerate(self._control_maps(sample, shift))}
 
     def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The frozen UNet's output with the control residuals added."""
         conditioning = unet_conditioning(batch)
-        down, middle = self.controlnet(
-            noisy_BCHW,
-            timesteps_B,
-            controlnet_cond=batch["control"],
-            conditioning_scale=self.config.conditioning_scale,
-            return_dict=False,
-            **conditioning,
-        )
+        residuals = [
+            net(
+                noisy_BCHW,
+                timesteps_B,
+                controlnet_cond=batch[f"control_{k}"],
+                conditioning_scale=self.config.conditioning_scale,
+                return_dict=False,
+                **conditioning,
+            )
+            for k, net in enumerate(self._nets())
+        ]
+        downs, middles = zip(*residuals, strict=True)
         dtype = self.unet.dtype
         return self.unet(
             noisy_BCHW,
             timesteps_B,
-            down_block_additional_residuals=[residual.to(dtype) for residual in down],
-            mid_block_additional_residual=middle.to(dtype),
+            down_block_additional_residuals=[reduce(torch.add, layer).to(dtype) for layer in zip(*downs, strict=True)],
+            mid_block_additional_residual=reduce(torch.add, middles).to(dtype),
             **conditioning,
         ).sample
 
     def pipeline(self) -> DiffusionPipeline:
-        """Text and control map to image."""
-        from diffusers import StableDiffusionXLControlNetPipeline
+        """Text and control maps to image."""
+        from diffusers import MultiControlNetModel, StableDiffusionXLControlNetPipeline
 
-        return StableDiffusionXLControlNetPipeline(**self._parts.pipeline_components(), controlnet=self.controlnet)
+        nets = MultiControlNetModel(self._nets())
+        return StableDiffusionXLControlNetPipeline(**self._parts.pipeline_components(), controlnet=nets)
 
     def pipeline_inputs(self, sample: Any, encoded: dict[str, Tensor]) -> dict[str, Any]:
-        """The control map of the sample."""
+        """The control maps of the sample."""
         return {
-            "image": self._control_map(sample)[None],
-            "controlnet_conditioning_scale": self.config.conditioning_scale,
+            "image": [control[None] for control in self._control_maps(sample)],
+            "controlnet_conditioning_scale": [self.config.conditioning_scale] * len(self.controls),
         }
 
     def export(self, folder: Path) -> None:
-        """A folder for ``ControlNetModel.from_pretrained``, and ``packshot.json`` that names its condition."""
-        self.controlnet.save_pretrained(folder)
-        (folder / "packshot.json").write_text(json.dumps({"condition": self.config.condition.name}, indent=2) + "\n")
+        """A folder for ``ControlNetModel.from_pretrained``, and ``packshot.json`` that names its condition; with
+        ``method.joint`` those of ``method.beside`` in ``beside-1`` and so on."""
+        trained = self._nets() if self.config.joint else [self.controlnet]
+        for number, net in enumerate(trained):
+            place = folder / f"beside-{number}" if number else folder
+            net.save_pretrained(place)
+            (place / USAGE).write_text(json.dumps(asdict(self.controls[number]), indent=2) + "\n")
+
+
+def _view(sample: dict[str, Any], with_depth: bool) -> View:
+    """A framed sample as control maps see it.
+
+    Raises:
+        PackshotError: it has no mask, or no depth where one is asked for.
+    """
+    if sample.get("mask") is None:
+        raise PackshotError(
+            f"sample {sample['id']} has no mask, a ControlNet cannot be trained on it.",
+            "Use a product dataset (build_data.py dataset=product).",
+        )
+    if with_depth and sample.get("depth") is None:
+        raise PackshotError(
+            f"sample {sample['id']} has no depth, which method.condition=depth is drawn from.",
+            "Rendered sets have it; for photographs build_data.py dataset=product depth.onnx=<network> adds it.",
+        )
+    names = ("image", "mask", *(("depth",) if with_depth else ()))
+    scaled = (np.asarray(sample[name], dtype=np.float32) / 255 for name in names)
+    return View(*scaled)

@@ -34,7 +34,7 @@ class IPAdapter(nn.Module):
     runs. ``base`` projects CLIP's pooled embedding to ``num_tokens`` tokens, ``plus`` resamples its patch tokens.
     """
 
-    needs_pixels = False
+    pictures = ()
     trains_text = False
 
     def __init__(self, parts: Parts, config: IPAdapterMethod) -> None:

@@ -84,7 +84,7 @@ class Lora(nn.Module):
         ConfigError: the targets match no layer, or one that cannot be adapted.
     """
 
-    needs_pixels = False
+    pictures = ()
 
     def __init__(self, parts: Parts, config: LoraMethod) -> None:
         super().__init__()

@@ -247,8 +247,12 @@ def serve(config: Serve) -> None:
             # Torch and diffusers take seconds to import: on the worker thread, with the server answering meanwhile.
             try:
                 from packshot.infer import Packshot
+                from packshot.infer.pipeline import check_adapters
 
-                return Packshot.load(model=config.model, adapters=config.adapters, matte=config.matte)
+                check_adapters(config.adapters, config.depth)
+                return Packshot.load(
+                    model=config.model, adapters=config.adapters, matte=config.matte, depth=config.depth
+                )
             except Exception:
                 server.should_exit = True  # Service keeps the error; it is raised below
                 raise

@@ -23,10 +23,10 @@ def write_provenance(folder: Path, rows: Rows, config: Any) -> dict[str, Any]:
 
 def write_usage(folder: Path, config: Any) -> None:
     """``packshot.json``: what the adapter was trained on and inference has to repeat, beside what the method wrote."""
-    file = folder / "packshot.json"
-    described = json.loads(file.read_text()) if file.exists() else {}
-    described["product_shown"] = config.objective.product_shown.name
-    file.write_text(json.dumps(described, indent=2) + "\n")
+    for file in {folder / "packshot.json", *folder.glob("*/packshot.json")}:
+        described = json.loads(file.read_text()) if file.exists() else {}
+        described["product_shown"] = config.objective.product_shown.name
+        file.write_text(json.dumps(described, indent=2) + "\n")
 
 
 def exported(run: Path, config: Any) -> tuple[int, Best | None]:

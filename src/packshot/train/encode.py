@@ -29,6 +29,7 @@ from packshot.train.memory import return_freed_memory
 VERSION = 3  # raise it when the same sample gives other tensors
 ENCODE_BATCH = 8  # pictures that go through an encoder together
 TEXT_BATCH = 32
+PADDING = {"mask": "constant", "depth": "edge"}  # what letterbox bars show of them, see geometry.apply
 
 
 def _cut(items: list[Any], size: int) -> list[list[Any]]:
@@ -36,22 +37,24 @@ def _cut(items: list[Any], size: int) -> list[list[Any]]:
 
 
 def framed(sample: dict[str, Any], target: tuple[int, int]) -> dict[str, Any]:
-    """The sample as the model sees it: image and mask through one geometry, which is added as ``geometry``.
+    """The sample as the model sees it: image, mask and depth through one geometry, which is added as ``geometry``.
 
     Raises:
-        PackshotError: image and mask differ in size.
+        PackshotError: they differ in size.
     """
     image, mask = sample["image"], sample["mask"]
-    if mask is not None and mask.size != image.size:
-        raise PackshotError(
-            f"sample {sample['id']}: the picture has {image.width}x{image.height} px, its mask "
-            f"{mask.width}x{mask.height}.",
-            "Build the dataset again: it is not known where in the picture the mask belongs.",
-        )
+    others = {name: sample[name] for name in PADDING if sample.get(name) is not None}
+    for name, other in others.items():
+        if other.size != image.size:
+            raise PackshotError(
+                f"sample {sample['id']}: the picture has {image.width}x{image.height} px, its {name} "
+                f"{other.width}x{other.height}.",
+                f"Build the dataset again: it is not known where in the picture the {name} belongs.",
+            )
     frame = geometry.plan((image.height, image.width), target, geometry.product_box(mask))
     seen = {**sample, "image": Image.fromarray(geometry.apply(frame, np.asarray(image))), "geometry": frame}
-    if mask is not None:
-        seen["mask"] = Image.fromarray(geometry.apply(frame, np.asarray(mask), pad="constant"))
+    for name, other in others.items():
+        seen[name] = Image.fromarray(geometry.apply(frame, np.asarray(other), pad=PADDING[name]))
     return seen
 
 
@@ -164,7 +167,7 @@ class Examples(Sequence[dict[str, Any]]):
     """A dataset as the loop reads it: encoded samples by index.
 
     Each has the tensors of :meth:`Encoder.latents` and :meth:`Encoder.text`, those of the method under ``encoded``, the
-    embeddings of the empty prompt under ``empty`` and, if the method asks for pixels, the framed sample under ``seen``
+    embeddings of the empty prompt under ``empty`` and, if the method reads pictures, the framed sample under ``seen``
     (else None). ``groups`` names the bucket of each sample. count: use only the first samples of the set.
     """
 
@@ -193,8 +196,9 @@ class Examples(Sequence[dict[str, Any]]):
         return self.rows.fingerprint()
 
     def seen(self, index: int) -> dict[str, Any]:
-        """The framed sample: ``image``, ``mask``, ``text``, ``id``, ``geometry``."""
-        return framed(self.rows.read(index, ("image", "mask")), self.encoder.shapes[self.groups[index]])
+        """The framed sample: ``image``, ``mask``, ``text``, ``id``, ``geometry``, and what else the method reads."""
+        pictures = {"image", "mask", *self.encoder.method.pictures}
+        return framed(self.rows.read(index, sorted(pictures)), self.encoder.shapes[self.groups[index]])
 
     def _key(self, index: int) -> str:
         return content_key(VERSION, self.rows.digest(index), self.encoder.shapes[self.groups[index]])
@@ -230,13 +234,12 @@ class Examples(Sequence[dict[str, Any]]):
             self._caches["text"].fill("encoding captions", _cut(jobs, TEXT_BATCH), encoder.text, accelerator)
 
     def __getitem__(self, index: Any) -> Any:
-        needs_pixels = self.encoder.method.needs_pixels
         if not self._caches:
             return self.fresh(index)
         key = self._key(index)
         example: dict[str, Any] = self._caches["latents"].get(key)
         example["encoded"] = self._caches["method"].get(key) if "method" in self._caches else {}
-        example["seen"] = self.seen(index) if needs_pixels else None
+        example["seen"] = self.seen(index) if self.encoder.method.pictures else None
         text, empty = (self._text(words) for words in (self.rows.texts[index], ""))
         return {**example, "id": self.ids[index], **text, "empty": empty}
 
@@ -249,7 +252,7 @@ class Examples(Sequence[dict[str, Any]]):
         return {
             **encoder.latents([seen])[0],
             "encoded": encoder.method.encode([seen])[0],
-            "seen": seen if encoder.method.needs_pixels else None,
+            "seen": seen if encoder.method.pictures else None,
             "id": self.ids[index],
             **encoder.text([self.rows.texts[index]])[0],
             "empty": encoder.text([""])[0],

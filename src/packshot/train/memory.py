@@ -42,8 +42,9 @@ def return_freed_memory() -> None:
 
 
 def _networks(method: torch.nn.Module) -> Iterator[Any]:
-    """The UNet and ControlNet of a method, frozen or not: gradients pass through both; text encoders if trained."""
-    for module in method.children():
+    """The UNet and ControlNets of a method, frozen or not: gradients pass through them; text encoders if trained."""
+    children = list(method.children())
+    for module in [*children, *(m for listed in children if isinstance(listed, torch.nn.ModuleList) for m in listed)]:
         trained = any(parameter.requires_grad for parameter in module.parameters())
         if hasattr(module, "enable_gradient_checkpointing") or (trained and hasattr(module, "get_input_embeddings")):
             yield module

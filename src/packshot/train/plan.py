@@ -84,7 +84,7 @@ def _batch(parts: Parts, method: Any, resolution: int, size: int) -> tuple[Tenso
         "prompt_embeds": (77, unet.cross_attention_dim),
         "pooled_prompt_embeds": (parts.text_encoder_2.config.projection_dim,),
         "time_ids": (6,),
-        "control": (3, resolution, resolution),
+        **{f"control_{k}": (3, resolution, resolution) for k in range(len(getattr(method, "controls", ())))},
         "reference": reference,
     }
     meta = {name: torch.empty(size, *shape, device="meta") for name, shape in batch.items()}

@@ -25,7 +25,7 @@ from packshot.train.state import EMA, exporting
 from packshot.train.task import DiffusionTask
 from packshot.train.validation import LOSS_SAMPLES
 
-PICTURES = ("image", "mask")  # all that training looks at
+PICTURES = ("image", "mask", "depth")  # all that training may look at
 DTYPES = {MixedPrecision.no: torch.float32, MixedPrecision.fp16: torch.float16, MixedPrecision.bf16: torch.bfloat16}
 
 
@@ -78,11 +78,14 @@ def build_task(
 
 def _place(task: DiffusionTask, parts: Any, accelerator: Accelerator, train: TrainConfig) -> None:
     """Frozen weights in the mixed-precision dtype, trained ones in fp32, all on the device."""
+    device, dtype = accelerator.device, DTYPES[train.mixed_precision]
     trained = {id(p): p.data for p in task.parameters() if p.requires_grad}
-    parts.to(accelerator.device, DTYPES[train.mixed_precision])
+    parts.to(device, dtype)
     for parameter in task.parameters():
         if parameter.requires_grad:
-            parameter.data = trained[id(parameter)].to(accelerator.device)
+            parameter.data = trained[id(parameter)].to(device)
+        elif parameter.is_floating_point():  # networks of the method's own that are not trained
+            parameter.data = parameter.data.to(device, dtype)
     task.alphas_cumprod_T = task.alphas_cumprod_T.to(accelerator.device)
 
 

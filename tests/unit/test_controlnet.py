@@ -1,0 +1,217 @@
+"""ControlNets: where they start, what they work along with, and what they are shown of masks and depth."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel
+from PIL import Image
+
+from packshot.config.compose import compose
+from packshot.config.schema import Condition, ControlNetMethod, ModelConfig
+from packshot.core.errors import ConfigError, PackshotError
+from packshot.diffusion.conditions import Control
+from packshot.diffusion.keyed import SampleKey
+from packshot.methods import METHODS
+from packshot.models.controlnets import read_control
+from packshot.models.load import load_parts
+from packshot.models.shapes import meta_parts
+from packshot.train.encode import framed
+from packshot.train.plan import make_plan
+
+KEY = SampleKey(0, 0, "sample")
+
+
+def build(parts, **settings):
+    return METHODS[ControlNetMethod](parts, ControlNetMethod(**settings))
+
+
+def wake(net, seed=1):
+    """Values for what starts at zero."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=g))
+
+
+def inputs(parts, method, row):
+    g = torch.Generator().manual_seed(0)
+    batch = {
+        "prompt_embeds": torch.randn(1, 77, parts.unet.config.cross_attention_dim, generator=g),
+        "pooled_prompt_embeds": torch.randn(1, parts.text_encoder_2.config.projection_dim, generator=g),
+        "time_ids": torch.tensor([[128.0, 128, 0, 0, 128, 128]]),
+    }
+    batch |= {name: tensor[None] for name, tensor in method.condition(row, {}, KEY).items()}
+    return torch.randn(1, 4, 16, 16, generator=g), torch.tensor([500]), batch
+
+
+def predict(parts, method, row):
+    with torch.no_grad():
+        return method.predict(*inputs(parts, method, row))
+
+
+@pytest.fixture(scope="module")
+def row(rows):
+    return framed(rows.read(0, ("image", "mask", "depth")), (128, 128))
+
+
+@pytest.fixture
+def exports(parts, tmp_path):
+    """Export folders of an inpaint and a depth ControlNet that do something."""
+    folders = []
+    for number, condition in enumerate((Condition.inpaint, Condition.depth)):
+        method = build(parts, condition=condition, mask_grow=-1.0)
+        wake(method.controlnet, number)
+        folders.append(tmp_path / condition.name)
+        method.export(folders[-1])
+    return folders
+
+
+@pytest.mark.parametrize("condition", list(Condition), ids=str)
+def test_every_condition_is_drawn_from_a_rendered_sample(condition, parts, row):
+    method = build(parts, condition=condition)
+    control = method.condition(row, {}, KEY)["control_0"]
+    assert control.shape == (3, 128, 128)
+    assert -1 <= control.min() < control.max() <= 1
+    assert ("depth" in method.pictures) == (condition is Condition.depth)
+
+
+def test_a_sample_without_depth_or_mask_is_named(parts, row):
+    method = build(parts, condition=Condition.depth)
+    for missing in ("depth", "mask"):
+        with pytest.raises(PackshotError, match=f"{row['id']} has no {missing}"):
+            method.condition({**row, missing: None}, {}, KEY)
+
+
+def test_image_mask_and_depth_go_through_one_geometry(rows):
+    sample = rows.read(0, ("image", "mask", "depth"))
+    wide = {name: sample[name].resize((192, 128)) for name in ("image", "mask", "depth")}
+    same = framed({**sample, **wide, "depth": wide["mask"]}, (128, 128))
+    assert np.array_equal(np.asarray(same["depth"]), np.asarray(same["mask"]))  # nothing is letterboxed here
+    with pytest.raises(PackshotError, match="its depth 192x128"):
+        framed({**sample, "depth": wide["depth"]}, (128, 128))
+
+
+# ---- where a ControlNet starts ----
+
+
+def test_training_starts_from_a_controlnet_that_is_named(exports, row):
+    parts = load_parts(ModelConfig())
+    method = build(parts, init=str(exports[0]))
+    plain = build(load_parts(ModelConfig()))
+    before = ControlNetModel.from_pretrained(exports[0]).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in method.controlnet.state_dict().items())
+    assert all(p.requires_grad for p in method.controlnet.parameters())
+    assert not torch.equal(predict(parts, method, row), predict(parts, plain, row))
+
+
+def test_a_controlnet_of_another_base_is_refused_with_what_differs(exports, tmp_path, parts):
+    file = exports[0] / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "cross_attention_dim": 2048}))
+    for key, settings in (("method.init", {"init": str(exports[0])}), ("method.beside", {"beside": [str(exports[0])]})):
+        with pytest.raises(ConfigError, match=rf"{key}=.*cross_attention_dim 128 and not 2048"):
+            build(parts, **settings)
+    with pytest.raises(ConfigError, match=r"method\.init=.*cannot be loaded"):
+        build(parts, init=str(tmp_path / "nothing"))
+
+
+def test_at_sdxls_size_keys_and_shapes_are_those_of_published_controlnets():
+    """The layout of diffusers' SDXL ControlNets, of which EcomXL's is one, written down by hand."""
+    parts = meta_parts(ModelConfig(base="stabilityai/stable-diffusion-xl-base-1.0", resolution=1024))
+    with torch.device("meta"):
+        state = {name: tuple(value.shape) for name, value in build(parts).controlnet.state_dict().items()}
+    embedding = {
+        "conv_in": (16, 3), "blocks.0": (16, 16), "blocks.1": (32, 16), "blocks.2": (32, 32), "blocks.3": (96, 32),
+        "blocks.4": (96, 96), "blocks.5": (256, 96), "conv_out": (320, 256),
+    }  # fmt: skip
+    for name, channels in embedding.items():
+        assert state[f"controlnet_cond_embedding.{name}.weight"] == (*channels, 3, 3)
+    widths = (320, 320, 320, 320, 640, 640, 640, 1280, 1280)
+    for number, width in enumerate(widths):
+        assert state[f"controlnet_down_blocks.{number}.weight"] == (width, width, 1, 1)
+    assert f"controlnet_down_blocks.{len(widths)}.weight" not in state
+    assert state["controlnet_mid_block.weight"] == (1280, 1280, 1, 1)
+    assert state["conv_in.weight"] == (320, 4, 3, 3)
+    assert state["add_embedding.linear_1.weight"] == (1280, 2816)
+    assert state["down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_k.weight"] == (1280, 2048)
+    assert sum(np.prod(shape) for shape in state.values()) == 1_251_014_160
+
+
+def test_a_plan_needs_no_values_of_the_controlnets_it_names(exports):
+    alone = make_plan(compose("train_controlnet", []), samples=10)
+    named = compose("train_controlnet", [f"method.init={exports[0]}", f"method.beside=[{exports[1]}]"])
+    plan = make_plan(named, samples=10)
+    assert plan.trained_parameters == alone.trained_parameters
+    assert plan.frozen_parameters == alone.frozen_parameters + alone.trained_parameters
+    named.method.joint = True
+    assert make_plan(named, samples=10).trained_parameters == 2 * alone.trained_parameters
+
+
+# ---- several ----
+
+
+def test_those_beside_add_their_residuals_and_stay_as_they_are(exports, row):
+    parts = load_parts(ModelConfig())
+    alone = predict(parts, build(parts, init=str(exports[1]), condition=Condition.depth, mask_grow=-1), row)
+    beside = build(parts, beside=[str(exports[1])])
+    # a new ControlNet adds nothing yet
+    torch.testing.assert_close(predict(parts, beside, row), alone, rtol=1e-5, atol=1e-6)
+    assert beside.controls == [Control("inpaint"), Control("depth", -1.0)]
+    assert beside.pictures == ("image", "mask", "depth")
+    assert not any(p.requires_grad for p in beside.beside.parameters())
+    assert not beside.beside.training
+    assert beside.pipeline().controlnet.nets[1] is beside.beside[0]
+    assert len(beside.pipeline_inputs(row, {})["image"]) == 2
+
+
+def test_only_joint_training_trains_and_exports_all_of_them(exports, row, tmp_path):
+    parts = load_parts(ModelConfig())
+    for joint in (False, True):
+        method = build(parts, beside=[str(exports[1])], joint=joint)
+        loss = method.predict(*inputs(parts, method, row)).square().mean()
+        loss.backward()
+        assert any(p.grad is not None for p in method.beside.parameters()) == joint
+        folder = tmp_path / str(joint)
+        method.export(folder)
+        assert read_control("export", folder) == Control("inpaint")
+        assert (folder / "beside-1").exists() == joint
+    assert read_control("export", folder / "beside-1") == Control("depth", -1.0)
+    ControlNetModel.from_pretrained(folder / "beside-1")
+
+
+# ---- masks ----
+
+
+def test_the_outline_jitters_from_access_to_access_and_only_in_training(parts, row):
+    exact, jittered = build(parts), build(parts, mask_jitter=4.0)
+
+    def known(method, epoch):
+        return int((method.condition(row, {}, SampleKey(0, epoch, row["id"]))["control_0"] >= 0).all(0).sum())
+
+    true = known(exact, 0)
+    areas = [known(jittered, epoch) for epoch in range(24)]
+    assert len({known(exact, epoch) for epoch in range(3)}) == 1
+    assert min(areas) < true < max(areas)
+    assert areas == [known(jittered, epoch) for epoch in range(24)]
+    assert torch.equal(jittered.pipeline_inputs(row, {})["image"][0], exact.pipeline_inputs(row, {})["image"][0])
+
+
+def test_growth_and_feather_are_written_down_for_inference(parts, row, tmp_path):
+    method = build(parts, mask_grow=-2.0, mask_feather=4.0)
+    method.export(tmp_path)
+    control = read_control("export", tmp_path)
+    assert asdict(control) == {"condition": "inpaint", "mask_grow": -2.0, "mask_feather": 4.0}
+    values = method.condition(row, {}, KEY)["control_0"]
+    between = (values > -1).any(0) & (values < 0).any(0)
+    assert between.any()
+    assert (values >= 0).all(0).sum() < (np.asarray(row["mask"]) >= 128).sum()
+
+
+def test_letterbox_bars_have_the_depth_of_the_rim():
+    near = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (128, 1)))
+    sample = {"id": "x", "image": near.convert("RGB"), "mask": Image.new("L", near.size, 255), "depth": near}
+    seen = framed(sample, (128, 128))
+    assert np.asarray(seen["mask"])[0, 0] == 0
+    assert np.asarray(seen["depth"])[0, -1] == 63
