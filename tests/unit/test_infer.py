@@ -20,6 +20,7 @@ from packshot.config.schema import (
     AdaptersConfig,
     GenerateSettings,
     IPAdapterMethod,
+    LoraKind,
     LoraMethod,
     ModelConfig,
     Placement,
@@ -184,6 +185,51 @@ def test_all_adapters_work_together_and_scale_zero_switches_each_off(tool, expor
     assert np.abs(pixels(on) - pixels(bare)).max() > 1
     assert np.abs(pixels(silent) - pixels(bare)).max() <= 1
     assert [a.get("condition") for a in on.certificate["model"]["adapters"]] == [None, "inpaint", "canny", None]
+
+
+def spanned(exports, kind, start, end):
+    """A tool whose only adapter, of a kind, counts from one share of the steps to another."""
+    if kind in ("lora", "ip_adapter"):
+        span = {f"{kind}_start": start, f"{kind}_end": end}
+        return Packshot.load(adapters=AdaptersConfig(**{kind: str(exports / kind)}, **span))
+    nets = {"controlnets": [str(exports / kind)], "controlnet_starts": [start], "controlnet_ends": [end]}
+    return Packshot.load(adapters=AdaptersConfig(**nets))
+
+
+@pytest.mark.parametrize("kind", ["lora", "inpaint", "ip_adapter"])
+def test_an_adapter_counts_at_the_steps_inside_its_span_and_at_no_other(tool, exports, kind):
+    look = Image.new("RGB", (50, 80), "orange") if kind == "ip_adapter" else None
+    product, four = photo_and_mask(), replace(QUICK, num_inference_steps=4)
+
+    def drawn(tool):
+        return [pixels(r) for r in tool.set_product(*product).generate(SCENE, 2, reference=look, settings=four)]
+
+    [bare, _] = [pixels(r) for r in tool.set_product(*product).generate(SCENE, 2, settings=four)]
+    always, never, first = (spanned(exports, kind, *span) for span in ((0, 1), (0.3, 0.45), (0, 0.5)))
+    pictures = {name: drawn(tool) for name, tool in (("always", always), ("never", never), ("first", first))}
+    assert np.abs(pictures["never"][0] - bare).max() <= 1
+    for other in ("always", "never"):
+        assert np.abs(pictures["first"][0] - pictures[other][0]).max() > 1
+    # what a picture leaves switched off is on again for the next
+    assert np.array_equal(drawn(first)[0], pictures["first"][0])
+    assert np.array_equal(drawn(first)[1], pictures["first"][1])
+
+
+def test_spans_are_recorded_and_those_that_make_no_sense_refused(exports, tmp_path):
+    tool = spanned(exports, "lora", 0.25, 0.75)
+    [result] = tool.set_product(*photo_and_mask()).generate(SCENE, 1, settings=QUICK)
+    assert result.certificate["model"]["adapters"][0]["steps"] == [0.25, 0.75]
+    for keys in (
+        ["adapters.lora_start=0.5", "adapters.lora_end=0.5"],
+        ["adapters.controlnets=[a,b]", "adapters.controlnet_starts=[0.1]"],
+        ["adapters.controlnets=[a]", "adapters.controlnet_ends=[1.5]"],
+    ):
+        with pytest.raises(ConfigError, match=r"adapters\.(lora|controlnet)"):
+            compose("generate", keys)
+    merged = METHODS[LoraMethod](load_parts(ModelConfig()), LoraMethod(rank=2, kind=LoraKind.loha))
+    merged.export(tmp_path)
+    with pytest.raises(ConfigError, match="merged into the base"):
+        Packshot.load(adapters=AdaptersConfig(lora=str(tmp_path), lora_end=0.5))
 
 
 def test_without_a_reference_the_ip_adapter_gets_its_null_image(exports):

@@ -254,6 +254,6 @@ def test_depth_is_estimated_at_the_pictures_size_by_a_network_of_any_input_size(
     assert near[:, 56:].min() == 255
     free = np.asarray(estimate_depth(image, dark_is_product(tmp_path / "free.onnx", "side")))
     np.testing.assert_allclose(free[:, :40], near[:, :40])
-    assert _input_size([1, 3, "height", "width"], image) == (777 // 14 * 14 + 14 * (777 % 14 >= 7), 518)
+    assert _input_size([1, 3, "height", "width"], image) == (784, 518)
     with pytest.raises(ConfigError, match=r"depth\.onnx=.*no such file"):
         estimate_depth(image, str(tmp_path / "gone.onnx"))

@@ -408,10 +408,21 @@ class BuildData:
 class AdaptersConfig:
     lora: str | None = opt(None, "export/ folder of train_lora.py")
     lora_scale: float = opt(1.0, "weight of the LoRA", min=0, max=10)
+    lora_start: float = opt(0.0, "share of the denoising steps after which the LoRA begins to count", min=0, max=1)
+    lora_end: float = opt(1.0, "share of the denoising steps after which it no longer counts", min=0, max=1)
     controlnets: list[str] = opt([], "export/ folders of train_controlnet.py")
     controlnet_scales: list[float] = opt([], "one weight per ControlNet; default 1.0 each")
+    controlnet_starts: list[float] = opt([], "one share of the steps per ControlNet, where it begins; default 0 each")
+    controlnet_ends: list[float] = opt([], "one share of the steps per ControlNet, where it ends; default 1 each")
     ip_adapter: str | None = opt(None, "export/ folder of train_ip_adapter.py")
     ip_adapter_scale: float = opt(1.0, "weight of the reference image", min=0, max=2)
+    ip_adapter_start: float = opt(0.0, "share of the denoising steps after which the reference counts", min=0, max=1)
+    ip_adapter_end: float = opt(1.0, "share of the denoising steps after which it no longer counts", min=0, max=1)
+
+    def controlnet_spans(self) -> list[tuple[float, float]]:
+        """(start, end) of every ControlNet."""
+        count = len(self.controlnets)
+        return list(zip(self.controlnet_starts or [0.0] * count, self.controlnet_ends or [1.0] * count, strict=True))
 
 
 @dataclass

@@ -336,13 +336,23 @@ def _rendering(config: schema.BuildData) -> None:
 
 
 def _adapters(config: schema.Generate | schema.Serve) -> None:
-    adapters = config.adapters
-    if adapters.controlnet_scales and len(adapters.controlnet_scales) != len(adapters.controlnets):
-        raise ConfigError(
-            f"adapters.controlnet_scales has {len(adapters.controlnet_scales)} values for "
-            f"{len(adapters.controlnets)} ControlNets.",
-            "Give one weight per ControlNet, or none.",
-        )
+    adapters, count = config.adapters, len(config.adapters.controlnets)
+    for name in ("controlnet_scales", "controlnet_starts", "controlnet_ends"):
+        values = getattr(adapters, name)
+        if values and len(values) != count:
+            raise ConfigError(
+                f"adapters.{name} has {len(values)} values for {count} ControlNets.",
+                "Give one per ControlNet, or none.",
+            )
+    spans = [("lora", adapters.lora_start, adapters.lora_end)]
+    spans.append(("ip_adapter", adapters.ip_adapter_start, adapters.ip_adapter_end))
+    spans += [("controlnets", *span) for span in adapters.controlnet_spans()]
+    for name, start, end in spans:
+        if not 0 <= start < end <= 1:
+            raise ConfigError(
+                f"adapters.{name} would count from {start:g} to {end:g} of the denoising steps.",
+                "A start lies below its end, both from 0 to 1.",
+            )
 
 
 # Which cross-field checks a config gets, by the schema it is an instance of.

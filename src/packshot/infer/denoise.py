@@ -16,6 +16,7 @@ from packshot.diffusion.hold import first_latents, hold_product
 from packshot.infer.canvas import Working
 from packshot.infer.conditions import control_map
 from packshot.infer.pipeline import Models
+from packshot.infer.spans import switching
 from packshot.models.tokens import lost_words
 
 GREY = (127, 127, 127)
@@ -117,18 +118,21 @@ def denoise(
     if models.controls:
         controls["image"] = [control_map(control, working) for control in models.controls]
         controls["controlnet_conditioning_scale"] = list(models.controlnet_scales)
-    latents = pipe(
-        **conditioning.arguments,
-        **controls,
-        height=frame.height,
-        width=frame.width,
-        num_inference_steps=steps,
-        guidance_scale=settings.guidance_scale,
-        latents=first_latents(known, noise, held, shown, pipe.scheduler, steps).to(pipe.unet.dtype),
-        generator=generator,
-        output_type="latent",
-        callback_on_step_end=hold_product(known, noise, held, shown),
-    ).images
+        starts, ends = zip(*models.controlnet_spans, strict=True)
+        controls |= {"control_guidance_start": list(starts), "control_guidance_end": list(ends)}
+    with switching(models.switches, steps, hold_product(known, noise, held, shown)) as callback:
+        latents = pipe(
+            **conditioning.arguments,
+            **controls,
+            height=frame.height,
+            width=frame.width,
+            num_inference_steps=steps,
+            guidance_scale=settings.guidance_scale,
+            latents=first_latents(known, noise, held, shown, pipe.scheduler, steps).to(pipe.unet.dtype),
+            generator=generator,
+            output_type="latent",
+            callback_on_step_end=callback,
+        ).images
     decoded = _from_latents(vae, latents)
     if not (torch.isfinite(latents).all() and np.isfinite(decoded).all()):
         raise PackshotError(

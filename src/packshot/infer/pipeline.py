@@ -23,6 +23,7 @@ from packshot.core.run import log
 from packshot.core.storage import readable
 from packshot.data.onnx import load_session
 from packshot.diffusion.conditions import Control
+from packshot.infer.spans import ALWAYS, Span, Switch
 from packshot.models.controlnets import load_controlnet, read_control
 from packshot.models.load import load_parts, model_folder
 
@@ -36,7 +37,9 @@ _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError)
 class Models:
     """A pipeline ready to draw.
 
-    controls, controlnet_scales: what each ControlNet is shown and its weight, in the pipeline's order.
+    controls, controlnet_scales, controlnet_spans: what each ControlNet is shown, its weight, and the shares of the
+        steps between which it counts; in the pipeline's order.
+    switches: the other adapters that do not count at every step.
     has_ip_adapter: every call must then bring image embeddings.
     product_shown: how the network sees the product while the scene is denoised; a key of ``ProductShown``.
     unit: sides of the working copy are multiples of this, px.
@@ -47,6 +50,8 @@ class Models:
     pipe: StableDiffusionXLPipeline | StableDiffusionXLControlNetPipeline
     controls: tuple[Control, ...]
     controlnet_scales: tuple[float, ...]
+    controlnet_spans: tuple[Span, ...]
+    switches: tuple[Switch, ...]
     has_ip_adapter: bool
     product_shown: str
     unit: int
@@ -82,15 +87,17 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
         pipe = StableDiffusionXLControlNetPipeline(**parts.pipeline_components(), controlnet=together)
     else:
         pipe = StableDiffusionXLPipeline(**parts.pipeline_components())
-    for folder in folders["lora"]:
-        _add_lora(pipe, folder, adapters.lora_scale)
-    for folder in folders["ip_adapter"]:
-        _add_ip_adapter(pipe, folder, adapters.ip_adapter_scale)
+    switches = [
+        *(_add_lora(pipe, folder, adapters) for folder in folders["lora"]),
+        *(_add_ip_adapter(pipe, folder, adapters) for folder in folders["ip_adapter"]),
+    ]
     pipe.set_progress_bar_config(disable=True)
     return Models(
         pipe=pipe,
         controls=controls,
         controlnet_scales=scales,
+        controlnet_spans=tuple(adapters.controlnet_spans()),
+        switches=tuple(switch for switch in switches if switch.span != ALWAYS),
         has_ip_adapter=bool(folders["ip_adapter"]),
         product_shown=shown,
         unit=pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1),
@@ -174,7 +181,13 @@ def _refusal(key: str, folder: Path, error: Exception) -> ConfigError:
     return ConfigError(f"{key}={folder} cannot be loaded into this base: {reason}", "Was it trained on another model?")
 
 
-def _add_lora(pipe: Any, folder: Path, scale: float) -> None:
+def _add_lora(pipe: Any, folder: Path, adapters: AdaptersConfig) -> Switch:
+    span, scale = (adapters.lora_start, adapters.lora_end), adapters.lora_scale
+    if span != ALWAYS and not (folder / LORA_FILE).is_file():
+        raise ConfigError(
+            f"adapters.lora={folder} is of a kind that is merged into the base: it counts at every step.",
+            "Leave out adapters.lora_start and adapters.lora_end, or train method.kind=lora, dora or rslora.",
+        )
     try:
         if (folder / LORA_FILE).is_file():
             pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="lora")
@@ -183,6 +196,7 @@ def _add_lora(pipe: Any, folder: Path, scale: float) -> None:
             _merge_peft(pipe.unet, folder, scale)
     except _LOAD_ERRORS as error:
         raise _refusal("adapters.lora", folder, error) from error
+    return Switch(span, lambda weight: pipe.set_adapters(["lora"], [scale * weight]))
 
 
 def _merge_peft(unet: Any, folder: Path, scale: float) -> None:
@@ -195,12 +209,16 @@ def _merge_peft(unet: Any, folder: Path, scale: float) -> None:
     adapted.merge_and_unload()
 
 
-def _add_ip_adapter(pipe: Any, folder: Path, scale: float) -> None:
+def _add_ip_adapter(pipe: Any, folder: Path, adapters: AdaptersConfig) -> Switch:
+    def weigh(weight: float) -> None:
+        pipe.set_ip_adapter_scale(adapters.ip_adapter_scale * weight)
+
     try:
         pipe.load_ip_adapter(str(folder), subfolder="", weight_name=IP_ADAPTER_FILE, image_encoder_folder=None)
-        pipe.set_ip_adapter_scale(scale)
+        weigh(1.0)
     except _LOAD_ERRORS as error:
         raise _refusal("adapters.ip_adapter", folder, error) from error
+    return Switch((adapters.ip_adapter_start, adapters.ip_adapter_end), weigh)
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
@@ -236,13 +254,14 @@ def _manifest(
     used = {"base": model.base, "vae": model.vae, "image_encoder": model.image_encoder}
     parts = {name: _source(value) for name, value in used.items() if value}
     entries = []
-    for kind, weights in (
-        ("lora", [adapters.lora_scale]),
-        ("controlnets", scales),
-        ("ip_adapter", [adapters.ip_adapter_scale]),
+    for kind, weights, spans in (
+        ("lora", [adapters.lora_scale], [(adapters.lora_start, adapters.lora_end)]),
+        ("controlnets", scales, adapters.controlnet_spans()),
+        ("ip_adapter", [adapters.ip_adapter_scale], [(adapters.ip_adapter_start, adapters.ip_adapter_end)]),
     ):
         for number, folder in enumerate(folders[kind]):
             entry = {"kind": kind.removesuffix("s"), "name": str(folder), "scale": weights[number]}
+            entry |= {"steps": list(spans[number])}
             if kind == "controlnets":
                 entry |= asdict(controls[number])
             entries.append({**entry, "files": file_hashes(folder)})
