@@ -26,7 +26,7 @@ from packshot.diffusion.hold import INPUT_SCALES, first_latents, hold_product, i
 from packshot.diffusion.keyed import SampleKey
 from packshot.infer import Packshot
 from packshot.infer.canvas import make_working, plan_frame
-from packshot.infer.denoise import _to_latents, denoise, encode
+from packshot.infer.denoise import _pixels, _to_latents, denoise, encode
 from packshot.infer.pipeline import _product_shown, check_adapters
 from packshot.methods import METHODS
 from packshot.models.load import load_parts
@@ -287,7 +287,7 @@ def test_an_adapter_trained_on_clean_products_is_shown_them_clean(lora, tmp_path
     seen = network_inputs(monkeypatch, tool.models.pipe)
     denoise(tool.models, working, encode(tool.models, "an object on a table", SETTINGS), SETTINGS, seed=0)
     with torch.no_grad():
-        known = _to_latents(tool.models.pipe.vae, working.image_HW3)
+        known = _to_latents(tool.models.pipe.vae, _pixels(working.image_HW3))
     inside = torch.from_numpy(working.held_HW[::8, ::8])
     assert len(seen) == 3
     assert inside.sum() > 10
@@ -316,7 +316,7 @@ def test_without_such_an_adapter_pictures_are_those_of_blended_latent_diffusion(
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn((1, 4, 16, 16), generator=generator)
     with torch.no_grad():
-        known = _to_latents(pipe.vae, working.image_HW3)
+        known = _to_latents(pipe.vae, _pixels(working.image_HW3))
         held = torch.from_numpy(working.held_HW[::8, ::8].astype(np.float32))
         latents = pipe(
             **conditioning.arguments, height=128, width=128, num_inference_steps=3, guidance_scale=1.0, latents=noise,

@@ -44,7 +44,7 @@ PredictionType = Names("PredictionType", ["base", "epsilon", "v_prediction"])
 LossWeighting = Names("LossWeighting", ["none", "min_snr", "debiased"])
 TimestepSampling = Names("TimestepSampling", ["uniform", "logit_normal", "cubic"])
 Unconditional = Names("Unconditional", ["zeros", "empty"])
-ProductShown = Names("ProductShown", ["noised", "clean"])
+ProductShown = Names("ProductShown", ["noised", "clean", "channels"])
 DatasetKind = Names("DatasetKind", ["background", "product", "rendered"])
 RenderSplit = Names("RenderSplit", ["all", "train", "heldout"])
 CaptionerKind = Names("CaptionerKind", ["none", "florence2", "llama32_vision", "endpoint"])
@@ -178,7 +178,8 @@ class ObjectiveConfig:
     boundary_width: int = opt(2, "width of that ring, latent cells (8 px each)", min=0, max=32)
     product_shown: ProductShown = opt(
         ProductShown.noised,
-        "how the network sees the product: noised as the rest, or clean at every timestep (learn to fill in around it)",
+        "how the network sees the product: noised as the rest; clean at every timestep (learn to fill in around it); "
+        "channels: in five more input channels, mask and latents, as inpainting models do (train_lora.py)",
     )
 
     @property

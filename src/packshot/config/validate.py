@@ -218,6 +218,14 @@ def _objective(config: schema.TrainScript) -> None:
     check_objective(config.objective, "v_prediction" if given is schema.PredictionType.base else given.name)
 
 
+def _channels(config: schema.TrainScript) -> None:
+    if config.objective.product_shown is schema.ProductShown.channels:
+        raise ConfigError(
+            "objective.product_shown=channels changes the UNet's first layer, which only train_lora.py trains.",
+            "Set objective.product_shown=noised or clean.",
+        )
+
+
 def group_rates(optim: schema.OptimConfig) -> list[tuple[str, float]]:
     """``optim.groups`` as (regular expression over parameter names, peak learning rate), in the order given.
 
@@ -368,6 +376,7 @@ _CHECKS: list[tuple[type | tuple[type, ...], Callable[[Any], None]]] = [
     (schema.CaptionVLM, _captioner_training),
     (schema.TrainScript, _objective),
     (schema.TrainLora, _lora),
+    ((schema.TrainControlNet, schema.TrainIPAdapter), _channels),
     (tuple(schema.SCRIPTS.values()), _quantization),
     (schema.BuildData, _rendering),
     (schema.Generate, _generation),

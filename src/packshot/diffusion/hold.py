@@ -1,10 +1,12 @@
 """The product held in place while a scene is denoised around it, and how the network is shown it meanwhile.
 
-Two rules, by the name of ``objective.product_shown``:
+Three rules, by the name of ``objective.product_shown``:
 
 - ``noised``: the product carries as much noise as the rest (blended latent diffusion, Avrahami et al. 2022, arXiv
   2206.02779). Any base does it untrained, but at the noisiest steps, where the layout is decided, it sees no product.
 - ``clean``: the product is there from the first step, without noise. A network has to be trained on that.
+- ``channels``: ``noised``, and besides the network reads the product from input channels of its own
+  (``models.inpainting``).
 """
 
 from __future__ import annotations
@@ -79,14 +81,18 @@ def _clean_state(scheduler: Any, known_1CHW: Tensor, noise_1CHW: Tensor, step: i
 
 
 # By how the product is shown: (scheduler, known, noise, step) -> the sampler's state of held cells before that step.
-_STATES: dict[str, Callable[[Any, Tensor, Tensor, int], Tensor]] = {"noised": _noised_state, "clean": _clean_state}
+_STATES: dict[str, Callable[[Any, Tensor, Tensor, int], Tensor]] = {
+    "noised": _noised_state,
+    "clean": _clean_state,
+    "channels": _noised_state,
+}
 
 
 def hold_product(known_1CHW: Tensor, noise_1CHW: Tensor, held_1HW: Tensor, shown: str) -> Callback:
     """A ``callback_on_step_end`` for a stock pipeline that puts the product's latents back after every step.
 
     known_1CHW: the product's scaled latents, fp32. noise_1CHW: standard normal, fp32. held_1HW: 1 in the cells that are
-    held, 0 elsewhere. shown: ``noised`` or ``clean``. After the last step the held cells are ``known_1CHW``, in the
+    held, 0 elsewhere. shown: a rule's name. After the last step the held cells are ``known_1CHW``, in the
     pipeline's dtype.
 
     Raises:
@@ -114,13 +120,13 @@ def first_latents(
 ) -> Tensor:
     """The ``latents`` to hand to a stock pipeline, (1, C, H, W): it multiplies them by ``scheduler.init_noise_sigma``.
 
-    Arguments as of :func:`hold_product`; the scheduler is the pipeline's, and is left as it is. ``noised`` starts from
-    the noise alone.
+    Arguments as of :func:`hold_product`; the scheduler is the pipeline's, and is left as it is. All but ``clean``
+    start from the noise alone.
 
     Raises:
         ValueError: see :func:`hold_product`.
     """
-    if shown == "noised":
+    if _STATES[shown] is _noised_state:
         return noise_1CHW
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps)

@@ -17,6 +17,7 @@ from packshot.infer.canvas import Working
 from packshot.infer.conditions import control_map
 from packshot.infer.pipeline import Models
 from packshot.infer.spans import switching
+from packshot.models.inpainting import ProductConv, product_channels
 from packshot.models.tokens import lost_words
 
 GREY = (127, 127, 127)
@@ -69,10 +70,14 @@ def _image_embeds(pipe: Any, reference: Image.Image | None, guided: bool) -> tor
     return torch.stack(halves)
 
 
-def _to_latents(vae: Any, image_HW3: np.ndarray) -> torch.Tensor:
-    """Uint8 picture to scaled latents (1, C, h, w), fp32; the posterior's mode, so nothing random."""
-    pixels = torch.from_numpy(image_HW3.copy()).to(vae.device).permute(2, 0, 1)[None].float() / 127.5 - 1
-    latents = vae.encode(pixels).latent_dist.mode()
+def _pixels(image_HW3: np.ndarray) -> torch.Tensor:
+    """Uint8 picture to (1, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(image_HW3.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def _to_latents(vae: Any, pixels_13HW: torch.Tensor) -> torch.Tensor:
+    """Pixels in [-1, 1] to scaled latents (1, C, h, w), fp32; the posterior's mode, so nothing random."""
+    latents = vae.encode(pixels_13HW.to(vae.device)).latent_dist.mode()
     mean, std = _latent_statistics(vae, latents)
     return (latents - mean) / std * vae.config.scaling_factor
 
@@ -111,7 +116,11 @@ def denoise(
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = (1, pipe.unet.config.in_channels, frame.height // factor, frame.width // factor)
     noise = torch.randn(shape, generator=generator).to(pipe.device)
-    known = _to_latents(vae, working.image_HW3)
+    known = _to_latents(vae, _pixels(working.image_HW3))
+    if isinstance(pipe.unet.conv_in, ProductConv):
+        keep = torch.from_numpy(working.keep_HW.astype(np.float32))[None, None]
+        masked = _to_latents(vae, _pixels(working.image_HW3) * keep)
+        pipe.unet.conv_in.show(product_channels(keep.to(masked.device), masked).to(pipe.device))
     held = torch.from_numpy(working.held_HW[None, ::factor, ::factor].astype(np.float32)).to(pipe.device)
     steps, shown = settings.num_inference_steps, models.product_shown
     controls: dict[str, Any] = {}

@@ -25,6 +25,7 @@ from packshot.data.onnx import load_session
 from packshot.diffusion.conditions import Control
 from packshot.infer.spans import ALWAYS, Span, Switch
 from packshot.models.controlnets import load_controlnet, read_control
+from packshot.models.inpainting import CONV_FILE, load_conv, reads_product, take_apart
 from packshot.models.load import load_parts, model_folder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -79,6 +80,7 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
     scales = tuple(adapters.controlnet_scales or [1.0] * len(controls))
     device, dtype = pick_device()
     parts = load_parts(model).to(device, dtype)
+    shown = _show_product(parts.unet, folders["lora"], shown)
     pipe: Any
     if controls:
         sources = map(str, folders["controlnets"])
@@ -128,6 +130,21 @@ def check_adapters(adapters: AdaptersConfig, depth: DepthConfig) -> str | None:
     return depth.onnx
 
 
+def _show_product(unet: Any, loras: list[Path], shown: str) -> str:
+    """Give the UNet the input channels in which it reads the product, if it does; returns how the product is shown."""
+    channels = ProductShown.channels.name
+    if shown == channels:
+        for folder in loras:
+            try:
+                load_conv(unet, folder)
+            except (OSError, ValueError, KeyError) as error:
+                raise _refusal("adapters.lora", folder, error) from error
+    elif reads_product(unet):  # an inpainting base, and adapters that know nothing of it
+        take_apart(unet)
+        return channels
+    return shown
+
+
 def _adapter_folders(adapters: AdaptersConfig) -> dict[str, list[Path]]:
     wanted = {
         "lora": ([adapters.lora] if adapters.lora else [], (LORA_FILE, PEFT_FILE)),
@@ -147,13 +164,15 @@ def _adapter_folders(adapters: AdaptersConfig) -> dict[str, list[Path]]:
 
 
 def _product_shown(folders: dict[str, list[Path]]) -> str:
-    """``clean`` if one of the adapters was trained on that, else ``noised``: any network can be shown the latter."""
+    """What one of the adapters was trained on: ``channels`` before ``clean``, and that before ``noised``, which any
+    network can be shown."""
     said = {folder: _read_product_shown(kind, folder) for kind, paths in folders.items() for folder in paths}
+    ways = (ProductShown.channels.name, ProductShown.clean.name, ProductShown.noised.name)
+    taken = next((way for way in ways if way in said.values()), ProductShown.noised.name)
     if len(set(said.values())) > 1:
         each = ", ".join(f"{folder}: {shown}" for folder, shown in said.items())
-        log.warning("the adapters were trained to see the product differently (%s); it is shown clean", each)
-    clean = ProductShown.clean.name
-    return clean if clean in said.values() else ProductShown.noised.name
+        log.warning("the adapters were trained to see the product differently (%s); it is shown %s", each, taken)
+    return taken
 
 
 def _read_product_shown(kind: str, folder: Path) -> str:
@@ -183,20 +202,28 @@ def _refusal(key: str, folder: Path, error: Exception) -> ConfigError:
 
 def _add_lora(pipe: Any, folder: Path, adapters: AdaptersConfig) -> Switch:
     span, scale = (adapters.lora_start, adapters.lora_end), adapters.lora_scale
-    if span != ALWAYS and not (folder / LORA_FILE).is_file():
+    merged, own_channels = not (folder / LORA_FILE).is_file(), (folder / CONV_FILE).is_file()
+    if span != ALWAYS and merged:
         raise ConfigError(
             f"adapters.lora={folder} is of a kind that is merged into the base: it counts at every step.",
             "Leave out adapters.lora_start and adapters.lora_end, or train method.kind=lora, dora or rslora.",
         )
+
+    def weigh(weight: float) -> None:
+        if not merged:
+            pipe.set_adapters(["lora"], [scale * weight])
+        if own_channels:
+            pipe.unet.conv_in.strength = scale * weight
+
     try:
-        if (folder / LORA_FILE).is_file():
-            pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="lora")
-            pipe.set_adapters(["lora"], [scale])
-        else:
+        if merged:
             _merge_peft(pipe.unet, folder, scale)
+        else:
+            pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="lora")
+        weigh(1.0)
     except _LOAD_ERRORS as error:
         raise _refusal("adapters.lora", folder, error) from error
-    return Switch(span, lambda weight: pipe.set_adapters(["lora"], [scale * weight]))
+    return Switch(span, weigh)
 
 
 def _merge_peft(unet: Any, folder: Path, scale: float) -> None:

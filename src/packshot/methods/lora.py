@@ -19,6 +19,7 @@ from packshot.core.run import log
 from packshot.diffusion.keyed import SampleKey
 from packshot.methods.base import trainable_fp32, unet_conditioning
 from packshot.methods.lora_targets import Targets, text_targets, unet_targets
+from packshot.models.inpainting import export_conv
 from packshot.models.load import Parts
 
 if TYPE_CHECKING:  # imported where one is built
@@ -154,7 +155,7 @@ class Lora(nn.Module):
         return {}
 
     def export(self, folder: Path) -> None:
-        """What stock loaders read.
+        """What stock loaders read; beside it ``conv_in.safetensors`` where the UNet was given channels for the product.
 
         lora, dora, rslora: ``pytorch_lora_weights.safetensors`` with the layers of all networks, for
         ``pipe.load_lora_weights(folder)``; the scale is inside the weights, so readers that know no alpha read them
@@ -162,6 +163,7 @@ class Lora(nn.Module):
         ``PeftModel.from_pretrained(pipe.unet, folder)``.
         """
         EXPORTS[self.config.kind](self._adapted(), folder)
+        export_conv(self.unet, folder)
 
     def export_kohya(self, folder: Path) -> None:
         """``kohya_lora.safetensors``: the same weights under the names of sd-scripts and ComfyUI (lora, rslora).

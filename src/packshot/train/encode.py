@@ -21,6 +21,7 @@ from packshot.core.errors import PackshotError
 from packshot.core.run import log
 from packshot.data import buckets, geometry
 from packshot.data.dataset import Rows
+from packshot.models.inpainting import ProductConv, product_channels
 from packshot.models.load import Parts
 from packshot.models.tokens import lost_words
 from packshot.train.cache import Job, TensorCache, Tensors, content_key
@@ -72,6 +73,7 @@ class Encoder:
 
     def __init__(self, parts: Parts, method: Any, resolution: int, data: DataConfig) -> None:
         self.parts, self.method = parts, method
+        self.shows_product = isinstance(parts.unet.conv_in, ProductConv)
         step = 2 ** (len(parts.unet.config.block_out_channels) - 1) * self.vae_scale
         square = [(resolution, resolution)]
         self.shapes = buckets.shapes(resolution, max(step, resolution // 16)) if data.buckets else square
@@ -130,6 +132,16 @@ class Encoder:
         ]
 
     @torch.no_grad()
+    def product(self, seen: Sequence[dict[str, Any]]) -> list[Tensors]:
+        """Of framed samples of one size: ``product`` (5, h, w), see ``models.inpainting.product_channels``."""
+        keep = np.stack([_solid(sample["mask"], sample["image"].size) for sample in seen])[:, None]
+        pixels = np.stack([np.asarray(sample["image"], dtype=np.float32) / 127.5 - 1 for sample in seen])
+        keep_B1HW, pixels_BCHW = torch.from_numpy(keep), torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        masked = (pixels_BCHW * keep_B1HW).to(self._vae.device)
+        latents = self._vae.encode(masked).latent_dist.mean.cpu() * self.parts.vae_config("scaling_factor")
+        return [{"product": one} for one in product_channels(keep_B1HW, latents)]
+
+    @torch.no_grad()
     def text(self, texts: Sequence[str]) -> list[Tensors]:
         """``prompt_embeds`` (77, D) and ``pooled_prompt_embeds`` (P,), as the stock pipeline makes them; fp32.
 
@@ -150,6 +162,13 @@ class Encoder:
             log.warning("a caption is longer than the %d tokens the model reads; lost: %r", 77, lost)
 
 
+def _solid(mask: Image.Image | None, size: tuple[int, int]) -> np.ndarray:
+    """1 where the product is, else 0; float32 (H, W)."""
+    if mask is None:
+        return np.zeros(size[::-1], np.float32)
+    return (np.asarray(mask) >= 128).astype(np.float32)
+
+
 def _alpha(mask: Image.Image | None, size: tuple[int, int]) -> Tensor:
     """The product's share of each latent cell, shape (1, h, w), in [0, 1]."""
     if mask is None:
@@ -166,7 +185,8 @@ def _token_ids(tokenizer: Any, text: str) -> Tensor:
 class Examples(Sequence[dict[str, Any]]):
     """A dataset as the loop reads it: encoded samples by index.
 
-    Each has the tensors of :meth:`Encoder.latents` and :meth:`Encoder.text`, those of the method under ``encoded``, the
+    Each has the tensors of :meth:`Encoder.latents` and :meth:`Encoder.text`, those of :meth:`Encoder.product` if the
+    UNet reads the product, those of the method under ``encoded``, the
     embeddings of the empty prompt under ``empty`` and, if the method reads pictures, the framed sample under ``seen``
     (else None). ``groups`` names the bucket of each sample. count: use only the first samples of the set.
     """
@@ -184,6 +204,8 @@ class Examples(Sequence[dict[str, Any]]):
     def _kinds(self) -> list[tuple[str, str]]:
         identity = self.encoder.identity
         names = [("latents", identity.vae)]
+        if self.encoder.shows_product:
+            names.append(("product", identity.vae))
         if not self.encoder.method.trains_text:
             names.append(("text", identity.text))
         return [*names, ("method", content_key(identity.method))] if identity.method else names
@@ -225,6 +247,8 @@ class Examples(Sequence[dict[str, Any]]):
             return [self.seen(index) for index in indices]
 
         self._caches["latents"].fill("encoding pictures", chunks, lambda i: encoder.latents(seen(i)), accelerator)
+        if "product" in self._caches:
+            self._caches["product"].fill("encoding products", chunks, lambda i: encoder.product(seen(i)), accelerator)
         if "method" in self._caches:
             encode = encoder.method.encode
             self._caches["method"].fill("encoding references", chunks, lambda i: encode(seen(i)), accelerator)
@@ -238,6 +262,8 @@ class Examples(Sequence[dict[str, Any]]):
             return self.fresh(index)
         key = self._key(index)
         example: dict[str, Any] = self._caches["latents"].get(key)
+        if "product" in self._caches:
+            example |= self._caches["product"].get(key)
         example["encoded"] = self._caches["method"].get(key) if "method" in self._caches else {}
         example["seen"] = self.seen(index) if self.encoder.method.pictures else None
         text, empty = (self._text(words) for words in (self.rows.texts[index], ""))
@@ -251,6 +277,7 @@ class Examples(Sequence[dict[str, Any]]):
         seen, encoder = self.seen(index), self.encoder
         return {
             **encoder.latents([seen])[0],
+            **(encoder.product([seen])[0] if encoder.shows_product else {}),
             "encoded": encoder.method.encode([seen])[0],
             "seen": seen if encoder.method.pictures else None,
             "id": self.ids[index],

@@ -28,6 +28,7 @@ from packshot.config.schema import (
 from packshot.core.run import log, open_run
 from packshot.data.dataset import load_rows
 from packshot.methods import METHODS
+from packshot.models.inpainting import prepare_unet
 from packshot.models.load import Parts
 from packshot.train.memory import enable_checkpointing
 
@@ -179,6 +180,7 @@ def make_plan(config: TrainScript, samples: int, processes: int = 1) -> Plan:
     parts, train = meta_parts(config.model), config.train
     with torch.device("meta"):
         method: Any = METHODS[type(config.method)](parts, config.method)  # type: ignore[attr-defined]
+        prepare_unet(parts.unet, config.objective.product_shown)
     if train.gradient_checkpointing:
         enable_checkpointing(method)
     sizes = [p.numel() for p in method.parameters() if p.requires_grad]

@@ -13,6 +13,7 @@ from packshot.config.schema import SCRIPTS, MixedPrecision, Mode, TrainConfig, T
 from packshot.core.run import log
 from packshot.data.dataset import Rows, load_rows
 from packshot.methods import METHODS
+from packshot.models.inpainting import prepare_unet
 from packshot.models.load import Parts, load_parts
 from packshot.train.card import write_card
 from packshot.train.encode import Encoder, Examples
@@ -65,6 +66,7 @@ def build_task(
     refuse_unavailable(config.train, accelerator)  # fit asks too, but after the data has been encoded
     torch.manual_seed(config.run.seed)
     method: Any = METHODS[type(config.method)](parts, config.method)
+    prepare_unet(parts.unet, config.objective.product_shown)
     if config.train.gradient_checkpointing:
         enable_checkpointing(method)
     encoder = Encoder(parts, method, config.model.resolution, config.data)

@@ -87,6 +87,7 @@ class DiffusionTask(nn.Module):
             ),
             "time_ids": sample["time_ids"],
             **self._weighed(sample),
+            **{name: sample[name] for name in ("product",) if name in sample},
             **self._prompt(sample, key),
             **self.method.condition(sample["seen"], sample["encoded"], key),
         }
@@ -101,13 +102,14 @@ class DiffusionTask(nn.Module):
             objective.boundary_weight,
             objective.boundary_width,
         )
-        if objective.product_shown is ProductShown.noised:
-            return {"weight": weight_1HW}
-        if not alpha_1HW.any():
+        shown = objective.product_shown
+        if shown is not ProductShown.noised and not alpha_1HW.any():
             raise PackshotError(
-                f"sample {sample['id']} has no product to show: objective.product_shown=clean needs masks.",
+                f"sample {sample['id']} has no product to show: objective.product_shown={shown} needs masks.",
                 "Use a product dataset (build_data.py dataset=product), or set objective.product_shown=noised.",
             )
+        if shown is not ProductShown.clean:
+            return {"weight": weight_1HW}
         held_1HW = hold.inner_cells(alpha_1HW, self.validator.examples.encoder.vae_scale)
         return {"weight": weight_1HW * (1 - held_1HW), "held": held_1HW}
 
@@ -126,12 +128,18 @@ class DiffusionTask(nn.Module):
         noisy = schedule.add_noise(batch["latents"], batch["seen_noise"], timesteps, schedule_T)
         if "held" in batch:
             noisy = hold.show_clean(noisy, batch["latents"], batch["held"])
+        self.show_product(batch.get("product"))
         prediction = self.method.predict(noisy, timesteps, batch)
         target = schedule.TARGETS[self.prediction_type](batch["latents"], batch["noise"], timesteps, schedule_T)
         loss = schedule.masked_mse(prediction, target, batch["weight"])
         objective = self.config.objective
         weight = schedule.LOSS_WEIGHTS[objective.loss_weighting.name]
         return loss * weight(timesteps, schedule_T, objective.snr_gamma, self.prediction_type)
+
+    def show_product(self, product_B5HW: Tensor | None) -> None:
+        """Hand the UNet what it reads of the product besides the noisy latents, if it does."""
+        if product_B5HW is not None:
+            self.method.unet.conv_in.show(product_B5HW)
 
     # ---- validation ----
 

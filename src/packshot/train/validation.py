@@ -234,6 +234,8 @@ def sample_picture(task: Any, pipeline: Any, held: Held, prompt: dict[str, Tenso
     noise = torch.randn(held.known_1CHW.shape, generator=generator).to(held.known_1CHW.device)
     height, width = held.matte_HW.shape
     shown = task.config.objective.product_shown.name
+    if "product" in held.sample:
+        task.show_product(held.sample["product"][None].to(held.known_1CHW.device))
     latents = pipeline(
         **prompt,
         height=height,
