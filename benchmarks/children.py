@@ -159,7 +159,7 @@ def bare(name: str, steps: int, batch_size: int) -> Iterator[None]:
         "prompt_embeds": torch.randn(batch_size, 77, width),
         "pooled_prompt_embeds": torch.randn(batch_size, parts.text_encoder_2.config.projection_dim),
         "time_ids": torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]] * batch_size, dtype=torch.float32),
-        "control": torch.rand(batch_size, 3, SIZE, SIZE),
+        "control_0": torch.rand(batch_size, 3, SIZE, SIZE),
         "reference": torch.randn(batch_size, parts.image_encoder.config.projection_dim),
     }
     noisy, noise, timesteps = torch.randn(shape), torch.randn(shape), torch.randint(0, 1000, (batch_size,))

@@ -14,6 +14,7 @@ import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from onnx_fixtures import dark_is_product
 from PIL import Image, ImageDraw, ImageFilter
 
 from packshot.caption.build import build
@@ -210,6 +211,22 @@ def test_mask_files_are_used_and_bad_ones_rejected(photos, tmp_path):
         np.testing.assert_array_equal(np.asarray(stored[name]), np.asarray(given))
     assert rejected(out)["1.png"]["reason"] == "bad_mask"
     assert "48x40" in rejected(out)["1.png"]["measure"]
+
+
+def test_a_depth_network_adds_a_column_that_the_trainers_read(photos, tmp_path):
+    network = dark_is_product(tmp_path / "near.onnx", 32)
+    plain = run(photos, tmp_path / "plain")
+    out = run(photos, tmp_path / "out", f"depth.onnx={network}")
+    assert "depth" not in rows(plain)[0]
+    assert {"image", "mask", "depth"} <= set(rows(out)[0])
+    row = load_rows("data.train", str(out), captions=False).read(0, ("image", "mask", "depth"))
+    near, mask = np.asarray(row["depth"]), np.asarray(row["mask"]) >= 128
+    assert near.shape == mask.shape
+    assert near[mask].mean() > 150 > 60 > near[~mask].mean()  # the products of these photos are dark
+    assert "| `depth` |" in (out / "README.md").read_text()
+    with pytest.raises(ConfigError, match=r"depth\.onnx=.*no such file"):
+        run(photos, tmp_path / "third", "depth.onnx=gone.onnx")
+    assert not (tmp_path / "third").exists()
 
 
 def test_globs_parquet_and_remote_stores_are_sources(photos, tmp_path):
