@@ -24,10 +24,13 @@ from packshot.config.schema import AdaptersConfig, GenerateSettings, ProductShow
 from packshot.core.storage import replacing_file
 from packshot.data.dataset import Rows, load_rows
 from packshot.data.outline import compare_size, grabcut, measure_extension
+from packshot.diffusion.conditions import keep_mask
 from packshot.infer import Packshot
+from packshot.infer.colour import delta_e
 from packshot.infer.pipeline import IP_ADAPTER_FILE, LORA_FILE
 from packshot.train.validation import means, measure
 
+RIM = 2  # px of the product along its outline, where its colours are compared
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = (
     "Professional photo of an object on a marble table, a concrete wall in the background, soft daylight",
@@ -44,11 +47,15 @@ def adapters_of(folder: Path) -> AdaptersConfig:
     return AdaptersConfig(controlnets=[str(folder)])
 
 
+def shown_as(tool: Packshot, shown: ProductShown) -> Packshot:
+    """The same tool, the product shown to its network in another way."""
+    return replace(tool, models=replace(tool.models, product_shown=shown.name))
+
+
 def tools(model: str, folders: list[Path]) -> Iterator[tuple[str, Packshot]]:
     """The sets of pictures by name, each with what draws it; one base in memory at a time."""
-    for shown in ProductShown:
-        base = Packshot.load(model)
-        yield f"base alone, product {shown}", replace(base, models=replace(base.models, product_shown=shown.name))
+    for shown in (ProductShown.noised, ProductShown.clean):
+        yield f"base alone, product {shown}", shown_as(Packshot.load(model), shown)
     for folder in folders:
         tool = Packshot.load(model, adapters=adapters_of(folder))
         name = folder.parent.name if folder.name == "export" else folder.name
@@ -58,8 +65,8 @@ def tools(model: str, folders: list[Path]) -> Iterator[tuple[str, Packshot]]:
 def draw(tool: Packshot, rows: Rows, index: int, shot: int, settings: GenerateSettings, file: Path) -> Image.Image:
     """The raw decode of a held-out product; the shot chooses prompt and noise, the same for every set."""
     if not file.exists():
-        row = rows.read(index, ("image", "mask"))
-        tool.set_product(row["image"], row["mask"], row["id"])
+        row = rows.read(index, ("image", "mask", "depth"))
+        tool.set_product(row["image"], row["mask"], row["id"], row.get("depth"))
         [result] = tool.generate(PROMPTS[shot % len(PROMPTS)], 1, seed=1000 * shot + index, settings=settings)
         with replacing_file(file) as temporary:
             result.layers["raw"].save(temporary, "PNG")
@@ -67,13 +74,16 @@ def draw(tool: Packshot, rows: Rows, index: int, shot: int, settings: GenerateSe
 
 
 def figures(rows: Rows, index: int, raw: Image.Image) -> dict[str, Any]:
-    """Extension and loss of the product in a raw decode, above their noise floor on the photo."""
+    """How far the product in a raw decode has left its mask, above the noise floor on the photo; how its edge looks."""
     row = rows.read(index, ("image", "mask"))
     matte_HW = np.asarray(row["mask"])
     size = compare_size(raw.height, raw.width)
     floor = measure_extension(np.asarray(row["image"]), matte_HW, grabcut, size)
     # the raw decode is at the working size, the matte at the photo's
-    return measure(np.asarray(raw.resize(row["image"].size, Image.Resampling.LANCZOS)), matte_HW, floor)
+    drawn_HW3 = np.asarray(raw.resize(row["image"].size, Image.Resampling.LANCZOS))
+    rim = (matte_HW >= 128) & (keep_mask(matte_HW / 255, -RIM) == 0)
+    edge = float(np.median(delta_e(drawn_HW3[rim], np.asarray(row["image"])[rim])))
+    return {**measure(drawn_HW3, matte_HW, floor), "edge_delta_e": edge}
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:

@@ -223,7 +223,7 @@ def test_a_depth_network_adds_a_column_that_the_trainers_read(photos, tmp_path):
     near, mask = np.asarray(row["depth"]), np.asarray(row["mask"]) >= 128
     assert near.shape == mask.shape
     assert near[mask].mean() > 150 > 60 > near[~mask].mean()  # the products of these photos are dark
-    assert "| `depth` |" in (out / "README.md").read_text()
+    assert "inverse depth, near is bright" in (out / "README.md").read_text()
     with pytest.raises(ConfigError, match=r"depth\.onnx=.*no such file"):
         run(photos, tmp_path / "third", "depth.onnx=gone.onnx")
     assert not (tmp_path / "third").exists()

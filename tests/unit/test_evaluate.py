@@ -32,14 +32,15 @@ def test_extension_is_unsigned_growth_does_not_pay_for_loss():
     assert scored["expansion"] == pytest.approx(20 * 40 / 10_000)
     assert scored["extension"] == pytest.approx((20 * 40 - 40) / 1600)  # less a rim of the 1 px tolerance
     assert scored["loss"] == pytest.approx(19 * 38 / 1600)
+    assert scored["iou"] == pytest.approx(20 / 60)
 
 
 def test_extension_of_the_product_itself_is_zero_and_other_objects_do_not_count():
     keep = keep_mask()
     other = keep.copy()
     other[5:15, 5:15] = True
-    assert extension_of(keep, keep) == {"extension": 0, "loss": 0, "expansion": 0}
-    assert extension_of(other, keep) == {"extension": 0, "loss": 0, "expansion": 0}
+    assert extension_of(keep, keep) == {"extension": 0, "loss": 0, "iou": 1, "expansion": 0}
+    assert extension_of(other, keep) == {"extension": 0, "loss": 0, "iou": 1, "expansion": 0}
 
 
 def test_grabcut_sees_a_grown_product():

@@ -50,21 +50,22 @@ def test_a_product_enlarged_by_hand_has_a_higher_extension_and_the_truth_has_non
     truth[matte > 0] = (150, 30, 40)
     floor = measure_extension(truth, matte, grabcut, compare_size(128, 128))
     found = [measure(grown(truth, matte, factor), matte, floor) for factor in (1.0, 1.2, 1.4)]
-    assert found[0] == {"extension": 0.0, "product_loss": 0.0, "extended": 0.0}
+    assert found[0]["product_iou"] > 0.95 > 0.75 > found[2]["product_iou"]
+    assert {**found[0], "product_iou": 1} == {"extension": 0.0, "product_loss": 0.0, "extended": 0.0, "product_iou": 1}
     assert found[0]["extension"] < found[1]["extension"] < found[2]["extension"]
     assert found[2]["extension"] == pytest.approx(1.4**2 - 1, abs=0.2)  # less the tolerance around the outline
     assert found[2]["extended"] == 1.0
     blind = measure(grown(truth, matte, 1.4), matte, {"extension": found[2]["extension"], "loss": 0.0})
-    assert blind == {"extension": 0.0, "product_loss": 0.0, "extended": 0.0}  # what is found in the truth too
+    assert blind["extension"] == blind["extended"] == 0  # what is found in the truth too
     empty = np.zeros_like(matte)
     assert measure(truth, empty, measure_extension(truth, empty, grabcut, (128, 128)))["extension"] is None
 
 
 def test_figures_are_means_over_the_pictures_that_show_a_product():
-    row = {"extension": 0.2, "product_loss": 0.1, "extended": 1.0}
-    other = {"extension": 0.0, "product_loss": 0.0, "extended": 0.0}
+    row = {"extension": 0.2, "product_loss": 0.1, "extended": 1.0, "product_iou": 0.8}
+    other = {"extension": 0.0, "product_loss": 0.0, "extended": 0.0, "product_iou": 1.0}
     none = dict.fromkeys(row)
-    expected = {"extension": 0.1, "extension_rate": 0.5, "product_loss": 0.05}
+    expected = {"extension": 0.1, "extension_rate": 0.5, "product_loss": 0.05, "product_iou": 0.9}
     assert means([row, none, other]) == pytest.approx(expected)
     assert means([none]) == {}
 

@@ -45,8 +45,8 @@ def extension_of(object_HW: np.ndarray, keep_HW: np.ndarray) -> dict[str, float]
     """How far the object found (m_o) leaves the keep mask (k), both bool (H, W).
 
     ``extension`` E_obj = |m_o \\ dilate(k, s)| / |k|; ``loss`` L_obj = |erode(k, s) \\ m_o| / |k|, with a tolerance
-    s of 2 px per 1024. ``expansion`` is the published formula, area(m_o ∪ k) - area(k), as a share of the picture.
-    Only parts of m_o that touch k count: other things in the scene are no extension.
+    s of 2 px per 1024. ``iou`` = |m_o ∩ k| / |m_o ∪ k|. ``expansion`` is the published formula, area(m_o ∪ k) -
+    area(k), as a share of the picture. Only parts of m_o that touch k count, no other things.
     """
     found = _touching(object_HW, keep_HW)
     tolerance = max(1, round(2 * max(keep_HW.shape) / 1024))
@@ -57,6 +57,7 @@ def extension_of(object_HW: np.ndarray, keep_HW: np.ndarray) -> dict[str, float]
     return {
         "extension": float((found & ~wide).sum() / area),
         "loss": float((narrow & ~found).sum() / area),
+        "iou": float((found & keep_HW).sum() / (found | keep_HW).sum()),
         "expansion": float((found & ~keep_HW).sum() / keep_HW.size),
     }
 
@@ -73,7 +74,7 @@ def measure_extension(
     """:func:`extension_of` the object that ``segment`` finds in a picture, both brought to ``size`` (width, height)."""
     keep = cv2.resize(matte_HW, size, interpolation=cv2.INTER_AREA) >= 128
     if not keep.any():
-        return {name: float("nan") for name in ("extension", "loss", "expansion")}
+        return {name: float("nan") for name in ("extension", "loss", "iou", "expansion")}
     small = cv2.resize(image_HW3, size, interpolation=cv2.INTER_AREA)
     return extension_of(segment(small, keep), keep)
 

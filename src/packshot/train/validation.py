@@ -70,22 +70,23 @@ def measure(raw_HW3: np.ndarray, matte_HW: np.ndarray, floor: dict[str, float]) 
     """Extension and loss of the product in a raw decode (uint8), above their noise floor; None without a product.
 
     ``extension`` and ``product_loss`` are shares of the product's area, at least 0: where the segmenter does better
-    than on the truth, nothing has shrunk. ``extended``: 1 or 0.
+    than on the truth, nothing has shrunk. ``extended``: 1 or 0. ``product_iou``: of the object found and the mask.
     """
     found = measure_extension(raw_HW3, matte_HW, grabcut, compare_size(*matte_HW.shape))
     if not np.isfinite(found["extension"]):
-        return {"extension": None, "product_loss": None, "extended": None}
+        return dict.fromkeys(("extension", "product_loss", "extended", "product_iou"))
     return {
         "extension": max(0.0, found["extension"] - floor["extension"]),
         "product_loss": max(0.0, found["loss"] - floor["loss"]),
         "extended": is_extended(found["extension"], floor["extension"]),
+        "product_iou": found["iou"],
     }
 
 
 def means(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """``extension``, ``extension_rate`` and ``product_loss`` over the rows that show a product; empty if none does."""
+    """``extension``, ``extension_rate``, ``product_loss``, ``product_iou`` over rows that show a product."""
     measured = [row for row in rows if row["extension"] is not None]
-    names = {"extension": "extension", "extension_rate": "extended", "product_loss": "product_loss"}
+    names = {figure: figure for figure in ("extension", "product_loss", "product_iou")} | {"extension_rate": "extended"}
     return {figure: fmean(row[name] for row in measured) for figure, name in names.items()} if measured else {}
 
 

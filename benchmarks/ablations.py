@@ -1,0 +1,136 @@
+"""What keeps a product from growing: trains variants over several seeds and measures what each draws.
+
+    python benchmarks/ablations.py --seeds 3
+
+Every variant is a file of conf/experiment (or two, used together), trained as its own script trains it. Then it puts
+held-out products into the same scenes from the same noise, and the raw decode is measured, before the product's own
+pixels are laid over it. Killed or run again, it goes on where it stopped. --out holds runs, pictures and table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from extension import adapters_of, draw, figures, line, shown_as
+from PIL import Image
+
+from packshot.config.schema import AdaptersConfig, GenerateSettings, ProductShown
+from packshot.core.storage import replacing_file
+from packshot.data.dataset import Rows, load_rows
+from packshot.infer import Packshot
+from packshot.train.validation import means
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = ROOT / "conf" / "experiment"
+VARIANTS = {
+    "ControlNet, product noised": ["ablation_inpaint"],
+    "ControlNet, product clean, ring": ["ablation_inpaint_clean"],
+    "the same, mask grown and jittered": ["ablation_inpaint_mask"],
+    "LoRA, product clean": ["ablation_lora_plain_ring"],
+    "LoRA, product clean, ring": ["ablation_lora_clean"],
+    "LoRA, nine channels, ring": ["ablation_lora_channels"],
+    "ControlNet and LoRA, clean, ring": ["ablation_inpaint_clean", "ablation_lora_clean"],
+}
+FIGURES = ("extension_rate", "extension", "product_loss", "product_iou", "edge_delta_e")
+
+
+def train(experiment: str, seed: int, out: Path) -> Path:
+    """The export folder of an experiment with a seed; trains it if it is not there."""
+    run = out / "runs" / f"{experiment}-{seed}"
+    if not (run / "export" / "README.md").exists():
+        text = (EXPERIMENTS / f"{experiment}.yaml").read_text()
+        found = re.search(rf"python (\w+\.py) experiment={experiment}\b", text)
+        assert found, f"{experiment}.yaml does not say which script runs it"
+        keys = [f"experiment={experiment}", f"run.dir={run}", f"run.seed={seed}", "run.resume=true", "tracking=none"]
+        subprocess.run([sys.executable, found.group(1), *keys], cwd=ROOT, check=True)
+    return run / "export"
+
+
+def together(exports: list[Path]) -> AdaptersConfig:
+    """The adapters of several export folders."""
+    found = [adapters_of(export) for export in exports]
+    return AdaptersConfig(
+        lora=next((one.lora for one in found if one.lora), None),
+        controlnets=[path for one in found for path in one.controlnets],
+    )
+
+
+def tools(seeds: int, out: Path) -> Iterator[tuple[str, int, Packshot]]:
+    """Every variant with every seed, the base alone first, as (name, seed, what draws it)."""
+    for shown in (ProductShown.noised, ProductShown.clean):
+        yield f"base alone, product {shown}", 0, shown_as(Packshot.load("mini"), shown)
+    for seed in range(seeds):
+        for name, experiments in VARIANTS.items():
+            exports = [train(experiment, seed, out) for experiment in experiments]
+            yield name, seed, Packshot.load("mini", adapters=together(exports))
+
+
+def averages(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Means of all figures over pictures."""
+    return {**means(rows), "edge_delta_e": statistics.fmean(row["edge_delta_e"] for row in rows)}
+
+
+def table(found: dict[str, dict[int, list[dict[str, Any]]]]) -> str:
+    """Markdown: a line per variant, mean over its seeds and the spread between them."""
+    head = "| variant | seeds | extension rate | mean extension | product loss | mask IoU | edge ΔE |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    for name, seeds in found.items():
+        cells = []
+        for figure in FIGURES:
+            values = [averages(rows)[figure] for rows in seeds.values()]
+            scale, unit = (1, "") if figure in ("product_iou", "edge_delta_e") else (100, " %")
+            digits = 2 if figure == "product_iou" else 1
+            spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{scale * statistics.fmean(values):.{digits}f}{spread}{unit}")
+        lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def measured(tool: Packshot, rows: Rows, indices: list[int], args: argparse.Namespace, folder: Path) -> list[Any]:
+    """(figures, picture) of every product and shot."""
+    settings = GenerateSettings(num_inference_steps=args.steps, guidance_scale=args.guidance_scale)
+    folder.mkdir(parents=True, exist_ok=True)
+    shots = [(index, shot) for shot in range(args.shots) for index in indices]
+    pictures = [draw(tool, rows, index, shot, settings, folder / f"{index:04}-{shot}.png") for index, shot in shots]
+    return [(figures(rows, index, picture), picture) for (index, _), picture in zip(shots, pictures, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", default="data/rendered/heldout", help="product dataset")
+    parser.add_argument("--products", type=int, default=16, help="spread evenly over the dataset")
+    parser.add_argument("--shots", type=int, default=2, help="pictures of each product; prompts take turns")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance-scale", type=float, default=3.5)
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "ablations")
+    args = parser.parse_args()
+    rows = load_rows("data", args.data)
+    indices = [int(place) for place in np.linspace(0, len(rows) - 1, args.products)]
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    lines = [line([rows.read(index, ("image",))["image"] for index in indices])]
+    for name, seed, tool in tools(args.seeds, args.out):
+        place = args.out / "pictures" / re.sub(r"\W+", "_", f"{name} {seed}")
+        results = measured(tool, rows, indices, args, place)
+        found.setdefault(name, {})[seed] = [figure for figure, _ in results]
+        if seed == 0:
+            lines.append(line([picture for _, picture in results[: len(indices)]]))
+        print(name, seed, averages(found[name][seed]), flush=True)
+        with replacing_file(args.out / "measured.json") as file:
+            file.write_text(json.dumps(found, indent=2) + "\n")
+        (args.out / "table.md").write_text(table(found) + "\n")
+    Image.fromarray(np.vstack(lines)).save(args.out / "sheet.png")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
