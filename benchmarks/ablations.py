@@ -101,7 +101,10 @@ def measured(tool: Packshot, rows: Rows, indices: list[int], args: argparse.Name
     folder.mkdir(parents=True, exist_ok=True)
     shots = [(index, shot) for shot in range(args.shots) for index in indices]
     pictures = [draw(tool, rows, index, shot, settings, folder / f"{index:04}-{shot}.png") for index, shot in shots]
-    return [(figures(rows, index, picture), picture) for (index, _), picture in zip(shots, pictures, strict=True)]
+    return [
+        (figures(tool.models.pipe.vae, rows, index, picture), picture)
+        for (index, _), picture in zip(shots, pictures, strict=True)
+    ]
 
 
 def main() -> None:

@@ -14,10 +14,12 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from packshot.config.schema import AdaptersConfig, GenerateSettings, ProductShown
@@ -28,7 +30,7 @@ from packshot.diffusion.conditions import keep_mask
 from packshot.infer import Packshot
 from packshot.infer.colour import delta_e
 from packshot.infer.pipeline import IP_ADAPTER_FILE, LORA_FILE
-from packshot.train.validation import means, measure
+from packshot.train.validation import means, measure, to_picture
 
 RIM = 2  # px of the product along its outline, where its colours are compared
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,17 +75,25 @@ def draw(tool: Packshot, rows: Rows, index: int, shot: int, settings: GenerateSe
     return Image.open(file).convert("RGB")
 
 
-def figures(rows: Rows, index: int, raw: Image.Image) -> dict[str, Any]:
-    """How far the product in a raw decode has left its mask, above the noise floor on the photo; how its edge looks."""
+@lru_cache(maxsize=512)
+def floor_of(vae: Any, rows: Rows, index: int) -> dict[str, float]:
+    """The same measures on the photo as the VAE gives it back: where the right answer is 0."""
+    row = rows.read(index, ("image", "mask"))
+    pixels_13HW = torch.from_numpy(np.asarray(row["image"])).permute(2, 0, 1)[None].float().to(vae.device) / 127.5 - 1
+    with torch.inference_mode():
+        given_back = to_picture(vae.decode(vae.encode(pixels_13HW).latent_dist.mean).sample[0])
+    return measure_extension(given_back, np.asarray(row["mask"]), grabcut, compare_size(*given_back.shape[:2]))
+
+
+def figures(vae: Any, rows: Rows, index: int, raw: Image.Image) -> dict[str, Any]:
+    """How far the product in a raw decode has left its mask, above its noise floor; how its edge looks."""
     row = rows.read(index, ("image", "mask"))
     matte_HW = np.asarray(row["mask"])
-    size = compare_size(raw.height, raw.width)
-    floor = measure_extension(np.asarray(row["image"]), matte_HW, grabcut, size)
     # the raw decode is at the working size, the matte at the photo's
     drawn_HW3 = np.asarray(raw.resize(row["image"].size, Image.Resampling.LANCZOS))
     rim = (matte_HW >= 128) & (keep_mask(matte_HW / 255, -RIM) == 0)
     edge = float(np.median(delta_e(drawn_HW3[rim], np.asarray(row["image"])[rim])))
-    return {**measure(drawn_HW3, matte_HW, floor), "edge_delta_e": edge}
+    return {**measure(drawn_HW3, matte_HW, floor_of(vae, rows, index)), "edge_delta_e": edge}
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
@@ -125,7 +135,7 @@ def main() -> None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 pictures.append((index, draw(tool, rows, index, shot, settings, file)))
             sheet.append(line([picture for _, picture in pictures[-len(indices) :]]))
-        found[name] = [figures(rows, index, picture) for index, picture in pictures]
+        found[name] = [figures(tool.models.pipe.vae, rows, index, picture) for index, picture in pictures]
         print(table({name: found[name]}).splitlines()[-1], file=sys.stderr)
     Image.fromarray(np.vstack(sheet)).save(args.out / "sheet.png")
     (args.out / "measured.json").write_text(json.dumps(found, indent=2) + "\n")

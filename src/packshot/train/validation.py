@@ -44,7 +44,8 @@ class Held:
     sample: encoded (see ``Examples``). truth_HW3: the framed photo. seen: the framed sample with the product's colours
     continued past its edge, as generate.py shows it to the model. matte_HW: uint8, zero where there is no product.
     known_1CHW: the latents of that, scaled. held_1HW: 1 for the latent cells that show nothing but product. floor: the
-    measures of :func:`packshot.data.outline.extension_of` on the truth, where the right answer is 0.
+    measures of :func:`packshot.data.outline.extension_of` on the truth as the VAE gives it back: the right answer is 0,
+    and no raw decode has a sharper outline.
     """
 
     sample: dict[str, Any]
@@ -213,16 +214,23 @@ def hold(examples: Examples, index: int, device: torch.device) -> Held:
         seen = {**seen, "image": Image.fromarray(unmix(truth, matte))}
     cell = encoder.vae_scale
     inside = held_cells(matte.astype(np.float32) / 255, cell)[::cell, ::cell]
-    known = encoder.latents([seen])[0]["mean"] * encoder.parts.vae.config.scaling_factor
+    vae, sample = encoder.parts.vae, examples[index]
+    known = encoder.latents([seen])[0]["mean"] * vae.config.scaling_factor
+    given_back = to_picture(vae.decode(sample["mean"][None].to(vae.device)).sample[0])
     return Held(
-        sample=examples[index],
+        sample=sample,
         truth_HW3=truth,
         seen=seen,
         matte_HW=matte,
         known_1CHW=known[None].to(device),
         held_1HW=torch.from_numpy(inside.astype(np.float32))[None].to(device),
-        floor=measure_extension(truth, matte, grabcut, compare_size(*matte.shape)),
+        floor=measure_extension(given_back, matte, grabcut, compare_size(*matte.shape)),
     )
+
+
+def to_picture(pixels_3HW: Tensor) -> np.ndarray:
+    """What a VAE decodes, in [-1, 1], as uint8 (H, W, 3)."""
+    return ((pixels_3HW.clamp(-1, 1).permute(1, 2, 0).cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
 
 
 def sample_picture(task: Any, pipeline: Any, held: Held, prompt: dict[str, Tensor], seed: int) -> np.ndarray:
@@ -257,7 +265,7 @@ def sample_picture(task: Any, pipeline: Any, held: Held, prompt: dict[str, Tenso
             f"validation drew NaN or infinity for sample {held.sample['id']}.",
             "Lower train.learning_rate, or use the fp16-fix VAE; the last checkpoint is untouched.",
         )
-    return ((pixels.clamp(-1, 1).permute(1, 2, 0).cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
+    return to_picture(pixels)
 
 
 # ---- the sheet ----
