@@ -25,7 +25,7 @@ from packshot.train.card import exported
 from packshot.train.loop import Validated, fit
 from packshot.train.run import build_task
 from packshot.train.session import Session, make_accelerator
-from packshot.train.validation import hold, means, measure, sheet
+from packshot.train.validation import hold, means, measure, sheet, to_picture
 
 PROMPT = "Professional photo of an object on a stone podium"
 
@@ -108,7 +108,7 @@ def test_pictures_sheet_and_table_of_products_prompts_and_seeds(rows, parts, tmp
     again = task.validate(tmp_path / "b", Accelerator(cpu=True))
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(before[name], p) for name, p in task.named_parameters())
-    assert set(found.figures) == {"validation_loss", "extension", "extension_rate", "product_loss"}
+    assert set(found.figures) == {"validation_loss", "extension", "extension_rate", "product_loss", "product_iou"}
     assert found.figures == again.figures
     table = json.loads((tmp_path / "a" / "table.json").read_text())
     assert table == found.table == again.table
@@ -137,9 +137,11 @@ def test_the_products_latents_are_held_in_the_pictures_of_every_method(rows, par
     assert ready.sample["alpha"][held].min() > 0.99
     decoded = []
     decode = parts.vae.decode
+    truth = to_picture(decode(ready.sample["mean"][None]).sample[0])
+    assert ready.floor == measure_extension(truth, ready.matte_HW, grabcut, compare_size(128, 128))
     monkeypatch.setattr(parts.vae, "decode", lambda latents: decoded.append(latents) or decode(latents))
     task.validate(tmp_path, Accelerator(cpu=True))
-    scaled = decoded[0] * parts.vae.config.scaling_factor
+    scaled = decoded[-1] * parts.vae.config.scaling_factor
     torch.testing.assert_close(scaled[:, :, held[0]], ready.known_1CHW[:, :, held[0]], rtol=1e-4, atol=1e-4)
     free = ~held[0]
     assert (scaled[:, :, free] - ready.known_1CHW[:, :, free]).abs().mean() > 0.1
