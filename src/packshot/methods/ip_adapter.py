@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from packshot.config.schema import IPAdapterMethod, IPAdapterVariant
+from packshot.config.schema import IPAdapterMethod, IPAdapterVariant, ReferenceSource
 from packshot.diffusion.keyed import SampleKey
 from packshot.methods.base import trainable_fp32, unet_conditioning
 from packshot.models.load import Parts, weights_hash
@@ -40,6 +41,7 @@ class IPAdapter(nn.Module):
     def __init__(self, parts: Parts, config: IPAdapterMethod) -> None:
         super().__init__()
         self.config, self._parts = config, parts
+        self.kinship = KINSHIP[config.reference]
         self.unet: Any = parts.unet
         self.image_encoder: Any = parts.image_encoder
         width, vision = self.unet.config.cross_attention_dim, self.image_encoder.config
@@ -109,7 +111,8 @@ class IPAdapter(nn.Module):
         return StableDiffusionXLPipeline(**self._parts.pipeline_components())
 
     def pipeline_inputs(self, sample: Any, encoded: dict[str, Tensor]) -> dict[str, Any]:
-        """The sample's own surroundings as the reference; unconditional half first, as the pipeline expects."""
+        """The reference, which as in training is that of another sample of the same look if there is one;
+        unconditional half first, as the pipeline expects."""
         pair = torch.stack([self.null_reference, encoded["reference"]])
         return {"ip_adapter_image_embeds": [pair.unsqueeze(1).to(self.unet.device, self.unet.dtype)]}
 
@@ -123,6 +126,22 @@ class IPAdapter(nn.Module):
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "ip_adapter.safetensors")
         described = {"variant": self.config.variant.name, "num_tokens": self.config.num_tokens}
         (folder / "packshot.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+def look(row: dict[str, Any]) -> Hashable | None:
+    """What samples of one look have in common: surface and mood of their scenes; None if neither is known.
+
+    Props, background and light may differ: what is the same in every pair is all that a reference can be used for.
+    """
+    scene = row["scene"]
+    known = (scene.surface.casefold(), (scene.mood or "").casefold())
+    return known if any(known) else None
+
+
+KINSHIP: dict[ReferenceSource, Callable[[dict[str, Any]], Hashable | None] | None] = {
+    ReferenceSource.self: None,
+    ReferenceSource.look: look,
+}
 
 
 def _without_product(sample: dict[str, Any]) -> Image.Image:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -21,6 +21,7 @@ from packshot.core.errors import PackshotError
 from packshot.core.run import log
 from packshot.data import buckets, geometry
 from packshot.data.dataset import Rows
+from packshot.diffusion.keyed import SampleKey
 from packshot.models.load import Parts
 from packshot.models.tokens import lost_words
 from packshot.train.cache import Job, TensorCache, Tensors, content_key
@@ -29,6 +30,7 @@ from packshot.train.memory import return_freed_memory
 VERSION = 3  # raise it when the same sample gives other tensors
 ENCODE_BATCH = 8  # pictures that go through an encoder together
 TEXT_BATCH = 32
+MOST_KIN = 8  # other samples whose encodings a sample may be conditioned on
 PADDING = {"mask": "constant", "depth": "edge"}  # what letterbox bars show of them, see geometry.apply
 
 
@@ -163,12 +165,49 @@ def _token_ids(tokenizer: Any, text: str) -> Tensor:
     return read.input_ids[0]
 
 
+def choose_kin(kinds: Sequence[Hashable | None], ids: Sequence[str]) -> list[list[int]]:
+    """For each sample the ``MOST_KIN`` others, or as many as there are, that may lend it their encodings.
+
+    kinds: what kin have in common (see ``Method.kinship``); None: a sample without any. The choice follows from the ids
+    of those of one kind alone, whatever their order; each is chosen as often as any other.
+    """
+    chosen: list[list[int]] = [[] for _ in kinds]
+    members: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        if kind is not None:
+            members.setdefault(kind, []).append(index)
+    for indices in members.values():
+        ring = sorted(indices, key=lambda index: content_key(ids[index]))
+        for place, index in enumerate(ring):
+            following = (ring[(place + step) % len(ring)] for step in range(1, min(MOST_KIN + 1, len(ring))))
+            chosen[index] = [other for other in following if ids[other] != ids[index]]
+    return chosen
+
+
+class Encodings(Sequence[Tensors]):
+    """Results of ``Method.encode`` for some samples, each read or made when it is asked for: one access uses one."""
+
+    def __init__(self, indices: list[int], read: Callable[[int], Tensors]) -> None:
+        self._indices, self._read = indices, read
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._read(self._indices[number])
+
+
+def lent(encoded: Sequence[Tensors], key: SampleKey) -> Tensors:
+    """The encodings that one access is conditioned on, drawn by ``key``."""
+    return encoded[int(key.uniform("reference") * len(encoded))]
+
+
 class Examples(Sequence[dict[str, Any]]):
     """A dataset as the loop reads it: encoded samples by index.
 
-    Each has the tensors of :meth:`Encoder.latents` and :meth:`Encoder.text`, those of the method under ``encoded``, the
-    embeddings of the empty prompt under ``empty`` and, if the method reads pictures, the framed sample under ``seen``
-    (else None). ``groups`` names the bucket of each sample. count: use only the first samples of the set.
+    Each has the tensors of :meth:`Encoder.latents` and :meth:`Encoder.text`, under ``encoded`` what the method made of
+    its kin, or of itself if it has none (:class:`Encodings`), the embeddings of the empty prompt under ``empty`` and,
+    if the method reads pictures, the framed sample under ``seen`` (else None). ``groups`` names the bucket of each sample. count: use only the first samples of the set.
     """
 
     def __init__(self, rows: Rows, encoder: Encoder, folder: Path | None, count: int | None = None) -> None:
@@ -187,6 +226,16 @@ class Examples(Sequence[dict[str, Any]]):
         if not self.encoder.method.trains_text:
             names.append(("text", identity.text))
         return [*names, ("method", content_key(identity.method))] if identity.method else names
+
+    @cached_property
+    def kin(self) -> list[list[int]]:
+        """The samples whose encodings each is conditioned on instead of its own; see :func:`choose_kin`."""
+        kinship = self.encoder.method.kinship
+        if kinship is None:
+            return [[] for _ in self.ids]
+        chosen = choose_kin([kinship(self.rows.read(index, ())) for index in range(len(self))], self.ids)
+        log.info("%d of %d samples are shown the reference of another one of their look", sum(map(bool, chosen)), len(self))
+        return chosen
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -216,6 +265,7 @@ class Examples(Sequence[dict[str, Any]]):
 
     def fill(self, accelerator: Accelerator) -> None:
         """Encode what no earlier run has encoded. Without a cache there is nothing to do."""
+        _ = self.kin  # read once, before the loader's processes are forked
         if not self._caches:  # every access encodes: the loader's processes share what is loaded before they are forked
             self.encoder.parts.load("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
             return
@@ -238,10 +288,13 @@ class Examples(Sequence[dict[str, Any]]):
             return self.fresh(index)
         key = self._key(index)
         example: dict[str, Any] = self._caches["latents"].get(key)
-        example["encoded"] = self._caches["method"].get(key) if "method" in self._caches else {}
+        example["encoded"] = Encodings(self.kin[index] or [index], self._cached_encoding)
         example["seen"] = self.seen(index) if self.encoder.method.pictures else None
         text, empty = (self._text(words) for words in (self.rows.texts[index], ""))
         return {**example, "id": self.ids[index], **text, "empty": empty}
+
+    def _cached_encoding(self, index: int) -> Tensors:
+        return self._caches["method"].get(self._key(index)) if "method" in self._caches else {}
 
     def _text(self, text: str) -> Tensors:
         return self._caches["text"].get(content_key(text)) if "text" in self._caches else self.encoder.text([text])[0]
@@ -249,9 +302,13 @@ class Examples(Sequence[dict[str, Any]]):
     def fresh(self, index: int) -> dict[str, Any]:
         """The same without the cache."""
         seen, encoder = self.seen(index), self.encoder
+
+        def encoded(other: int) -> Tensors:
+            return encoder.method.encode([seen if other == index else self.seen(other)])[0]
+
         return {
             **encoder.latents([seen])[0],
-            "encoded": encoder.method.encode([seen])[0],
+            "encoded": Encodings(self.kin[index] or [index], encoded),
             "seen": seen if encoder.method.pictures else None,
             "id": self.ids[index],
             **encoder.text([self.rows.texts[index]])[0],
