@@ -219,6 +219,14 @@ class IPAdapterMethod:
     )
     image_dropout: float = opt(0.05, "share of samples without the reference", min=0, max=1)
     scale: float = opt(1.0, "weight of the image tokens in training", min=0, max=2)
+    init: str | None = opt(
+        None,
+        "adapter to start from: a .safetensors or .bin file in the original layout (ip-adapter_sdxl_vit-h, "
+        "ip-adapter-plus_sdxl_vit-h with num_tokens=16), or an export/ folder; null: one without effect",
+    )
+    resampler_dim: int | None = opt(
+        None, "width of variant=plus inside; null: that of init, or the image encoder's", min=64, max=8192
+    )
 
 
 @dataclass

@@ -297,6 +297,22 @@ def _lora(config: schema.TrainLora) -> None:
         ) from error
 
 
+def _ip_adapter(config: schema.TrainIPAdapter) -> None:
+    method = config.method
+    if method.variant is not schema.IPAdapterVariant.base:
+        return
+    if method.num_tokens != 4:
+        raise ConfigError(
+            f"method.num_tokens={method.num_tokens} with method.variant=base: stock loaders take four tokens for granted.",
+            "Set method.num_tokens=4, or method.variant=plus.",
+        )
+    if method.resampler_dim is not None:
+        raise ConfigError(
+            f"method.resampler_dim={method.resampler_dim} with method.variant=base: it has no resampler.",
+            "Set method.variant=plus, or leave it out.",
+        )
+
+
 def _quantization(config: Any) -> None:
     if config.model.quantization is not schema.Quantization.none and not isinstance(config, schema.TrainLora):
         raise ConfigError(
@@ -368,6 +384,7 @@ _CHECKS: list[tuple[type | tuple[type, ...], Callable[[Any], None]]] = [
     (schema.CaptionVLM, _captioner_training),
     (schema.TrainScript, _objective),
     (schema.TrainLora, _lora),
+    (schema.TrainIPAdapter, _ip_adapter),
     (tuple(schema.SCRIPTS.values()), _quantization),
     (schema.BuildData, _rendering),
     (schema.Generate, _generation),

@@ -234,7 +234,9 @@ class Examples(Sequence[dict[str, Any]]):
         if kinship is None:
             return [[] for _ in self.ids]
         chosen = choose_kin([kinship(self.rows.read(index, ())) for index in range(len(self))], self.ids)
-        log.info("%d of %d samples are shown the reference of another one of their look", sum(map(bool, chosen)), len(self))
+        log.info(
+            "%d of %d samples are shown the reference of another one of their look", sum(map(bool, chosen)), len(self)
+        )
         return chosen
 
     def __len__(self) -> int:
