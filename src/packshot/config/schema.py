@@ -40,6 +40,7 @@ Quantization = Names("Quantization", ["none", "nf4", "int8"])
 AttentionKernel = Names("AttentionKernel", ["auto", "flash", "efficient", "cudnn", "math"])
 Condition = Names("Condition", ["inpaint", "canny", "silhouette", "softedge", "depth"])
 IPAdapterVariant = Names("IPAdapterVariant", ["base", "plus"])
+IPAdapterLayers = Names("IPAdapterLayers", ["all", "style", "layout", "style_and_layout"])
 ReferenceSource = Names("ReferenceSource", ["self", "look"])
 PredictionType = Names("PredictionType", ["base", "epsilon", "v_prediction"])
 LossWeighting = Names("LossWeighting", ["none", "min_snr", "debiased"])
@@ -430,6 +431,10 @@ class AdaptersConfig:
     controlnet_ends: list[float] = opt([], "one share of the steps per ControlNet, where it ends; default 1 each")
     ip_adapter: str | None = opt(None, "export/ folder of train_ip_adapter.py")
     ip_adapter_scale: float = opt(1.0, "weight of the reference image", min=0, max=2)
+    ip_adapter_layers: IPAdapterLayers = opt(
+        IPAdapterLayers.all,
+        "where the reference enters: all layers, or the one for style, the one for layout, or both (InstantStyle)",
+    )
     ip_adapter_start: float = opt(0.0, "share of the denoising steps after which the reference counts", min=0, max=1)
     ip_adapter_end: float = opt(1.0, "share of the denoising steps after which it no longer counts", min=0, max=1)
 
@@ -465,9 +470,17 @@ class Generate(GenerateSettings):
     prompt: str | None = opt(None, "free text; scene.* is the structured way")
     scene: SceneConfig = field(default_factory=SceneConfig)
     reference: str | None = opt(None, "image whose look the background takes (needs adapters.ip_adapter)")
+    references: list[str] = opt([], "several such images instead")
+    reference_weights: list[int] = opt(
+        [], "how often each of them counts among the others: whole numbers, at most 64 together; default 1 each"
+    )
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     num_images: int = opt(4, "pictures per product", min=1, max=64)
     baseline: str | None = opt(None, "folder of an earlier run; report.html shows its pictures beside these")
+
+    def reference_files(self) -> list[str]:
+        """``references``, or the one ``reference``."""
+        return self.references or ([self.reference] if self.reference else [])
 
 
 @dataclass

@@ -207,7 +207,8 @@ class Examples(Sequence[dict[str, Any]]):
 
     Each has the tensors of :meth:`Encoder.latents` and :meth:`Encoder.text`, under ``encoded`` what the method made of
     its kin, or of itself if it has none (:class:`Encodings`), the embeddings of the empty prompt under ``empty`` and,
-    if the method reads pictures, the framed sample under ``seen`` (else None). ``groups`` names the bucket of each sample. count: use only the first samples of the set.
+    if the method reads pictures, the framed sample under ``seen`` (else None). ``groups`` names the bucket of each
+    sample. count: use only the first samples of the set.
     """
 
     def __init__(self, rows: Rows, encoder: Encoder, folder: Path | None, count: int | None = None) -> None:
