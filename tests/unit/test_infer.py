@@ -270,7 +270,7 @@ def test_a_reference_counts_among_others_as_often_as_its_weight_says(guided):
     assert np.abs(pixels(by_references(guided, [NOISE, RED])) - both).max() <= 1
     assert np.abs(pixels(by_references(guided, [RED, NOISE], [1, 1])) - both).max() <= 1
     first, second = (pixels(by_references(guided, [RED, NOISE], weights)) for weights in ([2, 1], [1, 2]))
-    assert np.abs(first - second).max() > 1
+    assert np.abs(first - second).mean() > 0.1
     assert np.abs(pixels(by_references(guided, [RED, RED, NOISE])) - first).max() <= 1
     # the more one counts, the more the picture is the one of it alone
     assert np.abs(first - once).mean() < np.abs(second - once).mean()
@@ -328,14 +328,14 @@ def test_of_sdxl_style_and_layout_are_the_layers_of_instant_style():
     assert {layers: ip_adapter_scales(unet, layers, 0.7) for layers in IPAdapterLayers} == LAYERS
 
 
-def layered(exports, layers, scale=1.0):
+def layered(exports, layers, scale):
     folder = str(exports / "ip_adapter")
     adapters = AdaptersConfig(ip_adapter=folder, ip_adapter_layers=layers, ip_adapter_scale=scale)
     return Packshot.load(adapters=adapters).set_product(*photo_and_mask())
 
 
 def test_a_reference_enters_through_the_layers_that_are_asked_for(tool, exports):
-    tools = {layers: layered(exports, layers) for layers in IPAdapterLayers}
+    tools = {layers: layered(exports, layers, 2.0) for layers in IPAdapterLayers}
     entered = {
         layers: {
             name.rpartition(".transformer_blocks")[0]
@@ -353,7 +353,7 @@ def test_a_reference_enters_through_the_layers_that_are_asked_for(tool, exports)
     [bare] = tool.set_product(*photo_and_mask()).generate(SCENE, 1, settings=QUICK)
     pictures = [pixels(result) for result in (bare, *results.values())]
     for number, picture in enumerate(pictures):
-        assert all(np.abs(picture - other).max() > 1 for other in pictures[:number])
+        assert all(np.abs(picture - other).mean() > 0.1 for other in pictures[:number])
     for layers, result in results.items():
         assert result.certificate["model"]["adapters"][0]["layers"] == layers.name
 
