@@ -151,10 +151,17 @@ def test_cached_references_are_those_encoded_on_the_fly_and_every_picture_is_enc
     assert torch.isfinite(task(task.collate([cached[0]], [SampleKey(0, 0, alike.ids[0])]))).all()
 
 
-def test_only_as_many_samples_lend_their_pictures_as_are_read(alike):
-    _, examples = make_task(alike)
-    first = Examples(alike, examples.encoder, None, count=2)
-    assert first.kin == [[1], [0]]
+def test_the_first_samples_of_a_set_find_their_kin_in_the_whole_of_it(alike, tmp_path):
+    """Validation uses a few samples, of which hardly two have one look."""
+    task, examples = make_task(alike)
+    first = Examples(alike, examples.encoder, tmp_path, count=1)
+    first.fill(Accelerator(cpu=True))
+    assert first.kin == examples.kin[:1]
+    assert sorted(first.kin[0]) == [1, 2]
+    assert len(first._caches["latents"]._where) == 1
+    key = SampleKey(0, -1, alike.ids[0])
+    a, b = (task.collate([of[0]], [key])["reference"] for of in (first, examples))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
 
 
 def test_methods_without_references_read_no_scene(alike, monkeypatch):

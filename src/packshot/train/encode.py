@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,8 @@ class Examples(Sequence[dict[str, Any]]):
 
     def __init__(self, rows: Rows, encoder: Encoder, folder: Path | None, count: int | None = None) -> None:
         self.rows, self.ids, self.encoder = rows, rows.ids[:count], encoder
-        self.groups = [buckets.nearest(size, encoder.shapes) for size in rows.sizes[:count]]
+        self._nearest = [buckets.nearest(size, encoder.shapes) for size in rows.sizes]
+        self.groups = self._nearest[:count]
         self._folder = folder
 
     @cached_property
@@ -230,11 +231,12 @@ class Examples(Sequence[dict[str, Any]]):
 
     @cached_property
     def kin(self) -> list[list[int]]:
-        """The samples whose encodings each is conditioned on instead of its own; see :func:`choose_kin`."""
-        kinship = self.encoder.method.kinship
+        """The samples whose encodings each is conditioned on instead of its own; see :func:`choose_kin`. Of a set of
+        which only the first are used the others may be among them."""
+        kinship, ids = self.encoder.method.kinship, self.rows.ids
         if kinship is None:
             return [[] for _ in self.ids]
-        chosen = choose_kin([kinship(self.rows.read(index, ())) for index in range(len(self))], self.ids)
+        chosen = choose_kin([kinship(self.rows.read(index, ())) for index in range(len(ids))], ids)[: len(self)]
         log.info(
             "%d of %d samples are shown the reference of another one of their look", sum(map(bool, chosen)), len(self)
         )
@@ -250,18 +252,21 @@ class Examples(Sequence[dict[str, Any]]):
     def seen(self, index: int) -> dict[str, Any]:
         """The framed sample: ``image``, ``mask``, ``text``, ``id``, ``geometry``, and what else the method reads."""
         pictures = {"image", "mask", *self.encoder.method.pictures}
-        return framed(self.rows.read(index, sorted(pictures)), self.encoder.shapes[self.groups[index]])
+        return framed(self.rows.read(index, sorted(pictures)), self._shape(index))
+
+    def _shape(self, index: int) -> tuple[int, int]:
+        return self.encoder.shapes[self._nearest[index]]
 
     def _key(self, index: int) -> str:
-        return content_key(VERSION, self.rows.digest(index), self.encoder.shapes[self.groups[index]])
+        return content_key(VERSION, self.rows.digest(index), self._shape(index))
 
-    def _chunks(self) -> list[list[Job]]:
-        """The samples, ``ENCODE_BATCH`` at a time, of one bucket each."""
-        indices = sorted(range(len(self)), key=lambda index: self.groups[index])
-        together = (list(members) for _, members in groupby(indices, key=lambda index: self.groups[index]))
+    def _chunks(self, indices: Iterable[int]) -> list[list[Job]]:
+        """Samples, ``ENCODE_BATCH`` at a time, of one bucket each."""
+        ordered = sorted(indices, key=lambda index: (self._nearest[index], index))
+        together = (list(members) for _, members in groupby(ordered, key=lambda index: self._nearest[index]))
         # jobs hold an index, not a sample: a large set must not be decoded into memory
         return [
-            [Job(self._key(index), f"sample {self.ids[index]}", index) for index in chunk]
+            [Job(self._key(index), f"sample {self.rows.ids[index]}", index) for index in chunk]
             for members in together
             for chunk in _cut(members, ENCODE_BATCH)
         ]
@@ -272,14 +277,15 @@ class Examples(Sequence[dict[str, Any]]):
         if not self._caches:  # every access encodes: the loader's processes share what is loaded before they are forked
             self.encoder.parts.load("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
             return
-        encoder, chunks = self.encoder, self._chunks()
+        encoder, chunks = self.encoder, self._chunks(range(len(self)))
 
         def seen(indices: list[int]) -> list[dict[str, Any]]:
             return [self.seen(index) for index in indices]
 
         self._caches["latents"].fill("encoding pictures", chunks, lambda i: encoder.latents(seen(i)), accelerator)
         if "method" in self._caches:
-            encode = encoder.method.encode
+            encode, lenders = encoder.method.encode, {*range(len(self)), *chain.from_iterable(self.kin)}
+            chunks = self._chunks(lenders)
             self._caches["method"].fill("encoding references", chunks, lambda i: encode(seen(i)), accelerator)
         if "text" in self._caches:
             texts = sorted({*self.rows.texts[: len(self)], ""})
