@@ -68,6 +68,12 @@ def test_right_overrides_arrive_typed():
     [
         ("generate", ["prompt=a table", "scene.surface=a table"], "both"),
         ("generate", ["reference=x.png"], "IP-Adapter"),
+        ("generate", ["references=[x.png,y.png]"], "IP-Adapter"),
+        ("generate", ["reference=x.png", "references=[y.png]", "adapters.ip_adapter=a"], "both"),
+        ("generate", ["references=[x,y]", "reference_weights=[1]", "adapters.ip_adapter=a"], "1 values for 2"),
+        ("generate", ["references=[x,y]", "reference_weights=[1,0]", "adapters.ip_adapter=a"], "whole numbers"),
+        ("generate", ["references=[x,y]", "reference_weights=[1,64]", "adapters.ip_adapter=a"], "at most 64"),
+        ("generate", ["reference_weights=[1]"], "for 0 references"),
         ("generate", ["placement=center"], "size"),
         ("generate", ["adapters.controlnet_scales=[1,2]"], "controlnet_scales"),
         ("serve", ["generate.placement=center"], "size"),

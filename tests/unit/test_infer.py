@@ -19,6 +19,7 @@ from packshot.config.compose import compose
 from packshot.config.schema import (
     AdaptersConfig,
     GenerateSettings,
+    IPAdapterLayers,
     IPAdapterMethod,
     LoraKind,
     LoraMethod,
@@ -32,11 +33,13 @@ from packshot.infer import Packshot
 from packshot.infer.certificate import digest, judge, load_certificates, measure
 from packshot.infer.composite import blend
 from packshot.infer.denoise import encode
-from packshot.infer.pipeline import load_models
+from packshot.infer.pipeline import ip_adapter_scales, load_models
 from packshot.infer.product import core_of, prepare
+from packshot.infer.references import open_references
 from packshot.infer.run import generate
 from packshot.methods import METHODS
 from packshot.models.load import load_parts
+from packshot.models.shapes import meta_parts
 from packshot.models.tokens import lost_words
 from packshot.scene import Scene
 
@@ -237,9 +240,128 @@ def test_without_a_reference_the_ip_adapter_gets_its_null_image(exports):
     [embeds] = encode(models, "a wall", QUICK).arguments["ip_adapter_image_embeds"]
     assert embeds.shape[0] == 2
     assert not embeds.any()
-    [seen] = encode(models, "a wall", QUICK, Image.new("RGB", (9, 9), "red")).arguments["ip_adapter_image_embeds"]
+    look = open_references(Image.new("RGB", (9, 9), "red"))
+    [seen] = encode(models, "a wall", QUICK, look).arguments["ip_adapter_image_embeds"]
     assert not seen[0].any()
     assert seen[1].any()
+
+
+RED, NOISE = (
+    Image.new("RGB", (50, 80), "red"),
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 60, 3), np.uint8)),
+)
+
+
+@pytest.fixture(scope="module")
+def guided(exports):
+    """A tool with an IP-Adapter and a product."""
+    return Packshot.load(adapters=AdaptersConfig(ip_adapter=str(exports / "ip_adapter"))).set_product(*photo_and_mask())
+
+
+def by_references(tool, references, weights=()):
+    [result] = tool.generate(SCENE, 1, reference=references, settings=QUICK, reference_weights=weights)
+    return result
+
+
+def test_a_reference_counts_among_others_as_often_as_its_weight_says(guided):
+    once, both = pixels(by_references(guided, RED)), pixels(by_references(guided, [RED, NOISE]))
+    assert np.abs(pixels(by_references(guided, [RED, RED])) - once).max() <= 1
+    assert np.abs(pixels(by_references(guided, RED, [3])) - once).max() <= 1
+    assert np.abs(pixels(by_references(guided, [NOISE, RED])) - both).max() <= 1
+    assert np.abs(pixels(by_references(guided, [RED, NOISE], [1, 1])) - both).max() <= 1
+    first, second = (pixels(by_references(guided, [RED, NOISE], weights)) for weights in ([2, 1], [1, 2]))
+    assert np.abs(first - second).mean() > 0.1
+    assert np.abs(pixels(by_references(guided, [RED, RED, NOISE])) - first).max() <= 1
+    # the more one counts, the more the picture is the one of it alone
+    assert np.abs(first - once).mean() < np.abs(second - once).mean()
+
+
+def test_references_are_null_images_of_the_same_number_to_what_guidance_subtracts(guided):
+    [embeds] = encode(guided.models, "a wall", QUICK, open_references([RED, NOISE], [2, 3])).arguments[
+        "ip_adapter_image_embeds"
+    ]
+    assert embeds.shape[:2] == (2, 5)
+    assert not embeds[0].any()
+    assert torch.equal(embeds[1, 0], embeds[1, 1])
+    assert torch.equal(embeds[1, 2], embeds[1, 4])
+    assert not torch.allclose(embeds[1, 1], embeds[1, 2], atol=1e-2)
+
+
+def test_the_certificate_names_every_reference_and_its_weight(guided):
+    red, noise = (hashlib.sha256(np.asarray(image).tobytes()).hexdigest() for image in (RED, NOISE))
+    none, one, two = (
+        by_references(guided, *given).certificate["request"] for given in ((None,), (RED,), ([NOISE, RED], [1, 4]))
+    )
+    assert (none["reference_sha256"], none["references"]) == (None, [])
+    assert (one["reference_sha256"], one["references"]) == (red, [{"sha256": red, "weight": 1}])
+    assert two["reference_sha256"] is None
+    assert two["references"] == [{"sha256": noise, "weight": 1}, {"sha256": red, "weight": 4}]
+
+
+def test_weights_that_cannot_be_counted_out_are_refused(guided):
+    for weights in ([1], [0, 1], [40, 40]):
+        with pytest.raises(ConfigError, match="reference_weights"):
+            by_references(guided, [RED, NOISE], weights)
+
+
+def test_generate_takes_several_references(tmp_path, exports):
+    for name, image in (("red", RED), ("noise", NOISE)):
+        image.save(tmp_path / f"{name}.png")
+    files = [str(tmp_path / f"{name}.png") for name in ("red", "noise")]
+    keys = [f"references=[{','.join(files)}]", "reference_weights=[2,1]", f"adapters.ip_adapter={exports}/ip_adapter"]
+    generate(configured(tmp_path, *keys, "num_images=1"))
+    request = load_certificates(tmp_path / "run")["a-0"]["request"]
+    hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
+    assert request["references"] == [{"sha256": hashes[0], "weight": 2}, {"sha256": hashes[1], "weight": 1}]
+
+
+LAYERS = {
+    IPAdapterLayers.style: {"up": {"block_0": [0.0, 0.7, 0.0]}},
+    IPAdapterLayers.layout: {"down": {"block_2": [0.0, 0.7]}},
+    IPAdapterLayers.style_and_layout: {"down": {"block_2": [0.0, 0.7]}, "up": {"block_0": [0.0, 0.7, 0.0]}},
+    IPAdapterLayers.all: 0.7,
+}
+
+
+def test_of_sdxl_style_and_layout_are_the_layers_of_instant_style():
+    unet = meta_parts(ModelConfig(base="stabilityai/stable-diffusion-xl-base-1.0")).unet
+    assert {layers: ip_adapter_scales(unet, layers, 0.7) for layers in IPAdapterLayers} == LAYERS
+
+
+def layered(exports, layers, scale):
+    folder = str(exports / "ip_adapter")
+    adapters = AdaptersConfig(ip_adapter=folder, ip_adapter_layers=layers, ip_adapter_scale=scale)
+    return Packshot.load(adapters=adapters).set_product(*photo_and_mask())
+
+
+def test_a_reference_enters_through_the_layers_that_are_asked_for(tool, exports):
+    tools = {layers: layered(exports, layers, 2.0) for layers in IPAdapterLayers}
+    entered = {
+        layers: {
+            name.rpartition(".transformer_blocks")[0]
+            for name, processor in each.models.pipe.unet.attn_processors.items()
+            if getattr(processor, "scale", [0])[0]
+        }
+        for layers, each in tools.items()
+    }
+    style, layout = {"up_blocks.0.attentions.1"}, {"down_blocks.2.attentions.0"}
+    assert entered[IPAdapterLayers.style] == style
+    assert entered[IPAdapterLayers.layout] == layout
+    assert entered[IPAdapterLayers.style_and_layout] == style | layout
+    assert entered[IPAdapterLayers.all] > style | layout
+    results = {layers: by_references(each, NOISE) for layers, each in tools.items()}
+    [bare] = tool.set_product(*photo_and_mask()).generate(SCENE, 1, settings=QUICK)
+    pictures = [pixels(result) for result in (bare, *results.values())]
+    for number, picture in enumerate(pictures):
+        assert all(np.abs(picture - other).mean() > 0.1 for other in pictures[:number])
+    for layers, result in results.items():
+        assert result.certificate["model"]["adapters"][0]["layers"] == layers.name
+
+
+@pytest.mark.parametrize("layers", list(IPAdapterLayers), ids=str)
+def test_at_scale_zero_no_layer_lets_a_reference_in(tool, exports, layers):
+    [bare] = tool.set_product(*photo_and_mask()).generate(SCENE, 1, settings=QUICK)
+    assert np.abs(pixels(by_references(layered(exports, layers, 0.0), NOISE)) - pixels(bare)).max() <= 1
 
 
 def test_reference_without_ip_adapter_is_refused(tool):

@@ -40,6 +40,8 @@ Quantization = Names("Quantization", ["none", "nf4", "int8"])
 AttentionKernel = Names("AttentionKernel", ["auto", "flash", "efficient", "cudnn", "math"])
 Condition = Names("Condition", ["inpaint", "canny", "silhouette", "softedge", "depth"])
 IPAdapterVariant = Names("IPAdapterVariant", ["base", "plus"])
+IPAdapterLayers = Names("IPAdapterLayers", ["all", "style", "layout", "style_and_layout"])
+ReferenceSource = Names("ReferenceSource", ["self", "look"])
 PredictionType = Names("PredictionType", ["base", "epsilon", "v_prediction"])
 LossWeighting = Names("LossWeighting", ["none", "min_snr", "debiased"])
 TimestepSampling = Names("TimestepSampling", ["uniform", "logit_normal", "cubic"])
@@ -212,8 +214,21 @@ class LoraMethod:
 class IPAdapterMethod:
     variant: IPAdapterVariant = opt(IPAdapterVariant.base, "base (pooled embedding) or plus (patch tokens)")
     num_tokens: int = opt(4, "image tokens the cross-attention sees (plus: queries)", min=1, max=64)
+    reference: ReferenceSource = opt(
+        ReferenceSource.look,
+        "the picture a sample is trained with: self, its own without the product; or look, that of another sample with "
+        "its surface and mood, so that the content of a reference is not learnt (its own where there is no other)",
+    )
     image_dropout: float = opt(0.05, "share of samples without the reference", min=0, max=1)
     scale: float = opt(1.0, "weight of the image tokens in training", min=0, max=2)
+    init: str | None = opt(
+        None,
+        "adapter to start from: a .safetensors or .bin file in the original layout (ip-adapter_sdxl_vit-h, "
+        "ip-adapter-plus_sdxl_vit-h with num_tokens=16), or an export/ folder; null: one without effect",
+    )
+    resampler_dim: int | None = opt(
+        None, "width of variant=plus inside; null: that of init, or the image encoder's", min=64, max=8192
+    )
 
 
 @dataclass
@@ -417,6 +432,10 @@ class AdaptersConfig:
     controlnet_ends: list[float] = opt([], "one share of the steps per ControlNet, where it ends; default 1 each")
     ip_adapter: str | None = opt(None, "export/ folder of train_ip_adapter.py")
     ip_adapter_scale: float = opt(1.0, "weight of the reference image", min=0, max=2)
+    ip_adapter_layers: IPAdapterLayers = opt(
+        IPAdapterLayers.all,
+        "where the reference enters: all layers, or the one for style, the one for layout, or both (InstantStyle)",
+    )
     ip_adapter_start: float = opt(0.0, "share of the denoising steps after which the reference counts", min=0, max=1)
     ip_adapter_end: float = opt(1.0, "share of the denoising steps after which it no longer counts", min=0, max=1)
 
@@ -452,9 +471,17 @@ class Generate(GenerateSettings):
     prompt: str | None = opt(None, "free text; scene.* is the structured way")
     scene: SceneConfig = field(default_factory=SceneConfig)
     reference: str | None = opt(None, "image whose look the background takes (needs adapters.ip_adapter)")
+    references: list[str] = opt([], "several such images instead")
+    reference_weights: list[int] = opt(
+        [], "how often each of them counts among the others: whole numbers, at most 64 together; default 1 each"
+    )
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     num_images: int = opt(4, "pictures per product", min=1, max=64)
     baseline: str | None = opt(None, "folder of an earlier run; report.html shows its pictures beside these")
+
+    def reference_files(self) -> list[str]:
+        """``references``, or the one ``reference``."""
+        return self.references or ([self.reference] if self.reference else [])
 
 
 @dataclass

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any, get_type_hints
 
@@ -305,6 +305,22 @@ def _lora(config: schema.TrainLora) -> None:
         ) from error
 
 
+def _ip_adapter(config: schema.TrainIPAdapter) -> None:
+    method = config.method
+    if method.variant is not schema.IPAdapterVariant.base:
+        return
+    if method.num_tokens != 4:
+        raise ConfigError(
+            f"method.num_tokens={method.num_tokens} with method.variant=base: stock loaders take four for granted.",
+            "Set method.num_tokens=4, or method.variant=plus.",
+        )
+    if method.resampler_dim is not None:
+        raise ConfigError(
+            f"method.resampler_dim={method.resampler_dim} with method.variant=base: it has no resampler.",
+            "Set method.variant=plus, or leave it out.",
+        )
+
+
 def _quantization(config: Any) -> None:
     if config.model.quantization is not schema.Quantization.none and not isinstance(config, schema.TrainLora):
         raise ConfigError(
@@ -323,11 +339,37 @@ def _generation(config: schema.Generate) -> None:
     has_scene = any((config.scene.surface, config.scene.surroundings, config.scene.background, config.scene.lighting))
     if config.prompt and has_scene:
         raise ConfigError("prompt and scene.* are both given.", "Use one: the scene is rendered to the prompt.")
-    if config.reference and not config.adapters.ip_adapter:
+    if config.reference and config.references:
+        raise ConfigError("reference and references are both given.", "Add the one to the list of the others.")
+    files = config.reference_files()
+    if files and not config.adapters.ip_adapter:
         raise ConfigError(
-            f"reference={config.reference} needs an IP-Adapter.",
+            f"reference={', '.join(files)} needs an IP-Adapter.",
             "Add adapters.ip_adapter=<export folder of train_ip_adapter.py>.",
         )
+    reference_weights(len(files), config.reference_weights)
+
+
+MOST_REFERENCES = 64  # every one adds its image tokens to what each layer attends to at each step
+
+
+def reference_weights(count: int, weights: Sequence[int]) -> list[int]:
+    """The weight of each of ``count`` reference images, 1 where none is given.
+
+    Raises:
+        ConfigError: there are more or fewer of them than images, one is below 1, or together they are beyond 64.
+    """
+    known = list(weights) or [1] * count
+    if len(known) != count:
+        raise ConfigError(
+            f"reference_weights has {len(known)} values for {count} references.", "Give one per reference, or none."
+        )
+    if any(weight < 1 for weight in known) or sum(known) > MOST_REFERENCES:
+        raise ConfigError(
+            f"reference_weights={known} cannot be counted out.",
+            f"They are whole numbers from 1, together at most {MOST_REFERENCES}.",
+        )
+    return known
 
 
 def _settings(settings: schema.GenerateSettings) -> None:
@@ -377,6 +419,7 @@ _CHECKS: list[tuple[type | tuple[type, ...], Callable[[Any], None]]] = [
     (schema.TrainScript, _objective),
     (schema.TrainLora, _lora),
     ((schema.TrainControlNet, schema.TrainIPAdapter), _channels),
+    (schema.TrainIPAdapter, _ip_adapter),
     (tuple(schema.SCRIPTS.values()), _quantization),
     (schema.BuildData, _rendering),
     (schema.Generate, _generation),

@@ -22,7 +22,8 @@ from packshot.infer.canvas import Canvas, Working, make_working, place, plan_fra
 from packshot.infer.composite import compose, make_layers
 from packshot.infer.denoise import denoise, encode
 from packshot.infer.pipeline import Models, load_models
-from packshot.infer.product import Product, open_image, prepare
+from packshot.infer.product import Product, prepare
+from packshot.infer.references import Reference, Source, open_references
 from packshot.scene import Scene
 
 __all__ = ["Packshot", "Result"]
@@ -111,33 +112,36 @@ class Packshot:
         scene: Scene | str,
         num_images: int = 4,
         seed: int = 0,
-        reference: str | Path | Image.Image | None = None,
+        reference: Source | Sequence[Source] | None = None,
         settings: GenerateSettings | None = None,
+        reference_weights: Sequence[int] = (),
     ) -> list[Result]:
         """``num_images`` pictures, the k-th from ``seed + k``. Same inputs and machine: same bytes.
 
-        scene: a Scene or free text. reference: the picture whose look the background takes (needs an IP-Adapter).
+        scene: a Scene or free text. reference: the picture, or pictures, whose look the background takes (needs an
+        IP-Adapter). reference_weights: how often each of several counts, at most 64 together; default 1 each.
 
         Raises:
             ConfigError: no product is set, or a setting cannot work.
             PackshotError: the model failed (NaN).
         """
-        return list(self.stream(scene, num_images, seed, reference, settings))
+        return list(self.stream(scene, num_images, seed, reference, settings, reference_weights))
 
     def stream(
         self,
         scene: Scene | str,
         num_images: int = 4,
         seed: int = 0,
-        reference: str | Path | Image.Image | None = None,
+        reference: Source | Sequence[Source] | None = None,
         settings: GenerateSettings | None = None,
+        reference_weights: Sequence[int] = (),
     ) -> Iterator[Result]:
         """Like :meth:`generate`, one result as soon as it is there."""
         settings = settings or GenerateSettings()
         validate(settings)
         if num_images < 1:
             raise ConfigError(f"num_images={num_images} is out of range.", "Ask for at least one.")
-        guide = self._reference(reference)
+        guides = self._references(reference, reference_weights)
         product, canvas = self.product, self.canvas(settings)
         assert product is not None
         height, width = canvas.matte_HW.shape
@@ -145,9 +149,10 @@ class Packshot:
         working = make_working(canvas, frame, self.models.pipe.vae_scale_factor)
         prompt = scene.render() if isinstance(scene, Scene) else scene
         request = {"scene": _scene_of(scene).to_dict(), "prompt": prompt, **_settings_of(settings)}
-        request["reference_sha256"] = guide[1] if guide else None
+        request["reference_sha256"] = guides[0].sha256 if len(guides) == 1 else None
+        request["references"] = [{"sha256": guide.sha256, "weight": guide.weight} for guide in guides]
         with self._turn:
-            conditioning = encode(self.models, prompt, settings, guide[0] if guide else None)
+            conditioning = encode(self.models, prompt, settings, guides)
         for k in range(num_images):
             with self._turn:
                 decoded = denoise(self.models, working, conditioning, settings, seed + k)
@@ -160,12 +165,11 @@ class Packshot:
             raise ConfigError("no product is set.", "Call set_product(image) first.")
         return place(self.product, settings)
 
-    def _reference(self, reference: str | Path | Image.Image | None) -> tuple[Image.Image, str] | None:
-        if reference is None:
-            return None
-        if not self.models.has_ip_adapter:
+    def _references(self, given: Source | Sequence[Source] | None, weights: Sequence[int]) -> list[Reference]:
+        references = open_references(given, weights)
+        if references and not self.models.has_ip_adapter:
             raise ConfigError("a reference needs an IP-Adapter, none is loaded.", "Load one: adapters.ip_adapter.")
-        return open_image("reference", reference)
+        return references
 
     def _finish(
         self,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from packshot.config.schema import GenerateSettings
 from packshot.core.errors import PackshotError
@@ -16,11 +16,10 @@ from packshot.diffusion.hold import first_latents, hold_product
 from packshot.infer.canvas import Working
 from packshot.infer.conditions import control_map
 from packshot.infer.pipeline import Models
+from packshot.infer.references import Reference, image_embeds
 from packshot.infer.spans import switching
 from packshot.models.inpainting import ProductConv, product_channels
 from packshot.models.tokens import lost_words
-
-GREY = (127, 127, 127)
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class Conditioning:
 
 @torch.no_grad()
 def encode(
-    models: Models, prompt: str, settings: GenerateSettings, reference: Image.Image | None = None
+    models: Models, prompt: str, settings: GenerateSettings, references: Sequence[Reference] = ()
 ) -> Conditioning:
-    """Encode prompt, negative prompt and reference once for all pictures of a request."""
+    """Encode prompt, negative prompt and references once for all pictures of a request."""
     pipe = models.pipe
     lost = {}
     for key, text in (("prompt", prompt), ("negative_prompt", settings.negative_prompt or "")):
@@ -52,22 +51,8 @@ def encode(
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     arguments: dict[str, Any] = dict(zip(names, embeds, strict=True))
     if models.has_ip_adapter:
-        arguments["ip_adapter_image_embeds"] = [_image_embeds(pipe, reference, guided)]
+        arguments["ip_adapter_image_embeds"] = [image_embeds(pipe, references, guided)]
     return Conditioning(arguments, lost)
-
-
-def _image_embeds(pipe: Any, reference: Image.Image | None, guided: bool) -> torch.Tensor:
-    """(2 or 1, 1, ...) with the null image first; without a reference the null image stands on both sides."""
-    if reference is not None and reference.mode == "RGBA":
-        reference = Image.alpha_composite(Image.new("RGBA", reference.size, (*GREY, 255)), reference)
-    picture = (reference or Image.new("RGB", (64, 64), GREY)).convert("RGB")
-    projection = pipe.unet.encoder_hid_proj.image_projection_layers[0]
-    # diffusers' own rule: a pooled projection takes the pooled embedding, every other one the hidden states.
-    hidden = type(projection).__name__ != "ImageProjection"
-    positive, null = pipe.encode_image(picture, pipe.device, 1, hidden)
-    halves = [null] if guided else []
-    halves.append(positive if reference is not None else null)
-    return torch.stack(halves)
 
 
 def _pixels(image_HW3: np.ndarray) -> torch.Tensor:

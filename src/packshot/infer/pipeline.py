@@ -17,7 +17,7 @@ from diffusers import (
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from packshot.config.schema import AdaptersConfig, DepthConfig, ModelConfig, ProductShown
+from packshot.config.schema import AdaptersConfig, DepthConfig, IPAdapterLayers, ModelConfig, ProductShown
 from packshot.core.errors import ConfigError
 from packshot.core.run import log
 from packshot.core.storage import readable
@@ -236,9 +236,42 @@ def _merge_peft(unet: Any, folder: Path, scale: float) -> None:
     adapted.merge_and_unload()
 
 
+# Which of the two layers that InstantStyle found to carry style and layout a choice of layers has.
+_LAYERS: dict[IPAdapterLayers, tuple[str, ...]] = {
+    IPAdapterLayers.style: ("up",),
+    IPAdapterLayers.layout: ("down",),
+    IPAdapterLayers.style_and_layout: ("down", "up"),
+}
+
+
+def ip_adapter_scales(unet: Any, layers: IPAdapterLayers, scale: float) -> float | dict[str, dict[str, list[float]]]:
+    """The argument of ``pipe.set_ip_adapter_scale`` that lets a reference enter through some layers only; a layer that
+    it does not name has scale 0.
+
+    Style is the middle attention of the first up block that has any, layout the last attention of the last such down
+    block (InstantStyle, Wang et al. 2024, arXiv 2404.02733, section 3.2): up_blocks.0.attentions.1 and
+    down_blocks.2.attentions.1 of SDXL.
+    """
+    if layers not in _LAYERS:
+        return scale
+    last, first = _attentions(unet.down_blocks)[-1], _attentions(unet.up_blocks)[0]
+    places = {"down": (*last, last[1] - 1), "up": (*first, first[1] // 2)}
+    chosen = {name: places[name] for name in _LAYERS[layers]}
+    return {
+        name: {f"block_{block}": [scale if number == place else 0.0 for number in range(count)]}
+        for name, (block, count, place) in chosen.items()
+    }
+
+
+def _attentions(blocks: Any) -> list[tuple[int, int]]:
+    """Number of each block that has attentions, and how many it has."""
+    return [(number, len(block.attentions)) for number, block in enumerate(blocks) if hasattr(block, "attentions")]
+
+
 def _add_ip_adapter(pipe: Any, folder: Path, adapters: AdaptersConfig) -> Switch:
     def weigh(weight: float) -> None:
-        pipe.set_ip_adapter_scale(adapters.ip_adapter_scale * weight)
+        scale = adapters.ip_adapter_scale * weight
+        pipe.set_ip_adapter_scale(ip_adapter_scales(pipe.unet, adapters.ip_adapter_layers, scale))
 
     try:
         pipe.load_ip_adapter(str(folder), subfolder="", weight_name=IP_ADAPTER_FILE, image_encoder_folder=None)
@@ -280,6 +313,11 @@ def _manifest(
 ) -> dict[str, Any]:
     used = {"base": model.base, "vae": model.vae, "image_encoder": model.image_encoder}
     parts = {name: _source(value) for name, value in used.items() if value}
+    described: dict[str, list[dict[str, Any]]] = {
+        "lora": [{}],
+        "controlnets": [asdict(control) for control in controls],
+        "ip_adapter": [{"layers": adapters.ip_adapter_layers.name}],
+    }
     entries = []
     for kind, weights, spans in (
         ("lora", [adapters.lora_scale], [(adapters.lora_start, adapters.lora_end)]),
@@ -289,7 +327,6 @@ def _manifest(
         for number, folder in enumerate(folders[kind]):
             entry = {"kind": kind.removesuffix("s"), "name": str(folder), "scale": weights[number]}
             entry |= {"steps": list(spans[number])}
-            if kind == "controlnets":
-                entry |= asdict(controls[number])
+            entry |= described[kind][number]
             entries.append({**entry, "files": file_hashes(folder)})
     return {**parts, "adapters": entries, "device": device.type, "dtype": str(dtype).removeprefix("torch.")}

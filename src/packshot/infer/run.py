@@ -21,7 +21,8 @@ from packshot.infer import Packshot, Result
 from packshot.infer.canvas import Canvas
 from packshot.infer.certificate import LAYERS, judge, load_certificates, measure, read_png
 from packshot.infer.pipeline import check_adapters, load_models
-from packshot.infer.product import open_image, prepare, product_files, unique_names
+from packshot.infer.product import prepare, product_files, unique_names
+from packshot.infer.references import open_references
 from packshot.infer.report import write_report
 from packshot.scene import Scene
 
@@ -40,8 +41,7 @@ def generate(config: Generate) -> None:
     files = product_files("product", config.product)
     masks = mask_files(config.mask, files)
     baseline = _folder("baseline", config.baseline)
-    if config.reference:
-        open_image("reference", config.reference)
+    open_references(config.reference_files(), config.reference_weights)
     network = check_adapters(config.adapters, config.depth)
     ready = partial(prepare, matte=config.matte, depth_onnx=network)
     first = ready(files[0], masks[files[0]], name=files[0].stem) if len(files) == 1 else None
@@ -125,7 +125,8 @@ def make_pictures(
             advance()
             continue
         started = time.monotonic()
-        [result] = tool.generate(request, 1, config.run.seed + k, config.reference, config)
+        references, weights = config.reference_files(), config.reference_weights
+        [result] = tool.generate(request, 1, config.run.seed + k, references, config, weights)
         certificate = write(run.path, stem, result, canvas)
         seconds = time.monotonic() - started
         run.metrics({"step": k, "picture": stem, "seconds": seconds, "status": certificate["status"]})

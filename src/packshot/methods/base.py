@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,10 +21,13 @@ class Method(Protocol):
 
     pictures: the pictures of a sample that ``condition`` reads; if there are none, nothing is decoded during training.
     trains_text: whether the text encoders are trained; then embeddings come from ``encode_prompt`` at each step.
+    kinship: what two samples have in common if one can be conditioned on the encodings of the other, read from a row
+        without its pictures; None for a sample that stands alone. No function: every sample does.
     """
 
     pictures: tuple[str, ...]
     trains_text: bool
+    kinship: Callable[[dict[str, Any]], Hashable | None] | None
 
     def encode(self, samples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """Frozen-encoder results of framed samples that are worth caching (may be empty), without batch dimension."""
@@ -36,7 +40,8 @@ class Method(Protocol):
     def condition(self, sample: Any, encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
         """Extra conditioning of one access, no batch dimension; dropout is drawn from ``key``.
 
-        sample: the framed sample if the method reads pictures, else None.
+        sample: the framed sample if the method reads pictures, else None. encoded: the results of ``encode`` for the
+            sample itself, or for one of its kin if it has any.
         """
         ...
 

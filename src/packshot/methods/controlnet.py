@@ -36,6 +36,7 @@ class ControlNet(nn.Module):
     """
 
     trains_text = False
+    kinship = None
 
     def __init__(self, parts: Parts, config: ControlNetMethod) -> None:
         from diffusers import ControlNetModel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from packshot.config.schema import IPAdapterMethod, IPAdapterVariant
+from packshot.config.schema import IPAdapterMethod, IPAdapterVariant, ReferenceSource
 from packshot.diffusion.keyed import SampleKey
 from packshot.methods.base import trainable_fp32, unet_conditioning
+from packshot.methods.ip_adapter_file import EXPORT, check_fit, from_original, read_original, resampler_dim, to_original
 from packshot.models.load import Parts, weights_hash
 
 if TYPE_CHECKING:  # imported where one is built
@@ -31,7 +32,11 @@ class IPAdapter(nn.Module):
     """Decoupled cross-attention for image tokens (Ye et al. 2023, arXiv 2308.06721).
 
     The modules are those that diffusers itself builds when it loads an IP-Adapter, so that what is trained is what
-    runs. ``base`` projects CLIP's pooled embedding to ``num_tokens`` tokens, ``plus`` resamples its patch tokens.
+    runs. ``base`` projects CLIP's pooled embedding to ``num_tokens`` tokens, ``plus`` resamples its patch tokens. It
+    starts without any effect, or with the weights of ``method.init``.
+
+    Raises:
+        ConfigError: ``method.init`` cannot be read or does not fit.
     """
 
     pictures = ()
@@ -40,25 +45,18 @@ class IPAdapter(nn.Module):
     def __init__(self, parts: Parts, config: IPAdapterMethod) -> None:
         super().__init__()
         self.config, self._parts = config, parts
+        self.kinship = KINSHIP[config.reference]
         self.unet: Any = parts.unet
         self.image_encoder: Any = parts.image_encoder
-        width, vision = self.unet.config.cross_attention_dim, self.image_encoder.config
-        if config.variant is IPAdapterVariant.base:
-            projection: nn.Module = ImageProjection(vision.projection_dim, width, config.num_tokens)
-        else:
-            projection = IPAdapterPlusImageProjection(
-                embed_dims=vision.hidden_size,
-                output_dims=width,
-                hidden_dims=max(RESAMPLER_DIM_HEAD, width),
-                depth=RESAMPLER_DEPTH,
-                dim_head=RESAMPLER_DIM_HEAD,
-                heads=max(1, width // RESAMPLER_DIM_HEAD),
-                num_queries=config.num_tokens,
-            )
+        without_values = self.unet.device.type == "meta"
+        given = read_original("method.init", config.init, without_values) if config.init else None
+        self.projection = _projection(self.unet, self.image_encoder.config, config, resampler_dim(given or {}))
         self.processors: Any = nn.ModuleList(_add_image_attention(self.unet, config))
-        self.unet.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
+        self.unet.encoder_hid_proj = MultiIPAdapterImageProjection([self.projection])
         self.unet.config.encoder_hid_dim_type = "ip_image_proj"
-        self.projection = projection
+        if given:
+            check_fit(given, to_original(self.projection, self.processors), config)
+            from_original(given, self.projection, self.processors)
         self.null_reference = self._null_reference()
         for module in (self.projection, self.processors):
             module.requires_grad_(True).train()
@@ -109,20 +107,33 @@ class IPAdapter(nn.Module):
         return StableDiffusionXLPipeline(**self._parts.pipeline_components())
 
     def pipeline_inputs(self, sample: Any, encoded: dict[str, Tensor]) -> dict[str, Any]:
-        """The sample's own surroundings as the reference; unconditional half first, as the pipeline expects."""
+        """The reference, which as in training is that of another sample of the same look if there is one;
+        unconditional half first, as the pipeline expects."""
         pair = torch.stack([self.null_reference, encoded["reference"]])
         return {"ip_adapter_image_embeds": [pair.unsqueeze(1).to(self.unet.device, self.unet.dtype)]}
 
     def export(self, folder: Path) -> None:
         """``ip_adapter.safetensors`` in the layout of the original IP-Adapter, and ``packshot.json``."""
-        tensors = {f"image_proj.{_original_key(k)}": v for k, v in _merge_kv(self.projection.state_dict()).items()}
-        for number, processor in enumerate(self.processors):
-            # the original numbers every attention; cross-attentions are the odd ones
-            tensors[f"ip_adapter.{2 * number + 1}.to_k_ip.weight"] = processor.to_k_ip[0].weight
-            tensors[f"ip_adapter.{2 * number + 1}.to_v_ip.weight"] = processor.to_v_ip[0].weight
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "ip_adapter.safetensors")
+        tensors = to_original(self.projection, self.processors)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / EXPORT)
         described = {"variant": self.config.variant.name, "num_tokens": self.config.num_tokens}
         (folder / "packshot.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+def look(row: dict[str, Any]) -> Hashable | None:
+    """What samples of one look have in common: surface and mood of their scenes; None if neither is known.
+
+    Props, background and light may differ: what is the same in every pair is all that a reference can be used for.
+    """
+    scene = row["scene"]
+    known = (scene.surface.casefold(), (scene.mood or "").casefold())
+    return known if any(known) else None
+
+
+KINSHIP: dict[ReferenceSource, Callable[[dict[str, Any]], Hashable | None] | None] = {
+    ReferenceSource.self: None,
+    ReferenceSource.look: look,
+}
 
 
 def _without_product(sample: dict[str, Any]) -> Image.Image:
@@ -132,6 +143,24 @@ def _without_product(sample: dict[str, Any]) -> Image.Image:
         return image
     grey = Image.new("RGB", image.size, (127, 127, 127))
     return Image.composite(grey, image, sample["mask"])
+
+
+def _projection(unet: Any, vision: Any, config: IPAdapterMethod, given_dim: int | None) -> nn.Module:
+    """From the image encoder's states to image tokens. given_dim: width of the resampler in ``method.init``."""
+    width = unet.config.cross_attention_dim
+    if config.variant is IPAdapterVariant.base:
+        return ImageProjection(vision.projection_dim, width, config.num_tokens)
+    # As wide as what it reads, by default: of CLIP-ViT-H that is 1280, the width of the published resampler for SDXL.
+    hidden = config.resampler_dim or given_dim or max(RESAMPLER_DIM_HEAD, vision.hidden_size)
+    return IPAdapterPlusImageProjection(
+        embed_dims=vision.hidden_size,
+        output_dims=width,
+        hidden_dims=hidden,
+        depth=RESAMPLER_DEPTH,
+        dim_head=RESAMPLER_DIM_HEAD,
+        heads=max(1, hidden // RESAMPLER_DIM_HEAD),
+        num_queries=config.num_tokens,
+    )
 
 
 def _add_image_attention(unet: Any, config: IPAdapterMethod) -> list[IPAdapterAttnProcessor2_0]:
@@ -156,34 +185,3 @@ def _add_image_attention(unet: Any, config: IPAdapterMethod) -> list[IPAdapterAt
         added.append(new)
     unet.set_attn_processor(processors)
     return added
-
-
-def _merge_kv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The resampler's keys and values in one matrix, as the original stores them."""
-    merged = {}
-    for key, value in state.items():
-        if key.endswith("attn.to_k.weight"):
-            merged[key.replace("to_k", "to_kv")] = torch.cat([value, state[key.replace("to_k", "to_v")]])
-        elif not key.endswith("attn.to_v.weight"):
-            merged[key] = value
-    return merged
-
-
-_ORIGINAL_NAMES = (
-    (r"^image_embeds\.", "proj."),
-    (r"^layers\.(\d)\.ln0\.", r"layers.\1.0.norm1."),
-    (r"^layers\.(\d)\.ln1\.", r"layers.\1.0.norm2."),
-    (r"^layers\.(\d)\.attn\.to_out\.0\.", r"layers.\1.0.to_out."),
-    (r"^layers\.(\d)\.attn\.", r"layers.\1.0."),
-    (r"^layers\.(\d)\.ff\.0\.", r"layers.\1.1.0."),
-    (r"^layers\.(\d)\.ff\.1\.net\.0\.proj\.", r"layers.\1.1.1."),
-    (r"^layers\.(\d)\.ff\.1\.net\.2\.", r"layers.\1.1.3."),
-)
-
-
-def _original_key(key: str) -> str:
-    for pattern, replacement in _ORIGINAL_NAMES:
-        renamed = re.sub(pattern, replacement, key)
-        if renamed != key:
-            return renamed
-    return key

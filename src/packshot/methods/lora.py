@@ -86,6 +86,7 @@ class Lora(nn.Module):
     """
 
     pictures = ()
+    kinship = None
 
     def __init__(self, parts: Parts, config: LoraMethod) -> None:
         super().__init__()

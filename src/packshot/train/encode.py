@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from packshot.core.errors import PackshotError
 from packshot.core.run import log
 from packshot.data import buckets, geometry
 from packshot.data.dataset import Rows
+from packshot.diffusion.keyed import SampleKey
 from packshot.models.inpainting import ProductConv, product_channels
 from packshot.models.load import Parts
 from packshot.models.tokens import lost_words
@@ -30,6 +31,7 @@ from packshot.train.memory import return_freed_memory
 VERSION = 3  # raise it when the same sample gives other tensors
 ENCODE_BATCH = 8  # pictures that go through an encoder together
 TEXT_BATCH = 32
+MOST_KIN = 8  # other samples whose encodings a sample may be conditioned on
 PADDING = {"mask": "constant", "depth": "edge"}  # what letterbox bars show of them, see geometry.apply
 
 
@@ -182,18 +184,57 @@ def _token_ids(tokenizer: Any, text: str) -> Tensor:
     return read.input_ids[0]
 
 
+def choose_kin(kinds: Sequence[Hashable | None], ids: Sequence[str]) -> list[list[int]]:
+    """For each sample the ``MOST_KIN`` others, or as many as there are, that may lend it their encodings.
+
+    kinds: what kin have in common (see ``Method.kinship``); None: a sample without any. The choice follows from the ids
+    of those of one kind alone, whatever their order; each is chosen as often as any other.
+    """
+    chosen: list[list[int]] = [[] for _ in kinds]
+    members: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        if kind is not None:
+            members.setdefault(kind, []).append(index)
+    for indices in members.values():
+        ring = sorted(indices, key=lambda index: content_key(ids[index]))
+        for place, index in enumerate(ring):
+            following = (ring[(place + step) % len(ring)] for step in range(1, min(MOST_KIN + 1, len(ring))))
+            chosen[index] = [other for other in following if ids[other] != ids[index]]
+    return chosen
+
+
+class Encodings(Sequence[Tensors]):
+    """Results of ``Method.encode`` for some samples, each read or made when it is asked for: one access uses one."""
+
+    def __init__(self, indices: list[int], read: Callable[[int], Tensors]) -> None:
+        self._indices, self._read = indices, read
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._read(self._indices[number])
+
+
+def lent(encoded: Sequence[Tensors], key: SampleKey) -> Tensors:
+    """The encodings that one access is conditioned on, drawn by ``key``."""
+    return encoded[int(key.uniform("reference") * len(encoded))]
+
+
 class Examples(Sequence[dict[str, Any]]):
     """A dataset as the loop reads it: encoded samples by index.
 
-    Each has the tensors of :meth:`Encoder.latents` and :meth:`Encoder.text`, those of :meth:`Encoder.product` if the
-    UNet reads the product, those of the method under ``encoded``, the
-    embeddings of the empty prompt under ``empty`` and, if the method reads pictures, the framed sample under ``seen``
-    (else None). ``groups`` names the bucket of each sample. count: use only the first samples of the set.
+    Each has the tensors of :meth:`Encoder.latents`, :meth:`Encoder.text` and, if the UNet reads the product,
+    :meth:`Encoder.product`; under ``encoded`` what the method made of
+    its kin, or of itself if it has none (:class:`Encodings`), the embeddings of the empty prompt under ``empty`` and,
+    if the method reads pictures, the framed sample under ``seen`` (else None). ``groups`` names the bucket of each
+    sample. count: use only the first samples of the set.
     """
 
     def __init__(self, rows: Rows, encoder: Encoder, folder: Path | None, count: int | None = None) -> None:
         self.rows, self.ids, self.encoder = rows, rows.ids[:count], encoder
-        self.groups = [buckets.nearest(size, encoder.shapes) for size in rows.sizes[:count]]
+        self._nearest = [buckets.nearest(size, encoder.shapes) for size in rows.sizes]
+        self.groups = self._nearest[:count]
         self._folder = folder
 
     @cached_property
@@ -210,6 +251,19 @@ class Examples(Sequence[dict[str, Any]]):
             names.append(("text", identity.text))
         return [*names, ("method", content_key(identity.method))] if identity.method else names
 
+    @cached_property
+    def kin(self) -> list[list[int]]:
+        """The samples whose encodings each is conditioned on instead of its own; see :func:`choose_kin`. Of a set of
+        which only the first are used the others may be among them."""
+        kinship, ids = self.encoder.method.kinship, self.rows.ids
+        if kinship is None:
+            return [[] for _ in self.ids]
+        chosen = choose_kin([kinship(self.rows.read(index, ())) for index in range(len(ids))], ids)[: len(self)]
+        log.info(
+            "%d of %d samples are shown the reference of another one of their look", sum(map(bool, chosen)), len(self)
+        )
+        return chosen
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -220,28 +274,32 @@ class Examples(Sequence[dict[str, Any]]):
     def seen(self, index: int) -> dict[str, Any]:
         """The framed sample: ``image``, ``mask``, ``text``, ``id``, ``geometry``, and what else the method reads."""
         pictures = {"image", "mask", *self.encoder.method.pictures}
-        return framed(self.rows.read(index, sorted(pictures)), self.encoder.shapes[self.groups[index]])
+        return framed(self.rows.read(index, sorted(pictures)), self._shape(index))
+
+    def _shape(self, index: int) -> tuple[int, int]:
+        return self.encoder.shapes[self._nearest[index]]
 
     def _key(self, index: int) -> str:
-        return content_key(VERSION, self.rows.digest(index), self.encoder.shapes[self.groups[index]])
+        return content_key(VERSION, self.rows.digest(index), self._shape(index))
 
-    def _chunks(self) -> list[list[Job]]:
-        """The samples, ``ENCODE_BATCH`` at a time, of one bucket each."""
-        indices = sorted(range(len(self)), key=lambda index: self.groups[index])
-        together = (list(members) for _, members in groupby(indices, key=lambda index: self.groups[index]))
+    def _chunks(self, indices: Iterable[int]) -> list[list[Job]]:
+        """Samples, ``ENCODE_BATCH`` at a time, of one bucket each."""
+        ordered = sorted(indices, key=lambda index: (self._nearest[index], index))
+        together = (list(members) for _, members in groupby(ordered, key=lambda index: self._nearest[index]))
         # jobs hold an index, not a sample: a large set must not be decoded into memory
         return [
-            [Job(self._key(index), f"sample {self.ids[index]}", index) for index in chunk]
+            [Job(self._key(index), f"sample {self.rows.ids[index]}", index) for index in chunk]
             for members in together
             for chunk in _cut(members, ENCODE_BATCH)
         ]
 
     def fill(self, accelerator: Accelerator) -> None:
         """Encode what no earlier run has encoded. Without a cache there is nothing to do."""
+        _ = self.kin  # read once, before the loader's processes are forked
         if not self._caches:  # every access encodes: the loader's processes share what is loaded before they are forked
             self.encoder.parts.load("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
             return
-        encoder, chunks = self.encoder, self._chunks()
+        encoder, chunks = self.encoder, self._chunks(range(len(self)))
 
         def seen(indices: list[int]) -> list[dict[str, Any]]:
             return [self.seen(index) for index in indices]
@@ -250,7 +308,8 @@ class Examples(Sequence[dict[str, Any]]):
         if "product" in self._caches:
             self._caches["product"].fill("encoding products", chunks, lambda i: encoder.product(seen(i)), accelerator)
         if "method" in self._caches:
-            encode = encoder.method.encode
+            encode, lenders = encoder.method.encode, {*range(len(self)), *chain.from_iterable(self.kin)}
+            chunks = self._chunks(lenders)
             self._caches["method"].fill("encoding references", chunks, lambda i: encode(seen(i)), accelerator)
         if "text" in self._caches:
             texts = sorted({*self.rows.texts[: len(self)], ""})
@@ -264,10 +323,13 @@ class Examples(Sequence[dict[str, Any]]):
         example: dict[str, Any] = self._caches["latents"].get(key)
         if "product" in self._caches:
             example |= self._caches["product"].get(key)
-        example["encoded"] = self._caches["method"].get(key) if "method" in self._caches else {}
+        example["encoded"] = Encodings(self.kin[index] or [index], self._cached_encoding)
         example["seen"] = self.seen(index) if self.encoder.method.pictures else None
         text, empty = (self._text(words) for words in (self.rows.texts[index], ""))
         return {**example, "id": self.ids[index], **text, "empty": empty}
+
+    def _cached_encoding(self, index: int) -> Tensors:
+        return self._caches["method"].get(self._key(index)) if "method" in self._caches else {}
 
     def _text(self, text: str) -> Tensors:
         return self._caches["text"].get(content_key(text)) if "text" in self._caches else self.encoder.text([text])[0]
@@ -275,10 +337,14 @@ class Examples(Sequence[dict[str, Any]]):
     def fresh(self, index: int) -> dict[str, Any]:
         """The same without the cache."""
         seen, encoder = self.seen(index), self.encoder
+
+        def encoded(other: int) -> Tensors:
+            return encoder.method.encode([seen if other == index else self.seen(other)])[0]
+
         return {
             **encoder.latents([seen])[0],
             **(encoder.product([seen])[0] if encoder.shows_product else {}),
-            "encoded": encoder.method.encode([seen])[0],
+            "encoded": Encodings(self.kin[index] or [index], encoded),
             "seen": seen if encoder.method.pictures else None,
             "id": self.ids[index],
             **encoder.text([self.rows.texts[index]])[0],

@@ -18,7 +18,7 @@ from packshot.core.progress import clock
 from packshot.core.run import Run, log
 from packshot.core.tracking import NullTracker
 from packshot.diffusion.keyed import SampleKey
-from packshot.train.encode import Examples
+from packshot.train.encode import Examples, lent
 from packshot.train.findings import findings, kept_words, shares
 from packshot.train.loop import fit
 from packshot.train.memory import compile_networks
@@ -40,7 +40,8 @@ def check(session: Session, task: Any, examples: Examples, config: Any) -> None:
     folder = session.path / "check"
     order = Order(examples.groups, config.run.seed, config.train.batch_size)
     places = order.step(0)
-    samples = [examples.fresh(index) for index, _ in places]
+    fresh = (examples.fresh(index) for index, _ in places)
+    samples = [{**sample, "encoded": list(sample["encoded"])} for sample in fresh]  # while the encoders are there
     keys = [SampleKey(config.run.seed, epoch, examples.ids[index]) for index, epoch in places]
     report: dict[str, Any] = {}
     if session.run:
@@ -86,7 +87,7 @@ def _line(
         ("what the latents decode to", from_vae(vae.decode(latents).sample[0])),
     ]
     notes = []
-    for name, tensor in task.method.condition(seen, sample["encoded"], key).items():
+    for name, tensor in task.method.condition(seen, lent(sample["encoded"], key), key).items():
         if tensor.ndim == 3 and len(tensor) == 3:
             unknown = ", unknown in magenta" if bool((tensor < 0).any()) else ""
             panels.append((f"{name}{unknown}", from_condition(tensor)))
