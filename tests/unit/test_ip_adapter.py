@@ -23,7 +23,7 @@ from packshot.core.errors import ConfigError
 from packshot.core.storage import resolve
 from packshot.diffusion.keyed import SampleKey
 from packshot.methods import METHODS
-from packshot.methods.ip_adapter import look
+from packshot.methods.ip_adapter import look, place
 from packshot.methods.ip_adapter_file import read_original, to_original
 from packshot.models.load import load_parts
 from packshot.models.shapes import meta_parts
@@ -108,6 +108,13 @@ def test_a_look_is_surface_and_mood_and_none_is_known_of_a_bare_caption():
     for other in (replace(scene, mood=None), replace(scene, surface="a white table"), replace(scene, surface="")):
         assert look({"scene": other}) not in (None, look({"scene": scene}))
     assert look({"scene": Scene(background="a wall")}) is None
+
+
+def test_a_place_is_surface_and_background():
+    scene = Scene("a marble table", ("lemons",), "a brick wall", "backlight", "calm")
+    assert place({"scene": scene}) == place({"scene": Scene("A marble table", background="a brick wall", mood="fresh")})
+    assert place({"scene": scene}) != place({"scene": Scene("a marble table", background="a forest")})
+    assert place({"scene": Scene(mood="calm")}) is None
 
 
 def test_the_reference_is_another_sample_of_the_look_drawn_anew_at_each_access(alike):

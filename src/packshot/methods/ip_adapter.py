@@ -130,9 +130,17 @@ def look(row: dict[str, Any]) -> Hashable | None:
     return known if any(known) else None
 
 
+def place(row: dict[str, Any]) -> Hashable | None:
+    """Surface and background of a sample's scene; None if neither is known. Props and light may differ."""
+    scene = row["scene"]
+    known = (scene.surface.casefold(), (scene.background or "").casefold())
+    return known if any(known) else None
+
+
 KINSHIP: dict[ReferenceSource, Callable[[dict[str, Any]], Hashable | None] | None] = {
     ReferenceSource.self: None,
     ReferenceSource.look: look,
+    ReferenceSource.place: place,
 }
 
 
