@@ -25,6 +25,7 @@ from PIL import Image
 from packshot.config.schema import AdaptersConfig, GenerateSettings, ProductShown
 from packshot.core.storage import replacing_file
 from packshot.data.dataset import Rows, load_rows
+from packshot.data.matte import held_cells
 from packshot.data.outline import compare_size, grabcut, measure_extension
 from packshot.diffusion.conditions import keep_mask
 from packshot.infer import Packshot
@@ -32,6 +33,7 @@ from packshot.infer.colour import delta_e
 from packshot.infer.pipeline import IP_ADAPTER_FILE, LORA_FILE
 from packshot.train.validation import means, measure, to_picture
 
+CELL = 8  # px, of a latent
 RIM = 2  # px of the product along its outline, where its colours are compared
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = (
@@ -79,21 +81,24 @@ def draw(tool: Packshot, rows: Rows, index: int, shot: int, settings: GenerateSe
 def floor_of(vae: Any, rows: Rows, index: int) -> dict[str, float]:
     """The same measures on the photo as the VAE gives it back: where the right answer is 0."""
     row = rows.read(index, ("image", "mask"))
-    pixels_13HW = torch.from_numpy(np.asarray(row["image"])).permute(2, 0, 1)[None].float().to(vae.device) / 127.5 - 1
+    pixels_13HW = torch.from_numpy(np.array(row["image"])).permute(2, 0, 1)[None].float().to(vae.device) / 127.5 - 1
     with torch.inference_mode():
         given_back = to_picture(vae.decode(vae.encode(pixels_13HW).latent_dist.mean).sample[0])
     return measure_extension(given_back, np.asarray(row["mask"]), grabcut, compare_size(*given_back.shape[:2]))
 
 
 def figures(vae: Any, rows: Rows, index: int, raw: Image.Image) -> dict[str, Any]:
-    """How far the product in a raw decode has left its mask, above its noise floor; how its edge looks."""
+    """How far the product in a raw decode has left its mask, above its noise floor; how its edge looks,
+    and the share of it that lies in latent cells that can be held."""
     row = rows.read(index, ("image", "mask"))
     matte_HW = np.asarray(row["mask"])
     # the raw decode is at the working size, the matte at the photo's
     drawn_HW3 = np.asarray(raw.resize(row["image"].size, Image.Resampling.LANCZOS))
     rim = (matte_HW >= 128) & (keep_mask(matte_HW / 255, -RIM) == 0)
     edge = float(np.median(delta_e(drawn_HW3[rim], np.asarray(row["image"])[rim])))
-    return {**measure(drawn_HW3, matte_HW, floor_of(vae, rows, index)), "edge_delta_e": edge}
+    held = held_cells(matte_HW.astype(np.float32) / 255, CELL).sum() / (matte_HW >= 128).sum()
+    found = measure(drawn_HW3, matte_HW, floor_of(vae, rows, index))
+    return {**found, "edge_delta_e": edge, "held_share": float(held)}
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:

@@ -216,9 +216,9 @@ class IPAdapterMethod:
     num_tokens: int = opt(4, "image tokens the cross-attention sees (plus: queries)", min=1, max=64)
     reference: ReferenceSource = opt(
         ReferenceSource.look,
-        "the picture a sample is trained with: self, its own without the product; or, so that the content of a reference "
-        "is not learnt, another sample's: with its surface and mood (look), or its surface and background (place); its "
-        "own where there is no other",
+        "the picture a sample is trained with: self, its own without the product; or, so that a reference's content is "
+        "not learnt, another sample's: with its surface and mood (look), or surface and background (place); its own "
+        "where there is no other",
     )
     image_dropout: float = opt(0.05, "share of samples without the reference", min=0, max=1)
     scale: float = opt(1.0, "weight of the image tokens in training", min=0, max=2)
