@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from extension import adapters_of, draw, figures, line, shown_as
+from composition import together
+from extension import draw, figures, line, shown_as
 from PIL import Image
 
-from packshot.config.schema import AdaptersConfig, GenerateSettings, ProductShown
+from packshot.config.schema import GenerateSettings, ProductShown
 from packshot.core.storage import replacing_file
 from packshot.data.dataset import Rows, load_rows
 from packshot.infer import Packshot
@@ -54,15 +55,6 @@ def train(experiment: str, seed: int, out: Path) -> Path:
         keys = [f"experiment={experiment}", f"run.dir={run}", f"run.seed={seed}", "run.resume=true", "tracking=none"]
         subprocess.run([sys.executable, found.group(1), *keys], cwd=ROOT, check=True)
     return run / "export"
-
-
-def together(exports: list[Path]) -> AdaptersConfig:
-    """The adapters of several export folders."""
-    found = [adapters_of(export) for export in exports]
-    return AdaptersConfig(
-        lora=next((one.lora for one in found if one.lora), None),
-        controlnets=[path for one in found for path in one.controlnets],
-    )
 
 
 def tools(seeds: int, out: Path) -> Iterator[tuple[str, int, Packshot]]:
