@@ -1,6 +1,6 @@
 """What a denoising step takes with each adapter alone and with all of them, beside the sum of its parts.
 
-    python benchmarks/composition.py outputs/lora/export outputs/inpaint/export outputs/canny/export outputs/ip_adapter/export
+    python benchmarks/composition.py outputs/{lora,inpaint,canny,ip_adapter}/export
 
 Takes turns, round by round, in one process; per set the median over rounds of the time of a picture, divided by its
 steps. The parts are the base's step and what each adapter alone adds to it.
