@@ -2,7 +2,7 @@
 
     python benchmarks/references.py outputs/ip_adapter/export --groups 50
 
-Choice: held-out products are put before the look of one of four held-out scenes, with no word of a scene in the prompt;
+Choice: held-out products are put before the look of one of four held-out scenes, with no word in the prompt;
 then the four are ranked by how near they are to the background that was drawn, in an embedding that no adapter was
 trained with: the image encoder of the family's Llama 3.2 Vision, and plain colours, edges and layout. By chance .25.
 Obedience: held-out captions drawn without a reference and with one of another scene, read slot by slot by a linear
@@ -32,7 +32,6 @@ from packshot.infer import Packshot
 from packshot.models.mini.data import Renders
 
 ROOT = Path(__file__).resolve().parents[1]
-NEUTRAL = "Professional photo of an object"
 CHOICES = 4
 
 
@@ -117,7 +116,7 @@ def choice(draw: Drawing, count: int, seed: int) -> dict[str, list[bool]]:
             mask = draw.rows.read(product, ("mask",))["mask"]
             looks = [draw.background(index) for index in four]
             for own, index in enumerate(four):
-                drawn = draw(f"choice-{number:03}-{own}", product, NEUTRAL, index, seed + number)
+                drawn = draw(f"choice-{number:03}-{own}", product, "", index, seed + number)
                 seen = without_product(drawn, mask)
                 for name, embed in EMBEDDINGS.items():
                     far = [1 - _cosine(embed(seen), embed(look), name) for look in looks]

@@ -364,6 +364,21 @@ def test_at_scale_zero_no_layer_lets_a_reference_in(tool, exports, layers):
     assert np.abs(pixels(by_references(layered(exports, layers, 0.0), NOISE)) - pixels(bare)).max() <= 1
 
 
+def test_references_alone_speak_where_there_is_no_scene(exports):
+    """As in training, where a dropped prompt is zeros and not the encoding of an empty one."""
+    models = load_models(ModelConfig(), AdaptersConfig(ip_adapter=str(exports / "ip_adapter")))
+    silent, spoken = (encode(models, prompt, QUICK).arguments for prompt in ("", "a wall"))
+    for name in ("prompt_embeds", "pooled_prompt_embeds"):
+        assert not silent[name].any()
+        assert spoken[name].any()
+    tool, look = Packshot(models).set_product(*photo_and_mask()), Image.new("RGB", (50, 80), "orange")
+    prompts = [
+        tool.generate(scene, 1, reference=reference, settings=QUICK)[0].certificate["request"]["prompt"]
+        for scene, reference in ((Scene(), look), (Scene(), None), (SCENE, look))
+    ]
+    assert prompts == ["", Scene().render(), SCENE.render()]
+
+
 def test_reference_without_ip_adapter_is_refused(tool):
     with pytest.raises(ConfigError, match="needs an IP-Adapter"):
         tool.set_product(*photo_and_mask()).generate(SCENE, 1, reference=Image.new("RGB", (8, 8)))

@@ -118,7 +118,7 @@ class Packshot:
     ) -> list[Result]:
         """``num_images`` pictures, the k-th from ``seed + k``. Same inputs and machine: same bytes.
 
-        scene: a Scene or free text. reference: the picture, or pictures, whose look the background takes (needs an
+        scene: a Scene or free text; an empty one leaves all to the references. reference: the picture, or pictures, whose look the background takes (needs an
         IP-Adapter). reference_weights: how often each of several counts, at most 64 together; default 1 each.
 
         Raises:
@@ -148,6 +148,8 @@ class Packshot:
         frame = plan_frame(height, width, self.models.resolution, self.models.unit)
         working = make_working(canvas, frame, self.models.pipe.vae_scale_factor)
         prompt = scene.render() if isinstance(scene, Scene) else scene
+        if guides and scene == Scene():  # the references alone speak
+            prompt = ""
         request = {"scene": _scene_of(scene).to_dict(), "prompt": prompt, **_settings_of(settings)}
         request["reference_sha256"] = guides[0].sha256 if len(guides) == 1 else None
         request["references"] = [{"sha256": guide.sha256, "weight": guide.weight} for guide in guides]

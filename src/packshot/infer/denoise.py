@@ -37,7 +37,10 @@ class Conditioning:
 def encode(
     models: Models, prompt: str, settings: GenerateSettings, references: Sequence[Reference] = ()
 ) -> Conditioning:
-    """Encode prompt, negative prompt and references once for all pictures of a request."""
+    """Encode prompt, negative prompt and references once for all pictures of a request.
+
+    Without words the prompt is what a dropped one is in training: zeros, of a base whose pipeline has them for that.
+    """
     pipe = models.pipe
     lost = {}
     for key, text in (("prompt", prompt), ("negative_prompt", settings.negative_prompt or "")):
@@ -50,6 +53,8 @@ def encode(
     )
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     arguments: dict[str, Any] = dict(zip(names, embeds, strict=True))
+    if not prompt and pipe.config.force_zeros_for_empty_prompt:
+        arguments |= {name: torch.zeros_like(arguments[name]) for name in ("prompt_embeds", "pooled_prompt_embeds")}
     if models.has_ip_adapter:
         arguments["ip_adapter_image_embeds"] = [image_embeds(pipe, references, guided)]
     return Conditioning(arguments, lost)
