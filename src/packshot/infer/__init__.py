@@ -118,8 +118,9 @@ class Packshot:
     ) -> list[Result]:
         """``num_images`` pictures, the k-th from ``seed + k``. Same inputs and machine: same bytes.
 
-        scene: a Scene or free text; an empty one leaves all to the references. reference: the picture, or pictures, whose look the background takes (needs an
-        IP-Adapter). reference_weights: how often each of several counts, at most 64 together; default 1 each.
+        scene: a Scene or free text; an empty one leaves all to the references. reference: the picture, or pictures,
+        whose look the background takes (needs an IP-Adapter). reference_weights: how often each of several counts, at
+        most 64 together; default 1 each.
 
         Raises:
             ConfigError: no product is set, or a setting cannot work.
