@@ -311,6 +311,7 @@ def report(proof: Proof, found: dict[str, Any]) -> str:
         "(`trainable.safetensors`) |",
         f"| optimizer, GiB | {plan['optimizer_gib']:.3f} | {found['optimizer'] / GIB:.3f} (`optimizer.pt`) |",
         f"| gradients, GiB | {plan['gradients_gib']:.3f} | as the trained weights |",
+        f"| VAE, GiB | {plan['vae_gib']:.3f} | not asked |",
         f"| activations, GiB | {plan['activations_gib']:.3f} | see the next row |",
         f"| gradients, optimizer and activations, GiB | {working:.3f} | "
         f"{most[0] - before[0]:.3f} and {most[1] - before[1]:.3f} rise within steps 1 and 2 |",

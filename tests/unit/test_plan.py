@@ -75,6 +75,18 @@ def allocated(step):
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
+def test_the_vae_is_counted_where_it_stays():
+    """83.65 M parameters in fp32 at SDXL's size, whatever the precision."""
+    sdxl = ["model=sdxl", "model.base=owner/name", "train.mixed_precision=bf16"]
+
+    def vae(*keys):
+        return make_plan(compose("train_lora", [*sdxl, *keys]), samples=10).vae_gib
+
+    assert vae() == pytest.approx(83_653_863 * 4 / GIB)
+    assert vae("train.validation_steps=0") == 0
+    assert vae("train.validation_steps=0", "data.cache=false") == vae()
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(
     "script",
@@ -135,6 +147,7 @@ def test_the_plan_is_written_and_says_what_it_counts(tmp_path, capsys):
     plan(config, "train_lora")
     written = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert written["total_gib"] == pytest.approx(sum(v for k, v in written.items() if k in (
-        "frozen_weights_gib", "trained_weights_gib", "gradients_gib", "optimizer_gib", "ema_gib", "activations_gib"
+        "frozen_weights_gib", "trained_weights_gib", "gradients_gib", "optimizer_gib", "ema_gib", "vae_gib",
+        "activations_gib",
     )))  # fmt: skip
     assert "tflop_per_step" in capsys.readouterr().err

@@ -55,8 +55,8 @@ GIB = 2**30
 class Plan:
     """Cost of one process. Activations are what is alive at the peak of one micro-step besides weights and gradients,
     in the precision of the forward pass: what the backward pass needs, what it recomputes, and what is on the way.
-    Fused attention kernels are counted unless ``train.attention=math``; their workspaces, the frozen VAE and
-    fragmentation come on top."""
+    Fused attention kernels are counted unless ``train.attention=math``; their workspaces and
+    fragmentation come on top. The VAE, in fp32, stays where pictures are validated or nothing is cached."""
 
     trained_parameters: int
     frozen_parameters: int
@@ -65,6 +65,7 @@ class Plan:
     gradients_gib: float
     optimizer_gib: float
     ema_gib: float
+    vae_gib: float
     activations_gib: float
     total_gib: float
     tflop_per_step: float
@@ -173,6 +174,10 @@ def _frozen_bytes(parts: Parts, method: Any, config: TrainScript) -> float:
     )
 
 
+def _keeps_vae(config: TrainScript) -> bool:
+    return bool(config.train.validation_steps) or not config.data.cache
+
+
 def make_plan(config: TrainScript, samples: int, processes: int = 1) -> Plan:
     """The cost of a training config on ``samples`` samples."""
     from packshot.models.shapes import meta_parts  # imports every kind of model
@@ -196,6 +201,7 @@ def make_plan(config: TrainScript, samples: int, processes: int = 1) -> Plan:
         "gradients_gib": (max(sizes) if train.fused_backward else trained) * 4 / GIB,
         "optimizer_gib": trained * STATE_BYTES[config.optim.kind] / GIB,
         "ema_gib": trained * 4 / GIB if train.ema_decay else 0.0,
+        "vae_gib": sum(p.numel() for p in parts.vae.parameters()) * 4 / GIB if _keeps_vae(config) else 0.0,
         "activations_gib": activations * width / 4,
     }
     per_step = train.batch_size * train.gradient_accumulation_steps * processes
