@@ -34,6 +34,7 @@ DEFINITIONS = {
     "loss": "L_obj: product area, less a rim, where no object is found, relative to the product's area; "
     "GrabCut is told the inner part, so with it only losses near the outline can show.",
     "expansion": "Published formula, unsigned: area(object ∪ keep mask) - area(keep mask), as a share of the picture.",
+    "iou": "Overlap of the object found and the keep mask, as a share of their union; 1 is the product as it is.",
     "extended": f"Extension rate: share of pictures whose E_obj exceeds its noise floor by {EXTENSION_TOLERANCE:g}.",
 }
 # The worst picture counts for identity, the mean for everything else.
