@@ -35,7 +35,7 @@ EXPERIMENTS = ROOT / "conf" / "experiment"
 VARIANTS = {
     "ControlNet, product noised": ["ablation_inpaint"],
     "ControlNet, product clean, ring": ["ablation_inpaint_clean"],
-    "the same, mask shrunk and jittered": ["ablation_inpaint_mask"],
+    "ControlNet, the same, mask shrunk and jittered": ["ablation_inpaint_mask"],
     "LoRA, product clean": ["ablation_lora_plain_ring"],
     "LoRA, product clean, ring": ["ablation_lora_clean"],
     "LoRA, nine channels, ring": ["ablation_lora_channels"],
