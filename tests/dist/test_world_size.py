@@ -13,13 +13,39 @@ from safetensors.torch import load_file
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def launch(processes, folder, *overrides):
+def launch(processes, script, folder, *overrides):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(WORKER), str(folder), *overrides], capture_output=True, text=True, env=environment
+        [*command, str(WORKER), script, str(folder), *overrides], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def assert_same_result(folder):
+    first, second = (load_file(folder / name / "gradients.safetensors") for name in ("one", "two"))
+    assert len(first) > 10
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-6)
+    first, second = (load_file(folder / name / "weights.safetensors") for name in ("one", "two"))
+    a, b = (torch.cat([weights[name].flatten() for name in sorted(weights)]) for weights in (first, second))
+    assert (a - b).norm() / a.norm() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("script", "keys"),
+    [
+        ("train_lora", ["objective.product_shown=channels"]),
+        ("train_ip_adapter", ["method.reference=place", "method.image_dropout=0.3"]),
+        ("train_controlnet", ["method.condition=depth", "method.mask_jitter=4"]),
+    ],
+    ids=["channels", "reference", "jitter"],
+)
+def test_what_a_method_draws_for_itself_depends_on_no_process(script, keys, tmp_path):
+    for processes, size, name in ((2, 2, "two"), (1, 4, "one")):
+        steps = ["train.max_steps=2", "train.validation_steps=0", f"train.batch_size={size}"]
+        launch(processes, script, tmp_path / name, *steps, *keys)
+    assert_same_result(tmp_path)
 
 
 def test_the_number_of_processes_does_not_change_the_result(tmp_path):
@@ -29,16 +55,10 @@ def test_the_number_of_processes_does_not_change_the_result(tmp_path):
         "train.validation_samples=2",
         "train.validate_first=true",
     )
-    launch(2, tmp_path / "two", "train.batch_size=2", *common)
-    launch(1, tmp_path / "one", "train.batch_size=4", *common)
+    launch(2, "train_lora", tmp_path / "two", "train.batch_size=2", *common)
+    launch(1, "train_lora", tmp_path / "one", "train.batch_size=4", *common)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "one", "two"]
-    first, second = (load_file(tmp_path / name / "gradients.safetensors") for name in ("one", "two"))
-    assert len(first) > 10
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-6)
-    first, second = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
-    a, b = (torch.cat([weights[name].flatten() for name in sorted(weights)]) for weights in (first, second))
-    assert (a - b).norm() / a.norm() <= 1e-4
+    assert_same_result(tmp_path)
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")

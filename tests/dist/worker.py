@@ -1,4 +1,4 @@
-"""Run by torchrun from test_world_size.py: trains the mini LoRA and writes its weights and first gradient."""
+"""Run by torchrun from test_world_size.py: trains a method on the mini SDXL, writes its weights and first gradient."""
 
 import sys
 from pathlib import Path
@@ -17,13 +17,13 @@ from packshot.train.state import trainable
 HELDOUT = "data/rendered/heldout"
 
 
-def main(folder: str, *overrides: str) -> None:
+def main(script: str, folder: str, *overrides: str) -> None:
     torch.set_num_threads(1)
     common = [f"data.train={HELDOUT}", f"data.validation={HELDOUT}", "tracking=none", f"run.dir={folder}"]
-    config = compose("train_lora", [*common, *overrides])
+    config = compose(script, [*common, *overrides])
     rows = load_rows("data.train", config.data.train)
     parts = load_parts(config.model)
-    session = start("train_lora", config, config.train)
+    session = start(script, config, config.train)
     config.data.cache_dir = str(Path(folder).parent / "cache")
     task, examples = build_task(config, parts, rows, rows, session.accelerator)
     for part in (examples, task.validator):

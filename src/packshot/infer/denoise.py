@@ -86,6 +86,26 @@ def _latent_statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torc
     return channel(vae.config.get("latents_mean"), 0.0), channel(vae.config.get("latents_std"), 1.0)
 
 
+def _in_channels(vae: Any, working: Working) -> torch.Tensor:
+    """What an inpainting UNet reads of the product, (1, 5, h, w)."""
+    keep_11HW = torch.from_numpy(working.keep_HW.astype(np.float32))[None, None]
+    masked = _to_latents(vae, _pixels(working.image_HW3) * keep_11HW)
+    return product_channels(keep_11HW.to(masked.device), masked)
+
+
+def _controls(models: Models, working: Working) -> dict[str, Any]:
+    """The pipeline's arguments for its ControlNets, if it has any."""
+    if not models.controls:
+        return {}
+    starts, ends = zip(*models.controlnet_spans, strict=True)
+    return {
+        "image": [control_map(control, working) for control in models.controls],
+        "controlnet_conditioning_scale": list(models.controlnet_scales),
+        "control_guidance_start": list(starts),
+        "control_guidance_end": list(ends),
+    }
+
+
 @torch.no_grad()
 def denoise(
     models: Models, working: Working, conditioning: Conditioning, settings: GenerateSettings, seed: int
@@ -108,21 +128,13 @@ def denoise(
     noise = torch.randn(shape, generator=generator).to(pipe.device)
     known = _to_latents(vae, _pixels(working.image_HW3))
     if isinstance(pipe.unet.conv_in, ProductConv):
-        keep = torch.from_numpy(working.keep_HW.astype(np.float32))[None, None]
-        masked = _to_latents(vae, _pixels(working.image_HW3) * keep)
-        pipe.unet.conv_in.show(product_channels(keep.to(masked.device), masked).to(pipe.device))
+        pipe.unet.conv_in.show(_in_channels(vae, working).to(pipe.device))
     held = torch.from_numpy(working.held_HW[None, ::factor, ::factor].astype(np.float32)).to(pipe.device)
     steps, shown = settings.num_inference_steps, models.product_shown
-    controls: dict[str, Any] = {}
-    if models.controls:
-        controls["image"] = [control_map(control, working) for control in models.controls]
-        controls["controlnet_conditioning_scale"] = list(models.controlnet_scales)
-        starts, ends = zip(*models.controlnet_spans, strict=True)
-        controls |= {"control_guidance_start": list(starts), "control_guidance_end": list(ends)}
     with switching(models.switches, steps, hold_product(known, noise, held, shown)) as callback:
         latents = pipe(
             **conditioning.arguments,
-            **controls,
+            **_controls(models, working),
             height=frame.height,
             width=frame.width,
             num_inference_steps=steps,
