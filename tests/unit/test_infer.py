@@ -37,6 +37,7 @@ from packshot.infer.pipeline import ip_adapter_scales, load_models
 from packshot.infer.product import core_of, prepare
 from packshot.infer.references import open_references
 from packshot.infer.run import generate
+from packshot.infer.spans import Switch, switching
 from packshot.methods import METHODS
 from packshot.models.load import load_parts
 from packshot.models.shapes import meta_parts
@@ -216,6 +217,18 @@ def test_an_adapter_counts_at_the_steps_inside_its_span_and_at_no_other(tool, ex
     # what a picture leaves switched off is on again for the next
     assert np.array_equal(drawn(first)[0], pictures["first"][0])
     assert np.array_equal(drawn(first)[1], pictures["first"][1])
+
+
+def test_adapters_are_on_outside_the_steps_whatever_happens():
+    """Prompts are encoded there, and text encoders may carry a LoRA."""
+    said: list[float] = []
+    with (
+        pytest.raises(ValueError, match="in between"),
+        switching([Switch((0.0, 0.5), said.append)], 2, lambda *_: {}) as callback,
+    ):
+        callback(None, 0, None, {})
+        raise ValueError("in between")
+    assert said == [1.0, 0.0, 1.0]
 
 
 def test_spans_are_recorded_and_those_that_make_no_sense_refused(exports, tmp_path):
