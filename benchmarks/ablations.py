@@ -1,6 +1,7 @@
 """What keeps a product from growing: trains variants over several seeds and measures what each draws.
 
     python benchmarks/ablations.py --seeds 3
+    python benchmarks/ablations.py --only nine --out outputs/long train.max_steps=3000 train.batch_size=8
 
 Every variant is a file of conf/experiment (or two, used together), trained as its own script trains it. Then it puts
 held-out products into the same scenes from the same noise, and the raw decode is measured, before the product's own
@@ -45,7 +46,7 @@ SOLID = 0.35  # share of a product that must lie in held cells: of thin ones a g
 FIGURES = ("extension_rate", "extension", "product_loss", "product_iou", "edge_delta_e")
 
 
-def train(experiment: str, seed: int, out: Path) -> Path:
+def train(experiment: str, seed: int, out: Path, overrides: list[str]) -> Path:
     """The export folder of an experiment with a seed; trains it if it is not there."""
     run = out / "runs" / f"{experiment}-{seed}"
     if not (run / "export" / "README.md").exists():
@@ -53,17 +54,19 @@ def train(experiment: str, seed: int, out: Path) -> Path:
         found = re.search(rf"python (\w+\.py) experiment={experiment}\b", text)
         assert found, f"{experiment}.yaml does not say which script runs it"
         keys = [f"experiment={experiment}", f"run.dir={run}", f"run.seed={seed}", "run.resume=true", "tracking=none"]
-        subprocess.run([sys.executable, found.group(1), *keys], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, found.group(1), *keys, *overrides], cwd=ROOT, check=True)
     return run / "export"
 
 
-def tools(seeds: int, out: Path) -> Iterator[tuple[str, int, Packshot]]:
-    """Every variant with every seed, the base alone first, as (name, seed, what draws it)."""
+def tools(seeds: int, only: str, out: Path, overrides: list[str]) -> Iterator[tuple[str, int, Packshot]]:
+    """Every variant whose name holds ``only`` with every seed, the base alone first: (name, seed, what draws it)."""
     for shown in (ProductShown.noised, ProductShown.clean):
         yield f"base alone, product {shown}", 0, shown_as(Packshot.load("mini"), shown)
     for seed in range(seeds):
         for name, experiments in VARIANTS.items():
-            exports = [train(experiment, seed, out) for experiment in experiments]
+            if only not in name:
+                continue
+            exports = [train(experiment, seed, out, overrides) for experiment in experiments]
             yield name, seed, Packshot.load("mini", adapters=together(exports))
 
 
@@ -120,13 +123,15 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=2, help="pictures of each product; prompts take turns")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=3.5)
+    parser.add_argument("--only", default="", help="variants with these words in their name")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "ablations")
+    parser.add_argument("overrides", nargs="*", help="keys for every training, such as train.max_steps=3000")
     args = parser.parse_args()
     rows = load_rows("data", args.data)
     indices = [int(place) for place in np.linspace(0, len(rows) - 1, args.products)]
     found: dict[str, dict[int, list[dict[str, Any]]]] = {}
     lines = [line([rows.read(index, ("image",))["image"] for index in indices])]
-    for name, seed, tool in tools(args.seeds, args.out):
+    for name, seed, tool in tools(args.seeds, args.only, args.out, args.overrides):
         place = args.out / "pictures" / re.sub(r"\W+", "_", f"{name} {seed}")
         results = measured(tool, rows, indices, args, place)
         found.setdefault(name, {})[seed] = [figure for figure, _ in results]
