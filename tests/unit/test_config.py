@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import assume, given
+from hypothesis.strategies import text
 
 from packshot.config import compose as composing
-from packshot.config.compose import compose, to_plain, to_yaml
+from packshot.config.compose import _QUOTED, _quoted, compose, to_plain, to_yaml
 from packshot.config.errors import ConfigError
 from packshot.config.schema import SCRIPTS, Mode
 
@@ -168,3 +171,36 @@ def test_a_base_that_predicts_epsilon_refuses_zero_terminal_snr():
     with pytest.raises(ConfigError, match="v_prediction"):
         check_objective(ObjectiveConfig(zero_terminal_snr=True), "epsilon")
     check_objective(ObjectiveConfig(zero_terminal_snr=True), "v_prediction")
+
+
+@given(text().filter(lambda t: t != "null" and "${" not in t))
+def test_the_value_of_a_text_key_arrives_as_it_was_typed(value):
+    assume(not _QUOTED.fullmatch(value))
+    [parsed] = OverridesParser.create().parse_overrides([_quoted(f"prompt={value}", {"prompt"})])
+    assert parsed.value() == value
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["a marble table, palm leaves", "don't", "фото (1).png", "~/a #1.png", "007", "true", "'80s style", "a\\", "[x]"],
+)
+def test_prompts_and_file_names_need_no_quoting(value):
+    config = compose("generate", [f"prompt={value}", f"product={value}", "run.dir=null"])
+    assert (config.prompt, config.product, config.run.dir) == (value, value, None)
+
+
+def test_quotes_and_interpolations_are_left_to_hydra():
+    config = compose("generate", ["prompt='a, b'", 'product="c"', "run.dir=${prompt}"])
+    assert (config.prompt, config.product, config.run.dir) == ("a, b", "c", "a, b")
+
+
+def test_a_list_with_odd_characters_says_how_to_quote():
+    with pytest.raises(ConfigError, match="quotes"):
+        compose("generate", ["scene.surroundings=[café]"])
+    assert compose("generate", ["scene.surroundings=['café, closed']"]).scene.surroundings == ["café, closed"]
+
+
+@pytest.mark.parametrize("slot", ["scene.mood=calm", "scene.style=[85mm]"])
+def test_no_slot_of_a_scene_is_dropped_for_a_prompt(slot):
+    with pytest.raises(ConfigError, match="both given"):
+        compose("generate", ["product=a.png", "prompt=a table", slot])

@@ -51,8 +51,30 @@ def _check_override(override: str, keys: dict[str, str]) -> None:
     )
 
 
+_QUOTED = re.compile(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*\"""", re.DOTALL)
+
+
+def _is_text(hint: Any) -> bool:
+    return str in (hint, *getattr(hint, "__args__", ())) and getattr(hint, "__origin__", None) is not list
+
+
+def _quoted(override: str, texts: set[str]) -> str:
+    """The override with the value of a text key quoted, so that Hydra's grammar leaves it as it was typed: commas,
+    apostrophes, brackets and letters of every alphabet are normal in prompts and file names. ``null``, interpolations
+    and what is quoted already are left to Hydra."""
+    key, _, value = override.partition("=")
+    ready = value == "null" or "${" in value or _QUOTED.fullmatch(value)
+    if key.lstrip("+") not in texts or ready:
+        return override
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes are literal to Hydra except before a quote
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    return f"{key}='{escaped}'"
+
+
 def _translate(error: Exception, keys: dict[str, str]) -> ConfigError:
     """A Hydra or OmegaConf exception as a sentence with the key, the value and what is allowed."""
+    from hydra.errors import OverrideParseException
+
     parts: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
@@ -71,7 +93,10 @@ def _translate(error: Exception, keys: dict[str, str]) -> ConfigError:
     if key:
         close = nearest(key, list(keys))
         return ConfigError(f"There is no key {key!r}.", f"Did you mean {close}?" if close else "--help lists the keys.")
-    return ConfigError(f"The configuration cannot be read: {first}", "Overrides are key=value; --help lists the keys.")
+    way_out = "Overrides are key=value; --help lists the keys."
+    if isinstance(error, OverrideParseException):
+        way_out = "Put odd characters in quotes, and those in quotes for the shell: \"key=['a, b.png']\"."
+    return ConfigError(f"The configuration cannot be read: {first}", way_out)
 
 
 def compose(script: str, overrides: list[str]) -> Any:
@@ -90,12 +115,13 @@ def compose(script: str, overrides: list[str]) -> Any:
 
     schema = SCRIPTS[script]
     keys = {key: describe(field, hint) for key, field, hint in fields(schema)}
+    texts = {key for key, _, hint in fields(schema) if _is_text(hint)}
     for override in overrides:
         _check_override(override, keys)
     ConfigStore.instance().store(name=f"{script}_schema", node=schema)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            node = hydra_compose(script, overrides)
+            node = hydra_compose(script, [_quoted(override, texts) for override in overrides])
         config = OmegaConf.to_object(node)
     except (HydraException, OmegaConfBaseException) as error:
         raise _translate(error, keys) from error

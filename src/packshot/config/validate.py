@@ -336,8 +336,7 @@ def _tracking(config: Any) -> None:
 
 
 def _generation(config: schema.Generate) -> None:
-    has_scene = any((config.scene.surface, config.scene.surroundings, config.scene.background, config.scene.lighting))
-    if config.prompt and has_scene:
+    if config.prompt and any(vars(config.scene).values()):
         raise ConfigError("prompt and scene.* are both given.", "Use one: the scene is rendered to the prompt.")
     if config.reference and config.references:
         raise ConfigError("reference and references are both given.", "Add the one to the list of the others.")
