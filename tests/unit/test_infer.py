@@ -37,7 +37,7 @@ from packshot.infer.denoise import encode
 from packshot.infer.pipeline import ip_adapter_scales, load_models
 from packshot.infer.product import core_of, prepare
 from packshot.infer.references import open_references
-from packshot.infer.run import generate
+from packshot.infer.run import generate, mask_files
 from packshot.infer.spans import Switch, switching
 from packshot.methods import METHODS
 from packshot.models.load import load_parts
@@ -446,6 +446,63 @@ def test_unusable_masks_are_refused_with_a_sentence(mask, message):
         prepare(photo_and_mask()[0], mask)
 
 
+def test_pictures_in_memory_are_read_like_files(tmp_path):
+    photo, mask = photo_and_mask()
+    turned = photo.getexif()
+    turned[0x0112] = 6
+    grey = photo.convert("L")
+    grey.putalpha(mask)
+    deep = Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257)
+    for name, picture, given, step in (
+        ("turned.png", photo, None, "upright"),
+        ("grey.png", grey, None, ""),
+        ("deep.png", deep, mask, "16 bits"),
+    ):
+        given = given or (mask.transpose(Image.Transpose.ROTATE_270) if step == "upright" else None)
+        picture.save(tmp_path / name, exif=turned if step == "upright" else None)
+        file = prepare(tmp_path / name, given)
+        with Image.open(tmp_path / name) as opened:
+            memory = prepare(opened, given)
+        for product in (file, memory):
+            assert step in " ".join(product.decoding)
+        np.testing.assert_array_equal(memory.rgb_HW3, file.rgb_HW3)
+        np.testing.assert_array_equal(memory.alpha_HW, file.alpha_HW)
+    assert file.rgb_HW3.shape == (128, 96, 3)
+    assert prepare(tmp_path / "turned.png", mask.transpose(Image.Transpose.ROTATE_270)).rgb_HW3.shape == (96, 128, 3)
+
+
+def test_colours_under_a_transparent_pixel_never_become_product():
+    photo, mask = photo_and_mask()
+    hidden = Image.new("RGB", photo.size, (255, 0, 255))
+    hidden.paste(photo, mask=mask)
+    hidden.putalpha(mask)
+    larger = Image.new("L", photo.size)
+    ImageDraw.Draw(larger).rectangle((16, 16, 80, 112), fill=255)
+    product = prepare(hidden, larger)
+    added = (np.asarray(larger) == 255) & (np.asarray(mask) == 0)
+    assert (product.rgb_HW3[added] == 255).all()
+    np.testing.assert_array_equal(prepare(hidden).rgb_HW3, np.asarray(hidden)[..., :3])
+
+
+def test_a_cut_out_that_stops_short_of_full_alpha_is_opaque_inside():
+    photo, mask = photo_and_mask()
+    photo.putalpha(mask.point(lambda value: value * 250 // 255))
+    product = prepare(photo)
+    assert product.method == "alpha"
+    np.testing.assert_array_equal(product.alpha_HW, np.asarray(mask))
+
+
+def test_a_product_that_lets_the_scene_through_is_sent_to_review(tool):
+    photo, mask = photo_and_mask()
+    for level, found in ((255, False), (240, True)):
+        soft = np.asarray(mask) // 255 * level
+        soft[64, 48] = 255
+        canvas = tool.set_product(photo, Image.fromarray(soft)).canvas(QUICK)
+        flat = np.full((128, 96, 3), 77, np.uint8)
+        verdict = judge(flat, canvas, measure(encoded(flat), canvas))
+        assert ("product_see_through" in verdict["reasons"]) is found
+
+
 def test_unusable_photos_are_refused_with_a_sentence(tmp_path):
     text = tmp_path / "text.png"
     text.write_text("hello")
@@ -500,6 +557,65 @@ def test_resumed_run_makes_only_what_is_missing_and_overwrites_nothing(tmp_path)
     assert (run / "a-0.png").stat().st_mtime_ns == kept
     assert (run / "a-1.png").read_bytes() == expected
     assert (run / "a-1.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "differs"),
+    [
+        ("scene.surface=moss", "request.prompt"),
+        ("run.seed=5", "request.seed"),
+        ("model.vae=data/models/sdxl/vae", "vae"),
+    ],
+)
+def test_a_run_is_not_gone_on_with_under_another_request(tmp_path, override, differs):
+    generate(configured(tmp_path))
+    before = {file: file.read_bytes() for file in sorted((tmp_path / "run").glob("*.[pjy]*"))}
+    with pytest.raises(ConfigError, match=differs):
+        generate(configured(tmp_path, "run.resume=true", "num_images=3", override))
+    assert {file: file.read_bytes() for file in sorted((tmp_path / "run").glob("*.[pjy]*"))} == before
+    assert "config.yaml" in {file.name for file in before}
+
+
+def test_a_run_is_not_gone_on_with_under_another_photo_or_mask(tmp_path):
+    config = configured(tmp_path)
+    generate(config)
+    again = replace(config, run=replace(config.run, resume=True))
+    moved = Image.new("L", (96, 128))
+    ImageDraw.Draw(moved).rectangle((30, 30, 70, 70), fill=255)
+    moved.save(tmp_path / "masks" / "a.png")
+    with pytest.raises(PackshotError, match="mask"):
+        generate(again)
+    Image.effect_noise((96, 128), 50).save(tmp_path / "in" / "a.png")
+    with pytest.raises(ConfigError, match=r"input\.sha256"):
+        generate(again)
+
+
+def test_a_canvas_that_nothing_uses_is_said(tmp_path):
+    generate(configured(tmp_path, "size=[256,256]", "num_images=1"))
+    assert "size=[256, 256] has no effect" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_names_with_odd_characters_are_linked_and_too_long_ones_say_so(tmp_path):
+    config = configured(tmp_path, "num_images=1")
+    for folder in ("in", "masks"):
+        (tmp_path / folder / "a.png").rename(tmp_path / folder / "50% #1?.png")
+    generate(config)
+    assert 'href="50%25%20%231%3F-0.json"' in (tmp_path / "run" / "report.html").read_text()
+    for folder in ("in", "masks"):
+        (tmp_path / folder / "50% #1?.png").rename(tmp_path / folder / f"{'x' * 245}.png")
+    with pytest.raises(PackshotError, match="cannot be written: File name too long"):
+        generate(replace(config, run=replace(config.run, dir=str(tmp_path / "second"))))
+
+
+def test_a_mask_folder_takes_images_and_one_of_each_name(tmp_path):
+    config = configured(tmp_path)
+    (tmp_path / "masks" / "a.txt").write_text("notes")
+    assert mask_files(config.mask, [tmp_path / "in" / "a.png"]) == {
+        tmp_path / "in" / "a.png": tmp_path / "masks" / "a.png"
+    }
+    Image.new("L", (96, 128)).save(tmp_path / "masks" / "a.bmp")
+    with pytest.raises(ConfigError, match=r"a\.bmp and a\.png"):
+        mask_files(config.mask, [tmp_path / "in" / "a.png"])
 
 
 def test_one_bad_product_does_not_stop_the_others_and_fails_the_run(tmp_path):

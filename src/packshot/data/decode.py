@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from packshot.core.errors import PackshotError
 from packshot.core.run import log
@@ -14,6 +14,10 @@ from packshot.core.run import log
 # Content decides, never the extension. Formats that run code (EPS), have no signature (TGA) or hold no photograph
 # (ICO, fonts) stay out: every decoder that can be reached is one that a stranger's file can attack.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
+# Which files of a folder are offered to the decoder. What they really are, their content says.
+IMAGE_SUFFIXES = frozenset(
+    ".png .jpg .jpeg .jpe .jfif .webp .tif .tiff .bmp .gif .ppm .pgm .avif .jp2 .heic .heif".split()
+)
 MAX_PIXELS = 120_000_000
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
@@ -32,6 +36,11 @@ class DecodeError(PackshotError):
 
 
 def decode_image(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture of :func:`decode` alone."""
+    return decode(source, name, max_pixels)[0]
+
+
+def decode(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, list[str]]:
     """Decode a file or its bytes.
 
     EXIF orientation is applied, embedded colour profiles other than sRGB (and CMYK) are converted to sRGB, 16-bit
@@ -40,7 +49,8 @@ def decode_image(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) 
     source: a path, or the content of a file.
     name: how messages call it.
     max_pixels: larger pictures are refused before their pixels are decompressed.
-    Returns: RGB, or RGBA when at least one pixel is not opaque; uint8.
+    Returns: RGB, or RGBA when at least one pixel is not opaque, uint8; and what was done to the file's own pixels, in
+        words, nothing for a plain 8-bit sRGB picture.
     Raises:
         DecodeError: empty, unreadable, no image, an unsupported format, too large, truncated or damaged.
     """
@@ -56,12 +66,25 @@ def decode_image(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) 
         )
     try:
         image.load()
-        return _to_eight_bit(ImageOps.exif_transpose(image), name)
+        return normalize(image, name)
     except DecodeError:
         raise
     except Exception as error:  # decoders answer damaged input with a dozen exception types
         reason = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "damaged"
         raise DecodeError(f"{name} is {reason}: {error}.", reason, str(error), "Export the image again.") from error
+
+
+def normalize(image: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
+    """What :func:`decode` does to an open picture of any mode.
+
+    Raises:
+        DecodeError: its samples have no black and white.
+    """
+    steps: list[str] = []
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation in range(2, 9):
+        steps.append(f"turned upright (EXIF orientation {orientation})")
+    return _to_eight_bit(ImageOps.exif_transpose(image), name, steps), steps
 
 
 def flatten(image: Image.Image) -> Image.Image:
@@ -104,18 +127,21 @@ def _open(data: bytes, name: str) -> Image.Image:
         ) from error
 
 
-def _to_eight_bit(image: Image.Image, name: str) -> Image.Image:
+def _to_eight_bit(image: Image.Image, name: str, steps: list[str]) -> Image.Image:
+    """RGB or RGBA; appends to ``steps`` what was done."""
     if image.mode.startswith("I") or image.mode == "F":
+        steps.append("16 bits to 8 per channel")
         return Image.fromarray(_high_depth_to_uint8(image, name)).convert("RGB")
+    profile = image.info.get("icc_profile")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         alpha = rgba.getchannel("A")
-        colour = _to_srgb(rgba.convert("RGB"), image.info.get("icc_profile"), name)
+        colour = _to_srgb(rgba.convert("RGB"), profile, name, steps)
         if alpha.getextrema() == (255, 255):
             return colour
         colour.putalpha(alpha)
         return colour
-    return _to_srgb(image if image.mode == "CMYK" else image.convert("RGB"), image.info.get("icc_profile"), name)
+    return _to_srgb(image if image.mode == "CMYK" else image.convert("RGB"), profile, name, steps)
 
 
 def _high_depth_to_uint8(image: Image.Image, name: str) -> np.ndarray:
@@ -132,9 +158,11 @@ def _high_depth_to_uint8(image: Image.Image, name: str) -> np.ndarray:
     return np.round(grey_HW.astype(np.float32) / 257.0).astype(np.uint8)
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Image:
+def _to_srgb(image: Image.Image, profile: bytes | None, name: str, steps: list[str]) -> Image.Image:
     """Through the embedded profile if there is one that is not sRGB already; else the plain conversion to RGB."""
     if not profile:
+        if image.mode != "RGB":
+            steps.append(f"{image.mode} to RGB without a colour profile")
         return image.convert("RGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -145,8 +173,10 @@ def _to_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Imag
     channels = {b"RGB ": "RGB", b"CMYK": "CMYK"}.get(space)
     # Most files carry sRGB: leaving them alone keeps their bytes. A profile for another number of channels (a grey
     # one left in an RGB file) says nothing about these pixels.
-    if channels != image.mode or "srgb" in ImageCms.getProfileDescription(source).lower():
+    described = ImageCms.getProfileDescription(source).strip()
+    if channels != image.mode or "srgb" in described.lower():
         return image.convert("RGB")
+    steps.append(f"from {described} to sRGB")
     converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     assert converted is not None  # only None for inPlace=True
     return converted

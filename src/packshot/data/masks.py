@@ -26,6 +26,7 @@ WORK_SIDE = 400  # px, longer side at which GrabCut works: seconds at 12 megapix
 REFINE_SIDE = 1024  # px, longer side at which the edge filter is fitted
 # A cut-out has both: fully transparent and fully opaque pixels, at least this share of each.
 CUTOUT_SHARE = 0.001
+CUTOUT_PEAK = 0.9  # matting tools stop a little short of full; such a peak means opaque
 
 
 class NoProductError(PackshotError):
@@ -106,6 +107,9 @@ def _cutout_alpha(image: Image.Image) -> np.ndarray | None:
     if image.mode != "RGBA":
         return None
     alpha_HW = np.asarray(image.getchannel("A"), np.float32) / 255
+    peak = alpha_HW.max()
+    if peak >= CUTOUT_PEAK:
+        alpha_HW = alpha_HW / peak
     shares = (np.mean(alpha_HW == 0), np.mean(alpha_HW == 1))
     return alpha_HW if min(shares) >= CUTOUT_SHARE else None
 

@@ -18,11 +18,8 @@ from packshot.config.schema import SourceConfig
 from packshot.core.errors import ConfigError
 from packshot.core.run import log
 from packshot.core.storage import resolve
+from packshot.data.decode import IMAGE_SUFFIXES
 
-# Which files of a folder are offered to the decoder. What they really are, their content says.
-IMAGE_SUFFIXES = frozenset(
-    ".png .jpg .jpeg .jpe .jfif .webp .tif .tiff .bmp .gif .ppm .pgm .avif .jp2 .heic .heif".split()
-)
 Item = dict[str, Any]
 
 

@@ -143,24 +143,32 @@ class Packshot:
         if num_images < 1:
             raise ConfigError(f"num_images={num_images} is out of range.", "Ask for at least one.")
         guides = self._references(reference, reference_weights)
+        asked = _request(scene, settings, guides)
         product, canvas = self.product, self.canvas(settings)
         assert product is not None
         height, width = canvas.matte_HW.shape
         frame = plan_frame(height, width, self.models.resolution, self.models.unit)
         working = make_working(canvas, frame, self.models.pipe.vae_scale_factor)
-        prompt = scene.render() if isinstance(scene, Scene) else scene
-        if guides and scene == Scene():  # the references alone speak
-            prompt = ""
-        request = {"scene": _scene_of(scene).to_dict(), "prompt": prompt, **_settings_of(settings)}
-        request["reference_sha256"] = guides[0].sha256 if len(guides) == 1 else None
-        request["references"] = [{"sha256": guide.sha256, "weight": guide.weight} for guide in guides]
         with self._turn:
-            conditioning = encode(self.models, prompt, settings, guides)
+            conditioning = encode(self.models, asked["prompt"], settings, guides)
         for k in range(num_images):
             with self._turn:
                 decoded = denoise(self.models, working, conditioning, settings, seed + k)
-            details = {**request, "seed": seed + k}
-            yield self._finish(product, canvas, working, decoded, details, conditioning.lost_words)
+            yield self._finish(product, canvas, working, decoded, {**asked, "seed": seed + k}, conditioning.lost_words)
+
+    def request(
+        self,
+        scene: Scene | str,
+        settings: GenerateSettings,
+        reference: Source | Sequence[Source] | None = None,
+        reference_weights: Sequence[int] = (),
+    ) -> dict[str, Any]:
+        """What a certificate will say was asked for, without the seed.
+
+        Raises:
+            ConfigError: a reference is missing, no image, or there is no IP-Adapter to read it.
+        """
+        return _request(scene, settings, self._references(reference, reference_weights))
 
     def canvas(self, settings: GenerateSettings) -> Canvas:
         """The product on the output's pixel grid."""
@@ -200,7 +208,7 @@ class Packshot:
                 "confidence": round(product.confidence, 4),
                 "edge": "as given" if product.matte_HW is product.alpha_HW else "hard mask, anti-aliased by 1 px",
             },
-            "transform": canvas.transform,
+            "transform": {"decoding": list(product.decoding), **canvas.transform},
             "working_size": [working.frame.width, working.frame.height],
             "colour_fit": fit.report,
             "request": request,
@@ -211,13 +219,16 @@ class Packshot:
         return Result(image, certificate, make_layers(canvas, working, decoded_HW3, background), buffer.getvalue())
 
 
-def _scene_of(scene: Scene | str) -> Scene:
-    return scene if isinstance(scene, Scene) else Scene.parse(scene).scene
-
-
-def _settings_of(settings: GenerateSettings) -> dict[str, Any]:
+def _request(scene: Scene | str, settings: GenerateSettings, guides: Sequence[Reference]) -> dict[str, Any]:
+    prompt = scene.render() if isinstance(scene, Scene) else scene
+    if guides and scene == Scene():  # the references alone speak
+        prompt = ""
     return {
+        "scene": (scene if isinstance(scene, Scene) else Scene.parse(scene).scene).to_dict(),
+        "prompt": prompt,
         "negative_prompt": settings.negative_prompt,
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,
+        "reference_sha256": guides[0].sha256 if len(guides) == 1 else None,
+        "references": [{"sha256": guide.sha256, "weight": guide.weight} for guide in guides],
     }

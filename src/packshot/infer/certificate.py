@@ -20,6 +20,7 @@ from packshot.infer.colour import delta_e
 
 VERSION = 1
 LAYERS = "layers"  # folder beside the pictures of a run
+RIM = 3  # px inside the outline where a good matte may be soft
 _SQUARE = np.ones((3, 3), np.uint8)
 
 
@@ -92,10 +93,17 @@ def _cut(picture_HW3: np.ndarray, canvas: Canvas, measured: dict[str, Any]) -> b
     return canvas.transform["placement"] != "original" and bool(canvas.transform["touches_frame"])
 
 
+def _see_through(picture_HW3: np.ndarray, canvas: Canvas, measured: dict[str, Any]) -> bool:
+    """Whether most of the product away from its rim is not quite opaque: the new scene shines through it."""
+    inside = cv2.erode((canvas.matte_HW >= 128).astype(np.uint8), _SQUARE, iterations=RIM) > 0
+    return bool(inside.any()) and float((canvas.matte_HW[inside] == 255).mean()) < 0.5
+
+
 # Reason code -> whether it holds for (picture, canvas, measure(...)). Any of them sends a result to review.
 REASONS: dict[str, Callable[[np.ndarray, Canvas, dict[str, Any]], bool]] = {
     "core_changed": lambda picture, canvas, measured: bool(measured["core"]["max_abs_diff"]),
     "no_opaque_core": lambda picture, canvas, measured: measured["core"]["pixels"] == 0,
+    "product_see_through": _see_through,
     "background_flat": _flat,
     "background_clipped": _clipped,
     "background_unchanged": _unchanged,

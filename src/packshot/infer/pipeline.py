@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from packshot.config.schema import AdaptersConfig, DepthConfig, IPAdapterLayers, ModelConfig, ProductShown
 from packshot.core.errors import ConfigError
 from packshot.core.run import log
-from packshot.core.storage import readable
+from packshot.core.storage import file_sha256, readable
 from packshot.data.onnx import load_session
 from packshot.diffusion.conditions import Control
 from packshot.infer.spans import ALWAYS, Span, Switch
@@ -282,13 +281,9 @@ def _add_ip_adapter(pipe: Any, folder: Path, adapters: AdaptersConfig) -> Switch
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 by relative name of a folder's weights and JSON configs; streams, so large files are fine."""
-    hashes = {}
-    for file in sorted(folder.rglob("*")):
-        if file.suffix in (".safetensors", ".json") and file.is_file():
-            with file.open("rb") as stream:
-                hashes[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashes
+    """SHA-256 by relative name of a folder's weights and JSON configs."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".json") and file.is_file())
+    return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
 
 
 def _source(value: str) -> dict[str, Any]:

@@ -13,14 +13,13 @@ from PIL import Image
 
 from packshot.config.schema import MatteConfig
 from packshot.core.errors import ConfigError, PackshotError
-from packshot.core.storage import readable
-from packshot.data.decode import decode_image
+from packshot.core.storage import file_sha256, readable
+from packshot.data.decode import IMAGE_SUFFIXES, decode, flatten, normalize
 from packshot.data.depth import estimate_depth
 from packshot.data.masks import find_mask
 from packshot.data.matte import soften_hard_edge, unmix
 
 MIN_SIDE = 32
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _SQUARE = np.ones((3, 3), np.uint8)
 
 
@@ -32,6 +31,7 @@ class Product:
     matte_HW: the alpha that compositing uses: alpha_HW, with a one-pixel soft edge where the mask had none.
     foreground_HW3: the product's own colours, uint8; equals the photo wherever matte_HW is 255.
     method, confidence: where the mask came from (``file``, ``alpha``, ``onnx``, ``grabcut``) and how sure that is.
+    decoding: what was done to the file's own pixels before, in words.
     depth_HW: uint8 nearness, larger is nearer, in any scale; None where nothing asks for it.
     """
 
@@ -43,28 +43,40 @@ class Product:
     method: str
     confidence: float
     sha256: str
+    decoding: tuple[str, ...] = ()
     depth_HW: np.ndarray | None = None
 
 
-def open_image(key: str, source: str | Path | Image.Image) -> tuple[Image.Image, str]:
-    """An image (mode RGB or RGBA) and the SHA-256 of its file (of its pixels, when it comes from memory).
+@dataclass(frozen=True)
+class Opened:
+    """A picture (RGB or RGBA), the SHA-256 of its file (of its pixels, when it came from memory), and what decoding did
+    to its pixels, in words."""
+
+    image: Image.Image
+    sha256: str
+    decoding: tuple[str, ...]
+
+
+def open_image(key: str, source: str | Path | Image.Image) -> Opened:
+    """Decode a file, or bring a picture in memory to the same form.
 
     Raises:
         ConfigError: names ``key`` when the file is missing, not readable or not an image.
     """
-    if isinstance(source, Image.Image):
-        image = source if source.mode in ("RGB", "RGBA") else source.convert("RGB")
-        return image, hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
-    path = readable(key, source)
-    if path.is_dir():
-        raise ConfigError(f"{key}={source} is a folder, an image file is needed.")
-    data = path.read_bytes()
     try:
-        return decode_image(path, str(source)), hashlib.sha256(data).hexdigest()
+        if isinstance(source, Image.Image):
+            image, steps = normalize(source, "the picture")
+            return Opened(image, hashlib.sha256(np.ascontiguousarray(source).tobytes()).hexdigest(), tuple(steps))
+        path = readable(key, source)
+        if path.is_dir():
+            raise ConfigError(f"{key}={source} is a folder, an image file is needed.")
+        image, steps = decode(path, str(source))
+        return Opened(image, file_sha256(path), tuple(steps))
     except ConfigError:
         raise
     except PackshotError as error:
-        raise ConfigError(f"{key}={source} is no usable image: {error.args[0]}", error.hint) from error
+        named = key if isinstance(source, Image.Image) else f"{key}={source}"
+        raise ConfigError(f"{named} is no usable image: {error.args[0]}", error.hint) from error
 
 
 def product_files(key: str, path: str) -> list[Path]:
@@ -76,12 +88,16 @@ def product_files(key: str, path: str) -> list[Path]:
     found = readable(key, path)
     if found.is_file():
         return [found]
-    files = sorted(
-        file for file in found.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-    )
+    files = images_in(found)
     if not files:
-        raise ConfigError(f"{key}={path} has no images.", f"Looked for {', '.join(SUFFIXES)}.")
+        raise ConfigError(f"{key}={path} has no images.", f"Looked for {' '.join(sorted(IMAGE_SUFFIXES))}.")
     return files
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files of a folder, by their names; hidden ones are left out."""
+    files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    return sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def unique_names(files: list[Path]) -> Iterator[tuple[str, Path]]:
@@ -107,7 +123,8 @@ def prepare(
         ConfigError: a file is missing or no image; the mask has another size, is empty or leaves no background.
         PackshotError: no mask was given and no product is found.
     """
-    photo, digest = open_image("product", image)
+    opened = open_image("product", image)
+    photo = opened.image
     if min(photo.size) < MIN_SIDE:
         raise ConfigError(
             f"product: {name} is {photo.width}x{photo.height} px.", f"Each side needs at least {MIN_SIDE} px."
@@ -117,18 +134,23 @@ def prepare(
     found = find_mask(photo, matte or MatteConfig(), given, name)
     alpha = np.rint(np.clip(found.alpha_HW, 0, 1) * 255).astype(np.uint8)
     _check_alpha(alpha, name, "file" if given is not None else found.method)
-    rgb = np.ascontiguousarray(photo.convert("RGB"))
+    # Under a cut-out's own alpha lies what it was cut out of, which tells how its edge was mixed. Under a mask from
+    # elsewhere transparent pixels may count as product, and those have no colour but the white they are shown over.
+    rgb = np.ascontiguousarray(photo.convert("RGB") if found.method == "alpha" else flatten(photo))
     soft = soften_hard_edge(alpha)
     if near is None and depth_onnx:
         near = estimate_depth(Image.fromarray(rgb), depth_onnx)
     depth_HW = None if near is None else np.asarray(near.convert("L"))
     confidence = float(found.confidence)
-    return Product(name, rgb, alpha, soft, unmix(rgb, soft), found.method, confidence, digest, depth_HW)
+    foreground = unmix(rgb, soft)
+    return Product(
+        name, rgb, alpha, soft, foreground, found.method, confidence, opened.sha256, opened.decoding, depth_HW
+    )
 
 
 def _open_alike(key: str, source: str | Path | Image.Image, photo: Image.Image, name: str) -> Image.Image:
     """A picture that belongs to the photo, pixel by pixel."""
-    picture, _ = open_image(key, source)
+    picture = open_image(key, source).image
     if picture.size != photo.size:
         raise ConfigError(
             f"{key} is {picture.width}x{picture.height} px, the photo {name} is {photo.width}x{photo.height} px.",

@@ -34,7 +34,8 @@ def open_references(given: Source | Sequence[Source] | None, weights: Sequence[i
     """
     sources: Sequence[Source] = (given,) if isinstance(given, Source) else given or ()
     counts = reference_weights(len(sources), weights)
-    return [Reference(*open_image("reference", source), weight) for source, weight in zip(sources, counts, strict=True)]
+    opened = [open_image("reference", source) for source in sources]
+    return [Reference(one.image, one.sha256, weight) for one, weight in zip(opened, counts, strict=True)]
 
 
 def image_embeds(pipe: Any, references: Sequence[Reference], guided: bool) -> torch.Tensor:

@@ -7,6 +7,7 @@ import html
 import io
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from PIL import Image, ImageOps
 
@@ -60,7 +61,7 @@ def picture(file: Path, base: Path, alt: str) -> str:
         tag = f'<img src="{data_uri(image)}" alt="{html.escape(alt)}" loading="lazy">'
     if not file.is_relative_to(base):
         return tag
-    return f'<a href="{html.escape(file.relative_to(base).as_posix())}">{tag}</a>'
+    return f'<a href="{html.escape(quote(file.relative_to(base).as_posix()))}">{tag}</a>'
 
 
 def definition_list(entries: dict[str, Any]) -> str:
@@ -142,5 +143,5 @@ def _card(folder: Path, stem: str, certificate: dict[str, Any], baseline: Path |
         "seed": str(certificate["request"]["seed"]),
     }
     tag = f'<span class="tag{" review" if review else ""}">{"needs review" if review else "accepted"}</span>'
-    link = f'<a href="{html.escape(stem)}.json">certificate</a>'
+    link = f'<a href="{html.escape(quote(stem))}.json">certificate</a>'
     return f"<figure>{image}<figcaption>{tag} {link}{definition_list(details)}</figcaption></figure>"

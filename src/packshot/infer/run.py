@@ -11,20 +11,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from packshot.config.schema import Generate
+from packshot.config.schema import Generate, Placement
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.progress import progress
 from packshot.core.run import Run, log, open_run
-from packshot.core.storage import readable, replacing_file
+from packshot.core.storage import file_sha256, readable, replacing_file, writing
 from packshot.core.tracking import open_tracker
 from packshot.infer import Packshot, Result
 from packshot.infer.canvas import Canvas
-from packshot.infer.certificate import LAYERS, judge, load_certificates, measure, read_png
+from packshot.infer.certificate import LAYERS, digest, judge, load_certificates, measure, read_png
 from packshot.infer.pipeline import check_adapters, load_models
-from packshot.infer.product import prepare, product_files, unique_names
+from packshot.infer.product import images_in, prepare, product_files, unique_names
 from packshot.infer.references import open_references
 from packshot.infer.report import write_report
 from packshot.scene import Scene
+
+ROOM = "Make room or shorten the file's name; run.resume=true makes what is missing."
 
 
 def generate(config: Generate) -> None:
@@ -46,11 +48,16 @@ def generate(config: Generate) -> None:
     ready = partial(prepare, matte=config.matte, depth_onnx=network)
     first = ready(files[0], masks[files[0]], name=files[0].stem) if len(files) == 1 else None
     tool = Packshot(load_models(config.model, config.adapters), config.matte, depth=config.depth)
-    run = open_run("generate", config)
+    named = list(unique_names(files))
+    run = open_run("generate", config, resumable=False)
+    check_made(run.path, config, tool, dict(named))
+    run.write_config(config)
     tracker = open_tracker(run, config, "generate")
+    if config.size and config.placement is Placement.original:
+        log.warning("size=%s has no effect: placement=original keeps the photo's frame", config.size)
     failures = []
     with progress("pictures", total=len(files) * config.num_images) as advance:
-        for name, file in unique_names(files):
+        for name, file in named:
             try:
                 product = first or ready(file, masks[file], name=name)
                 copy_input(run, file, name)
@@ -64,6 +71,33 @@ def generate(config: Generate) -> None:
     tracker.finish()
     log.info("%d pictures; report: %s", len(pictures), run.path / "report.html")
     _raise(failures, len(files))
+
+
+def check_made(folder: Path, config: Generate, tool: Packshot, files: dict[str, Path]) -> None:
+    """Pictures that a run folder already has must be those that would be made now.
+
+    Raises:
+        ConfigError: a request, a photo or a model differs from what a certificate says; nothing was changed.
+    """
+    request = tool.request(requested(config), config, config.reference_files(), config.reference_weights)
+    for stem, made in load_certificates(folder).items():
+        name, _, number = stem.rpartition("-")
+        if name not in files:
+            continue
+        seeded = {**request, "seed": config.run.seed + int(number)}
+        now = {"request": seeded, "input": {"name": name, "sha256": file_sha256(files[name])}}
+        now["model"] = {part: value for part, value in tool.models.manifest.items() if part not in ("device", "dtype")}
+        _refuse(f"{folder / stem}.png", made, json.loads(json.dumps(now)))
+
+
+def _refuse(picture: str, made: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ConfigError where parts of a certificate are not what they would be now; other parts do not matter."""
+    odd = [f"{part}.{key}" for part in now for key, value in now[part].items() if made[part].get(key) != value]
+    if odd:
+        raise ConfigError(
+            f"{picture} was made otherwise ({', '.join(odd)} differ).",
+            "Name a new run.dir, or delete the picture and its certificate to make it again. Nothing was changed.",
+        )
 
 
 def _raise(failures: list[tuple[Path, PackshotError]], total: int) -> None:
@@ -99,7 +133,11 @@ def mask_files(mask: str | None, files: list[Path]) -> dict[Path, Path | None]:
         if len(files) > 1:
             raise ConfigError(f"mask={mask} is one file for {len(files)} products.", "Give a folder of masks.")
         return {files[0]: found}
-    by_stem = {file.stem: file for file in sorted(found.iterdir()) if file.is_file()}
+    by_stem: dict[str, Path] = {}
+    for file in images_in(found):
+        twin = by_stem.setdefault(file.stem, file)
+        if twin is not file:
+            raise ConfigError(f"mask={mask} has both {twin.name} and {file.name}.", "One of them has to go.")
     missing = [file.name for file in files if file.stem not in by_stem]
     if missing:
         raise ConfigError(f"mask={mask} has no mask for {', '.join(missing[:5])}.", "File names must agree.")
@@ -109,7 +147,7 @@ def mask_files(mask: str | None, files: list[Path]) -> dict[Path, Path | None]:
 def copy_input(run: Run, file: Path, name: str) -> None:
     """Keep the product photo itself beside the layers, so that reports and evaluations need nothing from outside."""
     target = run.path / LAYERS / f"{name}-input{file.suffix.lower()}"
-    with replacing_file(target) as temporary:
+    with writing(str(target), ROOM), replacing_file(target) as temporary:
         shutil.copyfile(file, temporary)
 
 
@@ -119,9 +157,13 @@ def make_pictures(
     """All pictures of one product that the run folder does not have yet."""
     assert tool.product is not None
     name, canvas = tool.product.name, tool.canvas(config)
+    moved = json.loads(json.dumps(canvas.transform))
     for k in range(config.num_images):
         stem = f"{name}-{k}"
-        if (run.path / f"{stem}.json").exists():
+        certificate = run.path / f"{stem}.json"
+        if certificate.exists():
+            mask = {"sha256": digest(tool.product.alpha_HW)}
+            _refuse(f"{run.path / stem}.png", json.loads(certificate.read_text()), {"mask": mask, "transform": moved})
             advance()
             continue
         started = time.monotonic()
@@ -136,16 +178,17 @@ def make_pictures(
 def write(folder: Path, stem: str, result: Result, canvas: Canvas) -> dict[str, Any]:
     """Picture, layers and, last, the certificate, measured anew on the file as it lies on disk."""
     path = folder / f"{stem}.png"
-    for layer, image in result.layers.items():
-        with replacing_file(folder / LAYERS / f"{stem}-{layer}.png") as temporary:
-            image.save(temporary, "PNG")
-    with replacing_file(path) as temporary:
-        temporary.write_bytes(result.png)
-    png = path.read_bytes()
-    measured = measure(png, canvas)
-    certificate = {**result.certificate, **measured, **judge(read_png(png), canvas, measured)}
-    with replacing_file(folder / f"{stem}.json") as temporary:
-        temporary.write_text(json.dumps(certificate, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with writing(str(path), ROOM):
+        for layer, image in result.layers.items():
+            with replacing_file(folder / LAYERS / f"{stem}-{layer}.png") as temporary:
+                image.save(temporary, "PNG")
+        with replacing_file(path) as temporary:
+            temporary.write_bytes(result.png)
+        png = path.read_bytes()
+        measured = measure(png, canvas)
+        certificate = {**result.certificate, **measured, **judge(read_png(png), canvas, measured)}
+        with replacing_file(folder / f"{stem}.json") as temporary:
+            temporary.write_text(json.dumps(certificate, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if certificate["reasons"]:
         log.warning("%s needs review: %s", path, ", ".join(certificate["reasons"]))
     return certificate
