@@ -412,6 +412,13 @@ def test_nan_is_an_error_that_names_the_seed(tool, monkeypatch):
         tool.generate(SCENE, 1, seed=3, settings=QUICK)
 
 
+def test_no_image_encoder_is_loaded_where_nothing_reads_a_reference(tool):
+    assert tool.models.pipe.image_encoder is None
+    parts = load_parts(ModelConfig())
+    METHODS["lora"](parts, LoraMethod()).pipeline()
+    assert "image_encoder" not in parts.loaded()
+
+
 def encoded(picture):
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")

@@ -80,14 +80,15 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
     device, dtype = pick_device()
     parts = load_parts(model).to(device, dtype)
     shown = _show_product(parts.unet, folders["lora"], shown)
+    components = parts.pipeline_components(references=bool(folders["ip_adapter"]))
     pipe: Any
     if controls:
         sources = map(str, folders["controlnets"])
         nets = [load_controlnet("adapters.controlnets", source, parts.unet).eval() for source in sources]
         together = MultiControlNetModel([net.to(device, dtype) for net in nets])
-        pipe = StableDiffusionXLControlNetPipeline(**parts.pipeline_components(), controlnet=together)
+        pipe = StableDiffusionXLControlNetPipeline(**components, controlnet=together)
     else:
-        pipe = StableDiffusionXLPipeline(**parts.pipeline_components())
+        pipe = StableDiffusionXLPipeline(**components)
     switches = [
         *(_add_lora(pipe, folder, adapters) for folder in folders["lora"]),
         *(_add_ip_adapter(pipe, folder, adapters) for folder in folders["ip_adapter"]),
@@ -306,7 +307,9 @@ def _manifest(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    used = {"base": model.base, "vae": model.vae, "image_encoder": model.image_encoder}
+    used = {"base": model.base, "vae": model.vae}
+    if folders["ip_adapter"]:
+        used["image_encoder"] = model.image_encoder
     parts = {name: _source(value) for name, value in used.items() if value}
     described: dict[str, list[dict[str, Any]]] = {
         "lora": [{}],

@@ -112,7 +112,7 @@ class ControlNet(nn.Module):
         from diffusers import MultiControlNetModel, StableDiffusionXLControlNetPipeline
 
         nets = MultiControlNetModel(self._nets())
-        return StableDiffusionXLControlNetPipeline(**self._parts.pipeline_components(), controlnet=nets)
+        return StableDiffusionXLControlNetPipeline(**self._parts.pipeline_components(references=False), controlnet=nets)
 
     def pipeline_inputs(self, sample: Any, encoded: dict[str, Tensor]) -> dict[str, Any]:
         """The control maps of the sample."""

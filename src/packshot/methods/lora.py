@@ -149,7 +149,7 @@ class Lora(nn.Module):
         """Text to image with the LoRA active."""
         from diffusers import StableDiffusionXLPipeline
 
-        return StableDiffusionXLPipeline(**self._parts.pipeline_components() | self._adapted())
+        return StableDiffusionXLPipeline(**self._parts.pipeline_components(references=False) | self._adapted())
 
     def pipeline_inputs(self, sample: Any, encoded: dict[str, Tensor]) -> dict[str, Any]:
         """Nothing besides the prompt."""
