@@ -415,7 +415,7 @@ def test_nan_is_an_error_that_names_the_seed(tool, monkeypatch):
 def test_no_image_encoder_is_loaded_where_nothing_reads_a_reference(tool):
     assert tool.models.pipe.image_encoder is None
     parts = load_parts(ModelConfig())
-    METHODS["lora"](parts, LoraMethod()).pipeline()
+    METHODS[LoraMethod](parts, LoraMethod()).pipeline()
     assert "image_encoder" not in parts.loaded()
 
 
