@@ -19,10 +19,12 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from packshot.caption.build import build
 from packshot.config.compose import compose
+from packshot.config.schema import ExecutorConfig, ExecutorKind
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.data.dataset import load_rows
 from packshot.data.dedup import find_duplicates, hamming, perceptual_hash
 from packshot.data.quality import sharpness
+from packshot.pipeline.executor import open_executor
 from packshot.scene import Scene
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -280,6 +282,40 @@ def test_killed_and_resumed_equals_unbroken(photos, tmp_path):
     assert not list(broken.glob("part-00002.parquet"))
     subprocess.run([*command, f"run.dir={broken}", "run.resume=true"], check=True, stderr=subprocess.DEVNULL)
     assert dataset_bytes(broken) == dataset_bytes(run(photos, tmp_path / "whole", "shard_size=2"))
+
+
+def square(number):
+    if number == 3:
+        raise ValueError("three")
+    return number**2
+
+
+def die(number):
+    os._exit(9)
+
+
+def test_ray_builds_the_same_bytes_and_passes_on_what_goes_wrong(photos, tmp_path, monkeypatch):
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no module that a worker could import
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    settings = ["shard_size=2", "executor=ray", "executor.workers=2"]
+    assert dataset_bytes(run(photos, tmp_path / "ray", *settings)) == dataset_bytes(
+        run(photos, tmp_path / "local", "shard_size=2")
+    )
+    config = ExecutorConfig(kind=ExecutorKind.ray, workers=2)
+    with open_executor(config) as execute:
+        assert sorted(execute(square, (0, 1, 2, 4))) == [0, 1, 4, 16]
+        with pytest.raises(ValueError, match="three"):
+            list(execute(square, range(9)))
+    with pytest.raises(PackshotError, match="worker process died"), open_executor(config) as execute:
+        list(execute(die, range(3)))
+
+
+def test_ray_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match="package ray"), open_executor(ExecutorConfig(kind=ExecutorKind.ray)):
+        pass
 
 
 class FakeCaptioner:

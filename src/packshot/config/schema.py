@@ -55,7 +55,7 @@ Tuning = Names("Tuning", ["full", "frozen_vision", "language_lora", "cross_atten
 ProductTarget = Names("ProductTarget", ["none", "box", "outline", "mask"])
 Constraint = Names("Constraint", ["none", "scene"])
 WeightDtype = Names("WeightDtype", ["float32", "bfloat16", "float16"])
-ExecutorKind = Names("ExecutorKind", ["local"])
+ExecutorKind = Names("ExecutorKind", ["local", "ray"])
 Placement = Names("Placement", ["original", "center"])
 KeepBest = Names("KeepBest", ["none", "validation_loss", "extension"])
 Suite = Names("Suite", ["full", "preservation", "scene"])
@@ -373,7 +373,10 @@ class QualityConfig:
 
 @dataclass
 class ExecutorConfig:
-    kind: ExecutorKind = opt(ExecutorKind.local, "where shards are processed")
+    kind: ExecutorKind = opt(
+        ExecutorKind.local,
+        "who works on shards: processes of this machine, or the Ray cluster at RAY_ADDRESS (default: this machine)",
+    )
     workers: int = opt(1, "shards in work at the same time", min=1, max=256)
 
 

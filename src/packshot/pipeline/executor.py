@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -13,11 +15,13 @@ from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
 from packshot.config.schema import ExecutorConfig, ExecutorKind
-from packshot.core.errors import PackshotError
+from packshot.core.errors import ConfigError, PackshotError
 
 Execute = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
+_DEAD_WORKER = "A worker process died (killed, or out of memory)."
+_GO_ON = "Use fewer executor.workers or a smaller shard_size; run.resume=true goes on from here."
 _worker_number: int | None = None
 
 
@@ -60,15 +64,48 @@ def _local(workers: int) -> Iterator[Execute]:
         try:
             yield execute
         except BrokenProcessPool as error:
-            raise PackshotError(
-                "A worker process died (killed, or out of memory).",
-                "Use fewer executor.workers or a smaller shard_size; run.resume=true goes on from here.",
-            ) from error
+            raise PackshotError(_DEAD_WORKER, _GO_ON) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_EXECUTORS = {ExecutorKind.local: _local}
+@contextmanager
+def _ray(workers: int) -> Iterator[Execute]:
+    """Tasks of one CPU on the Ray cluster at RAY_ADDRESS, or on one that is started here and ends with the block.
+
+    Every node needs this package and sees the run's folder and the source under the same paths.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    try:
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+    except ImportError as error:
+        raise ConfigError("executor=ray needs the package ray.", "pip install 'packshot[scale]'") from error
+    local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+    ray.init(log_to_driver=False, logging_level=logging.WARNING, **local)
+
+    def execute(function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
+        task = ray.remote(num_cpus=1, max_retries=0)(function)
+        waiting, running = iter(jobs), []
+        while True:
+            running += [task.remote(job) for job in itertools.islice(waiting, workers - len(running))]
+            if not running:
+                return
+            [ready], running = ray.wait(running, num_returns=1)
+            try:
+                yield ray.get(ready)
+            except RayTaskError as error:
+                raise error.cause from error
+
+    try:
+        yield execute
+    except RayError as error:
+        raise PackshotError(f"{_DEAD_WORKER[:-1]}: {str(error).splitlines()[0]}", _GO_ON) from error
+    finally:
+        ray.shutdown()
+
+
+_EXECUTORS = {ExecutorKind.local: _local, ExecutorKind.ray: _ray}
 
 
 def open_executor(config: ExecutorConfig) -> AbstractContextManager[Execute]:
@@ -76,6 +113,7 @@ def open_executor(config: ExecutorConfig) -> AbstractContextManager[Execute]:
 
     function, jobs: picklable. What a function raises comes out of ``execute``; jobs not yet started are dropped.
     Raises:
+        ConfigError: executor=ray without the package.
         PackshotError: (on leaving the block) a worker died.
     """
     return _EXECUTORS[config.kind](config.workers)

@@ -106,7 +106,7 @@ def _jobs(
     ledger: Ledger,
 ) -> list[_Job]:
     """A job per shard: over the items for the first step, over the files of all steps before it for the others."""
-    jobs = []
+    jobs, folder = [], folder.absolute()  # a worker elsewhere stands in another folder
     for shard, items in enumerate(shards):
         inputs: list[Any] = [{**item, "index": index} for index, item in enumerate(items)]
         digest: str | Callable[[Sequence[Any]], str] = fingerprint
