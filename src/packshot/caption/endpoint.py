@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +16,7 @@ from packshot.caption.captioner import Captioner
 from packshot.caption.target import mark
 from packshot.config.schema import CaptionerConfig, Constraint, ProductTarget
 from packshot.core.errors import ConfigError
+from packshot.core.pictures import data_url
 from packshot.scene import Scene
 from packshot.scene.grammar import HEAD
 
@@ -70,7 +69,7 @@ def _ask(client: openai.OpenAI, captioner: CaptionerConfig, constraint: Constrai
     text = _INSTRUCTION.format(prompt=captioner.prompt)
     content: list[Any] = [
         {"type": "text", "text": text},
-        {"type": "image_url", "image_url": {"url": _data_url(image)}},
+        {"type": "image_url", "image_url": {"url": data_url(image.convert("RGB"), LONGEST_SIDE, quality=92)}},
     ]
     try:
         answer = client.chat.completions.create(
@@ -91,11 +90,3 @@ def _ask(client: openai.OpenAI, captioner: CaptionerConfig, constraint: Constrai
     if constraint is Constraint.scene:  # its decoding is out of reach: what it says is read, and written anew
         words = Scene.parse(words).scene.render()
     return Caption(words, truncated=choice.finish_reason == "length")
-
-
-def _data_url(image: Image) -> str:
-    small = image.convert("RGB")
-    small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=92)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -6,9 +6,7 @@ model's own captions dealt to other images show how much of its score comes from
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +16,12 @@ import numpy as np
 from PIL import Image
 
 from packshot.caption.adapter import Caption
+from packshot.core.pictures import data_url
 from packshot.core.storage import replacing_file
 from packshot.scene import SLOTS, Scene, SceneSyntaxError
 from packshot.scene.scores import SlotScore, mean_scores, paired, product_words, score, token_f1
+
+THUMBNAIL = 320  # px, longer side
 
 _COUNTED = [slot for slot in SLOTS if slot != "style"]
 
@@ -203,18 +204,9 @@ def _article(image: Image.Image, name: str, caption: Caption, truth: Scene) -> s
     wrong = ", ".join(f"{slot} {scores[slot].soft:.2f}" for slot in SLOTS if scores[slot].soft < 1) or "none"
     note = " (cut at the longest length)" if caption.truncated else ""
     return (
-        f'<article><img alt="{html.escape(name)}" src="{data_url(image)}"><dl>'
+        f'<article><img alt="{html.escape(name)}" src="{data_url(image, THUMBNAIL)}"><dl>'
         f"<dt>{html.escape(name)}, soft F1 {soft_f1(caption.text, truth):.2f}</dt>"
         f'<dd class="wrong">{wrong}</dd>'
         f"<dt>Truth</dt><dd>{html.escape(truth.render())}</dd>"
         f"<dt>Caption{note}</dt><dd>{html.escape(caption.text)}</dd></dl></article>"
     )
-
-
-def data_url(image: Image.Image) -> str:
-    """A picture of at most 320 px for a page that needs no other file."""
-    small = image.copy()
-    small.thumbnail((320, 320))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

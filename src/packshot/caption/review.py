@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from packshot.caption.data import CONFIDENCE_COLUMN, ERROR_COLUMN
-from packshot.caption.evaluate import data_url
+from packshot.caption.evaluate import THUMBNAIL
 from packshot.core.errors import ConfigError
+from packshot.core.pictures import data_url
 from packshot.core.storage import replacing_file
 from packshot.data.dataset import Rows
 from packshot.scene import Scene
@@ -58,7 +59,7 @@ def write_review(folder: Path, samples: list[tuple[dict[str, Any], str]], datase
         table.writerow(COLUMNS)
         table.writerows([row["id"], why, row["text"] or "", ""] for row, why in samples)
     articles = "\n".join(
-        f'<article><img alt="" src="{data_url(row["image"])}"><div><p class="doubt">{html.escape(why)}</p>'
+        f'<article><img alt="" src="{data_url(row["image"], THUMBNAIL)}"><div><p class="doubt">{html.escape(why)}</p>'
         f"<p>{html.escape(row['text'] or '')}</p><code>{html.escape(str(row['id']))}</code></div></article>"
         for row, why in samples
     )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from packshot.core.pictures import data_url
 from packshot.core.storage import replacing_file
 from packshot.infer.certificate import LAYERS, load_certificates
 
@@ -46,19 +45,10 @@ def page(title: str, body: str) -> str:
     return f"<!doctype html><html lang=en><head>{head}</head><body>{body}</body></html>"
 
 
-def data_uri(image: Image.Image) -> str:
-    """A thumbnail as a data URI: PNG with transparency, JPEG without."""
-    small = ImageOps.contain(image, (THUMBNAIL, THUMBNAIL)) if max(image.size) > THUMBNAIL else image
-    clear = small.mode == "RGBA"
-    buffer = io.BytesIO()
-    small.save(buffer, "PNG") if clear else small.convert("RGB").save(buffer, "JPEG", quality=88)
-    return f"data:image/{'png' if clear else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 def picture(file: Path, base: Path, alt: str) -> str:
     """``<img>`` with the thumbnail, linked to the file by a path relative to the report's folder ``base``."""
     with Image.open(file) as image:
-        tag = f'<img src="{data_uri(image)}" alt="{html.escape(alt)}" loading="lazy">'
+        tag = f'<img src="{data_url(image, THUMBNAIL)}" alt="{html.escape(alt)}" loading="lazy">'
     if not file.is_relative_to(base):
         return tag
     return f'<a href="{html.escape(quote(file.relative_to(base).as_posix()))}">{tag}</a>'
