@@ -28,7 +28,7 @@ from packshot.methods.ip_adapter_file import read_original, to_original
 from packshot.models.load import load_parts
 from packshot.models.shapes import meta_parts
 from packshot.scene import Scene
-from packshot.train.encode import MOST_KIN, Encoder, Examples, choose_kin, lent
+from packshot.train.encode import MOST_KIN, Encoder, Examples, choose_kin
 from packshot.train.plan import make_plan
 from packshot.train.task import DiffusionTask
 from packshot.train.validation import hold, sample_picture
@@ -64,7 +64,7 @@ def alike(rows):
 
 def make_task(rows, folder=None, **settings):
     """The task of an IP-Adapter and its samples; without a folder they are encoded at each access."""
-    config = TrainIPAdapter(method=IPAdapterMethod(image_dropout=0, **settings))
+    config = TrainIPAdapter(method=IPAdapterMethod(**{"image_dropout": 0, "lent_share": 1, **settings}))
     parts = load_parts(config.model)
     method = METHODS[IPAdapterMethod](parts, config.method)
     examples = Examples(rows, Encoder(parts, method, 128, config.data), folder)
@@ -134,8 +134,22 @@ def test_the_reference_is_another_sample_of_the_look_drawn_anew_at_each_access(a
 def test_a_drawn_reference_does_not_depend_on_the_order_of_the_set(alike, rows):
     backwards = Chosen(rows, alike._indices[::-1])
     key = SampleKey(0, 5, alike.ids[0])
-    (_, here), (_, there) = make_task(alike), make_task(backwards)
-    assert torch.equal(lent(here[0]["encoded"], key)["reference"], lent(there[3]["encoded"], key)["reference"])
+    here, there = make_task(alike), make_task(backwards)
+    drawn = [
+        task.method.condition(None, examples[index]["encoded"], key)["reference"]
+        for (task, examples), index in ((here, 0), (there, 3))
+    ]
+    assert torch.equal(*drawn)
+
+
+def test_another_reference_is_lent_as_often_as_asked_for(alike):
+    for share, expected in ((0.0, 0), (0.5, 20), (1.0, 40)):
+        task, examples = make_task(alike, lent_share=share)
+        encoded = list(examples[0]["encoded"])
+        keys = [SampleKey(0, epoch, alike.ids[0]) for epoch in range(40)]
+        drawn = [task.method.condition(None, encoded, key)["reference"] for key in keys]
+        lent = sum(not torch.equal(reference, encoded[0]["reference"]) for reference in drawn)
+        assert abs(lent - expected) <= (6 if share == 0.5 else 0)
 
 
 def test_a_sample_is_its_own_reference_if_that_is_asked_for(alike):
@@ -183,7 +197,7 @@ class Drawn(Exception):
     """Raised in place of a picture."""
 
 
-def test_validation_draws_with_the_reference_of_the_first_of_its_kin(alike):
+def test_validation_draws_with_the_reference_of_the_last_of_its_kin(alike):
     task, examples = make_task(alike)
     held = hold(examples, 0, torch.device("cpu"))
 
@@ -197,7 +211,7 @@ def test_validation_draws_with_the_reference_of_the_first_of_its_kin(alike):
         sample_picture(task, Pipeline(), held, {}, seed=0)
     null, reference = caught.value.args[0][:, 0]
     assert torch.equal(null, task.method.null_reference)
-    assert whose(examples, reference) == examples.kin[0][0] != 0
+    assert whose(examples, reference) == examples.kin[0][-1] != 0
 
 
 # ---- weights to start from ----

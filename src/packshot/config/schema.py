@@ -217,8 +217,15 @@ class IPAdapterMethod:
     reference: ReferenceSource = opt(
         ReferenceSource.look,
         "the picture a sample is trained with: self, its own without the product; or, so that a reference's content is "
-        "not learnt, another sample's: with its surface and mood (look), or surface and background (place); its own "
-        "where there is no other",
+        "not learnt, in lent_share of the cases another sample's: with its surface and mood (look), or surface and "
+        "background (place)",
+    )
+    lent_share: float = opt(
+        0.5,
+        "share of samples that are trained with another's reference, where reference=look|place finds one; the others "
+        "with their own, which says more",
+        min=0,
+        max=1,
     )
     image_dropout: float = opt(0.05, "share of samples without the reference", min=0, max=1)
     scale: float = opt(1.0, "weight of the image tokens in training", min=0, max=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,11 +37,11 @@ class Method(Protocol):
         """Names whatever ``encode`` depends on besides the sample (encoder weights, variant)."""
         ...
 
-    def condition(self, sample: Any, encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
+    def condition(self, sample: Any, encoded: Sequence[dict[str, Tensor]], key: SampleKey) -> dict[str, Tensor]:
         """Extra conditioning of one access, no batch dimension; dropout is drawn from ``key``.
 
         sample: the framed sample if the method reads pictures, else None. encoded: the results of ``encode`` for the
-            sample itself, or for one of its kin if it has any.
+            sample itself, and after it for its kin, each read or made when it is asked for.
         """
         ...
 
@@ -53,7 +53,7 @@ class Method(Protocol):
         """A stock pipeline with the adapter in its present state, for validation pictures."""
         ...
 
-    def pipeline_inputs(self, sample: Any, encoded: dict[str, Tensor]) -> dict[str, Any]:
+    def pipeline_inputs(self, sample: Any, encoded: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """Extra call arguments of that pipeline for one validation sample; arguments as of ``condition``."""
         ...
 

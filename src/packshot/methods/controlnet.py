@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
@@ -76,7 +77,7 @@ class ControlNet(nn.Module):
         maps = [control.draw(view, shift) for control in self.controls]
         return [torch.from_numpy(np.ascontiguousarray(map_HWC.transpose(2, 0, 1))) for map_HWC in maps]
 
-    def condition(self, sample: Any, encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
+    def condition(self, sample: Any, encoded: Sequence[dict[str, Tensor]], key: SampleKey) -> dict[str, Tensor]:
         """``control_0`` and so on, one for each ControlNet: (3, H, W) at image resolution; [0, 1], and -1 for unknown
         pixels of inpaint. In all of them the product's outline is moved by up to ``method.mask_jitter`` px: masks of
         photographs are never exact, and a network that has only seen exact ones takes an error for the product."""
@@ -114,7 +115,7 @@ class ControlNet(nn.Module):
         nets = MultiControlNetModel(self._nets())
         return StableDiffusionXLControlNetPipeline(**self._parts.pipeline_components(references=False), controlnet=nets)
 
-    def pipeline_inputs(self, sample: Any, encoded: dict[str, Tensor]) -> dict[str, Any]:
+    def pipeline_inputs(self, sample: Any, encoded: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """The control maps of the sample."""
         return {
             "image": [control[None] for control in self._control_maps(sample)],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,10 +89,15 @@ class IPAdapter(nn.Module):
         """Variant and encoder weights."""
         return f"reference-{self.config.variant.name}-{weights_hash(self.image_encoder)}"
 
-    def condition(self, sample: Any, encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
-        """``reference``, or the null reference in ``image_dropout`` of the accesses."""
-        dropped = key.uniform("image_dropout") < self.config.image_dropout
-        return {"reference": self.null_reference if dropped else encoded["reference"]}
+    def condition(self, sample: Any, encoded: Sequence[dict[str, Tensor]], key: SampleKey) -> dict[str, Tensor]:
+        """``reference``: that of a kin in ``lent_share`` of the accesses if there is one, else the sample's own; or the
+        null reference, in ``image_dropout`` of them."""
+        if key.uniform("image_dropout") < self.config.image_dropout:
+            return {"reference": self.null_reference}
+        number, kin = 0, len(encoded) - 1
+        if kin and key.uniform("lent") < self.config.lent_share:
+            number = 1 + int(key.uniform("reference") * kin)
+        return {"reference": encoded[number]["reference"]}
 
     def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The UNet's output with image tokens attended to."""
@@ -106,10 +111,10 @@ class IPAdapter(nn.Module):
 
         return StableDiffusionXLPipeline(**self._parts.pipeline_components())
 
-    def pipeline_inputs(self, sample: Any, encoded: dict[str, Tensor]) -> dict[str, Any]:
-        """The reference, which as in training is that of another sample of the same look if there is one;
-        unconditional half first, as the pipeline expects."""
-        pair = torch.stack([self.null_reference, encoded["reference"]])
+    def pipeline_inputs(self, sample: Any, encoded: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """The reference, that of another sample of the same look if there is one; unconditional half first, as the
+        pipeline expects."""
+        pair = torch.stack([self.null_reference, encoded[-1]["reference"]])
         return {"ip_adapter_image_embeds": [pair.unsqueeze(1).to(self.unet.device, self.unet.dtype)]}
 
     def export(self, folder: Path) -> None:

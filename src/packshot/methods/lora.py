@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +119,7 @@ class Lora(nn.Module):
         """Nothing to distinguish."""
         return ""
 
-    def condition(self, sample: Any, encoded: dict[str, Tensor], key: SampleKey) -> dict[str, Tensor]:
+    def condition(self, sample: Any, encoded: Sequence[dict[str, Tensor]], key: SampleKey) -> dict[str, Tensor]:
         """Nothing besides the prompt."""
         return {}
 
@@ -151,7 +151,7 @@ class Lora(nn.Module):
 
         return StableDiffusionXLPipeline(**self._parts.pipeline_components(references=False) | self._adapted())
 
-    def pipeline_inputs(self, sample: Any, encoded: dict[str, Tensor]) -> dict[str, Any]:
+    def pipeline_inputs(self, sample: Any, encoded: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """Nothing besides the prompt."""
         return {}
 

@@ -21,7 +21,6 @@ from packshot.core.errors import PackshotError
 from packshot.core.run import log
 from packshot.data import buckets, geometry
 from packshot.data.dataset import Rows
-from packshot.diffusion.keyed import SampleKey
 from packshot.models.inpainting import ProductConv, product_channels
 from packshot.models.load import Parts
 from packshot.models.tokens import lost_words
@@ -216,17 +215,12 @@ class Encodings(Sequence[Tensors]):
         return self._read(self._indices[number])
 
 
-def lent(encoded: Sequence[Tensors], key: SampleKey) -> Tensors:
-    """The encodings that one access is conditioned on, drawn by ``key``."""
-    return encoded[int(key.uniform("reference") * len(encoded))]
-
-
 class Examples(Sequence[dict[str, Any]]):
     """A dataset as the loop reads it: encoded samples by index.
 
     Each has the tensors of :meth:`Encoder.latents`, :meth:`Encoder.text` and, if the UNet reads the product,
-    :meth:`Encoder.product`; under ``encoded`` what the method made of
-    its kin, or of itself if it has none (:class:`Encodings`), the embeddings of the empty prompt under ``empty`` and,
+    :meth:`Encoder.product`; under ``encoded`` what the method made of it and, after that, of its kin
+    (:class:`Encodings`), the embeddings of the empty prompt under ``empty`` and,
     if the method reads pictures, the framed sample under ``seen`` (else None). ``groups`` names the bucket of each
     sample. count: use only the first samples of the set.
     """
@@ -253,14 +247,16 @@ class Examples(Sequence[dict[str, Any]]):
 
     @cached_property
     def kin(self) -> list[list[int]]:
-        """The samples whose encodings each is conditioned on instead of its own; see :func:`choose_kin`. Of a set of
-        which only the first are used the others may be among them."""
+        """The samples whose encodings each can be conditioned on instead of its own; see :func:`choose_kin`. Of a set
+        of which only the first are used the others may be among them."""
         kinship, ids = self.encoder.method.kinship, self.rows.ids
         if kinship is None:
             return [[] for _ in self.ids]
         chosen = choose_kin([kinship(self.rows.read(index, ())) for index in range(len(ids))], ids)[: len(self)]
         log.info(
-            "%d of %d samples are shown the reference of another one of their look", sum(map(bool, chosen)), len(self)
+            "%d of %d samples can be shown the reference of another of their look",
+            sum(map(bool, chosen)),
+            len(self),
         )
         return chosen
 
@@ -323,7 +319,7 @@ class Examples(Sequence[dict[str, Any]]):
         example: dict[str, Any] = self._caches["latents"].get(key)
         if "product" in self._caches:
             example |= self._caches["product"].get(key)
-        example["encoded"] = Encodings(self.kin[index] or [index], self._cached_encoding)
+        example["encoded"] = Encodings([index, *self.kin[index]], self._cached_encoding)
         example["seen"] = self.seen(index) if self.encoder.method.pictures else None
         text, empty = (self._text(words) for words in (self.rows.texts[index], ""))
         return {**example, "id": self.ids[index], **text, "empty": empty}
@@ -344,7 +340,7 @@ class Examples(Sequence[dict[str, Any]]):
         return {
             **encoder.latents([seen])[0],
             **(encoder.product([seen])[0] if encoder.shows_product else {}),
-            "encoded": Encodings(self.kin[index] or [index], encoded),
+            "encoded": Encodings([index, *self.kin[index]], encoded),
             "seen": seen if encoder.method.pictures else None,
             "id": self.ids[index],
             **encoder.text([self.rows.texts[index]])[0],

@@ -18,7 +18,7 @@ from packshot.core.progress import clock
 from packshot.core.run import Run, log
 from packshot.core.tracking import NullTracker
 from packshot.diffusion.keyed import SampleKey
-from packshot.train.encode import Examples, lent
+from packshot.train.encode import Examples
 from packshot.train.findings import findings, kept_words, shares
 from packshot.train.loop import fit
 from packshot.train.memory import compile_networks
@@ -87,7 +87,7 @@ def _line(
         ("what the latents decode to", from_vae(vae.decode(latents).sample[0])),
     ]
     notes = []
-    for name, tensor in task.method.condition(seen, lent(sample["encoded"], key), key).items():
+    for name, tensor in task.method.condition(seen, sample["encoded"], key).items():
         if tensor.ndim == 3 and len(tensor) == 3:
             unknown = ", unknown in magenta" if bool((tensor < 0).any()) else ""
             panels.append((f"{name}{unknown}", from_condition(tensor)))

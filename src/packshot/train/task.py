@@ -15,7 +15,7 @@ from packshot.core.errors import PackshotError
 from packshot.diffusion import hold, schedule
 from packshot.diffusion.keyed import SampleKey
 from packshot.models.load import Parts
-from packshot.train.encode import Examples, lent
+from packshot.train.encode import Examples
 from packshot.train.loop import Validated
 from packshot.train.validation import Validator
 
@@ -89,7 +89,7 @@ class DiffusionTask(nn.Module):
             **self._weighed(sample),
             **{name: sample[name] for name in ("product",) if name in sample},
             **self._prompt(sample, key),
-            **self.method.condition(sample["seen"], lent(sample["encoded"], key), key),
+            **self.method.condition(sample["seen"], sample["encoded"], key),
         }
 
     def _weighed(self, sample: dict[str, Any]) -> dict[str, Tensor]:

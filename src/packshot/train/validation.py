@@ -255,7 +255,7 @@ def sample_picture(task: Any, pipeline: Any, held: Held, prompt: dict[str, Tenso
         latents=first_latents(held.known_1CHW, noise, held.held_1HW, shown, pipeline.scheduler, STEPS),
         output_type="latent",
         callback_on_step_end=hold_product(held.known_1CHW, noise, held.held_1HW, shown),
-        **task.method.pipeline_inputs(held.seen, held.sample["encoded"][0]),
+        **task.method.pipeline_inputs(held.seen, held.sample["encoded"]),
     ).images
     vae = pipeline.vae
     with torch.autocast(latents.device.type, enabled=False):
