@@ -31,6 +31,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from packshot.config.schema import GenerateSettings
 from packshot.core.storage import folder_hash, replacing_file, replacing_folder, sha256
+from packshot.data.colour import to_lab
 from packshot.data.dataset import Rows, load_rows
 from packshot.evaluate.distance import cmmd
 from packshot.models.mini.clip import image_embeddings
@@ -189,7 +190,7 @@ def _unit(values: np.ndarray) -> np.ndarray:
 
 def plain_features(image_HW3: np.ndarray) -> np.ndarray:
     """What no network has a part in: colours, steepness and direction of edges, layout; each block of length 1."""
-    lab_HW3 = cv2.cvtColor(image_HW3.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    lab_HW3 = to_lab(image_HW3)
     colours, _ = np.histogramdd(lab_HW3.reshape(-1, 3), bins=(6, 8, 8), range=((0, 100), (-80, 80), (-80, 80)))
     grey_HW = lab_HW3[..., 0]
     dx, dy = (cv2.Sobel(grey_HW, cv2.CV_32F, *order) for order in ((1, 0), (0, 1)))

@@ -5,6 +5,7 @@ import pytest
 
 from packshot.core.errors import PackshotError
 from packshot.data import audit
+from packshot.data.colour import to_lab
 
 
 def test_association_is_one_for_copies_and_about_nothing_for_chance():
@@ -33,9 +34,9 @@ def test_layers_that_belong_together_give_the_photograph():
 
 def test_thumbnails_of_one_colour_apart_by_their_colour_difference():
     grey, red = (np.full((16, 16, 3), color, np.uint8) for color in ((128,) * 3, (128, 0, 0)))
-    a, b = (audit.lab(pixels).ravel()[None] for pixels in (grey, red))
+    a, b = (to_lab(pixels).ravel()[None] for pixels in (grey, red))
     assert audit.distances(a, a) == pytest.approx(0)
-    assert audit.distances(a, b)[0, 0] == pytest.approx(np.linalg.norm(audit.lab(grey)[0, 0] - audit.lab(red)[0, 0]))
+    assert audit.distances(a, b)[0, 0] == pytest.approx(np.linalg.norm(to_lab(grey)[0, 0] - to_lab(red)[0, 0]))
 
 
 def test_a_set_without_layers_is_refused(tmp_path):

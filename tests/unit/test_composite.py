@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from packshot.data.colour import to_lab
 from packshot.infer.colour import ciede2000, delta_e, fit_colour
 from packshot.infer.composite import blend
 from packshot.infer.product import prepare, unmix
@@ -76,6 +77,15 @@ def test_rendered_products_keep_their_true_edge(rows):
     ours, hard = np.concatenate(ours), np.concatenate(hard)
     assert len(ours) > 200
     assert np.median(ours) < 0.6 * np.median(hard)
+
+
+def test_lab_of_a_picture_is_that_of_its_pixels():
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 5, 3), np.uint8)
+    np.testing.assert_allclose(to_lab(pixels.reshape(-1, 3)).reshape(7, 5, 3), to_lab(pixels), atol=0.01)
+    # the corners of sRGB, CIE 1976 with the D65 white of IEC 61966-2-1
+    known = {(255, 255, 255): (100, 0, 0), (255, 0, 0): (53.24, 80.09, 67.20), (0, 0, 255): (32.30, 79.19, -107.86)}
+    for rgb, lab in known.items():
+        np.testing.assert_allclose(to_lab(np.array(rgb, np.uint8)), lab, atol=0.3)
 
 
 def test_colour_fit_recovers_an_affine_drift():

@@ -58,3 +58,8 @@ def test_package_imports_only_what_it_may(package):
 
 def test_every_package_has_its_row():
     assert {path.name for path in SRC.iterdir() if path.is_dir() and path.name != "__pycache__"} <= set(ALLOWED)
+
+
+def test_lab_has_one_conversion():
+    named = [path.relative_to(SRC).as_posix() for path in SRC.rglob("*.py") if "rgb2lab" in path.read_text().lower()]
+    assert named == ["data/colour.py"]

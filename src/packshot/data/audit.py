@@ -21,6 +21,7 @@ from PIL import Image
 
 from packshot.core.errors import PackshotError
 from packshot.core.progress import progress
+from packshot.data.colour import to_lab
 from packshot.data.dataset import Rows, load_rows
 from packshot.data.dedup import find_duplicates, perceptual_hash
 from packshot.scene import Scene
@@ -46,11 +47,6 @@ class Measures:
     truth: dict[str, np.ndarray]
 
 
-def lab(pixels_HWC: np.ndarray) -> np.ndarray:
-    """uint8 sRGB (height, width, 3) to CIELAB, float32."""
-    return cv2.cvtColor(pixels_HWC.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-
-
 def mask_iou(mask_HW: np.ndarray, cutout_HWC: np.ndarray) -> float:
     """Intersection over union of the mask and the cut-out's alpha, both cut at one half."""
     a, b = mask_HW > 127, cutout_HWC[..., 3] > 127
@@ -65,7 +61,7 @@ def recomposed(plate_HWC: np.ndarray, shadow_HW: np.ndarray, cutout_HWC: np.ndar
 
 
 def _delta_e(a_HWC: np.ndarray, b_HWC: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(lab(a_HWC) - lab(b_HWC), axis=-1)
+    return np.linalg.norm(to_lab(a_HWC) - to_lab(b_HWC), axis=-1)
 
 
 def measure(rows: Rows) -> Measures:
@@ -75,7 +71,7 @@ def measure(rows: Rows) -> Measures:
         for row in rows:
             image: Image.Image = row["image"]
             small = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-            thumbnails.append(lab(np.asarray(small)).ravel())
+            thumbnails.append(to_lab(np.asarray(small)).ravel())
             hashes.append(perceptual_hash(image))
             truth.append(_truth(row))
             advance()

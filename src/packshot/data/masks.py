@@ -19,6 +19,7 @@ from scipy.sparse.csgraph import dijkstra
 
 from packshot.config.schema import MatteConfig
 from packshot.core.errors import ConfigError, PackshotError
+from packshot.data.colour import to_lab
 from packshot.data.decode import flatten
 from packshot.data.onnx import load_session
 
@@ -188,19 +189,14 @@ def _shrink(array: np.ndarray, side: int) -> np.ndarray:
     return cv2.resize(array, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def _lab(rgb_HWC: np.ndarray) -> np.ndarray:
-    """CIELAB, L* in [0, 100]: Euclidean distances are perceived differences (ΔE*ab)."""
-    return cv2.cvtColor(rgb_HWC.astype(np.float32) / 255, cv2.COLOR_RGB2Lab)
-
-
 def _saliency(rgb_HWC: np.ndarray) -> np.ndarray:
     """(H, W) in [0, 1]: how much a pixel differs from the frame of the picture; all 0 when nothing does."""
-    flat_HWC = _lab(cv2.pyrMeanShiftFiltering(rgb_HWC, 8, 16))  # texture goes, edges stay
+    flat_HWC = to_lab(cv2.pyrMeanShiftFiltering(rgb_HWC, 8, 16))  # texture goes, edges stay
     geodesic_HW = _geodesic_from_border(flat_HWC)
     top = float(np.percentile(geodesic_HW, 98))
     if top < 4.0:  # ΔE: no region stands out from the border at all
         return np.zeros(rgb_HWC.shape[:2], np.float32)
-    colour_HW = _distance_to_border_colours(_lab(cv2.GaussianBlur(rgb_HWC, (0, 0), 1.5)))
+    colour_HW = _distance_to_border_colours(to_lab(cv2.GaussianBlur(rgb_HWC, (0, 0), 1.5)))
     colour_top = max(float(np.percentile(colour_HW, 98)), 1e-6)
     return (np.clip(geodesic_HW / top, 0, 1) / 2 + np.clip(colour_HW / colour_top, 0, 1) / 2).astype(np.float32)
 
@@ -300,7 +296,7 @@ def evidence(rgb_HWC: np.ndarray, saliency_HW: np.ndarray, raw_HW: np.ndarray, m
     outside. start: agreement (IoU) of the first guess, from saliency alone, with the result, from colours. compact:
     agreement of GrabCut's own result with its cleaned form; noise is speckle. single: share of the largest piece.
     """
-    lab_HWC = _lab(cv2.GaussianBlur(rgb_HWC, (0, 0), 1.0))
+    lab_HWC = to_lab(cv2.GaussianBlur(rgb_HWC, (0, 0), 1.0))
     slopes = [cv2.Sobel(lab_HWC, cv2.CV_32F, dx, dy) for dx, dy in ((1, 0), (0, 1))]
     gradient_HW = np.sqrt((slopes[0] ** 2 + slopes[1] ** 2).sum(-1))
     outline = cv2.morphologyEx(mask_HW.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0

@@ -5,19 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
+
+from packshot.data.colour import to_lab
 
 MIN_PIXELS = 64
 MAX_ERROR_LEFT = 0.6  # share of the median error that a believed fit may leave
 MAX_DRIFT = 0.15  # mean change in [0, 1] units beyond which a fit is not believed
 _RIDGE = 0.01  # variance of colour directions that the product hardly has: there the fit stays the identity
-
-
-def to_lab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB uint8 (..., 3) to CIELAB (D65) float32: L* in [0, 100], a* and b* roughly ±128."""
-    flat = np.ascontiguousarray(rgb.reshape(1, -1, 3), np.float32) / 255
-    return cv2.cvtColor(flat, cv2.COLOR_RGB2Lab).reshape(rgb.shape)
 
 
 def ciede2000(lab_1: np.ndarray, lab_2: np.ndarray) -> np.ndarray:
