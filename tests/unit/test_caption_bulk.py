@@ -115,6 +115,15 @@ def test_an_error_inside_the_model_costs_one_row_not_its_batch(shard, tmp_path):
     assert column(tmp_path / "out.parquet", "caption_error")[1] == "RuntimeError: out of luck"
 
 
+def test_what_is_wrong_for_every_row_ends_the_run_instead_of_filling_the_error_column(shard, tmp_path):
+    def refuse(image):
+        raise ConfigError("captioner.endpoint=http://x refuses: no such key.", "Is OPENAI_API_KEY right?")
+
+    with pytest.raises(ConfigError, match="refuses: no such key"):
+        caption_shard(shard, tmp_path / "out.parquet", Scripted(refuse), "a")
+    assert not (tmp_path / "out.parquet").exists()
+
+
 @pytest.mark.parametrize(
     ("caption", "reason"),
     [

@@ -24,7 +24,7 @@ from packshot.caption.data import (
     read_shard,
     write_captions,
 )
-from packshot.core.errors import PackshotError
+from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.run import log
 from packshot.core.storage import sha256
 from packshot.scene import Scene
@@ -101,11 +101,17 @@ def _caption_rows(table: pa.Table, indices: Sequence[int], captioner: Captioner)
 
 
 def write_rows(samples: dict[int, tuple[Image, Image | None]], captioner: Captioner) -> dict[int, CaptionedRow]:
-    """Captions of (RGB image, mask or None) by index; what fails or may not be used carries its error."""
+    """Captions of (RGB image, mask or None) by index; what fails or may not be used carries its error.
+
+    Raises:
+        ConfigError: what would fail every row alike, such as a server that refuses the key.
+    """
     if not samples:
         return {}
     try:
         captions = captioner.write([image for image, _ in samples.values()], [mask for _, mask in samples.values()])
+    except ConfigError:
+        raise
     except Exception as error:  # whatever a model raises concerns a row; the batch is halved until the row is known
         if len(samples) == 1:
             index = next(iter(samples))
