@@ -13,7 +13,7 @@ from PIL import Image
 
 from packshot.caption.captioner import load_captioner
 from packshot.config.schema import CaptionerConfig, CaptionerKind, Constraint, ModelConfig, ProductTarget
-from packshot.core.errors import ConfigError
+from packshot.core.errors import ConfigError, PackshotError
 
 
 class Server(ThreadingHTTPServer):
@@ -147,6 +147,31 @@ def test_a_dataset_is_captioned_by_a_server_like_by_any_model(server, tmp_path):
 def test_half_a_config_is_refused():
     with pytest.raises(ConfigError, match=r"needs captioner.endpoint and captioner.endpoint_model"):
         load_captioner(ModelConfig(), CaptionerConfig(kind=CaptionerKind.endpoint))
+
+
+def test_a_dataset_behind_a_refused_key_is_not_captioned_row_by_row_with_errors(server, tmp_path):
+    server.script = lambda number, red: (401, "no such key")
+    write_dataset(tmp_path / "data", captions=False)
+    keys = (f"captioner.endpoint={server.address}", "captioner.endpoint_model=small-vl", f"data.input={tmp_path}/data")
+    with pytest.raises(ConfigError, match=r"captioner.endpoint=http.* refuses: .*no such key"):
+        caption_vlm(tmp_path, "run", "captioner=endpoint", *keys, task="caption")
+    assert not list((tmp_path / "run").glob("*.parquet"))
+
+
+def test_a_picture_that_the_server_refuses_is_no_caption_to_be_scored(server, tmp_path):
+    server.script = lambda number, red: (400, "too odd") if number == 1 else (200, CAPTIONS[0 if red else 1])
+    write_dataset(tmp_path / "data")
+    keys = (f"captioner.endpoint={server.address}", "captioner.endpoint_model=small-vl", "captioner.batch_size=1")
+    run = caption_vlm(tmp_path, "run", "captioner=endpoint", *keys, task="evaluate")
+    scores = json.loads((run / "scores.json").read_text())
+    assert (scores["samples"], scores["captioner"]["captions"], scores["unconstrained"]["captions"]) == (4, 3, 4)
+    assert scores["errors"] == {"captioner": {"BadRequestError": 1}, "unconstrained": {}}
+    assert scores["captioner"]["mean"]["exact"] == scores["captioner"]["parse_rate"] == 1.0
+    assert scores["baselines"]["constant_caption"]["captions"] == 3, "on the same pictures"
+    assert "1 pictures have no caption and are not scored (BadRequestError)" in (run / "log.txt").read_text()
+    server.script = lambda number, red: (400, "too odd")
+    with pytest.raises(PackshotError, match="0 of 4 pictures have a caption"):
+        caption_vlm(tmp_path, "none", "captioner=endpoint", *keys, task="evaluate")
 
 
 def test_a_server_cannot_be_trained(tmp_path):

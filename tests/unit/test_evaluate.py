@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from packshot.caption.adapter import Caption
 from packshot.config.compose import compose
 from packshot.core.errors import ConfigError
 from packshot.data.outline import extension_of, grabcut
@@ -137,8 +139,10 @@ def test_suite_preservation_leaves_the_scene_out(finished, tmp_path):
 
 def test_adherence_scores_captions_against_the_request(finished, monkeypatch):
     class Writer:
-        def caption(self, images, masks):
-            return ["Professional photo of an object on a white podium", "Professional photo of an object on grass"]
+        def write(self, images, masks):
+            return [
+                Caption(f"Professional photo of an object on {what}", False) for what in ("a white podium", "grass")
+            ]
 
     monkeypatch.setattr("packshot.evaluate.adherence.load_captioner", lambda *_: Writer())
     [run] = open_runs([str(finished)])
@@ -150,6 +154,21 @@ def test_adherence_scores_captions_against_the_request(finished, monkeypatch):
     shuffled = adherence([samples[0], other], compose("evaluate", []).model, compose("evaluate", []).captioner)
     assert shuffled["scores"]["mean"] == 1
     assert shuffled["baseline"]["scores"]["mean"] == 0
+
+
+def test_a_picture_that_was_not_captioned_is_reported_and_not_scored(finished, monkeypatch):
+    captions = [Caption("Professional photo of an object on a white podium", False), Caption("", False, error="busy")]
+    writer = SimpleNamespace(write=lambda images, masks: captions)
+    monkeypatch.setattr("packshot.evaluate.adherence.load_captioner", lambda *_: writer)
+    [run] = open_runs([str(finished)])
+    samples = [load_sample(run, stem) for stem in run.certificates]
+    scored = adherence(samples, compose("evaluate", []).model, compose("evaluate", []).captioner)
+    assert scored["scores"] == {"surface": 1.0, "mean": 1.0}
+    assert scored["errors"] == {samples[1].stem: "busy"}
+    assert set(scored["captions"]) == {samples[0].stem}
+    captions[0] = Caption("", False, error="away")
+    failed = adherence(samples, compose("evaluate", []).model, compose("evaluate", []).captioner)
+    assert failed == {"measured": False, "reason": "no picture with a request was captioned: away"}
 
 
 def test_folders_that_are_no_runs_are_refused(tmp_path, finished):

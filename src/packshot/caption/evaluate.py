@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from packshot.caption.adapter import Caption
+from packshot.core.errors import PackshotError
 from packshot.core.pictures import data_url
 from packshot.core.storage import replacing_file
 from packshot.scene import SLOTS, Scene, SceneSyntaxError
@@ -35,8 +36,26 @@ def _mean_soft(scores: dict[str, SlotScore]) -> float:
     return float(np.mean([scores[slot].soft for slot in _COUNTED]))
 
 
+def written(captions: Sequence[Caption]) -> tuple[list[int], dict[str, int]]:
+    """Positions of the captions there are, and what stands in place of the others: errors by their first words.
+
+    An error says nothing of what a model sees: scored as an empty caption it would.
+
+    Raises:
+        PackshotError: fewer than two captions, which the baselines need.
+    """
+    kept = [index for index, caption in enumerate(captions) if caption.error is None]
+    if len(kept) < 2:
+        example = next((caption.error for caption in captions if caption.error), "")
+        raise PackshotError(
+            f"{len(kept)} of {len(captions)} pictures have a caption; the first error: {example}",
+            "Two captions or more can be scored.",
+        )
+    return kept, dict(Counter(caption.error.split(":")[0] for caption in captions if caption.error is not None))
+
+
 def measure(captions: Sequence[Caption], truths: Sequence[Scene]) -> dict[str, Any]:
-    """Figures of one set of captions, all in [0, 1].
+    """Figures of one set of captions, none of them an error (see :func:`written`); all but the count in [0, 1].
 
     ``parse_rate``: captions in the strict grammar. ``leakage_rate``: captions that name a product.
     ``truncated_rate``: captions without an end. ``slots``: exact and soft F1 per slot. ``mean``: over the five slots,
@@ -47,6 +66,7 @@ def measure(captions: Sequence[Caption], truths: Sequence[Scene]) -> dict[str, A
     slots: dict[str, Any] = mean_scores(scores)
     mean = {**slots.pop("mean"), "soft_interval_95": _interval([_mean_soft(sample) for sample in scores])}
     return {
+        "captions": len(captions),
         "parse_rate": float(np.mean([_is_strict(caption.text) for caption in captions])),
         "leakage_rate": float(np.mean([bool(product_words(caption.text)) for caption in captions])),
         "truncated_rate": float(np.mean([caption.truncated for caption in captions])),

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 
 from packshot.caption import bulk
+from packshot.caption.adapter import Caption
 from packshot.caption.captioner import (
     base_of,
     caption_rows,
@@ -32,6 +33,7 @@ from packshot.caption.evaluate import (
     soft_f1,
     with_baselines,
     worst_page,
+    written,
 )
 from packshot.caption.review import doubtful, read_corrections, write_review
 from packshot.caption.task import CaptioningTask
@@ -153,29 +155,48 @@ def evaluate(config: CaptionVLM) -> None:
         free = caption_rows(unconstrained(captioner), rows, indices, session.accelerator)
         if not session.run or not session.tracker:
             return
-        samples = [rows.read(index, ()) for index in indices]
-        truths, products = [sample["scene"] for sample in samples], [_category(sample) for sample in samples]
-        scores = with_baselines(captions, truths, constant_caption(known.texts), config.run.seed)
-        scores["unconstrained"] = {**measure(free, truths), "leakage": leakage(free, products)}
-        scores["captioner"]["leakage"] = leakage(captions, products)
-        scores["captioner"]["cider"] = cider([c.text for c in captions], [t.render() for t in truths], known.texts)
-        scores["confusion"] = confusion(captions, truths)
+        scores, worst = _scores(rows, captions, free, known.texts, config.run.seed)
         named = {"samples": len(rows), "data": rows.path, "manifest_sha256": rows.fingerprint()}
         with replacing_file(session.path / "scores.json") as file:
             file.write_text(json.dumps({**named, **scores}, indent=2) + "\n")
-        confusion_page(session.path / "confusion.html", scores["confusion"], len(rows))
-        worst = sorted(indices, key=lambda i: soft_f1(captions[i].text, truths[i]))[:WORST]
+        confusion_page(session.path / "confusion.html", scores["confusion"], scores["captioner"]["captions"])
         samples = [rows[index] for index in worst]
         worst_page(
             session.path / "worst.html",
             [sample["image"] for sample in samples],
             [str(sample["id"])[:16] for sample in samples],
             [captions[index] for index in worst],
-            [truths[index] for index in worst],
+            [sample["scene"] for sample in samples],
         )
         _report(session, scores)
     finally:
         _finish(session)
+
+
+def _scores(
+    rows: Rows, captions: list[Caption], free: list[Caption], texts: list[str], seed: int
+) -> tuple[dict[str, Any], list[int]]:
+    """What ``scores.json`` says of the captions, held to the grammar and free, and the rows with the worst of them."""
+    samples = [rows.read(index, ()) for index in range(len(rows))]
+    truths, products = [sample["scene"] for sample in samples], [_category(sample) for sample in samples]
+    kept, errors = written(captions)
+    free_kept, free_errors = written(free)
+
+    def of(items: list[Any], indices: list[int]) -> list[Any]:
+        return [items[index] for index in indices]
+
+    said, true = of(captions, kept), of(truths, kept)
+    scores = with_baselines(said, true, constant_caption(texts), seed)
+    scores["captioner"]["leakage"] = leakage(said, of(products, kept))
+    scores["captioner"]["cider"] = cider([c.text for c in said], [t.render() for t in true], texts)
+    said_free = of(free, free_kept)
+    scores["unconstrained"] = {
+        **measure(said_free, of(truths, free_kept)),
+        "leakage": leakage(said_free, of(products, free_kept)),
+    }
+    scores["errors"] = {"captioner": errors, "unconstrained": free_errors}
+    scores["confusion"] = confusion(said, true)
+    return scores, sorted(kept, key=lambda i: soft_f1(captions[i].text, truths[i]))[:WORST]
 
 
 def _category(sample: dict[str, Any]) -> str:
@@ -195,6 +216,9 @@ def _report(session: Session, scores: dict[str, Any]) -> None:
     }
     session.run.metrics({"step": 0, **figures})
     session.tracker.log(figures, 0)
+    for name, errors in scores["errors"].items():
+        for error, count in errors.items():
+            log.warning("%s: %d pictures have no caption and are not scored (%s)", name, count, error)
     for name, table in _tables(scores).items():
         log.info(
             "%-17s soft F1 %.3f  exact %.3f  in the grammar %.3f  naming the product %.3f",

@@ -11,6 +11,7 @@ from PIL import Image
 from packshot.caption.captioner import load_captioner
 from packshot.config.schema import CaptionerConfig, ModelConfig
 from packshot.core.errors import PackshotError
+from packshot.core.run import log
 from packshot.evaluate.samples import Sample
 from packshot.scene import SLOTS, Scene
 from packshot.scene.scores import score
@@ -51,8 +52,17 @@ def adherence(samples: Sequence[Sample], model: ModelConfig, captioner: Captione
     except PackshotError as error:
         return {"measured": False, "reason": f"no captioner: {error.args[0]}"}
     images = [Image.fromarray(sample.picture_HW3) for sample in samples]
-    captions = writer.caption(images, [Image.fromarray(sample.matte_HW) for sample in samples])
-    read = [Scene.parse(caption).scene for caption in captions]
+    captions = writer.write(images, [Image.fromarray(sample.matte_HW) for sample in samples])
+    errors = {sample.stem: c.error for sample, c in zip(samples, captions, strict=True) if c.error is not None}
+    texts = {sample.stem: c.text for sample, c in zip(samples, captions, strict=True) if c.error is None}
+    if errors:
+        log.warning(
+            "%d pictures have no caption and are not scored; the first: %s", len(errors), next(iter(errors.values()))
+        )
+    wanted = [scene for sample, scene in zip(samples, wanted, strict=True) if sample.stem in texts]
+    if not any(any(scene.slots().values()) for scene in wanted):
+        return {"measured": False, "reason": f"no picture with a request was captioned: {next(iter(errors.values()))}"}
+    read = [Scene.parse(text).scene for text in texts.values()]
     name, others = baseline_scenes(wanted)
     if others:
         pairs = [(guess, other) for guess, scenes in zip(read, others, strict=True) for other in scenes]
@@ -63,5 +73,6 @@ def adherence(samples: Sequence[Sample], model: ModelConfig, captioner: Captione
         "measured": True,
         "scores": slot_means(read, wanted),
         "baseline": {"kind": name, "scores": baseline},
-        "captions": {sample.stem: caption for sample, caption in zip(samples, captions, strict=True)},
+        "captions": texts,
+        "errors": errors,
     }
