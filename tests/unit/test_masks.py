@@ -186,6 +186,18 @@ def test_an_onnx_network_is_used_at_its_own_size_with_isnet_normalisation(tmp_pa
     np.testing.assert_allclose(np.median(found[truth]), 0.5, atol=1e-6)
 
 
+def test_the_inside_of_a_networks_soft_matte_is_product_and_nothing_else(tmp_path):
+    path = dark_is_product(tmp_path / "dark.onnx", 64)
+    # 4 and 124 are 0.97 and 0.03 to this network: as sure as a sigmoid gets
+    image, truth = product((124, 124, 124), (4, 4, 4), noise=0)
+    mask = find_mask(image, MatteConfig(onnx=path))
+    inner = cv2.erode(truth.astype(np.uint8), np.ones((17, 17), np.uint8)) > 0
+    outer = cv2.dilate(truth.astype(np.uint8), np.ones((17, 17), np.uint8)) == 0
+    assert (np.asarray(mask.to_image())[inner] == 255).all()
+    assert (np.asarray(mask.to_image())[outer] == 0).all()
+    assert np.isin(np.asarray(mask.to_image()), (0, 255), invert=True).any(), "the edge stays soft"
+
+
 def test_an_unsure_network_is_not_believed(tmp_path):
     image, _ = product("white", (90, 90, 90), noise=0)  # 0.3 where the product is
     with pytest.raises(NoProductError, match=r"confidence 0\.00"):

@@ -26,7 +26,7 @@ from packshot.data import card as cards
 from packshot.data.decode import DecodeError, decode_image, flatten
 from packshot.data.dedup import find_duplicates, perceptual_hash
 from packshot.data.depth import estimate_depth
-from packshot.data.masks import MaskFileError, NoProductError, find_mask, load_segmentation
+from packshot.data.masks import ONNX_LEVELS, MaskFileError, NoProductError, find_mask, load_segmentation
 from packshot.data.onnx import load_session
 from packshot.data.quality import check
 from packshot.data.sources import Raw, fingerprint, list_items, read_items
@@ -214,10 +214,10 @@ def _photo_steps(config: BuildData, captions: Sequence[Step]) -> list[Step]:
     return [*steps, *captions, last]
 
 
-def _network_identity(matte: MatteConfig) -> dict[str, str | None]:
-    """Digests of what finds products: another network makes other masks."""
+def _network_identity(matte: MatteConfig) -> dict[str, Any]:
+    """What finds products, by its digest: another network makes other masks."""
     if matte.onnx:
-        return {"onnx": file_sha256(readable("matte.onnx", matte.onnx))}
+        return {"onnx": file_sha256(readable("matte.onnx", matte.onnx)), "levels": ONNX_LEVELS}
     return {"network": folder_hash(readable("matte.network", matte.network)) if matte.network else None}
 
 

@@ -124,6 +124,9 @@ U2NET = (
     np.array([58.395, 57.12, 57.375], np.float32),
 )  # U²-Net, 320 px: ImageNet's
 _NORMALISATION = {1024: ISNET, 320: U2NET}
+# Alpha that becomes 0 and 1. Their last layer is a sigmoid, which ends at .94 to .99 inside a product: taken as it is,
+# a part of the new background would shine through, and no pixel would count as the product's core.
+ONNX_LEVELS = (0.05, 0.95)
 
 
 def load_segmentation(matte: MatteConfig) -> None:
@@ -152,7 +155,12 @@ def _from_onnx(image: Image.Image, path: str) -> Mask:
     certainty = float(np.abs(2 * guess_HW[likely] - 1).mean()) if likely.any() else 0.0
     confidence = min(_ramp(certainty, 0.5, 0.9), _plausible_area(float((guess_HW >= 0.5).mean())))
     alpha_HW = cv2.resize(guess_HW, image.size, interpolation=cv2.INTER_LINEAR)
-    return Mask(alpha_HW, "onnx", confidence)
+    return Mask(_stretched(alpha_HW, *ONNX_LEVELS), "onnx", confidence)
+
+
+def _stretched(alpha_HW: np.ndarray, black: float, white: float) -> np.ndarray:
+    """Alpha with ``black`` and below at 0, ``white`` and above at 1, and a straight line between."""
+    return np.clip((alpha_HW - black) / (white - black), 0, 1)
 
 
 # --- GrabCut ----------------------------------------------------------------------------------------------------------
@@ -342,7 +350,7 @@ def _refine(rgb_HWC: np.ndarray, mask_HW: np.ndarray, radius: int = 3, eps: floa
     sure = (cv2.erode(hard, band), 1 - cv2.dilate(hard, band))
     inside, outside = (cv2.resize(part, full, interpolation=cv2.INTER_NEAREST) > 0 for part in sure)
     # The fit is an average over windows; stretching it back gives whole pixels beside the edge their 0 or 1.
-    alpha_HW = np.clip((alpha_HW - 0.1) / 0.8, 0, 1)
+    alpha_HW = _stretched(alpha_HW, 0.1, 0.9)
     alpha_HW[inside], alpha_HW[outside] = 1.0, 0.0
     return alpha_HW.astype(np.float32)
 
