@@ -168,6 +168,17 @@ def test_every_rejected_sample_is_kept_with_its_reason_and_measure(photos, tmp_p
     assert len(rows(out)) == 7
 
 
+def test_a_raised_limit_of_pixels_holds_for_every_step_and_for_masks(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr("packshot.data.build.MAX_PIXELS", 1000)
+    (tmp_path / "masks").mkdir()
+    given = Image.new("L", (96, 80))
+    given.paste(255, (10, 10, 50, 50))
+    given.save(tmp_path / "masks" / "0.png")
+    out = run(photos / "0.png", tmp_path / "out", f"source.masks={tmp_path}/masks", "quality.max_pixels=7680")
+    assert [row["source"] for row in rows(out)] == ["photos/0.png"]
+
+
 def test_near_duplicates_across_shards_lose_against_the_earlier_one(photos, tmp_path):
     photo(1).resize((192, 160)).save(photos / "z.jpg", quality=80)
     for name, extra in (("one", ["shard_size=2"]), ("two", ["shard_size=2", "executor.workers=2"])):

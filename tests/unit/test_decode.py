@@ -122,7 +122,21 @@ def test_heic_is_named():
 def test_decompression_bombs_are_refused_before_decoding(monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("pixels were decompressed"))
     assert reason(encode(Image.new("1", (3000, 3000)), "PNG"), max_pixels=1_000_000) == "too_many_pixels"
-    assert reason(encode(Image.new("1", (20_000, 10_000)), "PNG"), max_pixels=10**9) == "too_many_pixels"
+    assert reason(encode(Image.new("1", (20_000, 10_000)), "PNG"), max_pixels=50_000_000) == "too_many_pixels"
+
+
+def test_the_limit_may_be_above_pillows_own_which_stays_as_it_is(monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert decode_image(encode(picture(40, 24), "PNG"), "x", max_pixels=960).size == (40, 24)
+    assert reason(encode(picture(40, 25), "PNG"), max_pixels=960) == "too_many_pixels"
+    assert Image.MAX_IMAGE_PIXELS == 100
+    assert [str(warning.message) for warning in recwarn if "(960 pixels)" in str(warning.message)] == []
+
+
+def test_whoever_is_refused_for_size_is_not_sent_to_a_key_that_script_lacks():
+    with pytest.raises(DecodeError) as caught:
+        decode_image(encode(picture(), "PNG"), "shoe.png", max_pixels=100)
+    assert "quality.max_pixels" not in caught.value.hint
 
 
 def test_content_decides_not_the_extension(tmp_path):

@@ -23,7 +23,7 @@ from packshot.core.run import log, open_run
 from packshot.core.storage import file_sha256, folder_hash, readable, replacing_file, sha256
 from packshot.core.tracking import open_tracker
 from packshot.data import card as cards
-from packshot.data.decode import DecodeError, decode_image, flatten
+from packshot.data.decode import MAX_PIXELS, DecodeError, decode_image, flatten, open_up_to
 from packshot.data.dedup import find_duplicates, perceptual_hash
 from packshot.data.depth import estimate_depth
 from packshot.data.masks import ONNX_LEVELS, MaskFileError, NoProductError, find_mask, load_segmentation
@@ -70,8 +70,8 @@ def png(image: Image.Image) -> Sample:
 
 
 def open_png(value: Sample) -> Image.Image:
-    """Inverse of :func:`png`."""
-    return Image.open(io.BytesIO(value["bytes"]))
+    """Inverse of :func:`png`, of any size: what is too large was left out before."""
+    return open_up_to(None, value["bytes"])
 
 
 def without_product(text: str) -> Outcome:
@@ -139,10 +139,13 @@ def _mask(samples: list[Sample], matte: MatteConfig) -> list[Outcome]:
 
 
 def _mask_one(sample: Sample, matte: MatteConfig) -> Outcome:
-    name = sample["source"]
+    name, image = sample["source"], open_png(sample["image"])
+    limit = max(MAX_PIXELS, image.width * image.height)  # a mask may be as large as its picture
     try:
-        given = decode_image(sample["mask_file"], f"the mask of {name}") if sample["mask_file"] is not None else None
-        found = find_mask(open_png(sample["image"]), matte, given, name)
+        given = None
+        if sample["mask_file"] is not None:
+            given = decode_image(sample["mask_file"], f"the mask of {name}", limit)
+        found = find_mask(image, matte, given, name)
     except NoProductError as error:
         return Outcome({}, "no_product", f"confidence {error.confidence:.2f}", kept=False)
     except (DecodeError, MaskFileError) as error:

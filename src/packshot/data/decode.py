@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ IMAGE_SUFFIXES = frozenset(
     ".png .jpg .jpeg .jpe .jfif .webp .tif .tiff .bmp .gif .ppm .pgm .avif .jp2 .heic .heif".split()
 )
 MAX_PIXELS = 120_000_000
+_OPENING = threading.Lock()
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 
@@ -55,14 +57,14 @@ def decode(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) -> tup
         DecodeError: empty, unreadable, no image, an unsupported format, too large, truncated or damaged.
     """
     data = _read(source, name)
-    image = _open(data, name)
+    image = _open(data, name, max_pixels)
     width, height = image.size
     if width * height > max_pixels:
         raise DecodeError(
             f"{name} has {width}x{height} pixels, more than {max_pixels}.",
             "too_many_pixels",
             f"{width}x{height}",
-            "Scale it down, or raise the limit (quality.max_pixels).",
+            "Scale it down.",
         )
     try:
         image.load()
@@ -87,6 +89,17 @@ def normalize(image: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
     return _to_eight_bit(ImageOps.exif_transpose(image), name, steps), steps
 
 
+def open_up_to(max_pixels: int | None, data: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """``Image.open`` with a limit of one's own (None: none) in place of Pillow's, which is the process's and no larger
+    than 179 megapixels: beyond twice ``max_pixels`` it raises ``Image.DecompressionBombError``."""
+    with _OPENING:
+        usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+        try:
+            return Image.open(io.BytesIO(data), formats=formats)
+        finally:
+            Image.MAX_IMAGE_PIXELS = usual
+
+
 def flatten(image: Image.Image) -> Image.Image:
     """RGB over white. Opaque pixels keep their bytes; colours hidden under alpha 0 vanish."""
     if image.mode != "RGBA":
@@ -106,7 +119,7 @@ def _read(source: Path | bytes, name: str) -> bytes:
     return source
 
 
-def _open(data: bytes, name: str) -> Image.Image:
+def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
         raise DecodeError(
             f"{name} is a HEIC/HEIF image, which is not supported.",
@@ -115,9 +128,11 @@ def _open(data: bytes, name: str) -> Image.Image:
             "Convert it to JPEG or PNG (heif-convert, or the camera's 'most compatible' setting).",
         )
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return open_up_to(max_pixels, data, FORMATS)
     except Image.DecompressionBombError as error:
-        raise DecodeError(f"{name} is too large: {error}", "too_many_pixels", str(error), "Scale it down.") from error
+        raise DecodeError(
+            f"{name} has more than {max_pixels} pixels.", "too_many_pixels", str(error), "Scale it down."
+        ) from error
     except Exception as error:  # an unknown signature, or a known one before a broken header
         raise DecodeError(
             f"{name} is not an image in a known format (it starts with {data[:12]!r}).",
