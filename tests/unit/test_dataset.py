@@ -39,6 +39,45 @@ def test_rows_decode_images_masks_and_scenes(tmp_path):
     assert [row["id"] for row in rows[:2]] == ["a", "b"]
 
 
+def test_rows_without_a_licence_are_counted_as_unknown(tmp_path):
+    rows = load_rows("data.train", write(tmp_path, license=pa.array([None, "MIT"], pa.string())))
+    assert rows.licenses == ["MIT", "unknown"]
+    assert rows[0]["license"] is None
+
+
+def test_pictures_lie_upright_whatever_their_camera_wrote(tmp_path):
+    sideways = Image.new("RGB", (8, 6), "white")
+    sideways.paste("red", (0, 0, 1, 6))  # the first column, which is the top row after a turn by 90 degrees
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    sideways.save(buffer, "PNG", exif=exif)
+    turned = {"bytes": buffer.getvalue(), "path": None}
+    rows = load_rows("data.train", write(tmp_path, image=[turned, png()], mask=[turned, png("L", 255)]))
+    assert rows[0]["image"].size == rows[0]["mask"].size == (6, 8)
+    assert rows[0]["image"].getpixel((5, 0)) == (255, 0, 0)
+    assert rows[0]["image"].getpixel((5, 1)) == (255, 255, 255)
+    assert rows.sizes == [(8, 6), (6, 8)]
+
+
+def test_depth_of_16_bits_is_scaled_not_clipped(tmp_path):
+    deep = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
+    buffer = io.BytesIO()
+    Image.fromarray(deep).save(buffer, "PNG")
+    path = write(tmp_path, depth=[{"bytes": buffer.getvalue(), "path": None}, png("L", 7)])
+    rows = load_rows("data.train", path)
+    np.testing.assert_array_equal(np.asarray(rows[0]["depth"]), np.round(deep / 257))
+    assert rows[1]["depth"].getpixel((0, 0)) == 7
+
+
+def test_depth_without_a_white_level_names_its_sample(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((6, 8), 0.5, np.float32)).save(buffer, "TIFF")
+    rows = load_rows("data.train", write(tmp_path, depth=[png("L", 7), {"bytes": buffer.getvalue(), "path": None}]))
+    with pytest.raises(PackshotError, match=r"sample b has a broken depth .*no rule maps to black and white"):
+        rows[1]
+
+
 def test_transparent_pixels_come_out_white(tmp_path):
     path = write(tmp_path, image=[png("RGBA", (200, 0, 0, 0)), png()])
     assert load_rows("data.train", path)[0]["image"].getpixel((0, 0)) == (255, 255, 255)

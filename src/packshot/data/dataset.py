@@ -10,17 +10,18 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow.compute as pc
-from PIL import Image
+from PIL import Image, ImageOps
 
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.run import log
 from packshot.core.storage import readable
 from packshot.data import corrections
-from packshot.data.decode import flatten
+from packshot.data.decode import DecodeError, flatten, high_depth_to_uint8, is_high_depth
 from packshot.data.spool import read_tables
 from packshot.scene import Scene
 
 _DIGEST = re.compile("[0-9a-f]{64}")
+UNKNOWN_LICENSE = "unknown"  # as source.license has it where nothing is said
 _IMAGES = {"image": "RGB", "plate": "RGB", "cutout": "RGBA", "mask": "L", "shadow": "L", "depth": "L"}
 
 
@@ -37,7 +38,8 @@ class Rows(Sequence[dict[str, Any]]):
         self._table, self._pictures, self._places = table, pictures, places
         self.ids: list[str] = table.column("id").to_pylist()
         self.texts: list[str] = table.column("text").to_pylist()
-        self.licenses = sorted(set(table.column("license").to_pylist())) if "license" in table.column_names else []
+        named = table.column("license").to_pylist() if "license" in table.column_names else []
+        self.licenses = sorted({str(name or UNKNOWN_LICENSE) for name in named})
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,11 +70,15 @@ class Rows(Sequence[dict[str, Any]]):
         mode = _IMAGES[name]
         try:
             image = Image.open(io.BytesIO(row[name]["bytes"]))
+            ImageOps.exif_transpose(image, in_place=True)  # pictures that build_data.py did not turn upright
+            if is_high_depth(image):
+                image = Image.fromarray(high_depth_to_uint8(image, name))
             # over white: a plain conversion would show the colours that transparency hides
             return flatten(image.convert("RGBA")) if mode == "RGB" and "A" in image.mode else image.convert(mode)
-        except (OSError, KeyError, TypeError) as error:
+        except (OSError, KeyError, TypeError, DecodeError, Image.DecompressionBombError) as error:
             raise PackshotError(
-                f"{self.path}: sample {row['id']} has a broken {name} ({error}).", "Build the dataset again."
+                f"{self.path}: sample {row['id']} has a broken {name} ({str(error).splitlines()[0]}).",
+                "Build the dataset again.",
             ) from error
 
     @cached_property

@@ -144,9 +144,9 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
 
 def _to_eight_bit(image: Image.Image, name: str, steps: list[str]) -> Image.Image:
     """RGB or RGBA; appends to ``steps`` what was done."""
-    if image.mode.startswith("I") or image.mode == "F":
+    if is_high_depth(image):
         steps.append("16 bits to 8 per channel")
-        return Image.fromarray(_high_depth_to_uint8(image, name)).convert("RGB")
+        return Image.fromarray(high_depth_to_uint8(image, name)).convert("RGB")
     profile = image.info.get("icc_profile")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -159,8 +159,17 @@ def _to_eight_bit(image: Image.Image, name: str, steps: list[str]) -> Image.Imag
     return _to_srgb(image if image.mode == "CMYK" else image.convert("RGB"), profile, name, steps)
 
 
-def _high_depth_to_uint8(image: Image.Image, name: str) -> np.ndarray:
-    """(H, W) grey samples of 16 bits (whatever integer mode Pillow holds them in) as uint8."""
+def is_high_depth(image: Image.Image) -> bool:
+    """Whether its samples have more than 8 bits. Pillow's own conversion of them clips at 255."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def high_depth_to_uint8(image: Image.Image, name: str) -> np.ndarray:
+    """(H, W) grey samples of 16 bits (whatever integer mode Pillow holds them in) as uint8.
+
+    Raises:
+        DecodeError: samples that are no whole numbers from 0 to 65535.
+    """
     grey_HW = np.asarray(image)
     if image.mode == "F" or grey_HW.min() < 0 or grey_HW.max() > 65535:
         span = f"{image.mode}: {grey_HW.min():g} to {grey_HW.max():g}"

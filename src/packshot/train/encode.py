@@ -27,7 +27,7 @@ from packshot.models.tokens import lost_words
 from packshot.train.cache import Job, TensorCache, Tensors, content_key
 from packshot.train.memory import return_freed_memory
 
-VERSION = 3  # raise it when the same sample gives other tensors
+VERSION = 4  # raise it when the same sample gives other tensors
 ENCODE_BATCH = 8  # pictures that go through an encoder together
 TEXT_BATCH = 32
 MOST_KIN = 8  # other samples whose encodings a sample may be conditioned on
