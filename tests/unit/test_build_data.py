@@ -23,6 +23,7 @@ from packshot.config.schema import ExecutorConfig, ExecutorKind
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.data.dataset import load_rows
 from packshot.data.dedup import find_duplicates, hamming, perceptual_hash
+from packshot.data.files import pair_masks
 from packshot.data.quality import sharpness
 from packshot.pipeline.executor import open_executor
 from packshot.scene import Scene
@@ -218,12 +219,60 @@ def test_mask_files_are_used_and_bad_ones_rejected(photos, tmp_path):
     given.save(masks / "0.png")
     given.save(masks / "more" / "5.png")
     given.resize((48, 40)).save(masks / "1.png")
+    for name in ("2.jpg", "3.tif"):
+        given.save(masks / name)
+    (masks / "3.txt").write_text("drawn on Monday")
     out = run(photos, tmp_path / "out", f"source.masks={masks}")
     stored = {row["source"]: Image.open(io.BytesIO(row["mask"]["bytes"])) for row in rows(out)}
-    for name in ("photos/0.png", "photos/more/5.png"):
+    assert set(stored) == {"photos/0.png", "photos/2.png", "photos/3.png", "photos/more/5.png"}
+    for name in ("photos/0.png", "photos/3.png", "photos/more/5.png"):
         np.testing.assert_array_equal(np.asarray(stored[name]), np.asarray(given))
     assert rejected(out)["1.png"]["reason"] == "bad_mask"
     assert "48x40" in rejected(out)["1.png"]["measure"]
+    assert rejected(out)["4.png"]["reason"] == "no_mask", "a mask is not guessed where others are given"
+    assert rejected(out)["4.png"]["measure"] == "source.masks has no 4.*"
+
+
+def test_masks_that_belong_to_no_image_or_to_one_image_twice_are_config_errors(photos, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    Image.new("L", (96, 80), 255).save(masks / "zero_mask.png")
+    with pytest.raises(ConfigError, match=r"source.masks=.*masks has a mask for none of the 6 images") as caught:
+        run(photos, tmp_path / "out", f"source.masks={masks}")
+    assert "Looked for 0.* and the like; it holds zero_mask.png" in caught.value.hint
+    for name in ("0.png", "0.tif"):
+        Image.new("L", (96, 80), 255).save(masks / name)
+    with pytest.raises(ConfigError, match=r"source.masks=.*has several masks for 0.png: 0.png, 0.tif"):
+        run(photos, tmp_path / "out", f"source.masks={masks}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_beside_a_parquet_that_has_its_own_are_refused(photos, tmp_path):
+    first = run(photos / "0.png", tmp_path / "first")
+    with pytest.raises(ConfigError, match=r"source.masks=.* would not be looked at: source.path=.*first holds Parquet"):
+        run(first, tmp_path / "out", f"source.masks={photos}")
+
+
+def test_two_pictures_of_one_stem_each_have_the_mask_of_their_name():
+    names = ["a.jpg", "a.png", "b.jpg"]
+    assert pair_masks("mask", names, ["a.jpg", "a.png", "b.png"]) == {
+        "a.jpg": "a.jpg",
+        "a.png": "a.png",
+        "b.jpg": "b.png",
+    }
+    with pytest.raises(ConfigError, match=r"mask has several masks for a.jpg: a.jpg, a.png"):
+        pair_masks("mask", ["a.jpg"], ["a.jpg", "a.png"])
+
+
+@pytest.mark.parametrize("name", ["lot [2024]", "50% off*", "what?"])
+def test_a_folder_whose_name_looks_like_a_glob_is_a_folder(photos, tmp_path, name):
+    odd = photos.rename(tmp_path / name)
+    (odd / "1.txt").write_text(CAPTION)
+    out = run(odd, tmp_path / "out", "dataset=background")
+    assert [row["source"] for row in rows(out)] == [f"{name}/{n}.png" for n in (0, 1, 2, 3, 4, "more/5")]
+    assert rows(out)[1]["text"] == CAPTION
+    (single,) = rows(run(odd / "1.png", tmp_path / "single", "dataset=background"))
+    assert (single["source"], single["text"]) == (f"{name}/1.png", CAPTION)
 
 
 def test_a_depth_network_adds_a_column_that_the_trainers_read(photos, tmp_path):

@@ -35,7 +35,7 @@ from packshot.infer.certificate import digest, judge, load_certificates, measure
 from packshot.infer.composite import blend
 from packshot.infer.denoise import encode
 from packshot.infer.pipeline import ip_adapter_scales, load_models
-from packshot.infer.product import core_of, prepare
+from packshot.infer.product import core_of, prepare, product_files
 from packshot.infer.references import open_references
 from packshot.infer.run import generate, mask_files
 from packshot.infer.spans import Switch, switching
@@ -533,6 +533,21 @@ def configured(tmp_path, *overrides):
     paths = [f"product={tmp_path}/in", f"mask={tmp_path}/masks", f"run.dir={tmp_path}/run"]
     quick = ["num_images=2", "num_inference_steps=1", "guidance_scale=1", "tracking=none"]
     return compose("generate", [*paths, *quick, "scene.surface=a white podium", *overrides])
+
+
+def test_a_folder_of_masks_may_hold_notes_and_folders_but_not_two_masks_for_one_product(tmp_path):
+    for folder in ("in", "masks"):
+        (tmp_path / folder / "b.png").mkdir(parents=True)
+        Image.new("L", (40, 40)).save(tmp_path / folder / "a.png")
+    (tmp_path / "masks" / "a.txt").write_text("drawn on Monday")
+    (tmp_path / "masks" / "c.txt").write_text("to be drawn")
+    [product] = product_files("product", str(tmp_path / "in"))
+    assert mask_files(str(tmp_path / "masks"), [product]) == {product: tmp_path / "masks" / "a.png"}
+    with pytest.raises(ConfigError, match=r"mask=.*masks has no mask for c.jpg"):
+        mask_files(str(tmp_path / "masks"), [product, tmp_path / "in" / "c.jpg"])
+    Image.new("L", (40, 40)).save(tmp_path / "masks" / "a.tif")
+    with pytest.raises(ConfigError, match=r"mask=.*masks has several masks for a.png: a.png, a.tif"):
+        mask_files(str(tmp_path / "masks"), [product])
 
 
 def test_run_folder_holds_pictures_layers_certificates_and_report(tmp_path):

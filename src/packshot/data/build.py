@@ -29,7 +29,7 @@ from packshot.data.depth import estimate_depth
 from packshot.data.masks import ONNX_LEVELS, MaskFileError, NoProductError, find_mask, load_segmentation
 from packshot.data.onnx import load_session
 from packshot.data.quality import check
-from packshot.data.sources import Raw, fingerprint, list_items, read_items
+from packshot.data.sources import Raw, fingerprint, list_items, mask_pattern, read_items
 from packshot.pipeline import Outcome, Report, Step, run_steps
 from packshot.pipeline.run import rejections
 from packshot.pipeline.shards import split
@@ -134,11 +134,15 @@ def _dedup(samples: list[Sample], max_distance: int) -> list[Outcome]:
     return [judge(position, sample) for position, sample in enumerate(samples)]
 
 
-def _mask(samples: list[Sample], matte: MatteConfig) -> list[Outcome]:
-    return [_mask_one(sample, matte) for sample in samples]
+def _mask(samples: list[Sample], matte: MatteConfig, from_files: bool) -> list[Outcome]:
+    return [_mask_one(sample, matte, from_files) for sample in samples]
 
 
-def _mask_one(sample: Sample, matte: MatteConfig) -> Outcome:
+def _mask_one(sample: Sample, matte: MatteConfig, from_files: bool) -> Outcome:
+    """from_files: masks are drawn by hand (``source.masks``), and none is guessed where one is missing."""
+    if from_files and sample["mask_file"] is None:
+        wanted = mask_pattern(sample["source"].partition("/")[2])
+        return Outcome({}, "no_mask", f"source.masks has no {wanted}", kept=False)
     name, image = sample["source"], open_png(sample["image"])
     limit = max(MAX_PIXELS, image.width * image.height)  # a mask may be as large as its picture
     try:
@@ -204,9 +208,13 @@ def _photo_steps(config: BuildData, captions: Sequence[Step]) -> list[Step]:
     ]
     if product:
         columns = pa.schema([("mask", _IMAGE), ("mask_method", pa.string()), ("mask_confidence", pa.float32())])
+        from_files = config.source.masks is not None
         settings = {**_network_identity(config.matte), "min_confidence": config.matte.min_confidence}
+        settings |= {"from_files": True} if from_files else {}
         reads = ("image", "mask_file", "source")
-        steps.append(Step("mask", 1, settings, columns, partial(_mask, matte=config.matte), reads=reads))
+        steps.append(
+            Step("mask", 1, settings, columns, partial(_mask, matte=config.matte, from_files=from_files), reads=reads)
+        )
     columns = _COLUMNS[config.dataset]
     if product and config.depth.onnx:
         settings = {"onnx": file_sha256(readable("depth.onnx", config.depth.onnx))}

@@ -76,8 +76,9 @@ class Rows(Sequence[dict[str, Any]]):
             # over white: a plain conversion would show the colours that transparency hides
             return flatten(image.convert("RGBA")) if mode == "RGB" and "A" in image.mode else image.convert(mode)
         except (OSError, KeyError, TypeError, DecodeError, Image.DecompressionBombError) as error:
+            reason, _, _ = str(error).partition("\n")
             raise PackshotError(
-                f"{self.path}: sample {row['id']} has a broken {name} ({str(error).splitlines()[0]}).",
+                f"{self.path}: sample {row['id']} has a broken {name} ({reason}).",
                 "Build the dataset again.",
             ) from error
 

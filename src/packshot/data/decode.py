@@ -15,10 +15,6 @@ from packshot.core.run import log
 # Content decides, never the extension. Formats that run code (EPS), have no signature (TGA) or hold no photograph
 # (ICO, fonts) stay out: every decoder that can be reached is one that a stranger's file can attack.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
-# Which files of a folder are offered to the decoder. What they really are, their content says.
-IMAGE_SUFFIXES = frozenset(
-    ".png .jpg .jpeg .jpe .jfif .webp .tif .tiff .bmp .gif .ppm .pgm .avif .jp2 .heic .heif".split()
-)
 MAX_PIXELS = 120_000_000
 _OPENING = threading.Lock()
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")

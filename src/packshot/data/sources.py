@@ -18,7 +18,7 @@ from packshot.config.schema import SourceConfig
 from packshot.core.errors import ConfigError
 from packshot.core.run import log
 from packshot.core.storage import resolve
-from packshot.data.decode import IMAGE_SUFFIXES
+from packshot.data.files import IMAGE_SUFFIXES, is_image, pair_masks
 
 Item = dict[str, Any]
 
@@ -42,31 +42,41 @@ def list_items(source: SourceConfig) -> list[Item]:
     path or stem. A Parquet dataset brings its own ``text``, ``mask`` and ``license`` columns, if it has them.
 
     Raises:
-        ConfigError: nothing there, no image there, a Parquet without images, or no driver for the store.
+        ConfigError: nothing there, no image there, a Parquet without images or beside ``source.masks``, masks of which
+            none or several belong to an image, or no driver for the store.
     """
     fs, root = _open(source.path)
-    if any(char in root for char in "*?["):
-        paths, base = sorted(fs.glob(root)), root[: root.index(next(c for c in root if c in "*?["))].rpartition("/")[0]
-    elif not fs.exists(root):
-        raise ConfigError(f"source.path={source.path}: no such file or folder.", f"Looked for {root}.")
-    elif fs.isdir(root):
-        paths, base = sorted(fs.find(root)), root.rstrip("/")
-    else:
-        paths, base = [root], root.rpartition("/")[0]
+    paths, base = _found(fs, root, source.path)
     tables = [path for path in paths if _is_table(path[len(base) :].lstrip("/"))]
+    if tables and source.masks:
+        raise ConfigError(
+            f"source.masks={source.masks} would not be looked at: source.path={source.path} holds Parquet.",
+            "Its masks are its column 'mask'; leave source.masks out.",
+        )
     if tables:  # a dataset; pictures beside its shards (a contact sheet) belong to its documentation
         return [item for path in tables for item in _table_items(fs, path, base)]
-    images = [path for path in paths if _is_image(path) or path == root]
-    masks = _masks(source)
-    if source.masks:
-        images = [path for path in images if path not in masks.values()]
+    given = _mask_files(source)
+    own = set(given.values())
+    images = [path for path in paths if (is_image(path) or path == root) and fs.unstrip_protocol(path) not in own]
     if not images:
         raise ConfigError(
             f"source.path={source.path} holds no image ({len(paths)} files).",
-            f"Known are {' '.join(sorted(IMAGE_SUFFIXES))} and .parquet.",
+            f"Known are {' '.join(IMAGE_SUFFIXES)} and .parquet.",
         )
+    inside = {path: path[len(base) :].lstrip("/") for path in images}
+    masks = _masks(source, list(inside.values()), given) if source.masks else {}
     known = set(paths)
-    return [_file_item(fs, path, base, known, masks) for path in images]
+    return [_file_item(fs, path, base, known, masks.get(inside[path])) for path in images]
+
+
+def _found(fs: Any, root: str, given: str) -> tuple[list[str], str]:
+    """The files behind a path, sorted, and the folder that their names are relative to."""
+    if fs.exists(root):  # before it is taken for a glob: names may hold brackets
+        return (sorted(fs.find(root)), root.rstrip("/")) if fs.isdir(root) else ([root], root.rpartition("/")[0])
+    wild = next((position for position, char in enumerate(root) if char in "*?["), None)
+    if wild is None:
+        raise ConfigError(f"source.path={given}: no such file or folder.", f"Looked for {root}.")
+    return sorted(fs.glob(root)), root[:wild].rpartition("/")[0]
 
 
 def read_items(items: Sequence[Item]) -> Iterator[Raw]:
@@ -98,39 +108,48 @@ def _is_table(inside: str) -> bool:
     return parts.suffix == ".parquet" and parts.name != "rejected.parquet" and parts.parts[0] != "steps"
 
 
-def _is_image(path: str) -> bool:
-    parts = PurePosixPath(path)
-    return parts.suffix.lower() in IMAGE_SUFFIXES and not parts.name.startswith(".")
-
-
-def _masks(source: SourceConfig) -> dict[str, str]:
-    """Mask files by their path inside ``source.masks``, with and without suffix."""
+def _mask_files(source: SourceConfig) -> dict[str, str]:
+    """URLs of the mask files by their path inside ``source.masks``."""
     if not source.masks:
         return {}
     fs, root = _open(source.masks)
     if not fs.isdir(root):
         raise ConfigError(f"source.masks={source.masks} is no folder.", f"Looked for {root}.")
-    found = {}
-    for path in filter(_is_image, sorted(fs.find(root))):
-        inside = path[len(root) :].lstrip("/")
-        found[str(PurePosixPath(inside).with_suffix(""))] = path
-        found[inside] = path
-    if not found:
+    found = {path[len(root) :].lstrip("/"): fs.unstrip_protocol(path) for path in sorted(fs.find(root))}
+    masks = {inside: url for inside, url in found.items() if is_image(inside)}
+    if not masks:
         raise ConfigError(f"source.masks={source.masks} holds no image.", "One mask per image, with its file name.")
-    return found
+    return masks
 
 
-def _file_item(fs: Any, path: str, base: str, known: set[str], masks: dict[str, str]) -> Item:
+def _masks(source: SourceConfig, images: Sequence[str], given: dict[str, str]) -> dict[str, str]:
+    """URL of the mask of every image that has one; images and masks by their path inside their folders."""
+    pairs = pair_masks(f"source.masks={source.masks}", images, given)
+    if not pairs:
+        raise ConfigError(
+            f"source.masks={source.masks} has a mask for none of the {len(images)} images of source.path.",
+            f"Looked for {mask_pattern(images[0])} and the like; it holds {next(iter(given))} and the like.",
+        )
+    if len(pairs) < len(images):
+        log.warning("source.masks=%s has no mask for %d images", source.masks, len(images) - len(pairs))
+    return {image: given[mask] for image, mask in pairs.items()}
+
+
+def mask_pattern(image: str) -> str:
+    """What is looked for in ``source.masks``, for an image by its path inside the source."""
+    return f"{PurePosixPath(image).with_suffix('')}.*"
+
+
+def _file_item(fs: Any, path: str, base: str, known: set[str], mask: str | None) -> Item:
     inside = path[len(base) :].lstrip("/")
     stem = str(PurePosixPath(path).with_suffix(""))
     text = next((beside for beside in (f"{path}.txt", f"{stem}.txt") if beside in known or fs.exists(beside)), None)
-    mask = masks.get(inside) or masks.get(str(PurePosixPath(inside).with_suffix("")))
     url = fs.unstrip_protocol
     return {
         "name": f"{PurePosixPath(base).name}/{inside}",
         "url": url(path),
         "text": text and url(text),
-        "mask": mask and url(mask),
+        "mask": mask,
     }
 
 

@@ -14,8 +14,9 @@ from PIL import Image
 from packshot.config.schema import MatteConfig
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.storage import file_sha256, readable
-from packshot.data.decode import IMAGE_SUFFIXES, decode, flatten, normalize
+from packshot.data.decode import decode, flatten, normalize
 from packshot.data.depth import estimate_depth
+from packshot.data.files import IMAGE_SUFFIXES, is_image
 from packshot.data.masks import find_mask
 from packshot.data.matte import soften_hard_edge, unmix
 
@@ -88,16 +89,10 @@ def product_files(key: str, path: str) -> list[Path]:
     found = readable(key, path)
     if found.is_file():
         return [found]
-    files = images_in(found)
+    files = sorted(file for file in found.iterdir() if is_image(file) and file.is_file())
     if not files:
-        raise ConfigError(f"{key}={path} has no images.", f"Looked for {' '.join(sorted(IMAGE_SUFFIXES))}.")
+        raise ConfigError(f"{key}={path} has no images.", f"Looked for {', '.join(IMAGE_SUFFIXES)}.")
     return files
-
-
-def images_in(folder: Path) -> list[Path]:
-    """The image files of a folder, by their names; hidden ones are left out."""
-    files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
-    return sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def unique_names(files: list[Path]) -> Iterator[tuple[str, Path]]:

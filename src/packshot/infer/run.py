@@ -17,11 +17,12 @@ from packshot.core.progress import progress
 from packshot.core.run import Run, log, open_run
 from packshot.core.storage import file_sha256, readable, replacing_file, writing
 from packshot.core.tracking import open_tracker
+from packshot.data.files import is_image, pair_masks
 from packshot.infer import Packshot, Result
 from packshot.infer.canvas import Canvas
 from packshot.infer.certificate import LAYERS, digest, judge, load_certificates, measure, read_png
 from packshot.infer.pipeline import check_adapters, load_models
-from packshot.infer.product import images_in, prepare, product_files, unique_names
+from packshot.infer.product import prepare, product_files, unique_names
 from packshot.infer.references import open_references
 from packshot.infer.report import write_report
 from packshot.scene import Scene
@@ -121,10 +122,10 @@ def _folder(key: str, path: str | None) -> Path | None:
 
 
 def mask_files(mask: str | None, files: list[Path]) -> dict[Path, Path | None]:
-    """The mask of every product: none, one file for one product, or a folder with a file of the same stem for each.
+    """The mask of every product: none, one file for one product, or a folder with a picture of the same stem for each.
 
     Raises:
-        ConfigError: one mask for several products, or a folder that lacks some.
+        ConfigError: one mask for several products, a folder that lacks some, or several masks for one.
     """
     if mask is None:
         return dict.fromkeys(files)
@@ -133,15 +134,12 @@ def mask_files(mask: str | None, files: list[Path]) -> dict[Path, Path | None]:
         if len(files) > 1:
             raise ConfigError(f"mask={mask} is one file for {len(files)} products.", "Give a folder of masks.")
         return {files[0]: found}
-    by_stem: dict[str, Path] = {}
-    for file in images_in(found):
-        twin = by_stem.setdefault(file.stem, file)
-        if twin is not file:
-            raise ConfigError(f"mask={mask} has both {twin.name} and {file.name}.", "One of them has to go.")
-    missing = [file.name for file in files if file.stem not in by_stem]
+    names = sorted(file.name for file in found.iterdir() if is_image(file) and file.is_file())
+    pairs = pair_masks(f"mask={mask}", [file.name for file in files], names)
+    missing = [file.name for file in files if file.name not in pairs]
     if missing:
         raise ConfigError(f"mask={mask} has no mask for {', '.join(missing[:5])}.", "File names must agree.")
-    return {file: by_stem[file.stem] for file in files}
+    return {file: found / pairs[file.name] for file in files}
 
 
 def copy_input(run: Run, file: Path, name: str) -> None:
