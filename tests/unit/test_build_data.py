@@ -194,9 +194,39 @@ def test_captions_that_name_the_product_are_blanked_and_recorded(photos, tmp_pat
     (photos / "1.txt").write_text("Professional photo of a perfume bottle on a marble table")
     out = run(photos, tmp_path / "out", "dataset=background")
     row = rejected(out)["1.png"]
-    assert (row["reason"], row["measure"]) == ("caption_names_product", "perfume, bottle")
+    assert (row["reason"], row["measure"], row["kept"]) == ("caption_names_product", "perfume, bottle", True)
     kept = next(r for r in rows(out) if r["source"] == "photos/1.png")
     assert kept["text"] == ""
+
+
+def test_what_is_kept_with_a_remark_is_not_counted_as_left_out(photos, tmp_path):
+    (photos / "1.txt").write_text("Professional photo of a perfume bottle on a marble table")
+    (photos / "empty.png").write_bytes(b"")
+    out = run(photos, tmp_path / "out", "dataset=background")
+    assert {name: row["kept"] for name, row in rejected(out).items()} == {"1.png": True, "empty.png": False}
+    left_out, remarks = (out / "README.md").read_text().split("| kept with the remark | images |")
+    assert "| empty_file | 1 |" in left_out
+    assert "caption_names_product" not in left_out
+    assert "| caption_names_product | 1 |" in remarks
+    counts = json.loads((out / "metrics.jsonl").read_text())
+    assert (counts["images"], counts["accepted"], counts["rejected"]) == (7, 6, 1)
+
+
+def test_a_published_card_says_nothing_of_disks_and_networks(photos, tmp_path, captioner):
+    network = dark_is_product(tmp_path / "isnet.onnx", 32)
+    masks = tmp_path / "drawn"
+    masks.mkdir()
+    given = Image.new("L", (96, 80))
+    given.paste(255, (10, 10, 50, 50))
+    for seed in range(5):
+        given.save(masks / f"{seed}.png")
+    keys = [f"source.masks={masks}", f"matte.onnx={network}", f"captioner.adapter={tmp_path}/weights"]
+    out = run(photos, tmp_path / "out", *captioner, *keys, "captioner.endpoint='http://10.0.0.7:8001/v1?key=secret'")
+    card = (out / "README.md").read_text()
+    for private in (str(tmp_path), "10.0.0.7", "secret"):
+        assert private not in card
+    for said in ('"path": "photos"', '"masks": "drawn"', '"onnx": "isnet.onnx"', '"adapter": "weights"'):
+        assert said in card
 
 
 def test_when_nothing_is_accepted_the_build_fails_and_says_where_to_look(tmp_path):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pyarrow as pa
@@ -38,6 +38,11 @@ from packshot.render import farm, pack
 from packshot.scene import Scene
 from packshot.scene.scores import product_words
 
+# Paths, of which a card that is published says the last name only: the rest is the layout of somebody's disk or bucket.
+_PLACES = (
+    ("source", "path"), ("source", "masks"), ("matte", "onnx"), ("matte", "network"), ("depth", "onnx"),
+    ("captioner", "adapter"),
+)  # fmt: skip
 # The contact sheet: how many of the first images, and whether their masks stand beside them.
 _SHEETS = {DatasetKind.background: (24, False), DatasetKind.product: (24, True), DatasetKind.rendered: (48, False)}
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -298,9 +303,9 @@ def _write_extras(report: Report, steps: Sequence[Step], config: BuildData, imag
     licenses = cards.count(name for file in parts for name in pq.read_table(file, columns=["license"])[0].to_pylist())
     columns = {name: _MEANING[name] for name in steps[-1].schema.names}
     settings = _settings(config)
-    reasons = cards.count(row["reason"] for row in rejected)
-    text = cards.card(config.dataset.name, licenses, reasons, columns, settings)
-    schema = pa.schema([(name, pa.string()) for name in ("id", "reason", "measure", "source")])
+    reasons, remarks = (cards.count(row["reason"] for row in rejected if row["kept"] is kept) for kept in (False, True))
+    text = cards.card(config.dataset.name, licenses, reasons, remarks, columns, settings)
+    schema = pa.schema([*((name, pa.string()) for name in ("id", "reason", "measure", "source")), ("kept", pa.bool_())])
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rejected, schema=schema), buffer)
     _write_if_changed(report.folder / "rejected.parquet", buffer.getvalue())
@@ -317,6 +322,10 @@ def _write_extras(report: Report, steps: Sequence[Step], config: BuildData, imag
 def _settings(config: BuildData) -> dict[str, Any]:
     """What the card says of how the set was made: everything that shaped it, nothing of where."""
     plain = to_plain(config)
+    for group, key in _PLACES:
+        if plain[group][key]:
+            plain[group][key] = PurePath(plain[group][key]).name
+    del plain["captioner"]["endpoint"]  # an address inside somebody's network, at times with a key in it
     if config.dataset is not DatasetKind.rendered:
         return {
             key: plain[key] for key in ("dataset", "source", "matte", "depth", "quality", "captioner", "shard_size")
@@ -326,11 +335,11 @@ def _settings(config: BuildData) -> dict[str, Any]:
 
 
 def _rejected(report: Report, steps: Sequence[Step]) -> list[Sample]:
-    """Rows of ``rejected.parquet``: by step, then in the order of the input."""
+    """Rows of ``rejected.parquet``, kept ones with a remark included: by step, then in the order of the input."""
     first = steps[0].name
     table = [pq.read_table(file, columns=["id", "source"]).to_pylist() for file in report.files(first)]
     return [
-        {**table[shard][row["index"]], "reason": row["reason"], "measure": row["measure"]}
+        {**table[shard][row["index"]], **{name: row[name] for name in ("reason", "measure", "kept")}}
         for step in steps
         if not step.final
         for shard, row in rejections(report, step.name, ())

@@ -17,11 +17,17 @@ _HUB_LICENSES = {name.lower(): name.lower() for name in ("CC0-1.0", "CC-BY-4.0",
 
 
 def card(
-    dataset: str, licenses: Mapping[str, int], reasons: Mapping[str, int], columns: Mapping[str, str], settings: Any
+    dataset: str,
+    licenses: Mapping[str, int],
+    reasons: Mapping[str, int],
+    remarks: Mapping[str, int],
+    columns: Mapping[str, str],
+    settings: Any,
 ) -> str:
     """``README.md`` of a dataset: hub metadata, counts, licences, what was left out, columns, settings.
 
-    licenses: rows per licence. reasons: rejected samples per reason. columns: meaning by name.
+    licenses: rows per licence. reasons: rejected samples per reason. remarks: the same of kept ones. columns: meaning
+    by name.
     """
     rows = sum(licenses.values())
     hub = {_HUB_LICENSES.get(name.lower(), "other") for name in licenses}
@@ -34,10 +40,12 @@ def card(
         "  data_files: part-*.parquet",
         "---",
         f"# Packshot {dataset} set\n",
-        f"Images: {rows}. `rejected.parquet` names what was left out, with the reason and the value that decided;",
+        f"Images: {rows}. `rejected.parquet` names what was left out, with the reason and the value that decided, and",
+        "(`kept`) images that are in the set with a remark;",
         "`contact_sheet.png` shows the first images; `ledger.jsonl` says how each shard came about.\n",
         *_table(("licence", "images"), licenses),
         *(_table(("left out because", "images"), reasons) if reasons else ["Nothing was left out.\n"]),
+        *(_table(("kept with the remark", "images"), remarks) if remarks else []),
         *_table(("column", "meaning"), columns),
         "Settings:\n",
         "```json",
