@@ -256,6 +256,8 @@ def test_too_many_pixels_are_refused_from_the_header(client):
         ({"placement": "center", "size": "big"}, "size"),
         ({"placement": "center", "size": "10x10"}, "size"),
         ({"placement": "center", "size": "1000x1000"}, "pixels"),
+        ({"size": "64x64"}, "placement=original"),
+        ({"placement": "original", "size": "64x64"}, "no effect"),
         ({"prompt": "a table"}, "both"),
         ({"prompt": "a" * 3000, "surface": ""}, "prompt"),
         ({"num_image": 2}, "num_images"),

@@ -14,7 +14,7 @@ from fastapi import Request, UploadFile
 from fastapi.concurrency import run_in_threadpool
 from PIL import Image
 
-from packshot.config.schema import Generate, GenerateSettings, SceneConfig, Serve
+from packshot.config.schema import Generate, GenerateSettings, Placement, SceneConfig, Serve
 from packshot.config.validate import validate
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.run import Run, log
@@ -168,6 +168,9 @@ def read_settings(form: GenerateForm, config: Serve) -> tuple[GenerateSettings, 
     if form.size:
         given["size"] = [int(side) for side in form.size.split("x")]
     settings = dataclasses.replace(config.generate, **given)
+    if form.size and settings.placement is Placement.original:
+        message = f"size={form.size} has no effect with placement=original, which keeps the photo's size."
+        raise ApiError(422, "invalid_field", message, "Add placement=center, or leave size out.")
     slots = {f.name: getattr(form, f.name) for f in dataclasses.fields(SceneConfig)}
     if form.prompt and any(slots.values()):
         raise ApiError(422, "invalid_field", "prompt and scene fields are both given.", "Use one of the two.")
