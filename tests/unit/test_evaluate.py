@@ -149,7 +149,7 @@ def test_adherence_scores_captions_against_the_request(finished, monkeypatch):
     samples = [load_sample(run, stem) for stem in run.certificates]
     scored = adherence(samples, compose("evaluate", []).model, compose("evaluate", []).captioner)
     assert scored["scores"] == {"surface": 0.5, "mean": 0.5}
-    request = {**samples[1].certificate["request"], "scene": {"surface": "grass"}}
+    request = {**samples[1].certificate["request"], "prompt": Scene(surface="grass").render()}
     other = replace(samples[1], certificate={**samples[1].certificate, "request": request})
     shuffled = adherence([samples[0], other], compose("evaluate", []).model, compose("evaluate", []).captioner)
     assert shuffled["scores"]["mean"] == 1
@@ -169,6 +169,17 @@ def test_a_picture_that_was_not_captioned_is_reported_and_not_scored(finished, m
     captions[0] = Caption("", False, error="away")
     failed = adherence(samples, compose("evaluate", []).model, compose("evaluate", []).captioner)
     assert failed == {"measured": False, "reason": "no picture with a request was captioned: away"}
+
+
+def test_adherence_wants_what_the_prompt_said_not_what_was_asked_for(finished):
+    """A reference may speak alone: then the scene of the request reached no model, and there is nothing to score."""
+    [run] = open_runs([str(finished)])
+    sample = load_sample(run, "a-0")
+    silent = {**sample.certificate, "request": {**sample.certificate["request"], "prompt": ""}}
+    assert silent["request"]["scene"]["surface"]
+    config = compose("evaluate", [])
+    scored = adherence([replace(sample, certificate=silent)], config.model, config.captioner)
+    assert scored == {"measured": False, "reason": "no prompt names a slot of a scene"}
 
 
 def test_folders_that_are_no_runs_are_refused(tmp_path, finished):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import anyio
 import httpx
@@ -21,6 +22,7 @@ from PIL import Image, ImageDraw
 from packshot.config.compose import compose
 from packshot.core.errors import ConfigError
 from packshot.infer import Packshot
+from packshot.infer.references import open_references
 from packshot.scene import Scene
 from packshot.serve.app import certificate_sha256, create_app, listen, wants_png
 
@@ -128,6 +130,37 @@ def test_the_service_gives_what_the_python_interface_gives(client, packshot):
     scene = Scene(surface="a white podium")
     direct = packshot.set_product(*product_pair()).generate(scene, num_images=1, seed=7, settings=config().generate)
     assert (np.asarray(Image.open(io.BytesIO(png))) == np.asarray(direct[0].image)).all()
+
+
+def test_the_certificate_names_the_uploaded_files_by_their_hashes(client):
+    order = upload()
+    order["files"]["product_file"] += b"after the picture"  # decoding loses it
+    certificate = client.post("/generate", **order).json()["prediction"]["images"][0]["certificate"]
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in order["files"].items()}
+    assert certificate["input"]["sha256"] == digests["product_file"]
+    assert certificate["mask"]["file_sha256"] == digests["mask_file"]
+
+
+def test_the_reference_is_named_by_its_files_hash_and_the_prompt_is_the_certificates():
+    """Alone, a reference is drawn without words: an answer that repeats the empty scene's sentence would be wrong."""
+    seen = []
+
+    class Recorder:
+        def set_product(self, image, mask):
+            return self
+
+        def generate(self, scene, reference, **_):
+            [opened] = open_references(reference)
+            seen.append((scene, opened.sha256))
+            return [SimpleNamespace(png=b"png", certificate={"request": {"prompt": ""}})]
+
+    app = create_app(config(), Recorder())
+    app.state.service.config.adapters.ip_adapter = "an adapter"
+    order = upload(surface="")
+    order["files"]["reference_file"] = file(Image.new("RGB", (40, 40), "red"), "JPEG")
+    answer = TestClient(app).post("/generate", **order)
+    assert answer.json()["prediction"]["prompt"] == ""
+    assert seen == [(Scene(), hashlib.sha256(order["files"]["reference_file"]).hexdigest())]
 
 
 def test_png_holds_one_picture_only(client):

@@ -44,9 +44,10 @@ def baseline_scenes(wanted: Sequence[Scene]) -> tuple[str, list[list[Scene]]]:
 
 def adherence(samples: Sequence[Sample], model: ModelConfig, captioner: CaptionerConfig) -> dict[str, Any]:
     """Slot scores of pictures with their baseline, or ``{"measured": False, "reason": ...}``."""
-    wanted = [Scene.from_dict(sample.certificate["request"]["scene"]) for sample in samples]
+    # The prompt is what the model was shown; beside a reference it may be empty.
+    wanted = [Scene.parse(sample.certificate["request"]["prompt"]).scene for sample in samples]
     if not any(any(scene.slots().values()) for scene in wanted):
-        return {"measured": False, "reason": "no request names a slot of a scene"}
+        return {"measured": False, "reason": "no prompt names a slot of a scene"}
     try:
         writer = load_captioner(model, captioner)
     except PackshotError as error:

@@ -22,8 +22,8 @@ from packshot.infer.canvas import Canvas, Working, make_working, place, plan_fra
 from packshot.infer.composite import compose, make_layers
 from packshot.infer.denoise import denoise, encode
 from packshot.infer.pipeline import Models, load_models
-from packshot.infer.product import Product, prepare
-from packshot.infer.references import Reference, Source, open_references
+from packshot.infer.product import Product, Source, prepare
+from packshot.infer.references import Reference, open_references
 from packshot.scene import Scene
 
 __all__ = ["Packshot", "Result"]
@@ -85,10 +85,10 @@ class Packshot:
 
     def set_product(
         self,
-        image: str | Path | Image.Image,
-        mask: str | Path | Image.Image | None = None,
+        image: Source,
+        mask: Source | None = None,
         name: str | None = None,
-        depth: str | Path | Image.Image | None = None,
+        depth: Source | None = None,
     ) -> Packshot:
         """Take this product from now on; returns ``self``.
 
@@ -204,6 +204,7 @@ class Packshot:
             "input": {"name": product.name, "sha256": product.sha256},
             "mask": {
                 "sha256": certificates.digest(product.alpha_HW),
+                "file_sha256": product.mask_sha256,
                 "method": product.method,
                 "confidence": round(product.confidence, 4),
                 "edge": "as given" if product.matte_HW is product.alpha_HW else "hard mask, anti-aliased by 1 px",

@@ -25,6 +25,19 @@ _SQUARE = np.ones((3, 3), np.uint8)
 
 
 @dataclass(frozen=True)
+class Photo:
+    """A decoded picture (RGB or RGBA), the SHA-256 of its file (of its pixels, when it came from memory), and what
+    decoding did to its pixels, in words."""
+
+    image: Image.Image
+    sha256: str
+    decoding: tuple[str, ...] = ()
+
+
+Source = str | Path | Image.Image | Photo
+
+
+@dataclass(frozen=True)
 class Product:
     """A photo with its product told apart.
 
@@ -32,6 +45,7 @@ class Product:
     matte_HW: the alpha that compositing uses: alpha_HW, with a one-pixel soft edge where the mask had none.
     foreground_HW3: the product's own colours, uint8; equals the photo wherever matte_HW is 255.
     method, confidence: where the mask came from (``file``, ``alpha``, ``onnx``, ``grabcut``) and how sure that is.
+    sha256, mask_sha256: of the files of the photo and, where one was given, of the mask (see :func:`open_image`).
     decoding: what was done to the file's own pixels before, in words.
     depth_HW: uint8 nearness, larger is nearer, in any scale; None where nothing asks for it.
     """
@@ -46,33 +60,26 @@ class Product:
     sha256: str
     decoding: tuple[str, ...] = ()
     depth_HW: np.ndarray | None = None
+    mask_sha256: str | None = None
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A picture (RGB or RGBA), the SHA-256 of its file (of its pixels, when it came from memory), and what decoding did
-    to its pixels, in words."""
-
-    image: Image.Image
-    sha256: str
-    decoding: tuple[str, ...]
-
-
-def open_image(key: str, source: str | Path | Image.Image) -> Opened:
-    """Decode a file, or bring a picture in memory to the same form.
+def open_image(key: str, source: Source) -> Photo:
+    """Decode a file, or bring a picture in memory to the same form; a Photo is returned as it is.
 
     Raises:
         ConfigError: names ``key`` when the file is missing, not readable or not an image.
     """
+    if isinstance(source, Photo):
+        return source
     try:
         if isinstance(source, Image.Image):
             image, steps = normalize(source, "the picture")
-            return Opened(image, hashlib.sha256(np.ascontiguousarray(source).tobytes()).hexdigest(), tuple(steps))
+            return Photo(image, hashlib.sha256(np.ascontiguousarray(source).tobytes()).hexdigest(), tuple(steps))
         path = readable(key, source)
         if path.is_dir():
             raise ConfigError(f"{key}={source} is a folder, an image file is needed.")
         image, steps = decode(path, str(source))
-        return Opened(image, file_sha256(path), tuple(steps))
+        return Photo(image, file_sha256(path), tuple(steps))
     except ConfigError:
         raise
     except PackshotError as error:
@@ -103,11 +110,11 @@ def unique_names(files: list[Path]) -> Iterator[tuple[str, Path]]:
 
 
 def prepare(
-    image: str | Path | Image.Image,
-    mask: str | Path | Image.Image | None = None,
+    image: Source,
+    mask: Source | None = None,
     matte: MatteConfig | None = None,
     name: str = "product",
-    depth: str | Path | Image.Image | None = None,
+    depth: Source | None = None,
     depth_onnx: str | None = None,
 ) -> Product:
     """Decode, find or check the mask, un-mix the edge.
@@ -125,8 +132,8 @@ def prepare(
             f"product: {name} is {photo.width}x{photo.height} px.", f"Each side needs at least {MIN_SIDE} px."
         )
     given = None if mask is None else _open_alike("mask", mask, photo, name)
-    near = None if depth is None else _open_alike("depth", depth, photo, name)
-    found = find_mask(photo, matte or MatteConfig(), given, name)
+    near = None if depth is None else _open_alike("depth", depth, photo, name).image
+    found = find_mask(photo, matte or MatteConfig(), given and given.image, name)
     alpha = np.rint(np.clip(found.alpha_HW, 0, 1) * 255).astype(np.uint8)
     _check_alpha(alpha, name, "file" if given is not None else found.method)
     # Under a cut-out's own alpha lies what it was cut out of, which tells how its edge was mixed. Under a mask from
@@ -135,23 +142,31 @@ def prepare(
     soft = soften_hard_edge(alpha)
     if near is None and depth_onnx:
         near = estimate_depth(Image.fromarray(rgb), depth_onnx)
-    depth_HW = None if near is None else np.asarray(near.convert("L"))
-    confidence = float(found.confidence)
-    foreground = unmix(rgb, soft)
     return Product(
-        name, rgb, alpha, soft, foreground, found.method, confidence, opened.sha256, opened.decoding, depth_HW
+        name=name,
+        rgb_HW3=rgb,
+        alpha_HW=alpha,
+        matte_HW=soft,
+        foreground_HW3=unmix(rgb, soft),
+        method=found.method,
+        confidence=float(found.confidence),
+        sha256=opened.sha256,
+        mask_sha256=given.sha256 if given else None,
+        decoding=opened.decoding,
+        depth_HW=None if near is None else np.asarray(near.convert("L")),
     )
 
 
-def _open_alike(key: str, source: str | Path | Image.Image, photo: Image.Image, name: str) -> Image.Image:
+def _open_alike(key: str, source: Source, photo: Image.Image, name: str) -> Photo:
     """A picture that belongs to the photo, pixel by pixel."""
-    picture = open_image(key, source).image
+    opened = open_image(key, source)
+    picture = opened.image
     if picture.size != photo.size:
         raise ConfigError(
             f"{key} is {picture.width}x{picture.height} px, the photo {name} is {photo.width}x{photo.height} px.",
             f"Give a {key} of the photo's size; it is not resized, because that would move its edge.",
         )
-    return picture
+    return opened
 
 
 def _check_alpha(alpha_HW: np.ndarray, name: str, method: str) -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
 from packshot.config.validate import reference_weights
-from packshot.infer.product import open_image
+from packshot.infer.product import Source, open_image
 
 GREY = (127, 127, 127)
-Source = str | Path | Image.Image
 
 
 @dataclass(frozen=True)

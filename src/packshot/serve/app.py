@@ -30,7 +30,6 @@ from packshot.config.schema import Serve
 from packshot.core.errors import ConfigError
 from packshot.core.run import Run, log, open_run
 from packshot.core.tracking import NullTracker, Tracker, open_tracker
-from packshot.scene import Scene
 from packshot.serve.edge import Edge, error_response
 from packshot.serve.schemas import (
     ApiError,
@@ -114,7 +113,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return GenerateResponse(
             request_id=request.state.request_id,
             prediction=Prediction(
-                prompt=order.scene.render() if isinstance(order.scene, Scene) else order.scene,
+                prompt=pictures[0][1]["request"]["prompt"],
                 images=[
                     GeneratedImage(image=base64.b64encode(png).decode(), seed=order.seed + k, certificate=certificate)
                     for k, (png, certificate) in enumerate(pictures)

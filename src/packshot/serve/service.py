@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, UploadFile
 from fastapi.concurrency import run_in_threadpool
-from PIL import Image
 
 from packshot.config.schema import Generate, GenerateSettings, Placement, SceneConfig, Serve
 from packshot.config.validate import validate
 from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.run import Run, log
+from packshot.core.storage import sha256
 from packshot.core.tracking import Tracker
 from packshot.scene import Scene
 from packshot.serve.metrics import Metrics
@@ -26,6 +26,7 @@ from packshot.serve.worker import QueueFull, Worker
 
 if TYPE_CHECKING:
     from packshot.infer import Packshot
+    from packshot.infer.product import Photo
 
 ENDPOINTS = ["/", "/generate", "/health", "/metrics", "/docs", "/openapi.json"]
 VERSION = version("packshot")
@@ -36,9 +37,9 @@ _QUIET = ("/health", "/metrics")  # probes ask every few seconds: no log lines f
 class Order:
     """A checked request: what one turn on the model needs."""
 
-    product: Image.Image
-    mask: Image.Image | None
-    reference: Image.Image | None
+    product: Photo
+    mask: Photo | None
+    reference: Photo | None
     scene: Scene | str
     settings: GenerateSettings
     num_images: int
@@ -133,13 +134,13 @@ class Service:
             job.cancel()  # frees the place in the queue; a turn that has begun ends by itself
 
 
-async def read_image(name: str, upload: UploadFile, config: Serve) -> Image.Image:
-    """The picture of a file field; neither extension nor declared type are looked at.
+async def read_image(name: str, upload: UploadFile, config: Serve) -> Photo:
+    """The picture of a file field with the file's hash; neither extension nor declared type are looked at.
 
     Raises:
         ApiError: 413 too many bytes or pixels, 415 no usable image.
     """
-    from packshot.infer.product import decode_image  # loaded with the model, see serve()
+    from packshot.infer.product import Photo, decode  # loaded with the model, see serve()
 
     limits = config.serve
     if (upload.size or 0) > limits.max_upload_mib * 2**20:
@@ -148,13 +149,14 @@ async def read_image(name: str, upload: UploadFile, config: Serve) -> Image.Imag
         )
     data = await upload.read()
     try:
-        return await run_in_threadpool(decode_image, data, name, limits.max_pixels)
+        image, steps = await run_in_threadpool(decode, data, name, limits.max_pixels)
     except PackshotError as error:
         if getattr(error, "reason", "") == "too_many_pixels":
             raise ApiError(
                 413, "too_large", f"{name} has more than {limits.max_pixels} pixels.", "Scale it down."
             ) from error
         raise ApiError(415, "not_an_image", error.args[0], error.hint) from error
+    return Photo(image, sha256(data), tuple(steps))
 
 
 def read_settings(form: GenerateForm, config: Serve) -> tuple[GenerateSettings, Scene | str]:
