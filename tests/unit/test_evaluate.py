@@ -1,6 +1,8 @@
 """Scores of finished runs: formulas with known answers, and the report over a real run."""
 
 import json
+import shutil
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,10 +14,11 @@ from packshot.caption.adapter import Caption
 from packshot.config.compose import compose
 from packshot.core.errors import ConfigError
 from packshot.data.outline import extension_of, grabcut
-from packshot.evaluate.adherence import adherence, baseline_scenes, slot_means
+from packshot.evaluate.adherence import adherence, baseline_scenes, describe, slot_means
 from packshot.evaluate.preservation import core_identity, hard_paste, preservation
-from packshot.evaluate.run import evaluate, summary, without_nan
+from packshot.evaluate.run import evaluate, score_preservation, summary, without_nan
 from packshot.evaluate.samples import load_sample, open_runs
+from packshot.infer.report import write_page
 from packshot.infer.run import generate
 from packshot.scene import Scene
 
@@ -137,8 +140,51 @@ def test_suite_preservation_leaves_the_scene_out(finished, tmp_path):
     assert "scene" not in json.loads((tmp_path / "out" / "report.json").read_text())
 
 
+def prompted(run, stem, prompt):
+    """The run, had this picture been drawn with another prompt."""
+    certificate = run.certificates[stem]
+    changed = {**certificate, "request": {**certificate["request"], "prompt": prompt}}
+    return replace(run, certificates={**run.certificates, stem: changed})
+
+
+def test_captioning_keeps_no_more_pictures_than_a_batch(finished):
+    [run] = open_runs([str(finished)])
+    seen = []
+
+    class Writer:
+        batch_size = 1
+
+        def write(self, images, masks):
+            assert all(picture() is None for picture in seen)
+            seen.extend(weakref.ref(picture) for picture in [*images, *masks])
+            return [Caption(f"caption {len(seen)}", False) for _ in images]
+
+    assert [caption.text for caption in describe(run, Writer())] == ["caption 2", "caption 4"]
+
+
+def test_a_report_is_written_part_by_part(tmp_path):
+    class Part(str):
+        pass
+
+    written = []
+
+    def parts():
+        for number in range(3):
+            assert not any(part() for part in written[:-1])  # the last one is still in this function
+            part = Part(f"<p>{number}{'.' * 100_000}</p>")  # more than a file buffers
+            written.append(weakref.ref(part))
+            yield part
+
+    write_page(tmp_path / "page.html", "a < b", parts())
+    text = (tmp_path / "page.html").read_text()
+    assert "<title>a &lt; b</title>" in text
+    assert text.replace(".", "").endswith("<body><p>0</p><p>1</p><p>2</p></body></html>")
+
+
 def test_adherence_scores_captions_against_the_request(finished, monkeypatch):
     class Writer:
+        batch_size = 2
+
         def write(self, images, masks):
             return [
                 Caption(f"Professional photo of an object on {what}", False) for what in ("a white podium", "grass")
@@ -146,40 +192,41 @@ def test_adherence_scores_captions_against_the_request(finished, monkeypatch):
 
     monkeypatch.setattr("packshot.evaluate.adherence.load_captioner", lambda *_: Writer())
     [run] = open_runs([str(finished)])
-    samples = [load_sample(run, stem) for stem in run.certificates]
-    scored = adherence(samples, compose("evaluate", []).model, compose("evaluate", []).captioner)
+    config = compose("evaluate", [])
+    scored = adherence(run, config.model, config.captioner)
     assert scored["scores"] == {"surface": 0.5, "mean": 0.5}
-    request = {**samples[1].certificate["request"], "prompt": Scene(surface="grass").render()}
-    other = replace(samples[1], certificate={**samples[1].certificate, "request": request})
-    shuffled = adherence([samples[0], other], compose("evaluate", []).model, compose("evaluate", []).captioner)
+    assert list(scored["captions"]) == ["a-0", "a-1"]
+    other = prompted(run, "a-1", Scene(surface="grass").render())
+    shuffled = adherence(other, config.model, config.captioner)
     assert shuffled["scores"]["mean"] == 1
     assert shuffled["baseline"]["scores"]["mean"] == 0
 
 
 def test_a_picture_that_was_not_captioned_is_reported_and_not_scored(finished, monkeypatch):
     captions = [Caption("Professional photo of an object on a white podium", False), Caption("", False, error="busy")]
-    writer = SimpleNamespace(write=lambda images, masks: captions)
+    writer = SimpleNamespace(batch_size=2, write=lambda images, masks: captions)
     monkeypatch.setattr("packshot.evaluate.adherence.load_captioner", lambda *_: writer)
     [run] = open_runs([str(finished)])
-    samples = [load_sample(run, stem) for stem in run.certificates]
-    scored = adherence(samples, compose("evaluate", []).model, compose("evaluate", []).captioner)
+    config = compose("evaluate", [])
+    scored = adherence(run, config.model, config.captioner)
     assert scored["scores"] == {"surface": 1.0, "mean": 1.0}
-    assert scored["errors"] == {samples[1].stem: "busy"}
-    assert set(scored["captions"]) == {samples[0].stem}
+    assert scored["errors"] == {"a-1": "busy"}
+    assert set(scored["captions"]) == {"a-0"}
     captions[0] = Caption("", False, error="away")
-    failed = adherence(samples, compose("evaluate", []).model, compose("evaluate", []).captioner)
+    failed = adherence(run, config.model, config.captioner)
     assert failed == {"measured": False, "reason": "no picture with a request was captioned: away"}
 
 
 def test_adherence_wants_what_the_prompt_said_not_what_was_asked_for(finished):
     """A reference may speak alone: then the scene of the request reached no model, and there is nothing to score."""
     [run] = open_runs([str(finished)])
-    sample = load_sample(run, "a-0")
-    silent = {**sample.certificate, "request": {**sample.certificate["request"], "prompt": ""}}
-    assert silent["request"]["scene"]["surface"]
+    silent = prompted(prompted(run, "a-0", ""), "a-1", "")
+    assert silent.certificates["a-0"]["request"]["scene"]["surface"]
     config = compose("evaluate", [])
-    scored = adherence([replace(sample, certificate=silent)], config.model, config.captioner)
-    assert scored == {"measured": False, "reason": "no prompt names a slot of a scene"}
+    assert adherence(silent, config.model, config.captioner) == {
+        "measured": False,
+        "reason": "no prompt names a slot of a scene",
+    }
 
 
 def test_folders_that_are_no_runs_are_refused(tmp_path, finished):
@@ -189,3 +236,29 @@ def test_folders_that_are_no_runs_are_refused(tmp_path, finished):
         open_runs([str(tmp_path / "missing")])
     with pytest.raises(ConfigError, match="3 folders"):
         open_runs([str(finished)] * 3)
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["x/run", "y/run"], ["x/run", "y/run"]),
+        (["x/last/run", "y/last/run"], ["x/last/run", "y/last/run"]),
+        (["x/run", "x/other"], ["run", "other"]),
+        (["x/hard paste", "x/run"], ["x/hard paste", "x/run"]),
+    ],
+)
+def test_runs_of_the_same_name_keep_apart(finished, tmp_path, folders, names):
+    for folder in folders:
+        shutil.copytree(finished, tmp_path / folder)
+    runs = open_runs([str(tmp_path / folder) for folder in folders])
+    systems = score_preservation(compose("evaluate", []), runs, tmp_path)["systems"]
+    assert len(systems) == 6  # each run, its raw decode, the hard paste and the noise floor
+    assert [run.name for run in runs] == names
+
+
+def test_one_run_given_twice_is_refused(finished, monkeypatch):
+    monkeypatch.chdir(finished)
+    with pytest.raises(ConfigError, match="twice"):
+        open_runs([str(finished), "."])
+    [here] = open_runs(["."])
+    assert here.name == "run"

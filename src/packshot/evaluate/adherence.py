@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from packshot.caption.captioner import load_captioner
+from packshot.caption.adapter import Caption
+from packshot.caption.captioner import Captioner, load_captioner
 from packshot.config.schema import CaptionerConfig, ModelConfig
 from packshot.core.errors import PackshotError
 from packshot.core.run import log
-from packshot.evaluate.samples import Sample
+from packshot.evaluate.samples import RunFolder, picture_and_matte
 from packshot.scene import SLOTS, Scene
 from packshot.scene.scores import score
 
@@ -42,25 +42,34 @@ def baseline_scenes(wanted: Sequence[Scene]) -> tuple[str, list[list[Scene]]]:
     return "constant caption, for want of a second scene", []
 
 
-def adherence(samples: Sequence[Sample], model: ModelConfig, captioner: CaptionerConfig) -> dict[str, Any]:
-    """Slot scores of pictures with their baseline, or ``{"measured": False, "reason": ...}``."""
+def describe(run: RunFolder, writer: Captioner) -> list[Caption]:
+    """One caption per picture. Only as many pictures are in memory as the captioner takes at once."""
+    captions: list[Caption] = []
+    stems = list(run.certificates)
+    for start in range(0, len(stems), writer.batch_size):
+        pairs = [picture_and_matte(run, stem) for stem in stems[start : start + writer.batch_size]]
+        captions += writer.write([picture for picture, _ in pairs], [matte for _, matte in pairs])
+    return captions
+
+
+def adherence(run: RunFolder, model: ModelConfig, captioner: CaptionerConfig) -> dict[str, Any]:
+    """Slot scores of a run's pictures with their baseline, or ``{"measured": False, "reason": ...}``."""
     # The prompt is what the model was shown; beside a reference it may be empty.
-    wanted = [Scene.parse(sample.certificate["request"]["prompt"]).scene for sample in samples]
+    wanted = [Scene.parse(certificate["request"]["prompt"]).scene for certificate in run.certificates.values()]
     if not any(any(scene.slots().values()) for scene in wanted):
         return {"measured": False, "reason": "no prompt names a slot of a scene"}
     try:
         writer = load_captioner(model, captioner)
     except PackshotError as error:
         return {"measured": False, "reason": f"no captioner: {error.args[0]}"}
-    images = [Image.fromarray(sample.picture_HW3) for sample in samples]
-    captions = writer.write(images, [Image.fromarray(sample.matte_HW) for sample in samples])
-    errors = {sample.stem: c.error for sample, c in zip(samples, captions, strict=True) if c.error is not None}
-    texts = {sample.stem: c.text for sample, c in zip(samples, captions, strict=True) if c.error is None}
+    captions = dict(zip(run.certificates, describe(run, writer), strict=True))
+    errors = {stem: caption.error for stem, caption in captions.items() if caption.error is not None}
+    texts = {stem: caption.text for stem, caption in captions.items() if caption.error is None}
     if errors:
         log.warning(
             "%d pictures have no caption and are not scored; the first: %s", len(errors), next(iter(errors.values()))
         )
-    wanted = [scene for sample, scene in zip(samples, wanted, strict=True) if sample.stem in texts]
+    wanted = [scene for stem, scene in zip(captions, wanted, strict=True) if stem in texts]
     if not any(any(scene.slots().values()) for scene in wanted):
         return {"measured": False, "reason": f"no picture with a request was captioned: {next(iter(errors.values()))}"}
     read = [Scene.parse(text).scene for text in texts.values()]

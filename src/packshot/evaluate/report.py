@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from packshot.core.storage import replacing_file
 from packshot.evaluate.samples import RunFolder
-from packshot.infer.report import page, picture
+from packshot.infer.report import picture, write_page
 
 
 def write_report(folder: Path, report: dict[str, Any], runs: list[RunFolder]) -> None:
     """Write ``report.html`` from the content of ``report.json``."""
-    body = ["<h1>Evaluation</h1>", f'<p class="note">{html.escape(" · ".join(map(str, report["runs"].values())))}</p>']
+    write_page(folder / "report.html", "Packshot evaluation", _body(folder, report, runs))
+
+
+def _body(folder: Path, report: dict[str, Any], runs: list[RunFolder]) -> Iterator[str]:
+    yield f'<h1>Evaluation</h1><p class="note">{html.escape(" · ".join(map(str, report["runs"].values())))}</p>'
     if "preservation" in report:
-        body.append(_preservation(report["preservation"], report["definitions"]))
+        yield _preservation(report["preservation"], report["definitions"])
     if "scene" in report:
-        body.append(_scene(report["scene"]))
-    body.append(_pictures(folder, runs))
-    with replacing_file(folder / "report.html") as file:
-        file.write_text(page("Packshot evaluation", "".join(body)), encoding="utf-8")
+        yield _scene(report["scene"])
+    yield from _pictures(folder, runs)
 
 
 def _number(value: float | None) -> str:
@@ -65,8 +67,8 @@ def _scene(scored: dict[str, Any]) -> str:
     return "".join(parts)
 
 
-def _pictures(folder: Path, runs: list[RunFolder]) -> str:
-    rows = []
+def _pictures(folder: Path, runs: list[RunFolder]) -> Iterator[str]:
+    yield "<h2>Pictures</h2>"
     for stem in runs[0].certificates:
         files = [(run.name, run.path / f"{stem}.png") for run in runs]
         files.append(("hard paste", folder / f"hard-paste-{stem}.png"))
@@ -75,5 +77,4 @@ def _pictures(folder: Path, runs: list[RunFolder]) -> str:
             for name, file in files
             if file.exists()
         )
-        rows.append(f'<div class="grid" style="margin-bottom:1rem">{figures}</div>')
-    return "<h2>Pictures</h2>" + "".join(rows)
+        yield f'<div class="grid" style="margin-bottom:1rem">{figures}</div>'

@@ -20,9 +20,7 @@ from packshot.data.outline import EXTENSION_TOLERANCE
 from packshot.evaluate.adherence import adherence
 from packshot.evaluate.preservation import preservation, segmenter
 from packshot.evaluate.report import write_report
-from packshot.evaluate.samples import RunFolder, load_sample, open_runs
-
-HARD_PASTE = "hard paste"
+from packshot.evaluate.samples import HARD_PASTE, NOISE_FLOOR, RunFolder, load_sample, open_runs
 
 DEFINITIONS = {
     "core_max_abs_diff": "Largest RGB difference to the photo on the core (matte 255, eroded by 1 px); 0 is identity.",
@@ -55,7 +53,7 @@ def evaluate(config: Evaluate) -> None:
     if config.suite in (Suite.full, Suite.preservation):
         report["preservation"] = score_preservation(config, runs, run.path)
     if config.suite in (Suite.full, Suite.scene):
-        report["scene"] = {r.name: score_scene(config, r) for r in runs}
+        report["scene"] = {r.name: adherence(r, config.model, config.captioner) for r in runs}
     with replacing_file(run.path / "report.json") as file:
         file.write_text(json.dumps(without_nan(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_report(run.path, report, runs)
@@ -79,7 +77,7 @@ def score_preservation(config: Evaluate, runs: list[RunFolder], folder: Path) ->
                 pictures.setdefault(f"{source.name}, raw decode", {})[stem] = measured["raw"]
                 if number == 0:
                     pictures.setdefault(HARD_PASTE, {})[stem] = measured["hard_paste"]
-                    pictures.setdefault("noise floor", {})[stem] = measured["noise_floor"]
+                    pictures.setdefault(NOISE_FLOOR, {})[stem] = measured["noise_floor"]
                     Image.fromarray(measured["hard_paste_picture"]).save(folder / f"hard-paste-{stem}.png")
                 advance()
     return {
@@ -96,12 +94,6 @@ def summary(rows: list[dict[str, float]]) -> dict[str, float]:
         values = [row[key] for row in rows if key in row and math.isfinite(row[key])]
         result[key] = float(_WORST.get(key, np.mean)(values)) if values else float("nan")
     return result
-
-
-def score_scene(config: Evaluate, source: RunFolder) -> dict[str, Any]:
-    """Slot adherence of one run."""
-    samples = [load_sample(source, stem) for stem in source.certificates]
-    return adherence(samples, config.model, config.captioner)
 
 
 def without_nan(value: Any) -> Any:

@@ -15,6 +15,9 @@ from packshot.data.decode import decode_image
 from packshot.infer.certificate import LAYERS, load_certificates
 from packshot.infer.product import core_of
 
+# Rows of the tables beside the runs' own.
+HARD_PASTE, NOISE_FLOOR = "hard paste", "noise floor"
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -53,13 +56,29 @@ def open_runs(paths: list[str]) -> list[RunFolder]:
     if len(paths) > 2:
         raise ConfigError(f"runs has {len(paths)} folders.", "Two can be laid side by side.")
     folders = [readable("runs", path) for path in paths] or _newest()
-    runs = [RunFolder(folder.name, folder, load_certificates(folder)) for folder in folders]
+    named = zip(_names(folders), folders, strict=True)
+    runs = [RunFolder(name, folder, load_certificates(folder)) for name, folder in named]
     for run in runs:
         if not run.certificates or not (run.path / LAYERS).is_dir():
             raise ConfigError(f"runs: {run.path} has no finished pictures.", "Name a folder that generate.py wrote.")
-    if len(runs) == 2 and runs[0].name == runs[1].name:
-        runs = [RunFolder(f"{run.path.parent.name}/{run.name}", run.path, run.certificates) for run in runs]
     return runs
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """As many of the last parts of each path as it takes to tell them apart, and from the other rows of the tables.
+
+    Raises:
+        ConfigError: a folder is named twice.
+    """
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise ConfigError(f"runs names {paths[0]} twice.", "Name two runs, or one alone.")
+    names: list[str] = []
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len({HARD_PASTE, NOISE_FLOOR, *names}) == 2 + len(names):
+            break
+    return names
 
 
 def _newest() -> list[Path]:
@@ -76,30 +95,42 @@ def load_sample(run: RunFolder, stem: str) -> Sample:
         PackshotError: a file of the run is missing or damaged.
     """
     certificate, layers = run.certificates[stem], run.path / LAYERS
-
-    def pixels(file: Path, mode: str) -> np.ndarray:
-        try:
-            return np.asarray(Image.open(file).convert(mode))
-        except OSError as error:
-            raise PackshotError(f"{file} cannot be read ({error}).", "Make the run again.") from error
-
     name = stem.rsplit("-", 1)[0]
     inputs = [file for file in layers.iterdir() if file.stem == f"{name}-input"]
     if not inputs:
         raise PackshotError(f"{layers} has no {name}-input picture.", "Make the run again.")
-    product = pixels(layers / f"{stem}-product.png", "RGBA")
+    product = _pixels(layers / f"{stem}-product.png", "RGBA")
     matte = product[..., 3]
     return Sample(
         stem=stem,
         certificate=certificate,
-        picture_HW3=pixels(run.path / f"{stem}.png", "RGB"),
+        picture_HW3=_pixels(run.path / f"{stem}.png", "RGB"),
         photo_HW3=place_photo(decode_image(inputs[0], inputs[0].name).convert("RGB"), certificate["transform"]),
         matte_HW=matte,
         foreground_HW3=product[..., :3],
-        background_HW3=pixels(layers / f"{stem}-background.png", "RGB"),
-        raw_HW3=pixels(layers / f"{stem}-raw.png", "RGB"),
+        background_HW3=_pixels(layers / f"{stem}-background.png", "RGB"),
+        raw_HW3=_pixels(layers / f"{stem}-raw.png", "RGB"),
         core_HW=core_of(matte),
     )
+
+
+def picture_and_matte(run: RunFolder, stem: str) -> tuple[Image.Image, Image.Image]:
+    """One picture (RGB) and its product's matte (L).
+
+    Raises:
+        PackshotError: a file of the run is missing or damaged.
+    """
+    picture = _pixels(run.path / f"{stem}.png", "RGB")
+    product = _pixels(run.path / LAYERS / f"{stem}-product.png", "RGBA")
+    return Image.fromarray(picture), Image.fromarray(product[..., 3])
+
+
+def _pixels(file: Path, mode: str) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert(mode))
+    except OSError as error:
+        raise PackshotError(f"{file} cannot be read ({error}).", "Make the run again.") from error
 
 
 def place_photo(photo: Image.Image, transform: dict[str, Any]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -37,12 +38,16 @@ td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
 """
 
 
-def page(title: str, body: str) -> str:
-    """A whole HTML document around ``body`` (trusted markup); the title is escaped."""
+def write_page(path: Path, title: str, body: Iterable[str]) -> None:
+    """Write an HTML document. The title is escaped; the parts of ``body`` are trusted markup, written one by one:
+    thumbnails lie inside, and those of a large run together need not fit into memory."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
     name = html.escape(title)
     head += f"<title>{name}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{body}</body></html>"
+    with replacing_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(f"<!doctype html><html lang=en><head>{head}</head><body>")
+        file.writelines(body)
+        file.write("</body></html>")
 
 
 def picture(file: Path, base: Path, alt: str) -> str:
@@ -65,21 +70,23 @@ def write_report(folder: Path, baseline: Path | None = None) -> None:
 
     baseline: an earlier run; where it has a picture of the same name, the two are shown side by side.
     """
+    write_page(folder / "report.html", "Packshot report", _body(folder, baseline))
+
+
+def _body(folder: Path, baseline: Path | None) -> Iterator[str]:
     certificates = load_certificates(folder)
     by_product: dict[str, list[str]] = {}
     for stem in certificates:
         by_product.setdefault(stem.rsplit("-", 1)[0], []).append(stem)
     accepted = sum(certificate["status"] == "accepted" for certificate in certificates.values())
-    body = [
-        "<h1>Packshot</h1>",
+    yield (
+        "<h1>Packshot</h1>"
         f'<p class="note">Pictures: {len(certificates)}, accepted: {accepted}, products: {len(by_product)}. '
         "Core: product pixels with full alpha, less one pixel; compared with the photo on the written file. "
-        "Edge: CIEDE2000 to the photo on the product's rim.</p>",
-    ]
+        "Edge: CIEDE2000 to the photo on the product's rim.</p>"
+    )
     for name, stems in by_product.items():
-        body.append(_product_section(folder, name, [(stem, certificates[stem]) for stem in stems], baseline))
-    with replacing_file(folder / "report.html") as file:
-        file.write_text(page("Packshot report", "".join(body)), encoding="utf-8")
+        yield _product_section(folder, name, [(stem, certificates[stem]) for stem in stems], baseline)
 
 
 def _product_section(folder: Path, name: str, results: list[tuple[str, dict[str, Any]]], baseline: Path | None) -> str:
