@@ -12,6 +12,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from onnx_fixtures import dark_is_product
@@ -21,6 +22,7 @@ from packshot.caption.build import build
 from packshot.config.compose import compose
 from packshot.config.schema import ExecutorConfig, ExecutorKind
 from packshot.core.errors import ConfigError, PackshotError
+from packshot.data import corrections
 from packshot.data.dataset import load_rows
 from packshot.data.dedup import find_duplicates, hamming, perceptual_hash
 from packshot.data.files import pair_masks
@@ -344,6 +346,63 @@ def test_sources_without_images_are_config_errors(tmp_path, name, says):
     with pytest.raises(ConfigError, match=says):
         run(tmp_path / name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def odd_table(path, **columns):
+    """A Parquet file of three pictures, with these columns in place of the usual ones."""
+
+    def picture(seed):
+        buffer = io.BytesIO()
+        photo(seed).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    usual = {
+        "image": [picture(seed) for seed in range(3)],
+        "text": [CAPTION, None, ""],
+        "license": ["MIT", None, "CC0"],
+    }
+    pq.write_table(pa.table({**usual, **columns}), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "says"),
+    [
+        ("image", ["a.png", "b.png", "c.png"], "string, not the bytes"),
+        ("image", [{"path": "a.png"}] * 3, "struct<path: string>, not the bytes"),
+        ("mask", [[0, 1]] * 3, "list<.*int64>, not the bytes"),
+        ("text", [["one", "two"]] * 3, "list<.*string>, not one caption per row"),
+        ("license", [1, 2, 3], "int64, not the name of a licence"),
+        ("license", [{"name": "MIT"}] * 3, "struct<name: string>, not the name of a licence"),
+    ],
+)
+def test_columns_that_are_not_what_their_name_says_are_config_errors(tmp_path, name, values, says):
+    table = odd_table(tmp_path / "t.parquet", **{name: values})
+    with pytest.raises(ConfigError, match=rf"source.path: .*t.parquet: column '{name}' holds {says}"):
+        run(table, tmp_path / "out", "dataset=background")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_without_a_picture_is_rejected_by_its_column_and_number(tmp_path):
+    pictures = pq.read_table(odd_table(tmp_path / "t.parquet")).column("image").to_pylist()
+    names = pa.array(["MIT", None, "MIT"]).dictionary_encode()
+    table = odd_table(tmp_path / "t.parquet", image=[pictures[0], None, pictures[2]], license=names)
+    out = run(table, tmp_path / "out", "dataset=background", "source.license=CC0-1.0")
+    assert [(row["text"], row["license"]) for row in rows(out)] == [(CAPTION, "MIT"), ("", "MIT")]
+    row = rejected(out)["t.parquet#1"]
+    assert (row["reason"], row["measure"]) == ("unreadable", "row 1 has no bytes in its column 'image'")
+
+
+def test_a_set_built_from_a_corrected_one_has_a_persons_words(photos, tmp_path):
+    (photos / "1.txt").write_text(CAPTION)
+    first = run(photos / "[012].png", tmp_path / "first", "dataset=background")
+    better = "Professional photo of an object on a stone shelf"
+    corrections.add(first, {rows(first)[1]["id"]: better, rows(first)[2]["id"]: CAPTION})
+    again = run(first, tmp_path / "again", "dataset=background")
+    assert [row["text"] for row in rows(again)] == ["", better, CAPTION]
+    corrections.add(first, {rows(first)[1]["id"]: CAPTION})
+    run(first, again, "dataset=background", "run.resume=true")
+    assert [row["text"] for row in rows(again)] == ["", CAPTION, CAPTION]
 
 
 # --- going on

@@ -1,7 +1,9 @@
 """Captions that a person has corrected: kept beside a dataset's shards, apart from what a machine wrote, and stronger.
 
 ``corrections.jsonl`` holds one line ``{"id": ..., "text": ...}`` per sample. Captioning the dataset again leaves it
-alone, and every reader of the dataset sees its words.
+alone. Whoever reads the dataset with :func:`packshot.data.dataset.load_rows` (training, evaluation, review) or builds
+another from it (``build_data.py``) sees its words; ``task=caption`` writes captions of its own, and other tools see the
+shards.
 """
 
 from __future__ import annotations
@@ -25,14 +27,24 @@ def read(folder: Path) -> dict[str, str]:
     Raises:
         PackshotError: a line is no correction.
     """
-    path, found = folder / FILE, {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
+    path = folder / FILE
+    return parse(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+
+
+def parse(content: str, name: str) -> dict[str, str]:
+    """Text by sample id, from the lines of a ``corrections.jsonl`` that messages call ``name``.
+
+    Raises:
+        PackshotError: a line is no correction.
+    """
+    found: dict[str, str] = {}
+    for number, line in enumerate(content.splitlines(), 1):
         try:
             values = json.loads(line)
             found[str(values["id"])] = str(values["text"])
         except (ValueError, KeyError, TypeError) as error:
             raise PackshotError(
-                f"{path}, line {number} is no correction.", 'A line is {"id": ..., "text": ...}.'
+                f"{name}, line {number} is no correction.", 'A line is {"id": ..., "text": ...}.'
             ) from error
     return found
 

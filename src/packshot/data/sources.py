@@ -6,18 +6,20 @@ An item names one image without reading it. Reading happens in the workers, a sa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from packshot.config.schema import SourceConfig
 from packshot.core.errors import ConfigError
 from packshot.core.run import log
 from packshot.core.storage import resolve
+from packshot.data import corrections
 from packshot.data.files import IMAGE_SUFFIXES, is_image, pair_masks
 
 Item = dict[str, Any]
@@ -39,7 +41,8 @@ def list_items(source: SourceConfig) -> list[Item]:
     """Every image of the source, sorted by path.
 
     A file's caption lies beside it as ``<file>.txt`` or ``<stem>.txt``; its mask in ``source.masks`` under the same
-    path or stem. A Parquet dataset brings its own ``text``, ``mask`` and ``license`` columns, if it has them.
+    path or stem. A Parquet dataset brings its own ``text``, ``mask`` and ``license`` columns, if it has them, and
+    the captions that were corrected beside its shards.
 
     Raises:
         ConfigError: nothing there, no image there, a Parquet without images or beside ``source.masks``, masks of which
@@ -173,12 +176,57 @@ def _table_items(fs: Any, path: str, base: str) -> list[Item]:
             parquet = pq.ParquetFile(file)
         except (OSError, ValueError) as error:
             raise ConfigError(f"source.path: {path} is no Parquet file ({error}).", "Export it again.") from error
-        if "image" not in parquet.schema_arrow.names:
-            names = ", ".join(parquet.schema_arrow.names)
-            raise ConfigError(f"source.path: {path} has no column 'image'.", f"Its columns: {names}.")
+        _check_columns(path, parquet.schema_arrow)
         log.info("%s: %d rows", path, parquet.metadata.num_rows)
+        texts = _corrected(fs, path, parquet)
         name, url = f"{PurePosixPath(base).name}/{path[len(base) :].lstrip('/')}", fs.unstrip_protocol(path)
-        return [{"name": f"{name}#{row}", "url": url, "row": row} for row in range(parquet.metadata.num_rows)]
+        rows = range(parquet.metadata.num_rows)
+        return [{"name": f"{name}#{row}", "url": url, "row": row, "text": texts.get(row)} for row in rows]
+
+
+def _check_columns(path: str, schema: pa.Schema) -> None:
+    """Refuses a table whose columns are not what their names say: by its types, before a row is read."""
+    if "image" not in schema.names:
+        raise ConfigError(f"source.path: {path} has no column 'image'.", f"Its columns: {', '.join(schema.names)}.")
+    for name, (fits, wanted) in _COLUMNS.items():
+        if name in schema.names and not fits(schema.field(name).type):
+            raise ConfigError(
+                f"source.path: {path}: column '{name}' holds {schema.field(name).type}, not {wanted}.",
+                "Convert it, or drop it if it means something else.",
+            )
+
+
+def _holds_pictures(kind: pa.DataType) -> bool:
+    """Encoded pictures: bytes, or the ``image`` feature of ``datasets``."""
+    if pa.types.is_struct(kind):
+        place = kind.get_field_index("bytes")
+        return place >= 0 and _holds_pictures(kind.field(place).type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _holds_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+
+
+_PICTURES = "the bytes of image files"
+_COLUMNS: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
+    "image": (_holds_pictures, _PICTURES),
+    "mask": (lambda kind: _holds_pictures(kind) or pa.types.is_null(kind), _PICTURES),
+    "text": (_holds_text, "one caption per row, as text"),
+    "license": (_holds_text, "the name of a licence, as text"),
+}
+
+
+def _corrected(fs: Any, path: str, parquet: pq.ParquetFile) -> dict[int, str]:
+    """Captions by row that a person has corrected beside the shards, in place of the machine's."""
+    beside = f"{path.rpartition('/')[0]}/{corrections.FILE}"
+    if "id" not in parquet.schema_arrow.names or not fs.exists(beside):
+        return {}
+    texts = corrections.parse(fs.cat_file(beside).decode(), beside)
+    ids = parquet.read(columns=["id"]).column("id").to_pylist()
+    return {row: texts[key] for row, key in enumerate(ids) if key in texts}
 
 
 # The row group that was read last: shards are consecutive rows, so each group is read about once.
@@ -198,8 +246,8 @@ def _read_row(item: Item) -> Raw:
             _last_group = (item["url"], group), parquet.read_row_group(group, columns=columns).to_pylist()
     row = _last_group[1][item["row"] - first]
     data, mask = _image_bytes(row["image"]), _image_bytes(row.get("mask"))
-    error = "" if data is not None else "the row holds no image bytes"
-    return Raw(item["name"], data, row.get("text") or "", mask, row.get("license"), error)
+    error = "" if data is not None else f"row {item['row']} has no bytes in its column 'image'"
+    return Raw(item["name"], data, item["text"] or row.get("text") or "", mask, row.get("license"), error)
 
 
 def _image_bytes(value: Any) -> bytes | None:
