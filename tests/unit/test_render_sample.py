@@ -10,6 +10,7 @@ import pytest
 from packshot.config.compose import compose
 from packshot.core.errors import ConfigError
 from packshot.core.storage import resolve
+from packshot.data.build import build
 from packshot.render import farm, words
 from packshot.render import sample as sampling
 from packshot.render.sample import (
@@ -216,6 +217,24 @@ def test_a_jobs_name_changes_with_whatever_changes_a_pixel():
 def test_no_blender_is_a_config_error_with_the_way_out(tmp_path):
     with pytest.raises(ConfigError, match="make render-env"):
         farm.blender_python(str(tmp_path))
+
+
+def test_two_builds_do_not_use_one_folder_of_scenes_at_a_time(tmp_path):
+    scenes, python = tmp_path / "scenes", tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()  # what would be found broken if a scene were rendered
+    keys = ["dataset=rendered", "render.count=1", f"render.folder={scenes}", f"render.environment={tmp_path}/env"]
+    config = compose("build_data", [*keys, f"run.dir={tmp_path}/run", "tracking=none"])
+    with farm.sole_use(str(scenes)):
+        draft = scenes / ".7-abc.draft"
+        draft.mkdir()
+        with pytest.raises(ConfigError, match=r"render.folder=.*scenes is in use by another build"):
+            build(config)
+        assert draft.is_dir()
+        assert not (tmp_path / "run").exists()
+    with farm.sole_use(str(scenes)):  # free again
+        assert farm.open_farm(config, tmp_path).folder == str(scenes)
+    assert not draft.exists()
 
 
 def test_objects_are_licensed():

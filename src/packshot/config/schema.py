@@ -411,7 +411,9 @@ class RenderConfig:
     )
     scene: SceneConfig = field(default_factory=SceneConfig)
     nearest: bool = opt(False, "replace a phrase of render.scene that the renderer lacks by the most similar one")
-    folder: str | None = opt(None, "keep finished scenes here and reuse those of other runs; null: only while building")
+    folder: str | None = opt(
+        None, "keep finished scenes here and reuse those of other runs, one build at a time; null: only while building"
+    )
     environment: str = opt(".venv-render", "Blender's environment (`make render-env`)")
 
 

@@ -7,6 +7,7 @@ import io
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePath
@@ -257,9 +258,15 @@ def build(config: BuildData, captions: Sequence[Step] = ()) -> None:
 
     captions: steps that fill ``text`` after the masks are known (``packshot.caption.build``).
     Raises:
-        ConfigError: nothing to build from, an unusable model, or a run folder in use.
+        ConfigError: nothing to build from, an unusable model, or a run folder or render.folder in use.
         PackshotError: not one image was accepted, or a worker died.
     """
+    shared = config.render.folder if config.dataset is DatasetKind.rendered else None
+    with farm.sole_use(shared) if shared else nullcontext():
+        _build(config, captions)
+
+
+def _build(config: BuildData, captions: Sequence[Step]) -> None:
     rendered = config.dataset is DatasetKind.rendered
     if rendered:
         farm.blender_python(config.render.environment)  # refuse it here, not in a worker

@@ -6,6 +6,7 @@ loses at most the scenes that were being rendered.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -90,6 +92,32 @@ def fingerprint(items: Sequence[Sample]) -> str:
     """Digest of the jobs and of the meshes they refer to."""
     meshes = file_sha256(resolve("data/objects/objects.zip"))
     return sha256("".join([meshes, *(item["job"] for item in items)]).encode())
+
+
+@contextmanager
+def sole_use(folder: str) -> Iterator[None]:
+    """Holds a folder of finished scenes (``render.folder``) while the block runs.
+
+    Two builds there at once would take each other's drafts for a killed run's remains. The system frees the lock when
+    its process ends, however it ends.
+
+    Raises:
+        ConfigError: another build holds it, or it cannot be written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = (Path(folder) / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"render.folder={folder} cannot be written: {error.strerror}.", "Name another.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"render.folder={folder} is in use by another build.",
+                "Wait until it has ended, its scenes can be reused then; or name another folder.",
+            ) from error
+        yield
 
 
 def open_farm(config: BuildData, run: Path) -> Farm:
