@@ -4,6 +4,7 @@ import json
 import shutil
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,8 @@ from packshot.evaluate.samples import load_sample, open_runs
 from packshot.infer.report import write_page
 from packshot.infer.run import generate
 from packshot.scene import Scene
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def keep_mask():
@@ -132,6 +135,20 @@ def test_report_holds_every_system_and_says_what_was_not_measured(finished, tmp_
     page = (tmp_path / "out" / "report.html").read_text()
     assert "not measured" in page
     assert page.count("data:image/") == 4
+
+
+def test_without_runs_the_base_draws_what_is_shipped(tmp_path, monkeypatch):
+    """Away from the checkout and from earlier runs, as on a machine that has only the repository."""
+    monkeypatch.chdir(tmp_path)
+    evaluate(compose("evaluate", ["run.dir=out", "captioner=none", "tracking=none"]))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    shipped = {f"{file.stem}-0" for file in (ROOT / "data" / "products").iterdir()}
+    assert report["runs"] == {"base": "out/base"}
+    assert set(report["preservation"]["pictures"]["base"]) == shipped
+    assert report["preservation"]["systems"]["base"]["core_identical_share"] == 1
+    assert report["scene"]["base"]["reason"] != "no prompt names a slot of a scene"
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "report: out/report.html" in log  # also after the drawing, which has a log of its own
 
 
 def test_suite_preservation_leaves_the_scene_out(finished, tmp_path):

@@ -503,7 +503,9 @@ class Evaluate:
     model: ModelConfig = field(default_factory=ModelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     suite: Suite = opt(Suite.full, "full, preservation or scene")
-    runs: list[str] = opt([], "one or two folders of generate.py to score side by side")
+    runs: list[str] = opt(
+        [], "one or two folders of generate.py to score side by side; none: the base draws the shipped products"
+    )
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     matte: MatteConfig = field(default_factory=MatteConfig)
 

@@ -69,12 +69,13 @@ def open_run(script: str, config: Any, resumable: bool = True) -> Run:
             run.write_config(config)
     except OSError as error:
         raise ConfigError(f"run.dir={path} cannot be written: {error.strerror}.", "Choose another folder.") from error
-    _start_log(path / "log.txt")
+    start_log(path / "log.txt")
     log.info("%s in %s", "resuming" if used else "running", path)
     return run
 
 
-def _start_log(file: Path) -> None:
+def start_log(file: Path) -> None:
+    """Log to this file (its end) and the screen, and to no other file."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from packshot.config.schema import Evaluate, Suite
+from packshot.config.schema import Evaluate, Generate, SceneConfig, Suite, TrackerKind, TrackingConfig
 from packshot.core.progress import progress
-from packshot.core.run import log, open_run
+from packshot.core.run import Run, log, open_run, start_log
 from packshot.core.storage import replacing_file
 from packshot.core.tracking import open_tracker
 from packshot.data.outline import EXTENSION_TOLERANCE
@@ -21,6 +22,7 @@ from packshot.evaluate.adherence import adherence
 from packshot.evaluate.preservation import preservation, segmenter
 from packshot.evaluate.report import write_report
 from packshot.evaluate.samples import HARD_PASTE, NOISE_FLOOR, RunFolder, load_sample, open_runs
+from packshot.infer.run import generate
 
 DEFINITIONS = {
     "core_max_abs_diff": "Largest RGB difference to the photo on the core (matte 255, eroded by 1 px); 0 is identity.",
@@ -35,19 +37,25 @@ DEFINITIONS = {
     "iou": "Overlap of the object found and the keep mask, as a share of their union; 1 is the product as it is.",
     "extended": f"Extension rate: share of pictures whose E_obj exceeds its noise floor by {EXTENSION_TOLERANCE:g}.",
 }
+# What is drawn when no runs are named.
+BASE, BASE_PRODUCTS = "base", "data/products"
+BASE_SCENE = SceneConfig(
+    surface="a white marble table", background="a pink wall", lighting="soft light from the left side"
+)
 # The worst picture counts for identity, the mean for everything else.
 _WORST: dict[str, Callable[[list[float]], float]] = {"core_max_abs_diff": max, "core_identical_share": min}
 
 
 def evaluate(config: Evaluate) -> None:
-    """Write ``report.json`` and ``report.html``.
+    """Write ``report.json`` and ``report.html``. Without ``runs``, the base's pictures of the shipped products count.
 
     Raises:
         ConfigError: a folder in ``runs`` is none that generate.py wrote.
         PackshotError: a file of a run is missing or damaged.
     """
-    runs = open_runs(config.runs)
+    runs = open_runs(config.runs) if config.runs else []
     run = open_run("evaluate", config)
+    runs = runs or open_runs([draw_base(config, run)])
     tracker = open_tracker(run, config, "evaluate")
     report: dict[str, Any] = {"runs": {r.name: str(r.path) for r in runs}, "definitions": DEFINITIONS}
     if config.suite in (Suite.full, Suite.preservation):
@@ -62,6 +70,28 @@ def evaluate(config: Evaluate) -> None:
     tracker.log({key: value for key, value in figures.items() if math.isfinite(value)}, 0)
     tracker.finish()
     log.info("report: %s", run.path / "report.html")
+
+
+def draw_base(config: Evaluate, run: Run) -> str:
+    """Draw the shipped products by the base alone, into ``base`` of the run folder; returns that folder.
+
+    It is what a first run has to be compared with, and needs nothing that is not shipped.
+    """
+    folder = run.path / BASE
+    log.info("runs is empty: the base draws the shipped products; 'runs=[<folder>]' scores pictures of your own")
+    request = Generate(
+        run=replace(config.run, dir=str(folder)),
+        model=config.model,
+        matte=config.matte,
+        tracking=TrackingConfig(kind=TrackerKind.none),
+        product=BASE_PRODUCTS,
+        scene=BASE_SCENE,
+        num_images=1,
+        num_inference_steps=15,
+    )
+    generate(request)
+    start_log(run.path / "log.txt")  # the drawing kept a log of its own
+    return str(folder)
 
 
 def score_preservation(config: Evaluate, runs: list[RunFolder], folder: Path) -> dict[str, Any]:

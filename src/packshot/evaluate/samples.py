@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from packshot.core.errors import ConfigError, PackshotError
-from packshot.core.storage import readable, resolve
+from packshot.core.storage import readable
 from packshot.data.decode import decode_image
 from packshot.infer.certificate import LAYERS, load_certificates
 from packshot.infer.product import core_of
@@ -48,14 +48,14 @@ class RunFolder:
 
 
 def open_runs(paths: list[str]) -> list[RunFolder]:
-    """One or two run folders; without any, the newest under ``outputs/generate``.
+    """One or two run folders.
 
     Raises:
-        ConfigError: too many, none to be found, or a folder that generate.py did not write.
+        ConfigError: too many, the same one twice, or a folder that generate.py did not write.
     """
     if len(paths) > 2:
         raise ConfigError(f"runs has {len(paths)} folders.", "Two can be laid side by side.")
-    folders = [readable("runs", path) for path in paths] or _newest()
+    folders = [readable("runs", path) for path in paths]
     named = zip(_names(folders), folders, strict=True)
     runs = [RunFolder(name, folder, load_certificates(folder)) for name, folder in named]
     for run in runs:
@@ -79,13 +79,6 @@ def _names(folders: list[Path]) -> list[str]:
         if len({HARD_PASTE, NOISE_FLOOR, *names}) == 2 + len(names):
             break
     return names
-
-
-def _newest() -> list[Path]:
-    folders = [path for path in resolve("outputs/generate").glob("*") if any(path.glob("*.json"))]
-    if not folders:
-        raise ConfigError("runs is empty and outputs/generate has no finished run.", "Add 'runs=[<folder>]'.")
-    return [max(folders, key=lambda path: path.stat().st_mtime)]
 
 
 def load_sample(run: RunFolder, stem: str) -> Sample:
