@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -21,10 +22,12 @@ from PIL import Image, ImageDraw
 
 from packshot.config.compose import compose
 from packshot.core.errors import ConfigError
+from packshot.core.run import Run, log
 from packshot.infer import Packshot
 from packshot.infer.references import open_references
 from packshot.scene import Scene
-from packshot.serve.app import certificate_sha256, create_app, listen, wants_png
+from packshot.serve.app import certificate_sha256, create_app, listen, log_uvicorn, wants_png
+from packshot.serve.service import Quota
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "correct horse battery staple"
@@ -34,6 +37,12 @@ STEPS = ["generate.num_inference_steps=2", "generate.guidance_scale=1"]
 
 def config(*overrides):
     return compose("serve", [*STEPS, f"serve.api_key={KEY}", *overrides])
+
+
+@pytest.fixture(autouse=True)
+def heard(monkeypatch):
+    """caplog hears ours, also after a run in this process has taken the log for itself."""
+    monkeypatch.setattr(log, "propagate", True)
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +236,59 @@ def test_a_key_is_made_up_and_printed_once_when_none_is_given(packshot, capsys, 
     assert not capsys.readouterr().out
     order = {**upload(), "headers": {"Authorization": "Bearer from the environment"}}
     assert TestClient(app).post("/generate", **order).status_code == 200
+
+
+# --- what is written down
+
+
+def ours(caplog):
+    return [entry.getMessage() for entry in caplog.records if entry.name == log.name]
+
+
+def test_a_request_cannot_write_a_log_entry_of_its_own(client, caplog):
+    with caplog.at_level(logging.INFO):
+        client.get("/x%0A2026-01-01 00:00:00,000 INFO%20POST%20/generate%20200%1B[2J", headers=BEARER)
+        client.get("/" + "y" * 5000, headers=BEARER)
+    forged, long = ours(caplog)
+    assert forged.startswith(r"GET /x\n2026-01-01 00:00:00,000 INFO POST /generate 200\x1b[2J 404")
+    assert len(long) < 300
+
+
+def test_strangers_write_a_bounded_number_of_lines_and_no_metrics(packshot, tmp_path, caplog):
+    run = Run(tmp_path, resumed=False)
+    app = create_app(config(), packshot, run)
+    client = TestClient(app)
+    with caplog.at_level(logging.INFO):
+        for _ in range(100):
+            client.get("/nothing")
+            client.post("/generate")
+    assert len(ours(caplog)) == 60
+    assert not (tmp_path / "metrics.jsonl").exists()
+    client.get("/nothing", headers=BEARER)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_quota_starts_anew_and_says_what_it_left_out(caplog):
+    now = [0.0]
+    quota = Quota(2, 60, lambda: now[0])
+    assert [quota.admit() for _ in range(5)] == [True, True, False, False, False]
+    now[0] = 59
+    assert not quota.admit()
+    now[0] = 60
+    assert quota.admit()
+    assert ours(caplog) == ["4 requests without the key were not listed"]
+
+
+def test_what_is_no_http_counts_as_a_strangers_line(packshot, monkeypatch):
+    app = create_app(config(), packshot)
+    app.state.service.strangers = Quota(1, 3600)
+    logger = logging.getLogger("uvicorn.error")
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(logger, "handlers", [])
+    log_uvicorn(app.state.service)
+    levels = [logging.WARNING, logging.WARNING, logging.ERROR]
+    entries = [logger.makeRecord("uvicorn.error", level, "", 0, "Invalid HTTP request.", (), None) for level in levels]
+    assert [bool(logger.filter(entry)) for entry in entries] == [True, False, True]
 
 
 # --- what may be sent

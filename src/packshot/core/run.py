@@ -74,6 +74,21 @@ def open_run(script: str, config: Any, resumable: bool = True) -> Run:
     return run
 
 
+def printable(text: str) -> str:
+    """The text on one line: line breaks, control characters and whatever else does not print become escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class EntryFormatter(logging.Formatter):
+    """Indents what follows an entry's first line: names of files and texts that strangers send can neither pass for
+    another entry nor steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n    ".join(map(printable, super().format(record).split("\n")))
+
+
 def start_log(file: Path) -> None:
     """Log to this file (its end) and the screen, and to no other file."""
     for handler in list(log.handlers):
@@ -82,8 +97,8 @@ def start_log(file: Path) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     to_file = logging.FileHandler(file)
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    to_file.setFormatter(EntryFormatter("%(asctime)s %(levelname)s %(message)s"))
     to_screen = logging.StreamHandler(sys.stderr)
-    to_screen.setFormatter(logging.Formatter("%(message)s"))
+    to_screen.setFormatter(EntryFormatter("%(message)s"))
     log.addHandler(to_file)
     log.addHandler(to_screen)

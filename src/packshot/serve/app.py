@@ -213,6 +213,14 @@ def listen(host: str, port: int) -> socket.socket:
     return server
 
 
+def log_uvicorn(service: Service) -> None:
+    """uvicorn's messages go where ours go; it warns of whatever is no HTTP, so they count as lines of strangers."""
+    logger = logging.getLogger("uvicorn.error")
+    for handler in log.handlers:
+        logger.addHandler(handler)
+    logger.addFilter(lambda record: record.levelno > logging.WARNING or service.strangers.admit())
+
+
 def _end(*_: Any) -> None:
     raise SystemExit(0)
 
@@ -239,8 +247,6 @@ def serve(config: Serve) -> None:
         public = dataclasses.replace(config, serve=dataclasses.replace(config.serve, api_key=None))
         run = open_run("serve", public)
         tracker = open_tracker(run, public, "serve")
-        for handler in log.handlers:
-            logging.getLogger("uvicorn").addHandler(handler)
 
         def load() -> Packshot:
             # Torch and diffusers take seconds to import: on the worker thread, with the server answering meanwhile.
@@ -264,10 +270,11 @@ def serve(config: Serve) -> None:
         host, port = server_socket.getsockname()[:2]
         log.info("listening on http://%s:%s, documentation at /docs", f"[{host}]" if ":" in host else host, port)
         service: Service = app.state.service
+        log_uvicorn(service)
         try:
             server.run(sockets=[server_socket])
             if service.failure:
                 raise service.failure
         finally:
             tracker.finish()
-            log.info("stopped after %d requests", service.requests)
+            log.info("stopped after %d requests with the key", service.requests)

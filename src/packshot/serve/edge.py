@@ -19,10 +19,18 @@ from packshot.core.run import log
 from packshot.serve.metrics import Metrics
 from packshot.serve.schemas import ApiError, ErrorResponse
 
-Record = Callable[[dict[str, Any]], None]
+Record = Callable[[dict[str, Any], bool], None]
 # What a client may know of a failure that is ours: nothing but that it happened.
 INTERNAL_ERROR = ApiError(
     500, "internal_error", "The server failed on this request.", "Its log has the reason under this request_id."
+)
+
+UNAUTHORIZED = ApiError(
+    401,
+    "unauthorized",
+    "The API key is missing or wrong.",
+    "Send the header 'Authorization: Bearer <key>' with the server's key.",
+    {"WWW-Authenticate": "Bearer"},
 )
 
 
@@ -36,18 +44,11 @@ def _header(scope: Scope, name: bytes) -> bytes:
     return next((value for key, value in scope["headers"] if key == name), b"")
 
 
-def check_key(scope: Scope, key: str) -> None:
-    """Raises ApiError 401 unless the request carries ``Authorization: Bearer <key>``."""
+def has_key(scope: Scope, key: str) -> bool:
+    """Whether the request carries ``Authorization: Bearer <key>``."""
     scheme, _, given = _header(scope, b"authorization").partition(b" ")
     right = hmac.compare_digest(given.strip(), key.encode())
-    if scheme.lower() != b"bearer" or not right:
-        raise ApiError(
-            401,
-            "unauthorized",
-            "The API key is missing or wrong.",
-            "Send the header 'Authorization: Bearer <key>' with the server's key.",
-            {"WWW-Authenticate": "Bearer"},
-        )
+    return scheme.lower() == b"bearer" and right
 
 
 def limited(scope: Scope, receive: Receive, limit: int) -> Receive:
@@ -82,7 +83,7 @@ class Edge:
 
     key: what ``POST`` requests must carry; reading (health, metrics, docs) is open.
     body_limit: bytes of a whole request.
-    record: gets one dict per request.
+    record: gets one dict per request, and whether it carried the key.
     """
 
     def __init__(self, app: ASGIApp, key: str, body_limit: int, metrics: Metrics, record: Record) -> None:
@@ -99,7 +100,7 @@ class Edge:
         started = time.monotonic()
         request_id = uuid.uuid4().hex
         state = scope.setdefault("state", {})
-        state.update(request_id=request_id, started=started, figures={})
+        state.update(request_id=request_id, started=started, figures={}, known=has_key(scope, self._key))
         status = 0
 
         async def send_noted(message: Message) -> None:
@@ -119,12 +120,12 @@ class Edge:
         seconds = time.monotonic() - started
         self._metrics.count(scope["method"], scope["path"], status, seconds)
         line = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
-        self._record({**line, "seconds": round(seconds, 4), **state["figures"]})
+        self._record({**line, "seconds": round(seconds, 4), **state["figures"]}, state["known"])
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if scope["method"] not in ("GET", "HEAD"):
-                check_key(scope, self._key)
+            if scope["method"] not in ("GET", "HEAD") and not scope["state"]["known"]:
+                raise UNAUTHORIZED
             receive = limited(scope, receive, self._body_limit)
         except ApiError as error:
             await error_response(error, scope["state"]["request_id"])(scope, receive, send)

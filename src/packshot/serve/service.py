@@ -16,7 +16,7 @@ from fastapi.concurrency import run_in_threadpool
 from packshot.config.schema import Generate, GenerateSettings, Placement, SceneConfig, Serve
 from packshot.config.validate import validate
 from packshot.core.errors import ConfigError, PackshotError
-from packshot.core.run import Run, log
+from packshot.core.run import Run, log, printable
 from packshot.core.storage import sha256
 from packshot.core.tracking import Tracker
 from packshot.scene import Scene
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 ENDPOINTS = ["/", "/generate", "/health", "/metrics", "/docs", "/openapi.json"]
 VERSION = version("packshot")
 _QUIET = ("/health", "/metrics")  # probes ask every few seconds: no log lines for them
+_SHOWN = 200  # characters of a method or path that are written down
+_LINES_PER_HOUR = 60  # of the log, for requests without the key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,26 @@ class Order:
     seed: int
 
 
+class Quota:
+    """So many log lines in so many seconds; how many were left out is said with the first one after that."""
+
+    def __init__(self, lines: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lines = lines
+        self._seconds = seconds
+        self._clock = clock
+        self._began = clock()
+        self._asked = 0
+
+    def admit(self) -> bool:
+        """Whether one more line may be written."""
+        if self._clock() - self._began >= self._seconds:
+            if self._asked > self._lines:
+                log.warning("%d requests without the key were not listed", self._asked - self._lines)
+            self._began, self._asked = self._clock(), 0
+        self._asked += 1
+        return self._asked <= self._lines
+
+
 class Service:
     """What the routes of one app share: config, the worker thread, the model once it is loaded."""
 
@@ -58,6 +80,7 @@ class Service:
         self.failure: Exception | None = None
         self.started = time.monotonic()
         self.requests = 0
+        self.strangers = Quota(_LINES_PER_HOUR, 3600)
         self.last_seconds = 1.0
         self.worker = Worker(config.serve.queue_size)
         self.metrics = Metrics(set(ENDPOINTS), lambda: self.worker.waiting, lambda: self.packshot is not None)
@@ -73,12 +96,16 @@ class Service:
             self.failure = error
             log.error("the model could not be loaded: %s", error)
 
-    def record(self, line: dict[str, Any]) -> None:
-        """One answered request: a line in the log and in metrics.jsonl, figures to the tracker."""
-        if line["path"] in _QUIET:
+    def record(self, line: dict[str, Any], known: bool) -> None:
+        """One answered request: a line in the log; if it carried the key (known), also in metrics.jsonl and figures to
+        the tracker. Strangers must not be able to fill the disk."""
+        if line["path"] in _QUIET or not (known or self.strangers.admit()):
+            return
+        line = {**line, **{key: printable(line[key])[:_SHOWN] for key in ("method", "path")}}
+        log.info("%(method)s %(path)s %(status)s %(seconds).2f s %(request_id)s", line)
+        if not known:
             return
         self.requests += 1
-        log.info("%(method)s %(path)s %(status)s %(seconds).2f s %(request_id)s", line)
         if self.run:
             self.run.metrics({"step": self.requests, **line})
         figures = {key: float(value) for key, value in line.items() if isinstance(value, int | float)}
