@@ -629,17 +629,6 @@ def test_names_with_odd_characters_are_linked_and_too_long_ones_say_so(tmp_path)
         generate(replace(config, run=replace(config.run, dir=str(tmp_path / "second"))))
 
 
-def test_a_mask_folder_takes_images_and_one_of_each_name(tmp_path):
-    config = configured(tmp_path)
-    (tmp_path / "masks" / "a.txt").write_text("notes")
-    assert mask_files(config.mask, [tmp_path / "in" / "a.png"]) == {
-        tmp_path / "in" / "a.png": tmp_path / "masks" / "a.png"
-    }
-    Image.new("L", (96, 128)).save(tmp_path / "masks" / "a.bmp")
-    with pytest.raises(ConfigError, match=r"a\.bmp and a\.png"):
-        mask_files(config.mask, [tmp_path / "in" / "a.png"])
-
-
 def test_one_bad_product_does_not_stop_the_others_and_fails_the_run(tmp_path):
     config = configured(tmp_path)
     for folder in ("in", "masks"):
