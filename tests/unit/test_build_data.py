@@ -1,5 +1,6 @@
 """build_data: what goes in, what comes out, what is left out and why (rules 27-31 of the data chapter)."""
 
+import hashlib
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -333,6 +335,57 @@ def test_globs_parquet_and_remote_stores_are_sources(photos, tmp_path):
     store = fsspec.filesystem("memory")
     store.pipe("/shop/0.png", (photos / "0.png").read_bytes())
     assert rows(run("memory://shop", tmp_path / "remote"))[0]["id"] == rows(first)[0]["id"]
+
+
+def shard(path, files, mode="w"):
+    with tarfile.open(path, mode) as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_tar_shards_bring_captions_masks_and_licences_and_lose_nothing(photos, tmp_path):
+    mask = io.BytesIO()
+    Image.open(photos / "1.png").convert("L").point(lambda value: 255 * (value < 140)).save(mask, "PNG")
+    pictures = [(photos / f"{number}.png").read_bytes() for number in range(3)]
+    described = json.dumps({"caption": CAPTION, "license": "CC-BY-4.0", "url": "x"}).encode()
+    (tmp_path / "tars").mkdir()
+    shard(tmp_path / "tars" / "a.tar", {"0.png": pictures[0], "0.json": described, "0.cls": b"3", "._0.png": b"x"})
+    files = {"b/1.txt": CAPTION.encode(), "b/1.mask.png": mask.getvalue(), "b/1.PNG": pictures[1]}
+    shard(tmp_path / "tars" / "b.tar", {**files, "b/2.png": pictures[2], "b/2.json": b"{", "b/3.txt": b"no picture"})
+    out = run(tmp_path / "tars", tmp_path / "out", "source.license=MIT")
+    kept = {row["source"]: row for row in rows(out)}
+    assert list(kept) == ["tars/a.tar#0", "tars/b.tar#b/1"]
+    first, second = kept.values()
+    assert [(row["license"], row["text"]) for row in (first, second)] == [("CC-BY-4.0", CAPTION), ("MIT", CAPTION)]
+    assert [row["id"] for row in (first, second)] == [hashlib.sha256(picture).hexdigest() for picture in pictures[:2]]
+    given, found = (np.asarray(Image.open(io.BytesIO(png))) for png in (mask.getvalue(), second["mask"]["bytes"]))
+    np.testing.assert_array_equal(given, found)
+    reasons = {name: row["measure"] for name, row in rejected(out).items() if not row["kept"]}
+    assert "json is damaged" in reasons["b.tar#b/2"]
+    assert "no image named b/3" in reasons["b.tar#b/3"]
+
+
+@pytest.mark.parametrize(
+    ("files", "mode", "says"),
+    [
+        ({"0.png": b"", "0.jpg": b""}, "w", "several images named 0"),
+        ({"0.png": b"x" * 999}, "w:gz", "no whole tar"),
+        ({}, None, "no whole tar"),
+    ],
+)
+def test_tar_shards_that_cannot_be_read_are_config_errors(tmp_path, files, mode, says):
+    path = tmp_path / "a.tar"
+    if mode:
+        shard(path, files, mode)
+    else:
+        path.write_bytes(shard(tmp_path / "whole.tar", {"0.png": b"x" * 99999}).read_bytes()[:5000])
+        (tmp_path / "whole.tar").unlink()
+    with pytest.raises(ConfigError, match=says):
+        run(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,7 @@ class CaptionVLM:
 
 @dataclass
 class SourceConfig:
-    path: str = opt("data/products", "folder, glob or Parquet file of images")
+    path: str = opt("data/products", "images: a folder, a glob, Parquet or tar shards; local or s3:// and the like")
     masks: str | None = opt(None, "folder with a mask per image, same file name (white = product)")
     license: str = opt("unknown", "licence of every image of the source (SPDX id or name)")
 

@@ -1,4 +1,4 @@
-"""What there is to build from: images in a folder, behind a glob, or in Parquet; local or on any fsspec store.
+"""What there is to build from: images in a folder, behind a glob, in Parquet or tar shards; local or on any store.
 
 An item names one image without reading it. Reading happens in the workers, a sample at a time.
 """
@@ -21,6 +21,7 @@ from packshot.core.run import log
 from packshot.core.storage import resolve
 from packshot.data import corrections
 from packshot.data.files import IMAGE_SUFFIXES, is_image, pair_masks
+from packshot.data.tars import read_member, tar_items
 
 Item = dict[str, Any]
 
@@ -42,7 +43,7 @@ def list_items(source: SourceConfig) -> list[Item]:
 
     A file's caption lies beside it as ``<file>.txt`` or ``<stem>.txt``; its mask in ``source.masks`` under the same
     path or stem. A Parquet dataset brings its own ``text``, ``mask`` and ``license`` columns, if it has them, and
-    the captions that were corrected beside its shards.
+    the captions that were corrected beside its shards; for tar shards see :func:`tar_items`.
 
     Raises:
         ConfigError: nothing there, no image there, a Parquet without images or beside ``source.masks``, masks of which
@@ -51,20 +52,23 @@ def list_items(source: SourceConfig) -> list[Item]:
     fs, root = _open(source.path)
     paths, base = _found(fs, root, source.path)
     tables = [path for path in paths if _is_table(path[len(base) :].lstrip("/"))]
-    if tables and source.masks:
+    tars = [path for path in paths if path.endswith(".tar")]
+    if (tables or tars) and source.masks:
         raise ConfigError(
-            f"source.masks={source.masks} would not be looked at: source.path={source.path} holds Parquet.",
-            "Its masks are its column 'mask'; leave source.masks out.",
+            f"source.masks={source.masks} would not be looked at: source.path={source.path} holds shards.",
+            "Their masks are the column 'mask' (Parquet) or <key>.mask.png (tar); leave source.masks out.",
         )
     if tables:  # a dataset; pictures beside its shards (a contact sheet) belong to its documentation
         return [item for path in tables for item in _table_items(fs, path, base)]
+    if tars:
+        return [item for path in tars for item in tar_items(fs, path, _named(path, base))]
     given = _mask_files(source)
     own = set(given.values())
     images = [path for path in paths if (is_image(path) or path == root) and fs.unstrip_protocol(path) not in own]
     if not images:
         raise ConfigError(
             f"source.path={source.path} holds no image ({len(paths)} files).",
-            f"Known are {' '.join(IMAGE_SUFFIXES)} and .parquet.",
+            f"Known are {' '.join(IMAGE_SUFFIXES)}, .parquet and .tar.",
         )
     inside = {path: path[len(base) :].lstrip("/") for path in images}
     masks = _masks(source, list(inside.values()), given) if source.masks else {}
@@ -85,7 +89,7 @@ def _found(fs: Any, root: str, given: str) -> tuple[list[str], str]:
 def read_items(items: Sequence[Item]) -> Iterator[Raw]:
     """The samples behind items, in order."""
     for item in items:
-        yield _read_row(item) if "row" in item else _read_file(item)
+        yield next(read(item) for mark, read in _READERS.items() if mark in item)
 
 
 def fingerprint(items: Sequence[Item]) -> str:
@@ -143,13 +147,17 @@ def mask_pattern(image: str) -> str:
     return f"{PurePosixPath(image).with_suffix('')}.*"
 
 
+def _named(path: str, base: str) -> str:
+    """How tables and messages call a file: by the source's last name and its path inside."""
+    return f"{PurePosixPath(base).name}/{path[len(base) :].lstrip('/')}"
+
+
 def _file_item(fs: Any, path: str, base: str, known: set[str], mask: str | None) -> Item:
-    inside = path[len(base) :].lstrip("/")
     stem = str(PurePosixPath(path).with_suffix(""))
     text = next((beside for beside in (f"{path}.txt", f"{stem}.txt") if beside in known or fs.exists(beside)), None)
     url = fs.unstrip_protocol
     return {
-        "name": f"{PurePosixPath(base).name}/{inside}",
+        "name": _named(path, base),
         "url": url(path),
         "text": text and url(text),
         "mask": mask,
@@ -161,6 +169,13 @@ def _read_file(item: Item) -> Raw:
         data = _bytes(item["url"])
         text = _bytes(item["text"]).decode("utf-8", errors="replace").strip() if item["text"] else ""
         return Raw(item["name"], data, text, _bytes(item["mask"]) if item["mask"] else None)
+    except OSError as error:
+        return Raw(item["name"], None, error=error.strerror or str(error))
+
+
+def _read_shard(item: Item) -> Raw:
+    try:
+        return Raw(item["name"], **read_member(item))
     except OSError as error:
         return Raw(item["name"], None, error=error.strerror or str(error))
 
@@ -179,7 +194,7 @@ def _table_items(fs: Any, path: str, base: str) -> list[Item]:
         _check_columns(path, parquet.schema_arrow)
         log.info("%s: %d rows", path, parquet.metadata.num_rows)
         texts = _corrected(fs, path, parquet)
-        name, url = f"{PurePosixPath(base).name}/{path[len(base) :].lstrip('/')}", fs.unstrip_protocol(path)
+        name, url = _named(path, base), fs.unstrip_protocol(path)
         rows = range(parquet.metadata.num_rows)
         return [{"name": f"{name}#{row}", "url": url, "row": row, "text": texts.get(row)} for row in rows]
 
@@ -252,3 +267,7 @@ def _read_row(item: Item) -> Raw:
 
 def _image_bytes(value: Any) -> bytes | None:
     return value.get("bytes") if isinstance(value, dict) else value
+
+
+# By what an item of the kind has: how its sample is read. Files have neither of the first two.
+_READERS: dict[str, Callable[[Item], Raw]] = {"row": _read_row, "spans": _read_shard, "url": _read_file}
