@@ -458,6 +458,94 @@ def test_health_answers_while_requests_wait_and_a_full_queue_is_429(packshot):
         assert "packshot_queue_length 0.0" in client.get("/metrics").text
 
 
+async def ask(app, receive, method="POST", path="/generate", headers=(), send=None):
+    """Status and headers of a request made without a client between, so that its body arrives as ``receive`` likes."""
+    sent = []
+
+    async def keep(message):
+        sent.append(message)
+        if send:
+            await send()
+
+    fields = [(b"authorization", BEARER["Authorization"].encode()), *headers]
+    scope = {"type": "http", "method": method, "path": path, "headers": fields, "query_string": b""}
+    await app({**scope, "http_version": "1.1", "scheme": "http", "root_path": ""}, receive, keep)
+    return sent[0]["status"], dict(sent[0]["headers"])
+
+
+def test_a_full_queue_refuses_before_anything_of_the_upload_is_read(packshot):
+    app = create_app(config("serve.queue_size=0"), packshot)
+    read = []
+
+    async def receive():
+        read.append(1)
+        return {"type": "http.disconnect"}
+
+    with busy(app):
+        status, headers = anyio.run(ask, app, receive)
+    assert (status, read) == (429, [])
+    assert int(headers[b"retry-after"]) >= 1
+
+
+FORM = ((b"content-type", b"multipart/form-data; boundary=b"),)
+
+
+def test_an_upload_on_its_way_has_its_place_and_gives_it_back(packshot):
+    app = create_app(config("serve.queue_size=0"), packshot)
+
+    async def two():
+        begun, end = anyio.Event(), anyio.Event()
+
+        async def slow():
+            begun.set()
+            await end.wait()
+            return {"type": "http.disconnect"}
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask, app, slow, "POST", "/generate", FORM)
+            await begun.wait()
+            status, _ = await ask(app, slow)
+            end.set()
+        return status
+
+    assert anyio.run(two) == 429
+    assert TestClient(app).post("/generate", **upload()).status_code == 200
+
+
+def test_an_upload_that_never_ends_is_408_and_gives_its_place_back(packshot):
+    app = create_app(config("serve.queue_size=0", "serve.timeout_seconds=0.1"), packshot)
+    status, _ = anyio.run(ask, app, anyio.sleep_forever, "POST", "/generate", FORM)
+    assert status == 408
+    app.state.service.worker.reserve()
+
+
+def test_more_requests_than_can_be_in_work_are_503_but_probes_get_through(packshot):
+    app = create_app(config(), packshot)
+
+    async def receive():
+        return {"type": "http.request"}
+
+    async def many():
+        waiting, end = [], anyio.Event()
+
+        async def stuck():
+            waiting.append(1)
+            await end.wait()
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(64):
+                tasks.start_soon(ask, app, receive, "GET", "/nothing", (), stuck)
+            while len(waiting) < 64:
+                await anyio.sleep(0)
+            answers = [await ask(app, receive, "GET", path) for path in ("/nothing", "/health")]
+            end.set()
+        return [*answers, await ask(app, receive, "GET", "/nothing")]
+
+    (refusal, headers), (probe, _), (later, _) = anyio.run(many)
+    assert (refusal, probe, later) == (503, 200, 404)
+    assert int(headers[b"retry-after"]) >= 1
+
+
 def test_a_request_that_waits_too_long_is_504_and_gives_its_place_back(packshot):
     app = create_app(config("serve.queue_size=1", "serve.timeout_seconds=0.1"), packshot)
     client = TestClient(app)

@@ -94,13 +94,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
     )
     async def generate(request: Request, form: Annotated[GenerateForm, Form(media_type="multipart/form-data")]) -> Any:
         """Put the product of `product_file` into a new scene. `Accept: image/png` returns the one picture itself."""
-        if service.packshot is None:
-            raise ApiError(503, "model_loading", "The model is not loaded yet.", "GET /health.", {"Retry-After": "5"})
         as_png = wants_png(request.headers.get("accept", ""))
         if as_png and form.num_images != 1:
             raise ApiError(422, "invalid_field", "Accept: image/png holds one picture.", "Set num_images=1.")
-        if service.worker.full:  # decoding uploads that cannot be queued would only cost memory
-            raise service.queue_full()
         order = await read_order(form, config)
         pictures = await service.answer(order, request)
         seconds = time.monotonic() - request.state.started
@@ -181,7 +177,9 @@ def create_app(
         Edge,
         key=choose_key(config),
         body_limit=int((3 * config.serve.max_upload_mib + _FORM_MIB) * 2**20),
+        body_seconds=config.serve.timeout_seconds,
         metrics=service.metrics,
+        reserve=service.reserve,
         record=service.record,
     )
     return app

@@ -1,15 +1,17 @@
-"""The outermost layer of the app: request ids, the key, the size limit, metrics, the log, the last resort.
+"""The outermost layer of the app: request ids, the key, the limits, metrics, the log, the last resort.
 
-It is plain ASGI because FastAPI reads a whole form before any dependency runs: a stranger without a key must not be
-able to make the server swallow an upload first.
+It is plain ASGI because FastAPI reads a whole form before any dependency runs: neither a stranger without a key nor a
+request that finds the queue full must be able to make the server swallow an upload first.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -18,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from packshot.core.run import log
 from packshot.serve.metrics import Metrics
 from packshot.serve.schemas import ApiError, ErrorResponse
+from packshot.serve.worker import Place
 
 Record = Callable[[dict[str, Any], bool], None]
 # What a client may know of a failure that is ours: nothing but that it happened.
@@ -32,6 +35,9 @@ UNAUTHORIZED = ApiError(
     "Send the header 'Authorization: Bearer <key>' with the server's key.",
     {"WWW-Authenticate": "Bearer"},
 )
+MAX_OTHERS = 64  # requests in work at once, besides those for pictures
+BUSY = ApiError(503, "busy", f"{MAX_OTHERS} requests are in work already.", "Try again in 1 s.", {"Retry-After": "1"})
+PROBES = ("/health", "/metrics")
 
 
 def error_response(error: ApiError, request_id: str) -> JSONResponse:
@@ -51,11 +57,13 @@ def has_key(scope: Scope, key: str) -> bool:
     return scheme.lower() == b"bearer" and right
 
 
-def limited(scope: Scope, receive: Receive, limit: int) -> Receive:
-    """``receive`` that raises ApiError 413 as soon as the body exceeds ``limit`` bytes.
+def limited(scope: Scope, receive: Receive, limit: int, seconds: float) -> Receive:
+    """``receive`` that raises ApiError 413 as soon as the body exceeds ``limit`` bytes, and 408 if it takes longer than
+    ``seconds`` to arrive.
 
     The declared length is looked at first because it is free; the bytes are counted because it may be absent or a lie.
     """
+    too_slow = ApiError(408, "timeout", f"The request did not arrive within {seconds:g} s.", "Send smaller files.")
     too_large = ApiError(
         413,
         "too_large",
@@ -65,12 +73,20 @@ def limited(scope: Scope, receive: Receive, limit: int) -> Receive:
     declared = _header(scope, b"content-length")
     if declared.isdigit() and int(declared) > limit:
         raise too_large
-    seen = 0
+    seen, complete = 0, False
+    deadline = time.monotonic() + seconds
 
     async def counted() -> Message:
-        nonlocal seen
-        message = await receive()
+        nonlocal seen, complete
+        if complete:  # what comes now is the end of the connection, whenever it comes
+            return await receive()
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                message = await receive()
+        except TimeoutError:
+            raise too_slow from None
         seen += len(message.get("body", b""))
+        complete = not message.get("more_body", False)
         if seen > limit:
             raise too_large
         return message
@@ -82,15 +98,28 @@ class Edge:
     """ASGI middleware around the whole app.
 
     key: what ``POST`` requests must carry; reading (health, metrics, docs) is open.
-    body_limit: bytes of a whole request.
+    body_limit, body_seconds: size of a whole request, and how long it may take to arrive.
+    reserve: takes a place in the queue, before anything of the body of a request for pictures is read.
     record: gets one dict per request, and whether it carried the key.
     """
 
-    def __init__(self, app: ASGIApp, key: str, body_limit: int, metrics: Metrics, record: Record) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        key: str,
+        body_limit: int,
+        body_seconds: float,
+        metrics: Metrics,
+        reserve: Callable[[], Place],
+        record: Record,
+    ) -> None:
         self._app = app
         self._key = key
         self._body_limit = body_limit
+        self._body_seconds = body_seconds
         self._metrics = metrics
+        self._reserve = reserve
+        self._others = 0
         self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -123,11 +152,28 @@ class Edge:
         self._record({**line, "seconds": round(seconds, 4), **state["figures"]}, state["known"])
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with ExitStack() as stack:
+            try:
+                if scope["method"] not in ("GET", "HEAD") and not scope["state"]["known"]:
+                    raise UNAUTHORIZED
+                receive = limited(scope, receive, self._body_limit, self._body_seconds)
+                if (scope["method"], scope["path"]) == ("POST", "/generate"):
+                    scope["state"]["place"] = place = self._reserve()
+                    stack.callback(place.leave)
+                else:
+                    stack.enter_context(self._counted(scope["path"]))
+            except ApiError as error:
+                await error_response(error, scope["state"]["request_id"])(scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+
+    @contextmanager
+    def _counted(self, path: str) -> Iterator[None]:
+        """Whatever is not limited by the queue is limited by number; probes must get through when that is reached."""
+        if self._others >= MAX_OTHERS and path not in PROBES:
+            raise BUSY
+        self._others += 1
         try:
-            if scope["method"] not in ("GET", "HEAD") and not scope["state"]["known"]:
-                raise UNAUTHORIZED
-            receive = limited(scope, receive, self._body_limit)
-        except ApiError as error:
-            await error_response(error, scope["state"]["request_id"])(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
+            yield
+        finally:
+            self._others -= 1

@@ -20,9 +20,10 @@ from packshot.core.run import Run, log, printable
 from packshot.core.storage import sha256
 from packshot.core.tracking import Tracker
 from packshot.scene import Scene
+from packshot.serve.edge import PROBES
 from packshot.serve.metrics import Metrics
 from packshot.serve.schemas import ApiError, GenerateForm
-from packshot.serve.worker import QueueFull, Worker
+from packshot.serve.worker import Place, QueueFull, Worker
 
 if TYPE_CHECKING:
     from packshot.infer import Packshot
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 ENDPOINTS = ["/", "/generate", "/health", "/metrics", "/docs", "/openapi.json"]
 VERSION = version("packshot")
-_QUIET = ("/health", "/metrics")  # probes ask every few seconds: no log lines for them
 _SHOWN = 200  # characters of a method or path that are written down
 _LINES_PER_HOUR = 60  # of the log, for requests without the key
 
@@ -98,8 +98,8 @@ class Service:
 
     def record(self, line: dict[str, Any], known: bool) -> None:
         """One answered request: a line in the log; if it carried the key (known), also in metrics.jsonl and figures to
-        the tracker. Strangers must not be able to fill the disk."""
-        if line["path"] in _QUIET or not (known or self.strangers.admit()):
+        the tracker. Strangers must not be able to fill the disk; probes ask every few seconds."""
+        if line["path"] in PROBES or not (known or self.strangers.admit()):
             return
         line = {**line, **{key: printable(line[key])[:_SHOWN] for key in ("method", "path")}}
         log.info("%(method)s %(path)s %(status)s %(seconds).2f s %(request_id)s", line)
@@ -134,23 +134,27 @@ class Service:
         self.metrics.inference.observe(self.last_seconds)
         return pictures
 
-    def queue_full(self) -> ApiError:
-        """What a request hears that cannot even wait."""
-        wait = max(1, round(self.last_seconds * (self.worker.waiting + 1)))
-        message = f"{self.config.serve.queue_size} requests wait already."
-        return ApiError(429, "queue_full", message, f"Try again in {wait} s.", {"Retry-After": str(wait)})
+    def reserve(self) -> Place:
+        """A place in the queue; raises ApiError when there is none, or no model yet."""
+        if self.packshot is None:
+            raise ApiError(503, "model_loading", "The model is not loaded yet.", "GET /health.", {"Retry-After": "5"})
+        try:
+            return self.worker.reserve()
+        except QueueFull:
+            wait = max(1, round(self.last_seconds * (self.worker.waiting + 1)))
+            message = f"{self.config.serve.queue_size} requests wait already."
+            hint = f"Try again in {wait} s."
+            raise ApiError(429, "queue_full", message, hint, {"Retry-After": str(wait)}) from None
 
     async def answer(self, order: Order, request: Request) -> list[tuple[bytes, dict[str, Any]]]:
         """Queue an order and wait for it: as long as the client does, and no longer than the timeout."""
-        try:
-            future = self.worker.submit(self.generate, order)
-        except QueueFull:
-            raise self.queue_full() from None
-        job = asyncio.wrap_future(future)
+        place: Place = request.state.place
+        job = asyncio.wrap_future(place.start(self.generate, order))
         gone = asyncio.ensure_future(request.receive())  # after the body, only a disconnect can come
         limit = self.config.serve.timeout_seconds
+        left = max(0.0, limit - (time.monotonic() - request.state.started))
         try:
-            await asyncio.wait({job, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({job, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if job.done():
                 return job.result()
             if gone.done():
