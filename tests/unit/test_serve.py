@@ -218,7 +218,7 @@ def test_without_the_key_no_body_is_read(client):
 def test_reading_is_open(client):
     for path in ("/", "/health", "/metrics", "/docs", "/openapi.json"):
         assert client.get(path).status_code == 200, path
-    assert client.get("/").json()["docs"] == "/docs"
+    assert client.get("/", headers={"Accept": "application/json"}).json()["docs"] == "/docs"
 
 
 def test_a_key_is_made_up_and_printed_once_when_none_is_given(packshot, capsys, monkeypatch):

@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI, Form, Request, Response, Security
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -31,6 +31,7 @@ from packshot.core.errors import ConfigError
 from packshot.core.run import Run, log, open_run
 from packshot.core.tracking import NullTracker, Tracker, open_tracker
 from packshot.serve.edge import Edge, error_response
+from packshot.serve.page import PAGE, headers
 from packshot.serve.schemas import (
     ApiError,
     ErrorResponse,
@@ -56,18 +57,30 @@ def certificate_sha256(certificate: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(certificate, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def _kinds(accept: str) -> set[str]:
+    return {part.split(";")[0].strip().lower() for part in accept.split(",")}
+
+
 def wants_png(accept: str) -> bool:
     """Whether an Accept header asks for the picture itself; JSON wins when both are named."""
-    kinds = {part.split(";")[0].strip().lower() for part in accept.split(",")}
-    return "image/png" in kinds and "application/json" not in kinds
+    return "image/png" in _kinds(accept) and "application/json" not in _kinds(accept)
+
+
+def wants_json(accept: str) -> bool:
+    """Whether an Accept header asks for JSON where there is a page; the page wins when both are named."""
+    return "application/json" in _kinds(accept) and "text/html" not in _kinds(accept)
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
     """The endpoints."""
     config = service.config
+    page_headers = headers(PAGE)
 
-    @app.get("/", response_model=Info)
-    async def root() -> Info:
+    @app.get("/", response_model=Info, responses={200: {"content": {"text/html": {}}}})
+    async def root(request: Request) -> Any:
+        """A page to generate pictures with. `Accept: application/json` says what this server is instead."""
+        if not wants_json(request.headers.get("accept", "")):
+            return HTMLResponse(PAGE, headers=page_headers)
         return Info(version=VERSION, model_version=service.model_version, endpoints=ENDPOINTS)
 
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})

@@ -137,7 +137,9 @@ class Service:
     def reserve(self) -> Place:
         """A place in the queue; raises ApiError when there is none, or no model yet."""
         if self.packshot is None:
-            raise ApiError(503, "model_loading", "The model is not loaded yet.", "GET /health.", {"Retry-After": "5"})
+            raise ApiError(
+                503, "model_loading", "The model is not loaded yet.", "/health says when.", {"Retry-After": "5"}
+            )
         try:
             return self.worker.reserve()
         except QueueFull:
