@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +28,8 @@ from packshot.diffusion.keyed import SampleKey
 from packshot.infer import Packshot
 from packshot.infer.canvas import make_working, plan_frame
 from packshot.infer.denoise import _pixels, _to_latents, denoise, encode
-from packshot.infer.pipeline import _product_shown, check_adapters
+from packshot.infer.pipeline import check_adapters, load_models
+from packshot.infer.usage import Usage, common_usage
 from packshot.methods import METHODS
 from packshot.models.load import load_parts
 from packshot.train.card import write_usage
@@ -336,11 +338,41 @@ def test_one_adapter_of_several_is_enough_and_the_disagreement_is_logged(lora, t
     assert "it is shown clean" in caplog.text
     assert f"{lora}: noised" in caplog.text
     assert f"{export}: clean" in caplog.text
-    assert _product_shown({"lora": [lora], "controlnets": [export], "ip_adapter": []}) == "clean"
-    assert _product_shown({"lora": [lora], "controlnets": [], "ip_adapter": []}) == "noised"
+    assert common_usage({"lora": [lora], "controlnets": [export], "ip_adapter": []}).product_shown == "clean"
+    assert common_usage({"lora": [lora], "controlnets": [], "ip_adapter": []}) == Usage()
     caplog.clear()
     check_adapters(replace(adapters, lora=None), DepthConfig())
     assert not caplog.text
+
+
+TERMINAL = ("objective.prediction_type=v_prediction", "objective.zero_terminal_snr=true")
+
+
+def test_inference_samples_as_the_adapter_was_trained(lora, rows, tmp_path):
+    export = shutil.copytree(lora, tmp_path / "export")
+    config = compose("train_lora", [*TERMINAL, "objective.unconditional=empty"])
+    write_usage(export, config)
+    parts = load_parts(config.model)
+    base = dict(parts.scheduler.config)
+    task_of(rows, parts, *TERMINAL)
+    models = load_models(config.model, AdaptersConfig(lora=str(export)))
+    assert dict(models.pipe.scheduler.config) == dict(parts.scheduler.config) != base
+    assert models.manifest["prediction_type"] == "v_prediction"
+    settings = GenerateSettings(guidance_scale=2.0, num_inference_steps=1)
+    assert encode(models, "", settings).arguments["prompt_embeds"].any()
+    plain = load_models(config.model, AdaptersConfig(lora=str(lora)))
+    assert dict(plain.pipe.scheduler.config) == base
+    assert not encode(plain, "", settings).arguments["prompt_embeds"].any()
+
+
+def test_adapters_that_predict_different_things_are_not_used_together(lora, tmp_path):
+    folders = []
+    for name, keys in (("plain", ()), ("terminal", TERMINAL)):
+        folders.append(shutil.copytree(lora, tmp_path / name))
+        write_usage(folders[-1], compose("train_lora", list(keys)))
+    with pytest.raises(ConfigError, match="prediction_type differed"):
+        common_usage({"lora": folders[:1], "controlnets": folders[1:]})
+    assert common_usage({"lora": [lora], "controlnets": folders[1:]}).zero_terminal_snr  # others' exports say nothing
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"product_shown": "blurred"}', '{"product_shown": 1}'])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,23 @@ from diffusers import (
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from packshot.config.schema import AdaptersConfig, DepthConfig, IPAdapterLayers, ModelConfig, ProductShown
+from packshot.config.schema import (
+    AdaptersConfig,
+    DepthConfig,
+    IPAdapterLayers,
+    ModelConfig,
+    ProductShown,
+    Unconditional,
+)
 from packshot.core.errors import ConfigError
-from packshot.core.run import log
 from packshot.core.storage import file_sha256, readable
 from packshot.data.onnx import load_session
 from packshot.diffusion.conditions import Control
 from packshot.infer.spans import ALWAYS, Span, Switch
+from packshot.infer.usage import common_usage
 from packshot.models.controlnets import load_controlnet, read_control
 from packshot.models.inpainting import CONV_FILE, load_conv, reads_product, take_apart
-from packshot.models.load import load_parts, model_folder
+from packshot.models.load import load_parts, model_folder, trained_scheduler
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"  # method.kind=loha and lokr, which diffusers has no loader for
@@ -75,11 +81,12 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
     adapters = adapters or AdaptersConfig()
     folders = _adapter_folders(adapters)
     controls = tuple(read_control("adapters.controlnets", folder) for folder in folders["controlnets"])
-    shown = _product_shown(folders)
+    usage = common_usage(folders)
     scales = tuple(adapters.controlnet_scales or [1.0] * len(controls))
     device, dtype = pick_device()
     parts = load_parts(model).to(device, dtype)
-    shown = _show_product(parts.unet, folders["lora"], shown)
+    parts.scheduler = trained_scheduler(parts.scheduler, usage.prediction_type, usage.zero_terminal_snr)
+    shown = _show_product(parts.unet, folders["lora"], usage.product_shown)
     components = parts.pipeline_components(references=bool(folders["ip_adapter"]))
     pipe: Any
     if controls:
@@ -94,6 +101,9 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
         *(_add_ip_adapter(pipe, folder, adapters) for folder in folders["ip_adapter"]),
     ]
     pipe.set_progress_bar_config(disable=True)
+    if usage.unconditional == Unconditional.empty.name:  # the encoded '' instead of the zeros that SDXL's base has
+        pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    manifest = _manifest(model, adapters, folders, controls, scales, device, dtype)
     return Models(
         pipe=pipe,
         controls=controls,
@@ -104,7 +114,7 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
         product_shown=shown,
         unit=pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1),
         resolution=model.resolution,
-        manifest={**_manifest(model, adapters, folders, controls, scales, device, dtype), "product_shown": shown},
+        manifest={**manifest, "product_shown": shown, "prediction_type": pipe.scheduler.config.prediction_type},
     )
 
 
@@ -117,7 +127,7 @@ def check_adapters(adapters: AdaptersConfig, depth: DepthConfig) -> str | None:
         ConfigError: something is missing or wrong, or there is no network for a depth that is needed.
     """
     folders = _adapter_folders(adapters)
-    _product_shown(folders)
+    common_usage(folders)
     readers = [f for f in folders["controlnets"] if read_control("adapters.controlnets", f).needs_depth]
     if not readers:
         return None
@@ -161,38 +171,6 @@ def _adapter_folders(adapters: AdaptersConfig) -> dict[str, list[Path]]:
                     f"{key}={path} has no {' or '.join(files)}.", "Name the export/ folder that the trainer wrote."
                 )
     return folders
-
-
-def _product_shown(folders: dict[str, list[Path]]) -> str:
-    """What one of the adapters was trained on: ``channels`` before ``clean``, and that before ``noised``, which any
-    network can be shown."""
-    said = {folder: _read_product_shown(kind, folder) for kind, paths in folders.items() for folder in paths}
-    ways = (ProductShown.channels.name, ProductShown.clean.name, ProductShown.noised.name)
-    taken = next((way for way in ways if way in said.values()), ProductShown.noised.name)
-    if len(set(said.values())) > 1:
-        each = ", ".join(f"{folder}: {shown}" for folder, shown in said.items())
-        log.warning("the adapters were trained to see the product differently (%s); it is shown %s", each, taken)
-    return taken
-
-
-def _read_product_shown(kind: str, folder: Path) -> str:
-    """What ``packshot.json`` in an export folder says; ``noised`` where there is no such file, or no word of it in it.
-
-    Raises:
-        ConfigError: the file is broken or names a way that does not exist.
-    """
-    file = folder / "packshot.json"
-    try:
-        shown = json.loads(file.read_text()).get("product_shown", ProductShown.noised.name)
-        return ProductShown[shown].name
-    except FileNotFoundError:
-        return ProductShown.noised.name
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        known = "|".join(member.name for member in ProductShown)
-        raise ConfigError(
-            f"adapters.{kind}: {file} does not say how the product is shown ({error}).",
-            f'Write "product_shown": "{known}" into it, as the adapter was trained.',
-        ) from error
 
 
 def _refusal(key: str, folder: Path, error: Exception) -> ConfigError:

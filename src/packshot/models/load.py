@@ -196,6 +196,18 @@ def _source(key: str, value: str) -> str:
     return value
 
 
+def trained_scheduler(scheduler: Any, prediction_type: str | None, zero_terminal_snr: bool) -> Any:
+    """A base's scheduler as a network samples that was trained to predict something else, or on another schedule.
+
+    prediction_type: None for the base's own. zero_terminal_snr: betas rescaled, and the last step taken (Lin et al.
+    2023, arXiv 2305.08891, sections 3.1 and 3.3); False leaves the base's schedule.
+    """
+    changes: dict[str, Any] = {"prediction_type": prediction_type} if prediction_type else {}
+    if zero_terminal_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return type(scheduler).from_config(scheduler.config, **changes)
+
+
 def _nf4(linear: torch.nn.Linear) -> torch.nn.Module:
     """Four-bit normal floats in blocks of 64 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
     from bitsandbytes.nn import Linear4bit, Params4bit

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from packshot.config.compose import to_yaml
-from packshot.config.schema import SCRIPTS
+from packshot.config.schema import SCRIPTS, PredictionType, Unconditional
 from packshot.data.dataset import Rows
 from packshot.train.state import Best, read_best
 
@@ -22,10 +22,20 @@ def write_provenance(folder: Path, rows: Rows, config: Any) -> dict[str, Any]:
 
 
 def write_usage(folder: Path, config: Any) -> None:
-    """``packshot.json``: what the adapter was trained on and inference has to repeat, beside what the method wrote."""
+    """``packshot.json``: what the adapter was trained on and inference has to repeat, beside what the method wrote.
+
+    What is as the base has it is not said.
+    """
+    objective = config.objective
     for file in {folder / "packshot.json", *folder.glob("*/packshot.json")}:
         described = json.loads(file.read_text()) if file.exists() else {}
-        described["product_shown"] = config.objective.product_shown.name
+        described["product_shown"] = objective.product_shown.name
+        if objective.prediction_type is not PredictionType.base:
+            described["prediction_type"] = objective.prediction_type.name
+        if objective.zero_terminal_snr:
+            described["zero_terminal_snr"] = True
+        if objective.unconditional is not Unconditional.zeros:
+            described["unconditional"] = objective.unconditional.name
         file.write_text(json.dumps(described, indent=2) + "\n")
 
 

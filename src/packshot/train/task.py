@@ -14,7 +14,7 @@ from packshot.config.validate import check_objective
 from packshot.core.errors import PackshotError
 from packshot.diffusion import hold, schedule
 from packshot.diffusion.keyed import SampleKey
-from packshot.models.load import Parts
+from packshot.models.load import Parts, trained_scheduler
 from packshot.train.encode import Examples
 from packshot.train.loop import Validated
 from packshot.train.validation import Validator
@@ -37,8 +37,7 @@ class DiffusionTask(nn.Module):
         if objective.zero_terminal_snr or scheduler.get("rescale_betas_zero_snr"):
             alphas_cumprod = schedule.rescale_zero_terminal_snr(alphas_cumprod)
         # validation pictures are sampled the way the network is trained
-        zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if objective.zero_terminal_snr else {}
-        parts.scheduler = type(parts.scheduler).from_config(scheduler, prediction_type=self.prediction_type, **zero)
+        parts.scheduler = trained_scheduler(parts.scheduler, self.prediction_type, objective.zero_terminal_snr)
         self.register_buffer("alphas_cumprod_T", alphas_cumprod, persistent=False)
 
     # ---- one access to one sample ----
