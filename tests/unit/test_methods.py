@@ -52,7 +52,7 @@ def example(parts, rows, method):
         "time_ids": torch.tensor([[128.0, 128, 0, 0, 128, 128]]),
     }
     key = SampleKey(0, 0, rows.ids[0])
-    condition = method.condition(seen, method.encode([seen])[0], key) if method else {}
+    condition = method.condition(seen, method.encode([seen]), key) if method else {}
     batch |= {name: tensor[None] for name, tensor in condition.items()}
     noisy = torch.randn(1, parts.unet.config.in_channels, 16, 16, generator=g)
     return noisy, torch.tensor([500]), batch

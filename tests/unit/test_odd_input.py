@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from packshot.config.schema import DataConfig, LoraMethod
+from packshot.config.schema import DataConfig, LoraMethod, TrainLora
 from packshot.core.errors import PackshotError
 from packshot.data.dataset import load_rows
+from packshot.diffusion.keyed import SampleKey
 from packshot.methods.lora import Lora
 from packshot.train.encode import Encoder, Examples
+from packshot.train.task import DiffusionTask
 
 
 def png(array):
@@ -56,6 +58,20 @@ def test_pictures_of_any_size_are_trained_on_without_cutting_a_product(tmp_path,
         scale = seen["geometry"].resized[0] / product.shape[0]
         assert (np.asarray(seen["mask"]) >= 128).sum() == pytest.approx(product.sum() * scale**2, rel=0.1)
     assert min(some.seen(1)["geometry"].crop) < 0
+
+
+def test_letterbox_bars_have_no_part_in_the_loss(tmp_path, parts):
+    samples = [sample("square", 128, 128, (30, 30, 90, 90)), sample("wide", 90, 200, (20, 5, 70, 195))]
+    some = examples(tmp_path, parts, samples, buckets=False)
+    config = TrainLora(method=LoraMethod(rank=1))
+    task = DiffusionTask(some.encoder.method, parts, config, some)
+    for index, bar in ((0, 0), (1, 35)):  # 90 of 200 px wide at 128 px: 58 high, 35 px of bar above and below
+        one = some[index]
+        weight_HW = task.collate([one], [SampleKey(0, 0, one["id"])])["weight"][0, 0]
+        rows = weight_HW.any(dim=1)
+        assert bool(weight_HW[rows].all())
+        inside = [8 * row >= bar and 8 * row + 8 <= 128 - bar for row in range(16)]
+        assert rows.tolist() == inside
 
 
 def test_a_mask_of_another_size_is_refused_by_its_sample(tmp_path, parts):

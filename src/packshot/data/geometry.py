@@ -26,6 +26,15 @@ class Geometry:
         top, left = (max(0, value) for value in self.crop)
         return tuple(map(float, (*self.original, top, left, *self.target)))
 
+    def inside(self) -> np.ndarray:
+        """1 where the target shows the picture, 0 in letterbox bars; float32 (H, W)."""
+        shown = np.zeros(self.target, np.float32)
+        rows, columns = (
+            slice(max(0, -start), max(0, -start) + size) for start, size in zip(self.crop, self.resized, strict=True)
+        )
+        shown[rows, columns] = 1
+        return shown
+
 
 def product_box(mask: Image.Image | None) -> tuple[int, int, int, int] | None:
     """Tight (top, left, bottom, right) of a mask's pixels above half, or None when there are none."""

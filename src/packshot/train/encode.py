@@ -27,7 +27,7 @@ from packshot.models.tokens import lost_words
 from packshot.train.cache import Job, TensorCache, Tensors, content_key
 from packshot.train.memory import return_freed_memory
 
-VERSION = 4  # raise it when the same sample gives other tensors
+VERSION = 5  # raise it when the same sample gives other tensors
 ENCODE_BATCH = 8  # pictures that go through an encoder together
 TEXT_BATCH = 32
 MOST_KIN = 8  # other samples whose encodings a sample may be conditioned on
@@ -116,7 +116,7 @@ class Encoder:
     @torch.no_grad()
     def latents(self, seen: Sequence[dict[str, Any]]) -> list[Tensors]:
         """Of framed samples of one size: ``mean`` and ``std`` (C, h, w) of the posterior, ``alpha`` (1, h, w) of the
-        product, ``time_ids`` (6,)."""
+        product, ``inside`` (1, h, w), 0 in cells that a letterbox bar touches, else 1, ``time_ids`` (6,)."""
         pixels = np.stack([np.asarray(sample["image"], dtype=np.float32) / 127.5 - 1 for sample in seen])
         pixels_BCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self._vae.device)
         posterior = self._vae.encode(pixels_BCHW).latent_dist
@@ -127,6 +127,7 @@ class Encoder:
                 "mean": mean,
                 "std": std,
                 "alpha": _alpha(sample["mask"], size),
+                "inside": _share(sample["geometry"].inside(), size).floor(),
                 "time_ids": torch.tensor(sample["geometry"].time_ids()),
             }
             for mean, std, sample in rows
@@ -174,7 +175,12 @@ def _alpha(mask: Image.Image | None, size: tuple[int, int]) -> Tensor:
     """The product's share of each latent cell, shape (1, h, w), in [0, 1]."""
     if mask is None:
         return torch.zeros(1, *size)
-    return F.adaptive_avg_pool2d(torch.from_numpy(np.asarray(mask, dtype=np.float32) / 255)[None], size)
+    return _share(np.asarray(mask, dtype=np.float32) / 255, size)
+
+
+def _share(values_HW: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Mean over each latent cell, shape (1, h, w), fp32."""
+    return F.adaptive_avg_pool2d(torch.from_numpy(values_HW)[None], size)
 
 
 def _token_ids(tokenizer: Any, text: str) -> Tensor:

@@ -92,7 +92,8 @@ class DiffusionTask(nn.Module):
         }
 
     def _weighed(self, sample: dict[str, Any]) -> dict[str, Tensor]:
-        """The loss weight of each cell; and, if the product is shown clean, the cells where it is: they weigh 0."""
+        """The loss weight of each cell, 0 in letterbox bars, which are no scene; and, if the product is shown clean,
+        the cells where it is: they weigh 0 too."""
         objective, alpha_1HW = self.config.objective, sample["alpha"]
         weight_1HW = schedule.boundary_weight(
             alpha_1HW,
@@ -101,6 +102,7 @@ class DiffusionTask(nn.Module):
             objective.boundary_weight,
             objective.boundary_width,
         )
+        weight_1HW = weight_1HW * sample["inside"]
         shown = objective.product_shown
         if shown is not ProductShown.noised and not alpha_1HW.any():
             raise PackshotError(
