@@ -204,3 +204,8 @@ def test_a_list_with_odd_characters_says_how_to_quote():
 def test_no_slot_of_a_scene_is_dropped_for_a_prompt(slot):
     with pytest.raises(ConfigError, match="both given"):
         compose("generate", ["product=a.png", "prompt=a table", slot])
+
+
+def test_a_seed_that_generators_cannot_take_is_refused():
+    with pytest.raises(ConfigError, match=r"run\.seed=.* is out of range"):
+        compose("train_lora", [f"run.seed={2**64}"])

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from packshot.config.schema import CaptionVLM, LRSchedule, TrainConfig
-from packshot.core.errors import PackshotError
+from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.run import Run
 from packshot.core.tracking import NullTracker
 from packshot.train import state as checkpoints
-from packshot.train.loop import Validated, fit, validate
+from packshot.train.card import _last_figures
+from packshot.train.loop import Validated, _finite, fit, validate
 from packshot.train.optimizer import learning_rate
 from packshot.train.order import Order, RankBatches, Stream, ahead, batches
 from packshot.train.session import Session, make_accelerator
@@ -253,6 +255,58 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_sample_ids(tmp_pat
     with pytest.raises(PackshotError, match="s4") as caught:
         run_fit(tmp_path, rows=rows)
     assert "not finite" in str(caught.value)
+
+
+def test_a_loss_that_is_not_finite_stops_an_fp16_run_whose_scaler_would_skip_for_ever():
+    fp16, good, bad = SimpleNamespace(scaler=object()), torch.ones(()), torch.full((), math.nan)
+    assert _finite(good, good, fp16)
+    assert _finite(good, bad, fp16)  # its scale was too high
+    assert not _finite(bad, bad, fp16)
+    assert not _finite(good, bad, SimpleNamespace(scaler=None))
+
+
+def test_a_run_is_not_resumed_to_end_before_its_checkpoint(tmp_path):
+    run_fit(tmp_path, lr_schedule=LRSchedule.constant)
+    with pytest.raises(ConfigError, match=r"max_steps=6, but .*12 is of step 12"):
+        run_fit(tmp_path, lr_schedule=LRSchedule.constant, max_steps=6)
+
+
+def test_the_environment_does_not_change_the_accumulation(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    assert make_accelerator(TrainConfig(gradient_accumulation_steps=2)).gradient_accumulation_steps == 2
+
+
+def test_a_line_of_figures_that_was_cut_costs_no_other(tmp_path):
+    run = Run(tmp_path, True)
+    run.metrics({"step": 1, "loss": 3.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    run.metrics({"step": 3, "loss": 1.0})
+    run.metrics({"step": 9, "loss": 0.0})
+    assert _last_figures(tmp_path / "metrics.jsonl", 3) == {"loss": 1.0}
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_time_for_validation_is_no_time_of_training(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+
+    def monotonic():
+        clock.now += 0.01
+        return clock.now
+
+    class Slow(Regression):
+        def validate(self, folder, accelerator):
+            clock.now += 1000
+            return super().validate(folder, accelerator)
+
+    monkeypatch.setattr("packshot.train.loop.time", SimpleNamespace(time=time.time, monotonic=monotonic))
+    run_fit(tmp_path, Slow(), validation_steps=1, log_steps=4, checkpointing_steps=0)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    assert len(speeds) == 3
+    assert min(speeds) > 1  # 12 pictures in some hundredths of a second, not in thousands
 
 
 def test_validation_puts_the_weights_back_even_when_it_fails(tmp_path):

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from packshot.config.schema import (
     DataConfig,
     LoraMethod,
     LRSchedule,
+    MixedPrecision,
     ModelConfig,
     OptimConfig,
     OptimizerKind,
@@ -261,6 +264,12 @@ def test_a_kernel_that_the_device_lacks_is_refused_before_training(tmp_path, ker
         run_fit(tmp_path, Regression(), attention=kernel)
     assert "train.attention=auto" in caught.value.hint
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_fp16_is_refused_without_a_gpu():
+    config = TrainConfig(mixed_precision=MixedPrecision.fp16)
+    with pytest.raises(ConfigError, match=r"mixed_precision=fp16 needs a GPU"):
+        refuse_unavailable(config, SimpleNamespace(num_processes=1, device=torch.device("cpu"), autocast=nullcontext))
 
 
 def test_every_kernel_but_auto_is_known():

@@ -64,7 +64,7 @@ Suite = Names("Suite", ["full", "preservation", "scene"])
 @dataclass
 class RunConfig:
     dir: str | None = opt(None, "folder of this run; default: outputs/<script>/<date-time>")
-    seed: int = opt(0, "seed of everything random", min=0)
+    seed: int = opt(0, "seed of everything random", min=0, max=2**62)
     resume: bool = opt(False, "go on in an existing run.dir from its newest whole checkpoint")
 
 

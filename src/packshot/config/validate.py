@@ -193,8 +193,8 @@ def check_objective(objective: schema.ObjectiveConfig, prediction_type: str, num
         raise ConfigError("objective.snr_gamma and objective.debiased both weigh the loss by SNR.", "Choose one.")
     if objective.zero_terminal_snr and prediction_type == "epsilon":
         raise ConfigError(
-            "objective.zero_terminal_snr=true cannot be trained with epsilon prediction: at the last step the input is "
-            "the answer, and SNR weights divide by zero.",
+            "Zero terminal SNR (objective.zero_terminal_snr, or the base's own schedule) cannot be trained with "
+            "epsilon prediction: at the last step the input is the answer, and SNR weights divide by zero.",
             "Set objective.prediction_type=v_prediction.",
         )
     last = objective.max_timestep

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from packshot.config.compose import to_yaml
 from packshot.core.errors import ConfigError
@@ -34,9 +35,17 @@ class Run:
         file = self.path / "metrics.jsonl"
         with (
             writing(str(file), "Make room; run.resume=true goes on from the newest checkpoint."),
-            file.open("a") as out,
+            file.open("a+b") as out,
         ):
-            out.write(json.dumps(line) + "\n")
+            cut = _ends_inside_a_line(out)  # a full disk, or a kill, cut the last one
+            out.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
+
+
+def _ends_inside_a_line(file: BinaryIO) -> bool:
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
 
 
 def default_dir(script: str) -> str:

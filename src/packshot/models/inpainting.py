@@ -96,7 +96,7 @@ def export_conv(unet: Any, folder: Path) -> None:
     """``conv_in.safetensors``: the whole first convolution under a UNet's own names, if its second half was trained."""
     conv = unet.conv_in
     if isinstance(conv, ProductConv) and conv.product.weight.requires_grad:
-        weight = torch.cat([conv.weight, conv.product.weight.to(conv.weight)], dim=1)
+        weight = torch.cat([conv.weight.float(), conv.product.weight.float()], dim=1)  # trained in fp32 over any base
         tensors = {"conv_in.weight": weight, "conv_in.bias": conv.bias}
         save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, folder / CONV_FILE)
 

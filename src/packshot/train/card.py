@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,11 @@ def _last_figures(metrics: Path, step: int) -> dict[str, float]:
     """The newest value, until a step, of each figure of a run."""
     figures: dict[str, float] = {}
     if metrics.exists():
-        for line in map(json.loads, metrics.read_text().splitlines()):
-            if line["step"] <= step:
-                figures.update(line)
+        for text in metrics.read_text().splitlines():
+            with suppress(ValueError):  # a line that a full disk or a kill cut
+                line = json.loads(text)
+                if line["step"] <= step:
+                    figures.update(line)
     for name in ("step", "time"):
         figures.pop(name, None)
     return figures

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from packshot.config.schema import KeepBest
-from packshot.core.errors import PackshotError
+from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.progress import progress as progress_bar
 from packshot.core.run import log
 from packshot.core.storage import writing
@@ -150,6 +150,11 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
     if newest:
         where = checkpoints.load(newest, made, inner, optimizer.optimizer, ema, accelerator.scaler)
         log.info("resuming at step %d from %s", where.step, newest)
+    if where.step > train.max_steps:
+        raise ConfigError(
+            f"train.max_steps={train.max_steps}, but {newest} is of step {where.step}.",
+            f"Set it to {where.step} or more, or name a new run.dir.",
+        )
     if run and run.resumed:  # not before: a config that does not fit leaves that of the run where it is
         with writing(f"{run.path}/config.yaml", "Make room, then resume."):
             run.write_config(config)
@@ -200,7 +205,7 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
                         grad_norm = in_backward.norm()
                     elif accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(parameters, train.max_grad_norm or math.inf)
-                    optimizer_step_allowed = not accelerator.sync_gradients or _finite(grad_norm, accelerator)
+                    optimizer_step_allowed = not accelerator.sync_gradients or _finite(loss, grad_norm, accelerator)
                     if not optimizer_step_allowed:
                         raise PackshotError(
                             f"loss {loss.item():.4g} / gradient norm {float(grad_norm):.4g} at step {where.step + 1} "
@@ -238,6 +243,7 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
                 window_start, window_wait, window_steps = time.monotonic(), 0.0, 0
             saves = _due(train.checkpointing_steps, where.step, train.max_steps)
             validates = _due(train.validation_steps, where.step, train.max_steps)
+            paused = time.monotonic()
             if saves or validates:
                 evaluation_mode(optimizer.optimizer)
             if saves:
@@ -248,7 +254,7 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
                 figures = validate(task, ema, session, where.step)
                 if best:
                     _compare(figures, where.step, best, train.keep_best, session, save)
-                window_start = time.monotonic()
+            window_start += time.monotonic() - paused  # no time of training
             if run and (saves or validates):
                 checkpoints.prune(folder, train.checkpoints_total_limit, best)
     if in_backward:
@@ -285,6 +291,7 @@ def _compare(
     session.accelerator.wait_for_everyone()
 
 
-def _finite(grad_norm: Tensor, accelerator: Accelerator) -> bool:
-    """fp16 overflows now and then by design: its scaler skips such steps. Otherwise a bad gradient ends the run."""
-    return accelerator.scaler is not None or bool(torch.isfinite(grad_norm))
+def _finite(loss: Tensor, grad_norm: Tensor, accelerator: Accelerator) -> bool:
+    """Whether a step counts. fp16's gradients overflow now and then by design, its scaler skips such steps; a loss is
+    not scaled, and one that is not finite would be skipped until the end."""
+    return bool(torch.isfinite(loss)) and (accelerator.scaler is not None or bool(torch.isfinite(grad_norm)))

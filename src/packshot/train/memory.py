@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from packshot.config.schema import AttentionKernel, TrainConfig
+from packshot.config.schema import AttentionKernel, MixedPrecision, TrainConfig
 from packshot.core.errors import ConfigError
 
 KERNELS: dict[AttentionKernel, SDPBackend] = {
@@ -101,7 +101,8 @@ def refuse_unavailable(train: TrainConfig, accelerator: Accelerator) -> None:
     """What only the machine and the number of processes can tell about a config.
 
     Raises:
-        ConfigError: the device has no such attention kernel in the run's precision; fused_backward on many processes.
+        ConfigError: the device has no such attention kernel in the run's precision, or no such precision;
+            fused_backward on many processes.
     """
     if train.fused_backward and accelerator.num_processes > 1:
         raise ConfigError(
@@ -109,6 +110,8 @@ def refuse_unavailable(train: TrainConfig, accelerator: Accelerator) -> None:
             "could add theirs.",
             "Run one process, or set train.fused_backward=false.",
         )
+    if train.mixed_precision is MixedPrecision.fp16 and accelerator.device.type == "cpu":
+        raise ConfigError("train.mixed_precision=fp16 needs a GPU.", "Set train.mixed_precision=bf16, or no.")
     device, size = accelerator.device, 64  # the width of an attention head in SDXL
     with accelerator.autocast():  # in the precision in which a projection's output comes to the attention
         probe = (torch.ones(8, size, device=device) @ torch.eye(size, device=device))[None, None]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list
 
 from packshot.config.schema import TrainConfig
 from packshot.core.errors import PackshotError
@@ -25,7 +25,8 @@ def make_accelerator(train: TrainConfig) -> Accelerator:
         # without this, torchrun on a machine without accelerator starts processes that know nothing of each other
         cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         mixed_precision=train.mixed_precision.name,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        # a bare number would give way to the environment's ACCELERATE_GRADIENT_ACCUMULATION_STEPS
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=train.gradient_accumulation_steps),
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=train.process_timeout))],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ class DiffusionTask(nn.Module):
         objective, scheduler = config.objective, parts.scheduler.config
         own = objective.prediction_type is PredictionType.base
         self.prediction_type: str = scheduler.prediction_type if own else objective.prediction_type.name
-        check_objective(objective, self.prediction_type, scheduler.num_train_timesteps)
+        rescaled = objective.zero_terminal_snr or bool(scheduler.get("rescale_betas_zero_snr"))
+        effective = replace(objective, zero_terminal_snr=rescaled)
+        check_objective(effective, self.prediction_type, scheduler.num_train_timesteps)
         alphas_cumprod = schedule.alphas_cumprod(scheduler)
-        if objective.zero_terminal_snr or scheduler.get("rescale_betas_zero_snr"):
+        if rescaled:
             alphas_cumprod = schedule.rescale_zero_terminal_snr(alphas_cumprod)
         # validation pictures are sampled the way the network is trained
         parts.scheduler = trained_scheduler(parts.scheduler, self.prediction_type, objective.zero_terminal_snr)
