@@ -147,13 +147,19 @@ class TensorCache:
             self._verify(path)
         accelerator.wait_for_everyone()
         self._forget_removed()
-        missing = [chunk for chunk in chunks if any(job.key not in self for job in chunk)]
-        self._encode(description, missing[rank::world], encode, accelerator)
+
+        def incomplete(chunk: Sequence[Job]) -> bool:
+            return any(job.key not in self for job in chunk)
+
+        missing = sum(len(chunk) for chunk in chunks if incomplete(chunk))
+        # The share is taken of all chunks: what is missing may differ between processes, for other runs write here too.
+        share = [chunk for chunk in chunks[rank::world] if incomplete(chunk)]
+        self._encode(description, share, encode, accelerator)
         accelerator.wait_for_everyone()
         self.open()
         if accelerator.is_main_process:
             size = sum(path.stat().st_size for path in {self._where[key] for key in wanted}) / 2**20
-            hits = 100 * (1 - sum(map(len, missing)) / max(1, sum(map(len, chunks))))
+            hits = 100 * (1 - missing / max(1, sum(map(len, chunks))))
             log.info("%s: %d entries, %.1f MiB, %.0f %% were cached", description, len(wanted), size, hits)
 
     def _forget_removed(self) -> None:
