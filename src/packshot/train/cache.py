@@ -64,8 +64,11 @@ class TensorCache:
         self.open()
 
     def open(self) -> None:
-        """Take up the files that have come since; one that cannot be read is removed with a message."""
-        for path in sorted(self.folder.glob("*.safetensors")):
+        """Take up the files that have come since; one that cannot be read is removed with a message.
+
+        Of an entry that two runs have written at a time, the older copy counts, whoever looks and however often.
+        """
+        for path in self._oldest_first():
             if path in self._files:
                 continue
             try:
@@ -77,10 +80,18 @@ class TensorCache:
             self._files[path] = file
             for name in names:
                 key, _, short = name.partition("/")
-                self._where[key] = path
+                if self._where.setdefault(key, path) != path:
+                    continue
                 known = self._names.setdefault(key, [])
                 if short not in known:
                     known.append(short)
+
+    def _oldest_first(self) -> list[Path]:
+        written: dict[Path, int] = {}
+        for path in self.folder.glob("*.safetensors"):
+            with suppress(FileNotFoundError):  # removed by another process since
+                written[path] = path.stat().st_mtime_ns
+        return sorted(written, key=lambda path: (written[path], path))
 
     def _drop(self, path: Path, reason: str) -> None:
         log.warning("cache file %s is damaged (%s): removed, its samples are encoded again", path, reason)
@@ -132,7 +143,7 @@ class TensorCache:
         """Verify what is there and compute what is missing. Every process takes its share; returns when all are done.
 
         chunks: what goes through the encoder together. A chunk of which anything is missing is encoded whole, so that
-            no bit of an entry depends on what was cached before or on the number of processes.
+            no bit of an entry depends on what was cached before or on the number of processes; what was there stays.
         encode: the items of a chunk to their tensors.
 
         Raises:
@@ -178,7 +189,8 @@ class TensorCache:
         with progress(description, total, show=bool(chunks) and accelerator.is_main_process) as advance:
             for number, chunk in enumerate(chunks, 1):
                 for job, tensors in zip(chunk, encode([job.item for job in chunk]), strict=True):
-                    entries[job.key] = _finite(tensors, f"{description}, {job.name}")
+                    if job.key not in self:
+                        entries[job.key] = _finite(tensors, f"{description}, {job.name}")
                 if len(entries) >= SHARD_ROWS or number == len(chunks):
                     try:
                         self._put(entries)
