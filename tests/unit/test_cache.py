@@ -44,8 +44,7 @@ def test_of_two_copies_of_an_entry_the_older_counts(tmp_path):
         folder = tmp_path / str(number)
         for age, key in enumerate((f"late{number}", "early")):
             before = set(folder.glob("*.safetensors"))
-            value = torch.tensor([2.0 - age])
-            TensorCache(folder)._put({"both": {"x": value}, key: {"x": value}})
+            TensorCache(folder)._put({name: {"x": torch.tensor([2.0 - age])} for name in ("both", key)})
             (written,) = set(folder.glob("*.safetensors")) - before
             os.utime(written, (1000 - age, 1000 - age))
         cache = TensorCache(folder)
