@@ -1,5 +1,9 @@
 """LoRA, ControlNet, IP-Adapter on the mini SDXL: nothing at step 0, and exports that stock diffusers reads alike."""
 
+import json
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -378,6 +382,22 @@ def test_a_changed_picture_mask_or_vae_never_meets_an_old_latent(rows, tmp_path)
     for vae, same in ((str(tmp_path), False), (None, True)):
         other = Encoder(load_parts(ModelConfig(vae=vae)), encoder.method, 128, TrainLora().data)
         assert (other.identity.vae == encoder.identity.vae) is same
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2", "feature_extractor"])
+def test_what_prepares_texts_and_references_is_part_of_the_names_of_their_encodings(part, tmp_path):
+    def names(changed):
+        encoder = Encoder(changed, METHODS[IPAdapterMethod](changed, IPAdapterMethod()), 128, TrainLora().data)
+        return encoder.identity.vae, encoder.identity.text, encoder.identity.method
+
+    known, other = names(load_parts(ModelConfig())), load_parts(ModelConfig())
+    source = other._sources[part]
+    shutil.copytree(source.folder, tmp_path / part)
+    settings = next((tmp_path / part).glob("*_config.json"))
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "do_lower_case": False, "do_resize": False}))
+    other._sources = {**other._sources, part: replace(source, place=str(tmp_path))}
+    same = [a == b for a, b in zip(known, names(other), strict=True)]
+    assert same == [True, part == "feature_extractor", part != "feature_extractor"]
 
 
 def test_encodings_of_another_precision_have_other_names(rows, tmp_path):

@@ -86,8 +86,9 @@ class IPAdapter(nn.Module):
         return torch.zeros_like(states) if self.config.variant is IPAdapterVariant.base else states
 
     def cache_key(self) -> str:
-        """Variant and encoder weights."""
-        return f"reference-{self.config.variant.name}-{weights_hash(self.image_encoder)}"
+        """Variant, encoder weights, and how pictures are brought to the encoder."""
+        prepared = self._parts.identity("feature_extractor")
+        return f"reference-{self.config.variant.name}-{weights_hash(self.image_encoder)}-{prepared}"
 
     def condition(self, sample: Any, encoded: Sequence[dict[str, Tensor]], key: SampleKey) -> dict[str, Tensor]:
         """``reference``: that of a kin in ``lent_share`` of the accesses if there is one, else the sample's own; or the

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from packshot.config.schema import ModelConfig, Quantization
 from packshot.core.errors import ConfigError
-from packshot.core.storage import file_sha256, resolve
+from packshot.core.storage import file_sha256, folder_hash, resolve
 
 
 def _class(library: str, name: str) -> Any:
@@ -60,7 +61,7 @@ class Source:
 
     def files(self) -> list[Path]:
         """Configuration and weights as the libraries choose them, without variants of other dtypes; [] if not local."""
-        inside = sorted(self.folder.iterdir()) if self.folder else []
+        inside = sorted(file for file in self.folder.iterdir() if file.is_file()) if self.folder else []
         weights = [file for file in inside if _WEIGHTS.fullmatch(file.name)]
         return [file for file in inside if file.name == self.needs] + weights if weights else inside
 
@@ -157,13 +158,15 @@ class Parts:
         return written[key] if key in written else getattr(self.vae.config, key)
 
     def identity(self, *names: str) -> str:
-        """Digest of networks, by their files or, where there are none, weights; and of the dtype they compute in."""
+        """Digest of parts, by their files or, where there are none, contents; and of the dtype networks compute in."""
         digest = hashlib.sha256()
         for name in names:
             source = self._sources.get(name)
             files = source.files() if source else []
-            digest.update(("".join(map(file_sha256, files)) or weights_hash(getattr(self, name))).encode())
-            digest.update(str(self._dtype(name)).encode())
+            content = weights_hash if name in NETWORKS else _written_hash
+            digest.update(("".join(map(file_sha256, files)) or content(getattr(self, name))).encode())
+            if name in NETWORKS:
+                digest.update(str(self._dtype(name)).encode())
         return digest.hexdigest()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Parts:
@@ -360,3 +363,10 @@ def weights_hash(*modules: torch.nn.Module) -> str:
             digest.update(str(tensor.dtype).encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _written_hash(part: Any) -> str:
+    """Digest of a tokenizer or feature extractor as its library writes it."""
+    with TemporaryDirectory() as folder:
+        part.save_pretrained(folder)
+        return folder_hash(Path(folder))

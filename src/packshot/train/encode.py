@@ -84,7 +84,7 @@ class Encoder:
         """Read when encoding starts: by then the encoders have the dtype they encode in, which is part of it."""
         return Identity(
             vae=self.parts.identity("vae"),
-            text=self.parts.identity("text_encoder", "text_encoder_2"),
+            text=self.parts.identity("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
             method=self.method.cache_key(),
         )
 
