@@ -209,3 +209,9 @@ def test_no_slot_of_a_scene_is_dropped_for_a_prompt(slot):
 def test_a_seed_that_generators_cannot_take_is_refused():
     with pytest.raises(ConfigError, match=r"run\.seed=.* is out of range"):
         compose("train_lora", [f"run.seed={2**64}"])
+
+
+@pytest.mark.parametrize("override", ["tracking.project=a/b", "tracking.project=", "tracking.tags=['']"])
+def test_what_wandb_would_not_take_is_refused(override):
+    with pytest.raises(ConfigError, match=r"tracking\.(project|tags)"):
+        compose("train_lora", [override])

@@ -83,10 +83,15 @@ def test_transparent_pixels_come_out_white(tmp_path):
     assert load_rows("data.train", path)[0]["image"].getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_the_fingerprint_follows_ids_and_texts(tmp_path):
-    first = load_rows("data.train", write(tmp_path)).fingerprint()
-    assert load_rows("data.train", write(tmp_path)).fingerprint() == first
-    assert load_rows("data.train", write(tmp_path, text=["a table", "a door"])).fingerprint() != first
+def test_the_fingerprint_follows_all_that_a_run_is_trained_on(tmp_path):
+    def fingerprint(**columns):
+        return load_rows("data.train", write(tmp_path, **columns)).fingerprint()
+
+    first = fingerprint()
+    assert fingerprint() == first
+    assert fingerprint(text=["a table", "a door"]) != first
+    assert fingerprint(mask=[png("L", 255), None]) != first
+    assert fingerprint(mask=[png("L", 255), None]) != fingerprint(mask=[png("L", 200), None])
 
 
 def test_the_digest_follows_mask_and_picture_whatever_the_ids(tmp_path):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from packshot.data import buckets
 from packshot.data.geometry import apply, location_tokens, plan, product_box
 
 SIDES = st.integers(16, 400)
@@ -82,3 +83,17 @@ def test_the_product_box_is_written_in_thousandths():
     mask.paste(255, (50, 25, 101, 76))
     assert location_tokens(mask) == "<loc_250><loc_250><loc_500><loc_750>"
     assert location_tokens(Image.new("L", (200, 100))) == ""
+
+
+@pytest.mark.parametrize("resolution", [512, 576, 704, 832, 960, 1024, 1088, 1120, 1216])
+def test_every_side_of_every_bucket_is_one_the_network_takes(resolution):
+    found = buckets.shapes(resolution, buckets.bucket_step(resolution, 32))
+    assert all(side % 32 == 0 for shape in found for side in shape)
+    assert (resolution, resolution) in found
+
+
+def test_bucket_steps_are_sdxls_at_1024_and_a_resolution_between_cells_is_refused():
+    assert buckets.bucket_step(1024, 32) == 64
+    assert buckets.bucket_step(128, 32) == 32
+    with pytest.raises(ValueError, match="1000 is no multiple of 32"):
+        buckets.bucket_step(1000, 32)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from packshot.config.schema import DataConfig, LoraMethod, TrainLora
-from packshot.core.errors import PackshotError
+from packshot.core.errors import ConfigError, PackshotError
 from packshot.data.dataset import load_rows
 from packshot.diffusion.keyed import SampleKey
 from packshot.methods.lora import Lora
@@ -78,3 +78,10 @@ def test_a_mask_of_another_size_is_refused_by_its_sample(tmp_path, parts):
     some = examples(tmp_path, parts, [sample("bottle", 96, 96, (20, 20, 60, 60), (64, 64))], buckets=True)
     with pytest.raises(PackshotError, match=r"sample bottle: the picture has 96x96 px, its mask 64x64"):
         some.fresh(0)
+
+
+@pytest.mark.parametrize("some_buckets", [True, False])
+def test_a_resolution_that_the_base_cannot_draw_is_refused_with_the_nearest(parts, some_buckets):
+    method = Lora(parts, LoraMethod(rank=1, target_modules=r"mid_block.*attn2\.to_q"))
+    with pytest.raises(ConfigError, match=r"model\.resolution=144 .* multiples of 32 px"):
+        Encoder(parts, method, 144, DataConfig(buckets=some_buckets))

@@ -14,7 +14,7 @@ from test_loop import ROWS, Regression, Samples
 
 from packshot.config.compose import compose
 from packshot.config.schema import CaptionVLM, KeepBest, TrainConfig
-from packshot.core.errors import ConfigError
+from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.run import Run
 from packshot.core.tracking import NullTracker, open_tracker
 from packshot.data.matte import unmix
@@ -307,6 +307,14 @@ def test_what_can_choose_or_draw_nothing_is_refused(script, keys, named):
 
 
 # ---- tracking ----
+
+
+def test_a_key_that_wandb_refuses_is_a_sentence_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    with pytest.raises(PackshotError, match="W&B does not start: ") as refused:
+        open_tracker(Run(tmp_path, False), compose("train_lora", ["tracking=wandb"]), "train_lora")
+    assert "tracking=none" in refused.value.hint
 
 
 def test_an_offline_run_tracks_the_table_the_sources_and_the_export(tmp_path, monkeypatch):

@@ -333,6 +333,14 @@ def _tracking(config: Any) -> None:
     for tag in config.tracking.tags:
         if len(tag) > 64:
             raise ConfigError(f"tracking.tags: {tag!r} has {len(tag)} characters.", "W&B takes at most 64.")
+        if not tag.strip():
+            raise ConfigError("tracking.tags has an empty one.", "W&B takes 1 to 64 characters.")
+    odd = sorted({*config.tracking.project} & {*"/\\#?%:"})
+    if odd or not config.tracking.project:
+        raise ConfigError(
+            f"tracking.project={config.tracking.project!r} is no project of W&B.",
+            f"A name without {' '.join(odd)}." if odd else "It needs a name.",
+        )
 
 
 def _generation(config: schema.Generate) -> None:

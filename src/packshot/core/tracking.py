@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from packshot.config.compose import to_plain
 from packshot.config.schema import TrackerKind
+from packshot.core.errors import PackshotError
 from packshot.core.run import Run, log
 
 
@@ -64,18 +65,24 @@ class WandbTracker:
         id_file = run.path / "wandb_id.txt"
         known = id_file.read_text().strip() if id_file.exists() else None
         self._wandb = wandb
-        self._run = wandb.init(
-            project=config.tracking.project,
-            name=config.tracking.name or run.path.name,
-            job_type=job_type,
-            tags=list(config.tracking.tags),
-            config=to_plain(config),
-            dir=str(run.path),
-            id=known,
-            resume="allow" if known else None,
-            mode=mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.tracking.project,
+                name=config.tracking.name or run.path.name,
+                job_type=job_type,
+                tags=list(config.tracking.tags),
+                config=to_plain(config),
+                dir=str(run.path),
+                id=known,
+                resume="allow" if known else None,
+                mode=mode,  # type: ignore[arg-type]
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except (wandb.errors.Error, ValueError) as error:
+            raise PackshotError(
+                f"W&B does not start: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                "Mend its key or settings, set WANDB_MODE=offline to send the run later, or tracking=none.",
+            ) from error
         id_file.write_text(self._run.id)
         self._run.define_metric("*", step_metric="global_step")
         if mode == "offline":

@@ -26,6 +26,19 @@ def shapes(resolution: int, step: int) -> list[tuple[int, int]]:
     return sorted(found, key=lambda shape: (abs(math.log(shape[0] / shape[1])), shape))
 
 
+def bucket_step(resolution: int, cell: int) -> int:
+    """The step of :func:`shapes` for a network whose sides are multiples of ``cell`` px: near a sixteenth of the
+    resolution, as SDXL's (64 px at 1024), so that there are not hundreds of buckets.
+
+    Raises:
+        ValueError: ``resolution`` is no multiple of ``cell``.
+    """
+    if resolution % cell:
+        raise ValueError(f"resolution {resolution} is no multiple of {cell}")
+    fitting = (step for step in range(cell, resolution // 16 + 1, cell) if resolution % step == 0)
+    return max(fitting, default=cell)
+
+
 def nearest(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int:
     """Index of the bucket whose aspect ratio is nearest to that of ``size`` (h, w); of equal ones the first."""
     ratio = math.log(size[0] / size[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -105,10 +106,18 @@ class Rows(Sequence[dict[str, Any]]):
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
-        """Digest over sample ids and texts, in order: the identity of what a run was trained on."""
-        return hashlib.sha256(
-            "\n".join(f"{i}\t{t}" for i, t in zip(self.ids, self.texts, strict=True)).encode()
-        ).hexdigest()
+        """Digest over ids, texts, scenes, pictures and masks, in order: the identity of what a run was trained on."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        columns = self._table.column_names
+        scenes = self._table.column("scene").to_pylist() if "scene" in columns else [None] * len(self)
+        whole = hashlib.sha256()
+        for index, (sample_id, text, scene) in enumerate(zip(self.ids, self.texts, scenes, strict=True)):
+            parts = (sample_id, text, json.dumps(scene, sort_keys=True), self.digest(index))
+            whole.update("\t".join(map(str, parts)).encode() + b"\n")
+        return whole.hexdigest()
 
 
 def load_rows(

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from packshot.config.schema import DataConfig
-from packshot.core.errors import PackshotError
+from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.run import log
 from packshot.data import buckets, geometry
 from packshot.data.dataset import Rows
@@ -70,14 +70,25 @@ class Identity:
 
 
 class Encoder:
-    """The frozen encoders of a run. ``resolution`` is the side of the square bucket, px."""
+    """The frozen encoders of a run. ``resolution`` is the side of the square bucket, px.
+
+    Raises:
+        ConfigError: the base cannot draw squares of that side.
+    """
 
     def __init__(self, parts: Parts, method: Any, resolution: int, data: DataConfig) -> None:
         self.parts, self.method = parts, method
         self.shows_product = isinstance(parts.unet.conv_in, ProductConv)
-        step = 2 ** (len(parts.unet.config.block_out_channels) - 1) * self.vae_scale
-        square = [(resolution, resolution)]
-        self.shapes = buckets.shapes(resolution, max(step, resolution // 16)) if data.buckets else square
+        cell = 2 ** (len(parts.unet.config.block_out_channels) - 1) * self.vae_scale
+        try:
+            step = buckets.bucket_step(resolution, cell)
+        except ValueError as error:
+            lower = max(cell, resolution // cell * cell)
+            raise ConfigError(
+                f"model.resolution={resolution} does not fit this base, whose sides are multiples of {cell} px.",
+                f"Set it to {lower} or {lower + cell}.",
+            ) from error
+        self.shapes = buckets.shapes(resolution, step) if data.buckets else [(resolution, resolution)]
 
     @cached_property
     def identity(self) -> Identity:

@@ -108,7 +108,7 @@ def _effects(then: MadeWith, now: MadeWith) -> Iterator[str]:
     if then.fingerprint != now.fingerprint:
         yield (
             f"data.train: {then.samples} samples ({then.fingerprint[:12]}) -> {now.samples} samples "
-            f"({now.fingerprint[:12]}); ids and captions must stay"
+            f"({now.fingerprint[:12]}); ids, captions, scenes and pictures must stay"
         )
 
 
