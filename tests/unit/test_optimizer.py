@@ -256,6 +256,10 @@ def test_every_schedule_starts_with_its_warm_up_and_stays_within_the_peak(kind):
         (["optim.groups=['([=1e-5']"], "regex=learning rate"),
         (["optim.beta1=1"], "out of range"),
         (["optim.beta2=1"], "out of range"),
+        (["optim=adafactor", "optim.beta1=0.8"], "optim.beta1=0.8 with optim=adafactor: .* would change nothing"),
+        (["optim=adafactor", "optim.beta2=0.99"], "would change nothing"),
+        (["optim=adafactor", "optim.eps=1e-6"], "would change nothing"),
+        (["optim=lion", "optim.eps=1e-6"], "would change nothing"),
         (["optim.eps=0"], "out of range"),  # 0/0 wherever a gradient is zero
     ],
 )

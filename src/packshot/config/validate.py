@@ -246,8 +246,23 @@ def group_rates(optim: schema.OptimConfig) -> list[tuple[str, float]]:
     return rates
 
 
+# Keys that an optimizer has no use for: adafactor keeps no average of the gradient, and its second moment has a decay
+# of its own; lion takes a sign, and divides by no root.
+_UNUSED = {
+    schema.OptimizerKind.adafactor: ("beta1", "beta2", "eps"),
+    schema.OptimizerKind.lion: ("eps",),
+}
+
+
 def _optimizer(config: schema.TrainScript | schema.CaptionVLM) -> None:
     kind, train = config.optim.kind, config.train
+    for key in _UNUSED.get(kind, ()):
+        value, default = getattr(config.optim, key), getattr(schema.OptimConfig, key)
+        if value != default:
+            raise ConfigError(
+                f"optim.{key}={value} with optim={kind}: it has no such setting, and the value would change nothing.",
+                f"Leave optim.{key} out, or choose another optimizer.",
+            )
     if group_rates(config.optim) and kind is schema.OptimizerKind.prodigy:
         raise ConfigError(
             "optim=prodigy finds one step size for all parameters; optim.groups would give some another.",
