@@ -33,6 +33,8 @@ def test_every_script_composes_validates_and_round_trips(script):
         ("train.learning_rate=abc", "number from 0 to 1"),
         ("train.learning_rate=5", "out of range"),
         ("train.learning_rate=nan", "out of range"),
+        ("method.alpha=0", "number >= 0.001"),  # an update that counts nothing never learns
+        ("method.conv_alpha=0", ">= 0.001"),
         ("model=sdlx", "model=sdxl"),
         ("mode=trian", "train | plan | check"),
         ("learning_rate=1e-4", "train.learning_rate"),

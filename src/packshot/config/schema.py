@@ -195,7 +195,7 @@ class ObjectiveConfig:
 @dataclass
 class LoraMethod:
     rank: int = opt(16, "rank of the update", min=1, max=1024)
-    alpha: float = opt(16.0, "scale numerator: the update counts alpha/rank (rslora: alpha/sqrt(rank))", min=0)
+    alpha: float = opt(16.0, "scale numerator: the update counts alpha/rank (rslora: alpha/sqrt(rank))", min=1e-3)
     kind: LoraKind = opt(
         LoraKind.lora, "form of the update; loha and lokr are exported for peft, the rest for diffusers"
     )
@@ -207,7 +207,7 @@ class LoraMethod:
         None, "rank on the text encoders (alpha stays, so the scale is alpha/text_rank); null: rank", min=1, max=1024
     )
     conv_rank: int | None = opt(None, "rank on the convolutions among targets; null: rank", min=1, max=1024)
-    conv_alpha: float | None = opt(None, "alpha on the convolutions among targets; null: alpha", min=0)
+    conv_alpha: float | None = opt(None, "alpha on the convolutions among targets; null: alpha", min=1e-3)
 
 
 @dataclass
