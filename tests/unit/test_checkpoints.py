@@ -144,6 +144,25 @@ def test_processes_and_batches_may_change_as_long_as_a_step_takes_as_many_sample
         check(then, made("train_lora", "train.batch_size=4"), 50)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "processes", "arithmetic"),
+    [
+        (["train.batch_size=4"], 2, "2 processes x 1 micro-steps x 4"),
+        (["train.batch_size=4", "train.gradient_accumulation_steps=2"], 1, "1 processes x 2 micro-steps x 4"),
+    ],
+    ids=["processes", "accumulation"],
+)
+def test_with_dropout_in_the_network_a_step_must_be_split_as_before(overrides, processes, arithmetic):
+    def run(dropout, *keys, processes=1):
+        return made("train_lora", f"method.dropout={dropout}", *keys, processes=processes)
+
+    check(run(0.0, "train.batch_size=8"), run(0.0, *overrides, processes=processes), 50)
+    then, now = run(0.1, "train.batch_size=8"), run(0.1, *overrides, processes=processes)
+    check(then, then, 50)
+    with pytest.raises(PackshotError, match=rf"1 processes x 1 .* x 8 -> {arithmetic} \(with method.dropout=0.1, "):
+        check(then, now, 50)
+
+
 def test_the_data_may_move_but_not_change(said):
     then = made("train_lora", "data.train=/old")
     check(then, made("train_lora", "data.train=/new"), 50)

@@ -199,7 +199,13 @@ class LoraMethod:
     kind: LoraKind = opt(
         LoraKind.lora, "form of the update; loha and lokr are exported for peft, the rest for diffusers"
     )
-    dropout: float = opt(0.0, "dropout on the adapter's input (loha, lokr: on its rows)", min=0, max=0.9)
+    dropout: float = opt(
+        0.0,
+        "dropout on the adapter's input (loha, lokr: on its rows); unlike all other draws it depends on batch size, "
+        "accumulation and number of processes",
+        min=0,
+        max=0.9,
+    )
     targets: LoraTargets = opt(LoraTargets.attention, "which layers of the UNet are adapted")
     target_modules: str | None = opt(None, "regular expression over whole module names; replaces targets")
     text_encoder: bool = opt(False, "also train a LoRA on the attention of both text encoders")

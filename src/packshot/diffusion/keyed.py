@@ -1,7 +1,8 @@
 """Randomness that depends on what is drawn, not on who draws it or when.
 
-Every draw of the training takes its generator from (seed, epoch, sample id, use). Noise, timesteps and dropout are
-then the same whatever the number of processes, the batch size or the number of times a run was killed.
+Every draw of the training takes its generator from (seed, epoch, sample id, use). Noise, timesteps and dropped
+conditions are then the same whatever the number of processes, the batch size or the number of times a run was killed.
+The masks of a dropout inside the network are not among them (see docs/checkpoints.md).
 """
 
 from __future__ import annotations

@@ -196,7 +196,8 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
                 window_wait += time.monotonic() - waiting
                 step_ids += batch.pop("ids")
                 with accelerator.accumulate(task):
-                    # Dropout and the like inside the network draw from the global generator: tie it to the position.
+                    # Dropout inside the network draws from the global generator: tie it to the position. Its masks
+                    # depend on the split of a step, so a run with dropout is not resumed on another one.
                     torch.manual_seed(hash((seed, where.samples_seen, accelerator.process_index)) & 0x7FFFFFFF)
                     with kernel():
                         loss = task(batch).mean()

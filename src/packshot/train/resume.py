@@ -105,6 +105,9 @@ def _effects(then: MadeWith, now: MadeWith) -> Iterator[str]:
             f"samples per optimizer step: {old[0]} ({old[1]}) -> {new[0]} ({new[1]}; on fewer processes raise "
             "train.gradient_accumulation_steps)"
         )
+    elif old[1] != new[1] and (dropout := now.config.get("method", {}).get("dropout")):
+        # inside the network a mask is drawn for a whole micro-batch of a process, not sample by sample
+        yield f"{old[1]} -> {new[1]} (with method.dropout={dropout}, whose masks depend on the split of a step)"
     if then.fingerprint != now.fingerprint:
         yield (
             f"data.train: {then.samples} samples ({then.fingerprint[:12]}) -> {now.samples} samples "
