@@ -283,7 +283,7 @@ def test_masks_that_belong_to_no_image_or_to_one_image_twice_are_config_errors(p
 
 def test_masks_beside_a_parquet_that_has_its_own_are_refused(photos, tmp_path):
     first = run(photos / "0.png", tmp_path / "first")
-    with pytest.raises(ConfigError, match=r"source.masks=.* would not be looked at: source.path=.*first holds Parquet"):
+    with pytest.raises(ConfigError, match=r"source.masks=.* would not be looked at: source.path=.*first holds shards"):
         run(first, tmp_path / "out", f"source.masks={photos}")
 
 

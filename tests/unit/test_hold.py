@@ -332,7 +332,7 @@ def test_one_adapter_of_several_is_enough_and_the_disagreement_is_logged(lora, t
     export = said(tmp_path / "net", condition="inpaint", product_shown="clean")
     (export / "config.json").write_text("{}")
     adapters = AdaptersConfig(lora=str(lora), controlnets=[str(export)])
-    monkeypatch.setattr("packshot.infer.pipeline.log.propagate", True)
+    monkeypatch.setattr("packshot.infer.usage.log.propagate", True)
     with caplog.at_level(logging.WARNING):
         check_adapters(adapters, DepthConfig())
     assert "it is shown clean" in caplog.text
