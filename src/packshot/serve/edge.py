@@ -119,6 +119,8 @@ class Edge:
         self._body_seconds = body_seconds
         self._metrics = metrics
         self._reserve = reserve
+        # who may come in: by method and path, what is held while a request is answered; all others are counted
+        self._admitted = {("POST", "/generate"): self._queued}
         self._others = 0
         self._record = record
 
@@ -157,20 +159,26 @@ class Edge:
                 if scope["method"] not in ("GET", "HEAD") and not scope["state"]["known"]:
                     raise UNAUTHORIZED
                 receive = limited(scope, receive, self._body_limit, self._body_seconds)
-                if (scope["method"], scope["path"]) == ("POST", "/generate"):
-                    scope["state"]["place"] = place = self._reserve()
-                    stack.callback(place.leave)
-                else:
-                    stack.enter_context(self._counted(scope["path"]))
+                admitted = self._admitted.get((scope["method"], scope["path"]), self._counted)
+                stack.enter_context(admitted(scope))
             except ApiError as error:
                 await error_response(error, scope["state"]["request_id"])(scope, receive, send)
             else:
                 await self._app(scope, receive, send)
 
     @contextmanager
-    def _counted(self, path: str) -> Iterator[None]:
+    def _queued(self, scope: Scope) -> Iterator[None]:
+        """A request for pictures has a place in the queue, which the app finds in the request's state."""
+        scope["state"]["place"] = place = self._reserve()
+        try:
+            yield
+        finally:
+            place.leave()
+
+    @contextmanager
+    def _counted(self, scope: Scope) -> Iterator[None]:
         """Whatever is not limited by the queue is limited by number; probes must get through when that is reached."""
-        if self._others >= MAX_OTHERS and path not in PROBES:
+        if self._others >= MAX_OTHERS and scope["path"] not in PROBES:
             raise BUSY
         self._others += 1
         try:
