@@ -17,7 +17,7 @@ from torch import nn
 
 from packshot.config.schema import CaptionVLM, LRSchedule, TrainConfig
 from packshot.core.errors import ConfigError, PackshotError
-from packshot.core.run import Run
+from packshot.core.run import Run, read_metrics
 from packshot.core.tracking import NullTracker
 from packshot.train import state as checkpoints
 from packshot.train.card import _last_figures
@@ -285,7 +285,8 @@ def test_a_line_of_figures_that_was_cut_costs_no_other(tmp_path):
         file.write('{"step": 2, "lo')
     run.metrics({"step": 3, "loss": 1.0})
     run.metrics({"step": 9, "loss": 0.0})
-    assert _last_figures(tmp_path / "metrics.jsonl", 3) == {"loss": 1.0}
+    assert _last_figures(tmp_path, 3) == {"loss": 1.0}
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3, 9]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 

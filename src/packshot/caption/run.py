@@ -40,7 +40,7 @@ from packshot.caption.task import CaptioningTask
 from packshot.config.schema import CaptionTask, CaptionVLM
 from packshot.core.errors import ConfigError
 from packshot.core.progress import progress
-from packshot.core.run import log
+from packshot.core.run import log, read_metrics
 from packshot.core.storage import readable, replacing_file
 from packshot.data import corrections
 from packshot.data.dataset import Rows, load_rows
@@ -108,13 +108,12 @@ def _export(session: Session, task: CaptioningTask, ema: EMA | None, rows: Rows,
     log.info("exported to %s", session.path / "export")
 
 
-def _last_validation(metrics: Path, step: int) -> dict[str, float]:
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return next((line for line in reversed(lines) if "soft_f1" in line and line["step"] <= step), {})
+def _last_validation(run: Path, step: int) -> dict[str, float]:
+    return next((line for line in reversed(read_metrics(run)) if "soft_f1" in line and line["step"] <= step), {})
 
 
 def _card(run: Path, config: CaptionVLM, data: dict[str, Any]) -> str:
-    figures = _last_validation(run / "metrics.jsonl", exported(run, config)[0])
+    figures = _last_validation(run, exported(run, config)[0])
     measured = [f"| {name} | {value:.4g} |" for name, value in figures.items()]
     table = ["| figure | value |", "|---|---|", *measured] if measured else ["No validation was run."]
     lines = [

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,6 +40,15 @@ class Run:
         ):
             cut = _ends_inside_a_line(out)  # a full disk, or a kill, cut the last one
             out.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``, oldest first; without those that a full disk or a kill cut."""
+    file, lines = run / "metrics.jsonl", []
+    for text in file.read_text().splitlines() if file.exists() else ():
+        with suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def _ends_inside_a_line(file: BinaryIO) -> bool:

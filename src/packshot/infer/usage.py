@@ -10,8 +10,7 @@ from pathlib import Path
 from packshot.config.schema import PredictionType, ProductShown, Unconditional
 from packshot.core.errors import ConfigError
 from packshot.core.run import log
-
-FILE = "packshot.json"
+from packshot.models.controlnets import USAGE
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def read_usage(key: str, folder: Path) -> Usage | None:
     Raises:
         ConfigError: the file is broken, or names a way that does not exist.
     """
-    file = folder / FILE
+    file = folder / USAGE
     try:
         said = json.loads(file.read_text())
         given = said.get("prediction_type")

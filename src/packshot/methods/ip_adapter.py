@@ -18,6 +18,7 @@ from packshot.config.schema import IPAdapterMethod, IPAdapterVariant, ReferenceS
 from packshot.diffusion.keyed import SampleKey
 from packshot.methods.base import trainable_fp32, unet_conditioning
 from packshot.methods.ip_adapter_file import EXPORT, check_fit, from_original, read_original, resampler_dim, to_original
+from packshot.models.controlnets import USAGE
 from packshot.models.load import Parts, weights_hash
 
 if TYPE_CHECKING:  # imported where one is built
@@ -123,7 +124,7 @@ class IPAdapter(nn.Module):
         tensors = to_original(self.projection, self.processors)
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / EXPORT)
         described = {"variant": self.config.variant.name, "num_tokens": self.config.num_tokens}
-        (folder / "packshot.json").write_text(json.dumps(described, indent=2) + "\n")
+        (folder / USAGE).write_text(json.dumps(described, indent=2) + "\n")
 
 
 def look(row: dict[str, Any]) -> Hashable | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from packshot.config.compose import to_yaml
 from packshot.config.schema import SCRIPTS, PredictionType, Unconditional
+from packshot.core.run import read_metrics
 from packshot.data.dataset import Rows
+from packshot.models.controlnets import USAGE
 from packshot.train.state import Best, read_best
 
 
@@ -28,7 +29,7 @@ def write_usage(folder: Path, config: Any) -> None:
     What is as the base has it is not said.
     """
     objective = config.objective
-    for file in {folder / "packshot.json", *folder.glob("*/packshot.json")}:
+    for file in {folder / USAGE, *folder.glob(f"*/{USAGE}")}:
         described = json.loads(file.read_text()) if file.exists() else {}
         described["product_shown"] = objective.product_shown.name
         if objective.prediction_type is not PredictionType.base:
@@ -63,7 +64,7 @@ def write_card(folder: Path, run: Path, rows: Rows, config: Any) -> dict[str, An
     script = next(name for name, schema in SCRIPTS.items() if schema is type(config))
     step, _ = exported(run, config)
     pictures = _copy_samples(run / "samples", folder / "samples", step)
-    figures = _last_figures(run / "metrics.jsonl", step)
+    figures = _last_figures(run, step)
     lines = [
         f"# {script.removeprefix('train_')} trained by Packshot",
         "",
@@ -95,15 +96,12 @@ def _copy_samples(samples: Path, target: Path, step: int) -> list[str]:
     return [sheet.name]
 
 
-def _last_figures(metrics: Path, step: int) -> dict[str, float]:
+def _last_figures(run: Path, step: int) -> dict[str, float]:
     """The newest value, until a step, of each figure of a run."""
     figures: dict[str, float] = {}
-    if metrics.exists():
-        for text in metrics.read_text().splitlines():
-            with suppress(ValueError):  # a line that a full disk or a kill cut
-                line = json.loads(text)
-                if line["step"] <= step:
-                    figures.update(line)
+    for line in read_metrics(run):
+        if line["step"] <= step:
+            figures.update(line)
     for name in ("step", "time"):
         figures.pop(name, None)
     return figures
