@@ -357,6 +357,9 @@ def test_inference_samples_as_the_adapter_was_trained(lora, rows, tmp_path):
     task_of(rows, parts, *TERMINAL)
     models = load_models(config.model, AdaptersConfig(lora=str(export)))
     assert dict(models.pipe.scheduler.config) == dict(parts.scheduler.config) != base
+    sampler = models.pipe.scheduler
+    assert (sampler.config.prediction_type, sampler.config.timestep_spacing) == ("v_prediction", "trailing")
+    assert sampler.alphas_cumprod[-1] < 1e-6  # the last step is pure noise
     assert models.manifest["prediction_type"] == "v_prediction"
     settings = GenerateSettings(guidance_scale=2.0, num_inference_steps=1)
     assert encode(models, "", settings).arguments["prompt_embeds"].any()
