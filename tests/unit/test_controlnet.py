@@ -1,4 +1,4 @@
-"""ControlNets: where they start, what they work along with, and what they are shown of masks and depth."""
+"""ControlNets: where they start, what they work along with, and what they are shown of masks, depth and light."""
 
 import json
 from dataclasses import asdict
@@ -12,6 +12,7 @@ from PIL import Image
 from packshot.config.compose import compose
 from packshot.config.schema import Condition, ControlNetMethod, ModelConfig
 from packshot.core.errors import ConfigError, PackshotError
+from packshot.data.light import light_direction
 from packshot.diffusion.conditions import Control
 from packshot.diffusion.keyed import SampleKey
 from packshot.methods import METHODS
@@ -54,7 +55,7 @@ def predict(parts, method, row):
 
 @pytest.fixture(scope="module")
 def row(rows):
-    return framed(rows.read(0, ("image", "mask", "depth")), (128, 128))
+    return framed(rows.read(0, ("image", "mask", "depth", "shadow")), (128, 128))
 
 
 @pytest.fixture
@@ -76,13 +77,45 @@ def test_every_condition_is_drawn_from_a_rendered_sample(condition, parts, row):
     assert control.shape == (3, 128, 128)
     assert -1 <= control.min() < control.max() <= 1
     assert ("depth" in method.pictures) == (condition is Condition.depth)
+    assert ("shadow" in method.pictures) == (condition is Condition.light)
 
 
-def test_a_sample_without_depth_or_mask_is_named(parts, row):
-    method = build(parts, condition=Condition.depth)
-    for missing in ("depth", "mask"):
+@pytest.mark.parametrize(("condition", "column"), [(Condition.depth, "depth"), (Condition.light, "shadow")], ids=str)
+def test_a_sample_without_what_a_map_is_drawn_from_is_named(condition, column, parts, row):
+    method = build(parts, condition=condition)
+    for missing in (column, "mask"):
         with pytest.raises(PackshotError, match=f"{row['id']} has no {missing}"):
             method.condition({**row, missing: None}, {}, KEY)
+
+
+def test_light_is_read_off_the_shadows_of_rendered_scenes(rows):
+    """Against the words that each scene was rendered from, which are never read here."""
+    sides = {"left": [], "right": []}
+    for index in range(len(rows)):
+        lighting = rows.read(index, ())["scene"].lighting or ""
+        side = next((side for side in sides if f"from the {side} side" in lighting), None)
+        if side:
+            pictures = rows.read(index, ("mask", "shadow"))
+            shadow_HW, mask_HW = (np.asarray(pictures[name], np.float32) / 255 for name in ("shadow", "mask"))
+            sides[side].append(light_direction(shadow_HW, mask_HW))
+    left, right = (np.array(sides[side]) for side in ("left", "right"))
+    assert min(len(left), len(right)) > 20
+    towards = np.concatenate([-left[:, 0], right[:, 0]])
+    assert np.mean(towards > 0) > 0.95
+    assert np.mean(towards > 0.5) > 0.85
+    assert np.mean(towards < -0.3) < 0.02
+
+
+def test_a_shadow_on_no_side_or_none_at_all_leaves_the_light_open():
+    mask = np.zeros((64, 64), np.float32)
+    mask[20:40, 28:36] = 1
+    down, across = np.indices(mask.shape) + 0.5
+    around = np.hypot(down - 40, across - 32) < 12
+    for shadow in (np.ones_like(mask), np.where(around, 0.5, 1)):
+        assert np.hypot(*light_direction(shadow, mask)) < 0.4  # behind the product a shadow is not seen
+    right, up = light_direction(np.where(around & (across > 34) & (down > 40), 0.5, 1), mask)
+    assert right < -0.5 < 0.5 < up  # thrown to the right and towards the camera: from the left, behind
+    assert light_direction(shadow, np.zeros_like(mask)) == (0, 0)
 
 
 def test_image_mask_and_depth_go_through_one_geometry(rows):

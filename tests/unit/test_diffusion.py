@@ -1,5 +1,6 @@
 """Schedule, targets, weights, keyed randomness: against diffusers or the formula of the paper."""
 
+import math
 from dataclasses import replace
 from math import erf
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from packshot.config.schema import LossWeighting, TimestepSampling
 from packshot.diffusion import schedule
-from packshot.diffusion.conditions import CONDITIONS, DEPTH_FLOOR, View, keep_mask
+from packshot.diffusion.conditions import CONDITIONS, DEPTH_FLOOR, LIGHT_FLOOR, View, keep_mask
 from packshot.diffusion.keyed import SampleKey, permutation
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000, "beta_schedule": "scaled_linear"}
@@ -340,7 +341,7 @@ def square_view(seed=0, inside=None):
     image, near = draws.random((32, 32, 3)).astype(np.float32), draws.random((32, 32)).astype(np.float32)
     if inside is not None:
         image[mask == 1], near[mask == 1] = inside.image_HWC[mask == 1], inside.depth_HW[mask == 1]
-    return View(image, mask, near)
+    return View(image, mask, near, light=(1.0, 0.0))
 
 
 def test_control_maps_mark_the_unknown_and_ignore_the_old_background():
@@ -374,6 +375,26 @@ def test_the_depth_map_is_the_products_relief_whatever_the_scale():
         CONDITIONS["depth"](replace(view, depth_HW=None))
 
 
+@given(st.floats(0, 2 * math.pi), st.floats(0, 1))
+def test_the_light_map_is_brightest_where_light_comes_from(angle, length):
+    right, up = length * math.cos(angle), length * math.sin(angle)
+    shown = CONDITIONS["light"](replace(square_view(), light=(right, up)))[..., 0]
+    ground = np.where(square_view().mask_HW == 1, np.nan, shown)
+    middle = (1 + LIGHT_FLOOR) / 2
+    # its corners are as far from the middle as the light is one-sided, whichever way it falls
+    assert np.nanmax(ground) == pytest.approx(middle + length * (1 - middle), abs=1e-5)
+    assert np.nanmin(ground) == pytest.approx(middle - length * (1 - middle), abs=1e-5)
+    if length > 0.1 and abs(right) > 0.05:
+        assert np.sign(np.nanmean(ground[:, 16:]) - np.nanmean(ground[:, :16])) == np.sign(right)
+    if length > 0.1 and abs(up) > 0.05:
+        assert np.sign(np.nanmean(ground[:16]) - np.nanmean(ground[16:])) == np.sign(up)
+
+
+def test_a_light_map_needs_a_direction():
+    with pytest.raises(ValueError, match="light's direction"):
+        CONDITIONS["light"](replace(square_view(), light=None))
+
+
 @given(st.floats(-5, 5), st.floats(0, 6))
 def test_a_keep_mask_grows_by_px_and_fades_around_its_outline(grow, feather):
     mask = square_view().mask_HW
@@ -391,5 +412,5 @@ def test_a_keep_mask_grows_by_px_and_fades_around_its_outline(grow, feather):
 def test_masks_of_nothing_and_everything_stay():
     for mask in (np.zeros((8, 8), np.float32), np.ones((8, 8), np.float32)):
         assert np.array_equal(keep_mask(mask, 2, 3), mask)
-        view = View(np.full((8, 8, 3), 0.5, np.float32), mask, mask)
+        view = View(np.full((8, 8, 3), 0.5, np.float32), mask, mask, light=(0.0, 0.5))
         assert all(np.isfinite(condition(view)).all() for condition in CONDITIONS.values())

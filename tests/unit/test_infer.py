@@ -74,7 +74,7 @@ def exports(tmp_path_factory):
     """Export folders as the trainers write them, filled with random weights."""
     root = tmp_path_factory.mktemp("exports")
     parts = load_parts(ModelConfig())
-    for name in ("inpaint", "canny"):
+    for name in ("inpaint", "canny", "light"):
         ControlNetModel.from_unet(parts.unet).save_pretrained(root / name)
         (root / name / "packshot.json").write_text(json.dumps({"condition": name}))
         shaken(root / name, "diffusion_pytorch_model.safetensors", "controlnet_")
@@ -161,9 +161,28 @@ def test_rgba_input_is_its_own_mask(tool):
     assert (np.asarray(result.image) == np.asarray(photo))[core].all()
 
 
-@pytest.mark.parametrize("kind", ["lora", "inpaint", "canny", "ip_adapter"])
+def test_light_comes_from_where_the_words_or_the_angle_say(tool, exports):
+    lit = Packshot.load(controlnets=[str(exports / "light")]).set_product(*photo_and_mask())
+
+    def picture(lighting, angle=None):
+        settings = replace(QUICK, light_angle=angle)
+        [result] = lit.generate(Scene(surface="a table", lighting=lighting), 1, settings=settings)
+        return result.certificate["request"]["light_angle"], result.png
+
+    assert picture("soft light from the left side")[0] == 180
+    assert picture("soft light from the left side", 0.0)[0] == 0
+    assert picture("soft daylight")[0] is None
+    pictures = {picture("soft daylight", angle)[1] for angle in (None, 0.0, 90.0, 180.0, 270.0)}
+    assert len(pictures) == 5
+    # the map alone tells them apart: 360 degrees are 0 again
+    assert picture("soft daylight", 360.0)[1] == picture("soft daylight", 0.0)[1]
+    with pytest.raises(ConfigError, match="light_angle=90 has no effect"):
+        tool.set_product(*photo_and_mask()).generate(SCENE, 1, settings=replace(QUICK, light_angle=90.0))
+
+
+@pytest.mark.parametrize("kind", ["lora", "inpaint", "canny", "light", "ip_adapter"])
 def test_every_adapter_changes_the_picture_and_is_named_with_its_hash(tool, exports, kind):
-    key = {"inpaint": "controlnets", "canny": "controlnets"}.get(kind, kind)
+    key = {"inpaint": "controlnets", "canny": "controlnets", "light": "controlnets"}.get(kind, kind)
     value = [str(exports / kind)] if key == "controlnets" else str(exports / kind)
     adapted = Packshot.load(adapters=AdaptersConfig(**{key: value}))
     reference = Image.new("RGB", (50, 80), "orange") if kind == "ip_adapter" else None

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packshot.scene import Scene, SceneSyntaxError, vocabulary
+from packshot.scene.light import light_angle
 from packshot.scene.scores import mean_scores, product_words, score, token_f1
 
 TEXT = st.text(max_size=30)
@@ -138,3 +139,24 @@ def test_product_words():
     assert product_words("a perfume bottle on a marble table") == ["perfume", "bottle"]
     assert product_words("Professional photo of an object on a table, product photography") == []
     assert product_words(Scene(surface="a table", surroundings=("candles",)), product=["scented candle"]) == ["candles"]
+
+
+@pytest.mark.parametrize(
+    ("phrase", "angle"),
+    [
+        ("soft light from the left side", 180),
+        ("harsh light from the right side", 0),
+        ("Warm sunlight from the upper left", 180),
+        ("hard light from behind", 90),
+        ("backlight", 90),
+        ("a back-lit haze", 90),
+        ("flat light from the front", 270),
+        ("light from the left and from the right", None),
+        ("leaf shadows on the wall", None),
+        ("soft daylight, the left wall bright", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_the_side_that_light_comes_from_is_read_off_the_words(phrase, angle):
+    assert light_angle(phrase) == angle

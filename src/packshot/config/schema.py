@@ -38,7 +38,7 @@ LoraTargets = Names(
 )
 Quantization = Names("Quantization", ["none", "nf4", "int8"])
 AttentionKernel = Names("AttentionKernel", ["auto", "flash", "efficient", "cudnn", "math"])
-Condition = Names("Condition", ["inpaint", "canny", "silhouette", "softedge", "depth"])
+Condition = Names("Condition", ["inpaint", "canny", "silhouette", "softedge", "depth", "light"])
 IPAdapterVariant = Names("IPAdapterVariant", ["base", "plus"])
 IPAdapterLayers = Names("IPAdapterLayers", ["all", "style", "layout", "style_and_layout"])
 ReferenceSource = Names("ReferenceSource", ["self", "look", "place"])
@@ -249,8 +249,8 @@ class IPAdapterMethod:
 class ControlNetMethod:
     condition: Condition = opt(
         Condition.inpaint,
-        "inpaint (background = -1), canny (edges of the product), silhouette (its outline), softedge (its gradients) "
-        "or depth (its relief)",
+        "inpaint (background = -1), canny (edges of the product), silhouette (its outline), softedge (its gradients), "
+        "depth (its relief) or light (which side the scene's light comes from)",
     )
     conditioning_scale: float = opt(1.0, "weight of the control residuals", min=0, max=2)
     init: str | None = opt(None, "ControlNet to start from, folder or hub id; null: a copy of the UNet's encoder")
@@ -476,6 +476,13 @@ class GenerateSettings:
     )
     size: list[int] = opt([], "width, height of the output in px (placement=center)")
     product_scale: float = opt(0.6, "product's share of the canvas (placement=center)", min=0.05, max=1)
+    light_angle: float | None = opt(
+        None,
+        "where light comes from, degrees: 0 the right, 90 behind, 180 the left, 270 the front; for ControlNets that "
+        "read light; null: as scene.lighting says, or open",
+        min=0,
+        max=360,
+    )
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Control maps: what a ControlNet is shown of a product. The same functions in training and at inference.
 
-All maps are float32 (H, W, 3) and know nothing of the old background: they are functions of what lies in the keep mask.
+All maps are float32 (H, W, 3) and know nothing of the old background: they are functions of what lies in the
+keep mask, and of where light is to come from.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import cv2
 import numpy as np
 
 DEPTH_FLOOR = 0.25  # the product's farthest point; 0 is where nothing is known
+LIGHT_FLOOR = 0.25  # the side that light does not come from; 0 is the product
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,14 @@ class View:
     """A product in its frame, all of one size.
 
     image_HWC: RGB in [0, 1]. mask_HW: the product's alpha in [0, 1]. depth_HW: nearness in [0, 1], larger is nearer, in
-    any scale; None where it is not known.
+    any scale; None where it is not known. light: where the scene's light comes from, (right, up) in the picture, up
+    being behind the product; of length 1 where it has one side, 0 where it has none, None where nothing is known.
     """
 
     image_HWC: np.ndarray
     mask_HW: np.ndarray
     depth_HW: np.ndarray | None = None
+    light: tuple[float, float] | None = None
 
 
 def keep_mask(mask_HW: np.ndarray, grow: float = 0.0, feather: float = 0.0) -> np.ndarray:
@@ -99,14 +103,32 @@ def depth(view: View) -> np.ndarray:
     return _grey_map(np.where(solid, DEPTH_FLOOR + (1 - DEPTH_FLOOR) * relief, 0.0))
 
 
+def light(view: View) -> np.ndarray:
+    """Which way the light falls: a ramp from 1 on the side it comes from to ``LIGHT_FLOOR`` on the other, the flatter
+    the less it has a side; 0 where the product is.
+
+    Raises:
+        ValueError: nothing is known of the light.
+    """
+    if view.light is None:
+        raise ValueError("the light condition needs the light's direction")
+    (right, up), (height, width) = view.light, view.mask_HW.shape
+    ramp_HW = right * np.linspace(-1, 1, width)[None] + up * np.linspace(1, -1, height)[:, None]
+    # along its steepest line the ramp spans the frame, whatever the direction
+    ramp_HW *= np.hypot(right, up) / max(abs(right) + abs(up), 1e-6)
+    lit_HW = LIGHT_FLOOR + (1 - LIGHT_FLOOR) * (np.clip(ramp_HW, -1, 1) + 1) / 2
+    return _grey_map(np.where(view.mask_HW >= 0.5, 0.0, lit_HW))
+
+
 CONDITIONS: dict[str, Callable[[View], np.ndarray]] = {
     "inpaint": inpaint,
     "canny": canny,
     "silhouette": silhouette,
     "softedge": softedge,
     "depth": depth,
+    "light": light,
 }
-NEEDS_DEPTH = frozenset(("depth",))
+NEEDS = {"depth": "depth_HW", "light": "light"}  # what a view must have for a condition, besides image and mask
 
 
 @dataclass(frozen=True)
@@ -121,9 +143,9 @@ class Control:
     mask_feather: float = 0.0
 
     @property
-    def needs_depth(self) -> bool:
-        """Whether a view must have a depth map."""
-        return self.condition in NEEDS_DEPTH
+    def needs(self) -> str | None:
+        """What a view must have besides image and mask: a field of :class:`View`."""
+        return NEEDS.get(self.condition)
 
     def draw(self, view: View, shift: float = 0.0) -> np.ndarray:
         """The control map. shift: px by which the outline is moved besides ``mask_grow``."""

@@ -25,6 +25,7 @@ from packshot.infer.pipeline import Models, load_models
 from packshot.infer.product import Product, Source, prepare
 from packshot.infer.references import Reference, open_references
 from packshot.scene import Scene
+from packshot.scene.light import light_angle
 
 __all__ = ["Packshot", "Result"]
 
@@ -99,8 +100,8 @@ class Packshot:
             ConfigError, PackshotError: see :func:`packshot.infer.product.prepare`.
         """
         known = name or (Path(image).stem if isinstance(image, str | Path) else "product")
-        needed = any(control.needs_depth for control in self.models.controls)
-        self.product = prepare(image, mask, self.matte, known, depth, self.depth.onnx if needed else None)
+        network = self.depth.onnx if self._reads("depth_HW") else None
+        self.product = prepare(image, mask, self.matte, known, depth, network)
         return self
 
     def with_product(self, product: Product) -> Packshot:
@@ -143,14 +144,14 @@ class Packshot:
         if num_images < 1:
             raise ConfigError(f"num_images={num_images} is out of range.", "Ask for at least one.")
         guides = self._references(reference, reference_weights)
-        asked = _request(scene, settings, guides)
+        asked = self._request(scene, settings, guides)
         product, canvas = self.product, self.canvas(settings)
         assert product is not None
         height, width = canvas.matte_HW.shape
         frame = plan_frame(height, width, self.models.resolution, self.models.unit)
         working = make_working(canvas, frame, self.models.pipe.vae_scale_factor)
         with self._turn:
-            conditioning = encode(self.models, asked["prompt"], settings, guides)
+            conditioning = encode(self.models, asked["prompt"], settings, guides, asked["light_angle"])
         for k in range(num_images):
             with self._turn:
                 decoded = denoise(self.models, working, conditioning, settings, seed + k)
@@ -166,9 +167,9 @@ class Packshot:
         """What a certificate will say was asked for, without the seed.
 
         Raises:
-            ConfigError: a reference is missing, no image, or there is no IP-Adapter to read it.
+            ConfigError: a reference is missing, no image, or no adapter reads it or the light's direction.
         """
-        return _request(scene, settings, self._references(reference, reference_weights))
+        return self._request(scene, settings, self._references(reference, reference_weights))
 
     def canvas(self, settings: GenerateSettings) -> Canvas:
         """The product on the output's pixel grid."""
@@ -181,6 +182,37 @@ class Packshot:
         if references and not self.models.has_ip_adapter:
             raise ConfigError("a reference needs an IP-Adapter, none is loaded.", "Load one: adapters.ip_adapter.")
         return references
+
+    def _reads(self, name: str) -> bool:
+        """Whether a ControlNet's map is drawn from that field of a View."""
+        return any(control.needs == name for control in self.models.controls)
+
+    def _request(self, scene: Scene | str, settings: GenerateSettings, guides: Sequence[Reference]) -> dict[str, Any]:
+        prompt = scene.render() if isinstance(scene, Scene) else scene
+        if guides and scene == Scene():  # the references alone speak
+            prompt = ""
+        understood = scene if isinstance(scene, Scene) else Scene.parse(scene).scene
+        return {
+            "scene": understood.to_dict(),
+            "prompt": prompt,
+            "negative_prompt": settings.negative_prompt,
+            "num_inference_steps": settings.num_inference_steps,
+            "guidance_scale": settings.guidance_scale,
+            "light_angle": self._light_angle(understood, settings),
+            "reference_sha256": guides[0].sha256 if len(guides) == 1 else None,
+            "references": [{"sha256": guide.sha256, "weight": guide.weight} for guide in guides],
+        }
+
+    def _light_angle(self, scene: Scene, settings: GenerateSettings) -> float | None:
+        """What ControlNets are told of the light; None where none reads it, or nothing is said of it."""
+        if self._reads("light"):
+            return light_angle(scene.lighting) if settings.light_angle is None else settings.light_angle
+        if settings.light_angle is not None:
+            raise ConfigError(
+                f"light_angle={settings.light_angle:g} has no effect: no ControlNet that is loaded reads light.",
+                "Say it in words (scene.lighting), or load one: train_controlnet.py method.condition=light.",
+            )
+        return None
 
     def _finish(
         self,
@@ -218,18 +250,3 @@ class Packshot:
             "product_extension": None,  # needs a second segmentation; evaluate.py measures it
         }
         return Result(image, certificate, make_layers(canvas, working, decoded_HW3, background), buffer.getvalue())
-
-
-def _request(scene: Scene | str, settings: GenerateSettings, guides: Sequence[Reference]) -> dict[str, Any]:
-    prompt = scene.render() if isinstance(scene, Scene) else scene
-    if guides and scene == Scene():  # the references alone speak
-        prompt = ""
-    return {
-        "scene": (scene if isinstance(scene, Scene) else Scene.parse(scene).scene).to_dict(),
-        "prompt": prompt,
-        "negative_prompt": settings.negative_prompt,
-        "num_inference_steps": settings.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
-        "reference_sha256": guides[0].sha256 if len(guides) == 1 else None,
-        "references": [{"sha256": guide.sha256, "weight": guide.weight} for guide in guides],
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,17 +28,25 @@ class Conditioning:
     """All that steers the denoiser besides the product: keyword arguments of the pipeline, and what did not fit.
 
     lost_words: the tail of the prompt (and of the negative prompt) beyond the text encoders' 77 tokens, "" if none.
+    light: where light is to come from, as ``View.light`` of ``diffusion.conditions``; (0, 0) leaves it open.
     """
 
     arguments: dict[str, Any]
     lost_words: dict[str, str]
+    light: tuple[float, float] = (0.0, 0.0)
 
 
 @torch.no_grad()
 def encode(
-    models: Models, prompt: str, settings: GenerateSettings, references: Sequence[Reference] = ()
+    models: Models,
+    prompt: str,
+    settings: GenerateSettings,
+    references: Sequence[Reference] = (),
+    light_angle: float | None = None,
 ) -> Conditioning:
     """Encode prompt, negative prompt and references once for all pictures of a request.
+
+    light_angle: degrees in the picture, see ``GenerateSettings``; None leaves the light open.
 
     Without words the prompt is what a dropped one is in training: zeros, of a base whose pipeline has them for that.
     """
@@ -57,7 +66,8 @@ def encode(
         arguments |= {name: torch.zeros_like(arguments[name]) for name in ("prompt_embeds", "pooled_prompt_embeds")}
     if models.has_ip_adapter:
         arguments["ip_adapter_image_embeds"] = [image_embeds(pipe, references, guided)]
-    return Conditioning(arguments, lost)
+    around = None if light_angle is None else math.radians(light_angle)
+    return Conditioning(arguments, lost, (0.0, 0.0) if around is None else (math.cos(around), math.sin(around)))
 
 
 def _pixels(image_HW3: np.ndarray) -> torch.Tensor:
@@ -93,13 +103,13 @@ def _in_channels(vae: Any, working: Working) -> torch.Tensor:
     return product_channels(keep_11HW.to(masked.device), masked)
 
 
-def _controls(models: Models, working: Working) -> dict[str, Any]:
+def _controls(models: Models, working: Working, light: tuple[float, float]) -> dict[str, Any]:
     """The pipeline's arguments for its ControlNets, if it has any."""
     if not models.controls:
         return {}
     starts, ends = zip(*models.controlnet_spans, strict=True)
     return {
-        "image": [control_map(control, working) for control in models.controls],
+        "image": [control_map(control, working, light) for control in models.controls],
         "controlnet_conditioning_scale": list(models.controlnet_scales),
         "control_guidance_start": list(starts),
         "control_guidance_end": list(ends),
@@ -134,7 +144,7 @@ def denoise(
     with switching(models.switches, steps, hold_product(known, noise, held, shown)) as callback:
         latents = pipe(
             **conditioning.arguments,
-            **_controls(models, working),
+            **_controls(models, working, conditioning.light),
             height=frame.height,
             width=frame.width,
             num_inference_steps=steps,

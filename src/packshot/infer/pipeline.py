@@ -128,7 +128,7 @@ def check_adapters(adapters: AdaptersConfig, depth: DepthConfig) -> str | None:
     """
     folders = _adapter_folders(adapters)
     common_usage(folders)
-    readers = [f for f in folders["controlnets"] if read_control("adapters.controlnets", f).needs_depth]
+    readers = [f for f in folders["controlnets"] if read_control("adapters.controlnets", f).needs == "depth_HW"]
     if not readers:
         return None
     if not depth.onnx:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from packshot.config.schema import ControlNetMethod
 from packshot.core.errors import PackshotError
 from packshot.core.storage import readable
+from packshot.data.light import light_direction
 from packshot.diffusion.conditions import Control, View
 from packshot.diffusion.keyed import SampleKey
 from packshot.methods.base import trainable_fp32, unet_conditioning
@@ -57,8 +58,8 @@ class ControlNet(nn.Module):
         self.beside.requires_grad_(config.joint).train(config.joint)
         for net in self._nets():
             trainable_fp32(net)
-        needs_depth = any(control.needs_depth for control in self.controls)
-        self.pictures = ("image", "mask", "depth") if needs_depth else ("image", "mask")
+        self._needs = sorted({control.needs for control in self.controls if control.needs})
+        self.pictures = ("image", "mask", *(SOURCES[name].column for name in self._needs))
 
     def _nets(self) -> list[Any]:
         """All ControlNets, in the order of ``controls``."""
@@ -73,7 +74,7 @@ class ControlNet(nn.Module):
         return ""
 
     def _control_maps(self, sample: dict[str, Any], shift: float = 0.0) -> list[Tensor]:
-        view = _view(sample, any(control.needs_depth for control in self.controls))
+        view = _view(sample, self._needs)
         maps = [control.draw(view, shift) for control in self.controls]
         return [torch.from_numpy(np.ascontiguousarray(map_HWC.transpose(2, 0, 1))) for map_HWC in maps]
 
@@ -132,22 +133,54 @@ class ControlNet(nn.Module):
             (place / USAGE).write_text(json.dumps(asdict(self.controls[number]), indent=2) + "\n")
 
 
-def _view(sample: dict[str, Any], with_depth: bool) -> View:
-    """A framed sample as control maps see it.
+@dataclass(frozen=True)
+class Source:
+    """Where a field of a View comes from in training.
+
+    column: the dataset's picture. read: that picture and the mask, (H, W) in [0, 1] each, to the field's value.
+    where: which datasets have it.
+    """
+
+    column: str
+    read: Callable[[np.ndarray, np.ndarray], Any]
+    where: str
+
+
+SOURCES = {
+    "depth_HW": Source(
+        "depth",
+        lambda depth_HW, _: depth_HW,
+        "Rendered sets have it; for photographs build_data.py dataset=product depth.onnx=<network> adds it.",
+    ),
+    "light": Source(
+        "shadow",
+        light_direction,
+        "Rendered sets have it (build_data.py dataset=rendered); nothing tells it of a photograph.",
+    ),
+}
+
+
+def _view(sample: dict[str, Any], needs: Sequence[str]) -> View:
+    """A framed sample as control maps see it. needs: fields of a View besides image and mask.
 
     Raises:
-        PackshotError: it has no mask, or no depth where one is asked for.
+        PackshotError: it has no mask, or nothing to read another field from.
     """
     if sample.get("mask") is None:
         raise PackshotError(
             f"sample {sample['id']} has no mask, a ControlNet cannot be trained on it.",
             "Use a product dataset (build_data.py dataset=product).",
         )
-    if with_depth and sample.get("depth") is None:
-        raise PackshotError(
-            f"sample {sample['id']} has no depth, which method.condition=depth is drawn from.",
-            "Rendered sets have it; for photographs build_data.py dataset=product depth.onnx=<network> adds it.",
-        )
-    names = ("image", "mask", *(("depth",) if with_depth else ()))
-    scaled = (np.asarray(sample[name], dtype=np.float32) / 255 for name in names)
-    return View(*scaled)
+    for name in needs:
+        if sample.get(SOURCES[name].column) is None:
+            raise PackshotError(
+                f"sample {sample['id']} has no {SOURCES[name].column}, which a control map is drawn from.",
+                SOURCES[name].where,
+            )
+
+    def scaled(column: str) -> np.ndarray:
+        return np.asarray(sample[column], dtype=np.float32) / 255
+
+    mask_HW = scaled("mask")
+    others = {name: SOURCES[name].read(scaled(SOURCES[name].column), mask_HW) for name in needs}
+    return View(scaled("image"), mask_HW, **others)

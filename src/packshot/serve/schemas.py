@@ -63,6 +63,7 @@ class GenerateForm(BaseModel):
     negative_prompt: Text | None = _setting("negative_prompt")
     num_inference_steps: int | None = _setting("num_inference_steps")
     guidance_scale: float | None = _setting("guidance_scale")
+    light_angle: float | None = _setting("light_angle")
     placement: PlacementName | None = _setting("placement")
     size: str | None = Field(None, pattern=r"^\d{1,5}x\d{1,5}$", description="width x height in px: 1024x768")
 

@@ -31,7 +31,8 @@ VERSION = 5  # raise it when the same sample gives other tensors
 ENCODE_BATCH = 8  # pictures that go through an encoder together
 TEXT_BATCH = 32
 MOST_KIN = 8  # other samples whose encodings a sample may be conditioned on
-PADDING = {"mask": "constant", "depth": "edge"}  # what letterbox bars show of them, see geometry.apply
+# what letterbox bars show of a sample's other pictures, see geometry.apply
+PADDING = {"mask": "constant", "depth": "edge", "shadow": "edge"}
 
 
 def _cut(items: list[Any], size: int) -> list[list[Any]]:
@@ -39,7 +40,7 @@ def _cut(items: list[Any], size: int) -> list[list[Any]]:
 
 
 def framed(sample: dict[str, Any], target: tuple[int, int]) -> dict[str, Any]:
-    """The sample as the model sees it: image, mask and depth through one geometry, which is added as ``geometry``.
+    """The sample as the model sees it: its pictures through one geometry, which is added as ``geometry``.
 
     Raises:
         PackshotError: they differ in size.

@@ -26,7 +26,7 @@ from packshot.train.state import EMA, exporting
 from packshot.train.task import DiffusionTask
 from packshot.train.validation import LOSS_SAMPLES
 
-PICTURES = ("image", "mask", "depth")  # all that training may look at
+PICTURES = ("image", "mask", "depth", "shadow")  # all that training may look at
 DTYPES = {MixedPrecision.no: torch.float32, MixedPrecision.fp16: torch.float16, MixedPrecision.bf16: torch.bfloat16}
 
 
