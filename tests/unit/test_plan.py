@@ -150,3 +150,14 @@ def test_the_plan_is_written_and_says_what_it_counts(tmp_path, capsys):
         "activations_gib",
     )))  # fmt: skip
     assert "tflop_per_step" in capsys.readouterr().err
+
+
+def test_several_processes_make_one_plan_for_all_of_them(tmp_path, monkeypatch):
+    """As ``accelerate launch`` starts them, one after the other."""
+    folder = tmp_path / "run"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank in (0, 1, 2, 3):
+        monkeypatch.setenv("RANK", str(rank))
+        plan(compose("train_lora", ["tracking=none", f"run.dir={folder}"]), "train_lora")
+    planned = json.loads((folder / "plan.json").read_text())
+    assert planned["samples_per_step"] == 4 * compose("train_lora", []).train.batch_size

@@ -1,8 +1,13 @@
-"""The run folder's log: nothing that comes from outside can write an entry."""
+"""The run folder: one process at a time works in it, and nothing that comes from outside can write an entry in its log."""
+
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from packshot.config.compose import compose
+from packshot.core.errors import ConfigError
 from packshot.core.run import log, open_run, printable
 
 
@@ -31,3 +36,27 @@ def test_names_and_tracebacks_cannot_pass_for_entries(tmp_path):
 )
 def test_what_does_not_print_is_escaped(text, shown):
     assert printable(text) == shown
+
+
+def test_a_folder_in_which_another_process_works_is_refused_until_that_one_is_dead(tmp_path):
+    work = f"""
+import time
+from packshot.config.compose import compose
+from packshot.core.run import open_run
+open_run("evaluate", compose("evaluate", ["run.dir={tmp_path}/run"]))
+print("open", flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "open\n"
+            config = (tmp_path / "run" / "config.yaml").read_text()
+            again = compose("evaluate", [f"run.dir={tmp_path}/run", "run.resume=true", "suite=scene"])
+            with pytest.raises(ConfigError, match=r"in use: another process is writing log\.txt"):
+                open_run("evaluate", again)
+            assert (tmp_path / "run" / "config.yaml").read_text() == config
+        finally:
+            other.send_signal(signal.SIGKILL)
+    assert open_run("evaluate", again).resumed
+    assert open_run("evaluate", again).resumed  # the same process may

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -10,7 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from packshot.config.compose import to_yaml
 from packshot.core.errors import ConfigError
@@ -70,7 +72,8 @@ def open_run(script: str, config: Any, resumable: bool = True) -> Run:
         ``config.yaml`` until the caller has found that the config fits, and writes it.
 
     Raises:
-        ConfigError: the folder has content and run.resume is not set, or the path is no folder that can be written.
+        ConfigError: the folder has content and run.resume is not set, another process works in it, or the path is no
+            folder that can be written.
     """
     path = Path(config.run.dir or default_dir(script))
     if path.exists() and not path.is_dir():
@@ -83,12 +86,12 @@ def open_run(script: str, config: Any, resumable: bool = True) -> Run:
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
+        start_log(path / "log.txt")
         run = Run(path, resumed=used)
         if resumable or not (path / "config.yaml").exists():
             run.write_config(config)
     except OSError as error:
         raise ConfigError(f"run.dir={path} cannot be written: {error.strerror}.", "Choose another folder.") from error
-    start_log(path / "log.txt")
     log.info("%s in %s", "resuming" if used else "running", path)
     return run
 
@@ -100,6 +103,22 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def _claim(file: Path, stream: TextIO) -> None:
+    """Lock the run's log, until it is closed or this process ends, however it ends.
+
+    By POSIX lock: unlike others it does not pass to forked processes, which may outlive a killed parent by seconds.
+    """
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # others: a file system without locks
+            stream.close()
+            raise ConfigError(
+                f"run.dir={file.parent} is in use: another process is writing {file.name} there.",
+                "Wait until it has ended, or name another folder. Nothing was changed.",
+            ) from None
+
+
 class EntryFormatter(logging.Formatter):
     """Indents what follows an entry's first line: names of files and texts that strangers send can neither pass for
     another entry nor steer the terminal."""
@@ -109,13 +128,19 @@ class EntryFormatter(logging.Formatter):
 
 
 def start_log(file: Path) -> None:
-    """Log to this file (its end) and the screen, and to no other file."""
+    """Log to this file (its end) and the screen, and to no other file. No other process may do so meanwhile.
+
+    Raises:
+        ConfigError: another one does.
+        OSError: the file cannot be written.
+    """
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
     log.setLevel(logging.INFO)
     log.propagate = False
     to_file = logging.FileHandler(file)
+    _claim(file, to_file.stream)
     to_file.setFormatter(EntryFormatter("%(asctime)s %(levelname)s %(message)s"))
     to_screen = logging.StreamHandler(sys.stderr)
     to_screen.setFormatter(EntryFormatter("%(message)s"))

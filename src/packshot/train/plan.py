@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,7 @@ from packshot.config.schema import (
     TrainScript,
 )
 from packshot.core.run import log, open_run
+from packshot.core.storage import replacing_file
 from packshot.data.dataset import load_rows
 from packshot.methods import METHODS
 from packshot.models.inpainting import prepare_unet
@@ -218,11 +220,14 @@ def make_plan(config: TrainScript, samples: int, processes: int = 1) -> Plan:
 
 
 def plan(config: TrainScript, script: str) -> None:
-    """Write ``plan.json`` and log it as a table."""
+    """Write ``plan.json`` and log it as a table; the first of several processes does, for all of them."""
+    if int(os.environ.get("RANK", 0)):
+        return
     rows = load_rows("data.train", config.data.train, pictures=("image",), spool=config.data.cache_dir)
     run = open_run(script, config)
-    result = make_plan(config, len(rows))
-    (run.path / "plan.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
+    result = make_plan(config, len(rows), processes=int(os.environ.get("WORLD_SIZE", 1)))
+    with replacing_file(run.path / "plan.json") as file:
+        file.write_text(json.dumps(asdict(result), indent=2) + "\n")
     for name, value in asdict(result).items():
         log.info("%-22s %s", name, f"{value:,}" if isinstance(value, int) else f"{value:,.3f}")
     log.info("Activations are counted from the graph; workspaces of the device come on top.")
