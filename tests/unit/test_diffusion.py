@@ -15,6 +15,7 @@ from packshot.config.schema import LossWeighting, TimestepSampling
 from packshot.diffusion import schedule
 from packshot.diffusion.conditions import CONDITIONS, DEPTH_FLOOR, LIGHT_FLOOR, View, keep_mask
 from packshot.diffusion.keyed import SampleKey, permutation
+from packshot.diffusion.latents import LatentScale
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000, "beta_schedule": "scaled_linear"}
 T = torch.tensor([0, 1, 17, 500, 999])
@@ -414,3 +415,23 @@ def test_masks_of_nothing_and_everything_stay():
         assert np.array_equal(keep_mask(mask, 2, 3), mask)
         view = View(np.full((8, 8, 3), 0.5, np.float32), mask, mask, light=(0.0, 0.5))
         assert all(np.isfinite(condition(view)).all() for condition in CONDITIONS.values())
+
+
+# ---- latents ----
+
+
+def test_latents_are_shifted_and_scaled_as_the_vae_says():
+    g = torch.Generator().manual_seed(0)
+    spread = torch.tensor([0.5, 1.0, 2.0, 4.0]).view(-1, 1, 1)
+    latents = torch.randn(3, 4, 8, 8, generator=g) * spread + 2 * spread
+    odd = {"scaling_factor": 0.5, "latents_mean": [1.0, 2.0, 4.0, 8.0], "latents_std": [0.5, 1.0, 2.0, 4.0]}
+    scale = LatentScale.of(odd)
+    scaled = scale.to_unet(latents)
+    for channel, (mean, std) in enumerate(zip(odd["latents_mean"], odd["latents_std"], strict=True)):
+        torch.testing.assert_close(scaled[:, channel], (latents[:, channel] - mean) / std * 0.5)
+    torch.testing.assert_close(scale.to_vae(scaled), latents)
+    torch.testing.assert_close(scale.to_unet(latents[0]), scaled[0])  # of one sample
+    # with the factor alone nothing else is computed: the same bits
+    for config in ({"scaling_factor": 0.13025}, {"scaling_factor": 0.13025, "latents_mean": None, "latents_std": None}):
+        assert torch.equal(LatentScale.of(config).to_unet(latents), latents * 0.13025)
+        assert torch.equal(LatentScale.of(config).to_vae(latents), latents / 0.13025)

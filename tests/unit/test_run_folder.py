@@ -1,4 +1,4 @@
-"""The run folder: one process at a time works in it, and nothing that comes from outside can write an entry in its log."""
+"""The run folder: one process works in it at a time, and nothing from outside can write an entry in its log."""
 
 import signal
 import subprocess

@@ -190,6 +190,16 @@ def test_the_identity_of_networks_needs_no_loading_and_follows_weights_config_an
     assert load_parts(changed).identity("vae") != vae
     assert load_parts(changed).vae_config("scaling_factor") == 1.0
     assert load_parts(changed).vae_config("latent_channels") == parts.vae.config.latent_channels
+    shifted = {**written, "latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [2.0] * 4}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(shifted))
+    changed_parts, latents = load_parts(changed), torch.ones(1, 4, 2, 2)
+    from_file = changed_parts.latent_scale().to_unet(latents)
+    assert "vae" not in changed_parts.loaded()
+    assert from_file[0, :, 0, 0].tolist() == pytest.approx(
+        [(1 - mean) / 2 * written["scaling_factor"] for mean in shifted["latents_mean"]]
+    )
+    changed_parts.load("vae")
+    assert torch.equal(changed_parts.latent_scale().to_unet(latents), from_file)
     # where there are no files, as of a base on the hub, the weights tell
     parts._sources = {}
     hashed = parts.identity("vae")

@@ -140,6 +140,7 @@ def start_log(file: Path) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     to_file = logging.FileHandler(file)
+    assert to_file.stream is not None  # opened at once
     _claim(file, to_file.stream)
     to_file.setFormatter(EntryFormatter("%(asctime)s %(levelname)s %(message)s"))
     to_screen = logging.StreamHandler(sys.stderr)

@@ -14,6 +14,7 @@ from packshot.config.schema import GenerateSettings
 from packshot.core.errors import PackshotError
 from packshot.core.run import log
 from packshot.diffusion.hold import first_latents, hold_product
+from packshot.diffusion.latents import LatentScale
 from packshot.infer.canvas import Working
 from packshot.infer.conditions import control_map
 from packshot.infer.pipeline import Models
@@ -77,23 +78,13 @@ def _pixels(image_HW3: np.ndarray) -> torch.Tensor:
 
 def _to_latents(vae: Any, pixels_13HW: torch.Tensor) -> torch.Tensor:
     """Pixels in [-1, 1] to scaled latents (1, C, h, w), fp32; the posterior's mode, so nothing random."""
-    latents = vae.encode(pixels_13HW.to(vae.device)).latent_dist.mode()
-    mean, std = _latent_statistics(vae, latents)
-    return (latents - mean) / std * vae.config.scaling_factor
+    return LatentScale.of(vae.config).to_unet(vae.encode(pixels_13HW.to(vae.device)).latent_dist.mode())
 
 
 def _from_latents(vae: Any, latents_BCHW: torch.Tensor) -> np.ndarray:
     """Scaled latents of one picture to float32 (H, W, 3) in [0, 1]."""
-    mean, std = _latent_statistics(vae, latents_BCHW)
-    pixels = vae.decode(latents_BCHW.float() / vae.config.scaling_factor * std + mean).sample
+    pixels = vae.decode(LatentScale.of(vae.config).to_vae(latents_BCHW.float())).sample
     return (pixels[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).cpu().numpy()
-
-
-def _latent_statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    def channel(values: list[float] | None, default: float) -> torch.Tensor:
-        return like.new_tensor(values if values is not None else [default]).view(1, -1, 1, 1).float()
-
-    return channel(vae.config.get("latents_mean"), 0.0), channel(vae.config.get("latents_std"), 1.0)
 
 
 def _in_channels(vae: Any, working: Working) -> torch.Tensor:

@@ -19,6 +19,7 @@ import torch
 from packshot.config.schema import ModelConfig, Quantization
 from packshot.core.errors import ConfigError
 from packshot.core.storage import file_sha256, folder_hash, resolve
+from packshot.diffusion.latents import LatentScale
 
 
 def _class(library: str, name: str) -> Any:
@@ -153,9 +154,17 @@ class Parts:
 
     def vae_config(self, key: str) -> Any:
         """An entry of the VAE's configuration, from its file as long as it is not loaded."""
-        source = self._sources.get("vae")
-        written = source.config() if source and "vae" not in vars(self) else {}
+        written = self._vae_file()
         return written[key] if key in written else getattr(self.vae.config, key)
+
+    def latent_scale(self) -> LatentScale:
+        """The VAE's, from its file as long as it is not loaded."""
+        written = self._vae_file()
+        return LatentScale.of(written if "scaling_factor" in written else self.vae.config)
+
+    def _vae_file(self) -> Mapping[str, Any]:
+        source = self._sources.get("vae")
+        return source.config() if source and "vae" not in vars(self) else {}
 
     def identity(self, *names: str) -> str:
         """Digest of parts, by their files or, where there are none, contents; and of the dtype networks compute in."""

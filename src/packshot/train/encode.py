@@ -27,7 +27,7 @@ from packshot.models.tokens import lost_words
 from packshot.train.cache import Job, TensorCache, Tensors, content_key
 from packshot.train.memory import return_freed_memory
 
-VERSION = 5  # raise it when the same sample gives other tensors
+VERSION = 6  # raise it when the same sample gives other tensors
 ENCODE_BATCH = 8  # pictures that go through an encoder together
 TEXT_BATCH = 32
 MOST_KIN = 8  # other samples whose encodings a sample may be conditioned on
@@ -152,7 +152,7 @@ class Encoder:
         pixels = np.stack([np.asarray(sample["image"], dtype=np.float32) / 127.5 - 1 for sample in seen])
         keep_B1HW, pixels_BCHW = torch.from_numpy(keep), torch.from_numpy(pixels).permute(0, 3, 1, 2)
         masked = (pixels_BCHW * keep_B1HW).to(self._vae.device)
-        latents = self._vae.encode(masked).latent_dist.mean.cpu() * self.parts.vae_config("scaling_factor")
+        latents = self.parts.latent_scale().to_unet(self._vae.encode(masked).latent_dist.mean.cpu())
         return [{"product": one} for one in product_channels(keep_B1HW, latents)]
 
     @torch.no_grad()

@@ -77,14 +77,14 @@ def _draw(
 def _line(
     task: Any, examples: Examples, seen: dict[str, Any], sample: Any, one: dict[str, Tensor], key: SampleKey
 ) -> Line:
-    vae = examples.encoder.parts.vae
-    latents = one["latents"][None].to(vae.device) / vae.config.scaling_factor
+    parts = examples.encoder.parts
+    vae, latents = parts.vae, parts.latent_scale().to_vae(one["latents"][None])
     panels = [
         (
             "picture" + (", mask outlined" if seen["mask"] is not None else ", no mask"),
             outlined(seen["image"], seen["mask"]),
         ),
-        ("what the latents decode to", from_vae(vae.decode(latents).sample[0])),
+        ("what the latents decode to", from_vae(vae.decode(latents.to(vae.device)).sample[0])),
     ]
     notes = []
     for name, tensor in task.method.condition(seen, sample["encoded"], key).items():

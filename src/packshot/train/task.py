@@ -28,7 +28,7 @@ class DiffusionTask(nn.Module):
         super().__init__()
         self.method: Any = method
         self.alphas_cumprod_T: Tensor
-        self.config, self._scaling_factor = config, parts.vae_config("scaling_factor")
+        self.config, self._latent_scale = config, parts.latent_scale()
         self.validator = Validator(validation, config)
         objective, scheduler = config.objective, parts.scheduler.config
         own = objective.prediction_type is PredictionType.base
@@ -75,7 +75,7 @@ class DiffusionTask(nn.Module):
         noise = schedule.offset_noise(noise, key.generator("noise_offset"), objective.noise_offset)
         perturbation = key.generator("input_perturbation")
         return {
-            "latents": latents * self._scaling_factor,
+            "latents": self._latent_scale.to_unet(latents),
             "noise": noise,
             "seen_noise": schedule.perturb_noise(noise, perturbation, objective.input_perturbation),
             "timesteps": schedule.draw_timestep(

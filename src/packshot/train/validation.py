@@ -27,6 +27,7 @@ from packshot.data.matte import held_cells, soften_hard_edge, unmix
 from packshot.data.outline import compare_size, grabcut, is_extended, measure_extension
 from packshot.diffusion.hold import first_latents, hold_product
 from packshot.diffusion.keyed import SampleKey
+from packshot.diffusion.latents import LatentScale
 from packshot.train.encode import Examples
 from packshot.train.loop import Validated, to_device
 
@@ -215,7 +216,7 @@ def hold(examples: Examples, index: int, device: torch.device) -> Held:
     cell = encoder.vae_scale
     inside = held_cells(matte.astype(np.float32) / 255, cell)[::cell, ::cell]
     vae, sample = encoder.parts.vae, examples[index]
-    known = encoder.latents([seen])[0]["mean"] * vae.config.scaling_factor
+    known = encoder.parts.latent_scale().to_unet(encoder.latents([seen])[0]["mean"])
     given_back = to_picture(vae.decode(sample["mean"][None].to(vae.device)).sample[0])
     return Held(
         sample=sample,
@@ -259,7 +260,7 @@ def sample_picture(task: Any, pipeline: Any, held: Held, prompt: dict[str, Tenso
     ).images
     vae = pipeline.vae
     with torch.autocast(latents.device.type, enabled=False):
-        pixels = vae.decode(latents.float() / vae.config.scaling_factor).sample[0]
+        pixels = vae.decode(LatentScale.of(vae.config).to_vae(latents.float())).sample[0]
     if not torch.isfinite(pixels).all():
         raise PackshotError(
             f"validation drew NaN or infinity for sample {held.sample['id']}.",

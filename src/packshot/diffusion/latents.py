@@ -1,0 +1,40 @@
+"""Between what a VAE gives and what a UNet reads: latents of about unit variance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """The shift and scale that a VAE's configuration names; most have the factor alone.
+
+    mean_C11, std_C11: of its latents, per channel; one channel of 0 and 1 where the configuration has none.
+    """
+
+    factor: float
+    mean_C11: Tensor
+    std_C11: Tensor
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> LatentScale:
+        """config: that of an AutoencoderKL: ``scaling_factor`` and, if it has them, ``latents_mean`` and ``_std``."""
+
+        def channels(values: list[float] | None, default: float) -> Tensor:
+            return torch.tensor([default] if values is None else values).view(-1, 1, 1)
+
+        means, spreads = config.get("latents_mean"), config.get("latents_std")
+        return cls(config["scaling_factor"], channels(means, 0.0), channels(spreads, 1.0))
+
+    def to_unet(self, latents: Tensor) -> Tensor:
+        """From the VAE's (..., C, h, w)."""
+        return (latents - self.mean_C11.to(latents)) / self.std_C11.to(latents) * self.factor
+
+    def to_vae(self, latents: Tensor) -> Tensor:
+        """Back again."""
+        return latents / self.factor * self.std_C11.to(latents) + self.mean_C11.to(latents)
