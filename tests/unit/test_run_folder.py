@@ -43,9 +43,13 @@ def test_a_folder_in_which_another_process_works_is_refused_until_that_one_is_de
 import time
 from packshot.config.compose import compose
 from packshot.core.run import open_run
-open_run("evaluate", compose("evaluate", ["run.dir={tmp_path}/run"]))
-print("open", flush=True)
-time.sleep(600)
+from packshot.core.storage import replacing_file, replacing_folder
+run = open_run("evaluate", compose("evaluate", ["run.dir={tmp_path}/run"])).path
+with replacing_file(run / "report.json") as file, replacing_folder(run / "checkpoints" / "10") as folder:
+    file.write_text("half")
+    (folder / "state.json").write_text("half")
+    print("open", flush=True)
+    time.sleep(600)
 """
     with subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE, text=True) as other:
         try:
@@ -56,7 +60,9 @@ time.sleep(600)
             with pytest.raises(ConfigError, match=r"in use: another process is writing log\.txt"):
                 open_run("evaluate", again)
             assert (tmp_path / "run" / "config.yaml").read_text() == config
+            assert len(list((tmp_path / "run").rglob(".*.tmp"))) == 2
         finally:
             other.send_signal(signal.SIGKILL)
     assert open_run("evaluate", again).resumed
+    assert not list((tmp_path / "run").rglob(".*"))  # nor does what it was writing stay
     assert open_run("evaluate", again).resumed  # the same process may

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, TextIO
 
 from packshot.config.compose import to_yaml
 from packshot.core.errors import ConfigError
-from packshot.core.storage import replacing_file, writing
+from packshot.core.storage import remove_leftovers, replacing_file, writing
 
 log = logging.getLogger("packshot")
 
@@ -87,6 +87,8 @@ def open_run(script: str, config: Any, resumable: bool = True) -> Run:
     try:
         path.mkdir(parents=True, exist_ok=True)
         start_log(path / "log.txt")
+        if used:
+            remove_leftovers(path)  # the log is ours alone, so what is half written there is dead
         run = Run(path, resumed=used)
         if resumable or not (path / "config.yaml").exists():
             run.write_config(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from packshot.core.errors import ConfigError, PackshotError
 
 CHECKOUT = Path(__file__).resolve().parents[3]
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 def resolve(path: str | Path) -> Path:
@@ -69,6 +71,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what :func:`replacing_file` and :func:`replacing_folder` were writing anywhere in the folder when their
+    process was killed. Nobody else may be writing there."""
+    for found in list(folder.rglob(".*.tmp")):
+        if _TEMPORARY.fullmatch(found.name):
+            shutil.rmtree(found, ignore_errors=True) if found.is_dir() else found.unlink(missing_ok=True)
 
 
 @contextmanager
