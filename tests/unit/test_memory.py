@@ -7,6 +7,7 @@ import weakref
 from contextlib import nullcontext
 from itertools import count
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ from packshot.models.load import load_parts
 from packshot.train.encode import Encoder
 from packshot.train.loop import Validated, fit
 from packshot.train.memory import KERNELS, compile_networks, enable_checkpointing, refuse_unavailable
+from packshot.train.run import build_task
 from packshot.train.session import Session, make_accelerator
 from packshot.train.state import trainable
 
@@ -383,3 +385,10 @@ print(kept - resident())
 def test_memory_of_freed_weights_goes_back_to_the_system():
     found = subprocess.run([sys.executable, "-c", FREEING], capture_output=True, text=True, check=True)
     assert int(found.stdout) > 300  # MiB of 480
+
+
+def test_loader_processes_are_not_asked_to_encode_on_a_gpu():
+    config = compose("train_lora", ["data.cache=false", "data.num_workers=2"])
+    absent: Any = None
+    with pytest.raises(ConfigError, match=r"data\.num_workers=2 with data\.cache=false.*cannot encode on cuda"):
+        build_task(config, absent, absent, absent, cast(Any, SimpleNamespace(device=torch.device("cuda"))))

@@ -153,9 +153,10 @@ class TensorCache:
         rank, world = accelerator.process_index, accelerator.num_processes
         self.folder.mkdir(parents=True, exist_ok=True)
         self.open()
-        needed = sorted({self._where[key] for key in wanted if key in self._where})
-        for path in needed[rank::world]:
-            self._verify(path)
+        # By name, not by place in a list: other runs write here too, so processes may see different files.
+        for path in sorted({self._where[key] for key in wanted if key in self._where}):
+            if int(path.stem[:8], 16) % world == rank:
+                self._verify(path)
         accelerator.wait_for_everyone()
         self._forget_removed()
 

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from packshot.config.schema import SCRIPTS, MixedPrecision, Mode, TrainConfig, TrainScript
+from packshot.core.errors import ConfigError
 from packshot.core.run import log
 from packshot.data.dataset import Rows, load_rows
 from packshot.methods import METHODS
@@ -62,7 +63,16 @@ def build_task(
     """The task of a training config, on its device, and the samples it is trained on.
 
     New weights are drawn from run.seed: the same on every process.
+
+    Raises:
+        ConfigError: the machine cannot do what the config asks for.
     """
+    if config.data.num_workers and not config.data.cache and accelerator.device.type != "cpu":
+        raise ConfigError(
+            f"data.num_workers={config.data.num_workers} with data.cache=false: loader processes are forked, and a "
+            f"forked process cannot encode on {accelerator.device.type}.",
+            "Set data.num_workers=0 (a thread encodes), or data.cache=true.",
+        )
     refuse_unavailable(config.train, accelerator)  # fit asks too, but after the data has been encoded
     torch.manual_seed(config.run.seed)
     method: Any = METHODS[type(config.method)](parts, config.method)
