@@ -258,11 +258,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_sample_ids(tmp_pat
 
 
 def test_a_loss_that_is_not_finite_stops_an_fp16_run_whose_scaler_would_skip_for_ever():
-    fp16, good, bad = SimpleNamespace(scaler=object()), torch.ones(()), torch.full((), math.nan)
+    good, bad, scaler = torch.ones(()), torch.full((), math.nan), torch.amp.GradScaler("cpu")
+    scaler.scale(good)
+    fp16 = SimpleNamespace(scaler=scaler)
     assert _finite(good, good, fp16)
     assert _finite(good, bad, fp16)  # its scale was too high
     assert not _finite(bad, bad, fp16)
     assert not _finite(good, bad, SimpleNamespace(scaler=None))
+    scaler.update(2.0**-20)  # halved and halved again
+    assert _finite(good, good, fp16)
+    assert not _finite(good, bad, fp16)
 
 
 def test_a_run_is_not_resumed_to_end_before_its_checkpoint(tmp_path):

@@ -39,6 +39,8 @@ from packshot.train.order import Order, RankBatches, Stream, batches
 from packshot.train.resume import made_with
 from packshot.train.session import Session
 
+LEAST_SCALE = 2.0**-14  # of fp16's losses: at less their own gradients vanish, so it is not the scale that overflows
+
 
 class Samples(Protocol):
     """A dataset: samples by index, and their ids."""
@@ -293,6 +295,9 @@ def _compare(
 
 
 def _finite(loss: Tensor, grad_norm: Tensor, accelerator: Accelerator) -> bool:
-    """Whether a step counts. fp16's gradients overflow now and then by design, its scaler skips such steps; a loss is
-    not scaled, and one that is not finite would be skipped until the end."""
-    return bool(torch.isfinite(loss)) and (accelerator.scaler is not None or bool(torch.isfinite(grad_norm)))
+    """Whether a step counts. fp16's gradients overflow now and then by design, and its scaler skips such steps and
+    halves its scale; gradients that overflow at any scale, and a loss that is not finite, would be skipped to the end.
+    """
+    if not torch.isfinite(loss):
+        return False
+    return bool(torch.isfinite(grad_norm)) or bool(accelerator.scaler and accelerator.scaler.get_scale() >= LEAST_SCALE)
