@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from packshot.caption.review import doubtful, read_corrections, write_review
 from packshot.caption.task import CaptioningTask
 from packshot.config.schema import CaptionTask, CaptionVLM
 from packshot.core.errors import ConfigError
+from packshot.core.licenses import refuse_weights
 from packshot.core.progress import progress
 from packshot.core.run import log, read_metrics
 from packshot.core.storage import readable, replacing_file
@@ -60,6 +62,7 @@ def run(config: CaptionVLM) -> None:
         ConfigError: a path, a dataset or a model that the config names cannot be used.
         PackshotError: training diverged, or no image could be captioned.
     """
+    refuse_weights(config)
     TASKS[config.task](config)
 
 
@@ -68,8 +71,8 @@ def run(config: CaptionVLM) -> None:
 
 def train(config: CaptionVLM) -> None:
     """Fine-tune the captioner on ``data.train``; writes ``export/``."""
-    rows = load_rows("data.train", config.data.train, pictures=PICTURES, spool=config.data.cache_dir)
-    validation = load_rows("data.validation", config.data.validation, pictures=PICTURES, spool=config.data.cache_dir)
+    load = partial(load_rows, pictures=PICTURES, spool=config.data.cache_dir, licenses=config.licenses)
+    rows, validation = load("data.train", config.data.train), load("data.validation", config.data.validation)
     torch.manual_seed(config.run.seed)  # the start of a LoRA's weights
     adapter = load_adapter(config.model, config.captioner, trainable=True)
     _refuse_long_captions(adapter, rows, config.captioner.max_new_tokens)

@@ -69,6 +69,16 @@ class RunConfig:
 
 
 @dataclass
+class LicenseConfig:
+    commercial: bool = opt(
+        False, "refuse data and weights whose licence is not known to allow commercial use; build_data.py rejects rows"
+    )
+    allowed: list[str] = opt(
+        [], "further licences that allow it, and paths or ids of weights that name none: yours to have read"
+    )
+
+
+@dataclass
 class TrackingConfig:
     kind: TrackerKind = opt(TrackerKind.wandb, "wandb (offline when no key is set) or none")
     project: str = opt("packshot", "W&B project")
@@ -268,6 +278,7 @@ class TrainScript:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    licenses: LicenseConfig = field(default_factory=LicenseConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -338,6 +349,7 @@ class CaptionVLM:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    licenses: LicenseConfig = field(default_factory=LicenseConfig)
     task: CaptionTask = opt(
         CaptionTask.train,
         "train, evaluate (scores.json), caption (a dataset), review (its doubtful captions, as a page and a table to "
@@ -428,6 +440,7 @@ class BuildData:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    licenses: LicenseConfig = field(default_factory=LicenseConfig)
     dataset: DatasetKind = opt(DatasetKind.product, "background (image, text), product (image, mask, text) or rendered")
     source: SourceConfig = field(default_factory=SourceConfig)
     matte: MatteConfig = field(default_factory=MatteConfig)
@@ -490,6 +503,7 @@ class Generate(GenerateSettings):
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    licenses: LicenseConfig = field(default_factory=LicenseConfig)
     product: str = opt("data/products/coffee.png", "product photo, or a folder of them")
     mask: str | None = opt(None, "product mask (white = product); found from alpha or by segmentation if not given")
     matte: MatteConfig = field(default_factory=MatteConfig)
@@ -539,6 +553,7 @@ class Serve:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    licenses: LicenseConfig = field(default_factory=LicenseConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     matte: MatteConfig = field(default_factory=MatteConfig)

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from packshot.config.compose import to_plain
-from packshot.config.schema import BuildData, DatasetKind, MatteConfig, QualityConfig
+from packshot.config.schema import BuildData, DatasetKind, LicenseConfig, MatteConfig, QualityConfig
 from packshot.core.errors import PackshotError
+from packshot.core.licenses import allows, refuse_weights
 from packshot.core.run import log, open_run
 from packshot.core.storage import file_sha256, folder_hash, readable, replacing_file, sha256
 from packshot.core.tracking import open_tracker
@@ -91,14 +92,16 @@ def without_product(text: str) -> Outcome:
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def _ingest(samples: list[Sample], quality: QualityConfig, license: str) -> list[Outcome]:
-    return [_ingest_one(raw, quality, license) for raw in read_items(samples)]
+def _ingest(samples: list[Sample], quality: QualityConfig, license: str, licenses: LicenseConfig) -> list[Outcome]:
+    return [_ingest_one(raw, quality, raw.license or license, licenses) for raw in read_items(samples)]
 
 
-def _ingest_one(raw: Raw, quality: QualityConfig, license: str) -> Outcome:
+def _ingest_one(raw: Raw, quality: QualityConfig, license: str, licenses: LicenseConfig) -> Outcome:
     known = {"id": sha256(raw.data) if raw.data is not None else "", "source": raw.name}
     if raw.data is None:
         return Outcome(known, "unreadable", raw.error, kept=False)
+    if not allows(licenses, license):
+        return Outcome(known, "license", license, kept=False)
     try:
         image = decode_image(raw.data, raw.name, quality.max_pixels)
     except DecodeError as error:
@@ -111,7 +114,7 @@ def _ingest_one(raw: Raw, quality: QualityConfig, license: str) -> Outcome:
         **text.columns,
         "image": png(image),
         "mask_file": raw.mask,
-        "license": raw.license or license,
+        "license": license,
         "width": image.width,
         "height": image.height,
         "phash": f"{perceptual_hash(flatten(image)):016x}",
@@ -188,7 +191,7 @@ def _final(columns: Sequence[str], function: Callable[[list[Sample]], list[Outco
 
 
 def _photo_steps(config: BuildData, captions: Sequence[Step]) -> list[Step]:
-    quality, product = config.quality, config.dataset is DatasetKind.product
+    quality, licenses, product = config.quality, config.licenses, config.dataset is DatasetKind.product
     text = [(name, pa.string()) for name in ("id", "text", "source", "license", "phash")]
     base = pa.schema(
         [*text, ("image", _IMAGE), ("mask_file", pa.binary()), ("width", pa.int32()), ("height", pa.int32())]
@@ -198,9 +201,13 @@ def _photo_steps(config: BuildData, captions: Sequence[Step]) -> list[Step]:
         Step(
             "ingest",
             1,
-            {**checks, "license": config.source.license},
+            {
+                **checks,
+                "license": config.source.license,
+                **({"licenses": dataclasses.asdict(licenses)} if licenses.commercial else {}),
+            },
             base,
-            partial(_ingest, quality=quality, license=config.source.license),
+            partial(_ingest, quality=quality, license=config.source.license, licenses=licenses),
         ),
         Step(
             "dedup",
@@ -268,6 +275,7 @@ def build(config: BuildData, captions: Sequence[Step] = ()) -> None:
 
 def _build(config: BuildData, captions: Sequence[Step]) -> None:
     rendered = config.dataset is DatasetKind.rendered
+    refuse_weights(config)
     if rendered:
         farm.blender_python(config.render.environment)  # refuse it here, not in a worker
     items = farm.jobs(config) if rendered else list_items(config.source)

@@ -13,7 +13,9 @@ from typing import Any
 import pyarrow.compute as pc
 from PIL import Image, ImageOps
 
+from packshot.config.schema import LicenseConfig
 from packshot.core.errors import ConfigError, PackshotError
+from packshot.core.licenses import refuse_rows
 from packshot.core.run import log
 from packshot.core.storage import readable
 from packshot.data import corrections
@@ -121,15 +123,22 @@ class Rows(Sequence[dict[str, Any]]):
 
 
 def load_rows(
-    key: str, path: str, *, captions: bool = True, pictures: Sequence[str] | None = None, spool: str | None = None
+    key: str,
+    path: str,
+    *,
+    captions: bool = True,
+    pictures: Sequence[str] | None = None,
+    spool: str | None = None,
+    licenses: LicenseConfig | None = None,
 ) -> Rows:
     """Open a dataset folder (or one Parquet file) that the config names under ``key``.
 
     captions: refuse a set in which a sample has no text. pictures: read only these of the picture columns; default:
     all. spool: folder in which pictures may lie for access by memory map (see ``data.spool``); default: in memory.
+    licenses: refuse a set with rows that this profile does not let in.
 
     Raises:
-        ConfigError: nothing there, no Parquet, missing columns, no rows, missing captions.
+        ConfigError: nothing there, no Parquet, missing columns, no rows, missing captions, a refused licence.
     """
     folder = readable(key, path)
     files = sorted(folder.glob("part-*.parquet")) or sorted(folder.glob("*.parquet")) if folder.is_dir() else [folder]
@@ -156,6 +165,8 @@ def load_rows(
     if table.num_rows == 0:
         raise ConfigError(f"{key}={path} has no rows.", "Its rejected.parquet says why images were left out.")
     rows = Rows(path, [file.name for file in files], table, shown, places)
+    if licenses:
+        refuse_rows(licenses, key, path, rows.licenses)
     bare = sum(not text for text in rows.texts)
     if captions and bare:
         raise ConfigError(

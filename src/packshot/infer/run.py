@@ -13,6 +13,7 @@ from typing import Any
 
 from packshot.config.schema import Generate, Placement
 from packshot.core.errors import ConfigError, PackshotError
+from packshot.core.licenses import refuse_weights
 from packshot.core.progress import progress
 from packshot.core.run import Run, log, open_run
 from packshot.core.storage import file_sha256, readable, replacing_file, writing
@@ -40,6 +41,7 @@ def generate(config: Generate) -> None:
         ConfigError: inputs or adapters are wrong.
         PackshotError: a product failed.
     """
+    refuse_weights(config)
     request = requested(config)
     files = product_files("product", config.product)
     masks = mask_files(config.mask, files)

@@ -28,6 +28,7 @@ from starlette.exceptions import HTTPException
 
 from packshot.config.schema import Serve
 from packshot.core.errors import ConfigError
+from packshot.core.licenses import refuse_weights
 from packshot.core.run import Run, log, open_run
 from packshot.core.tracking import NullTracker, Tracker, open_tracker
 from packshot.serve.edge import Edge, error_response
@@ -253,6 +254,7 @@ def serve(config: Serve) -> None:
     Raises:
         ConfigError: the address cannot be used, or a model or adapter path is wrong.
     """
+    refuse_weights(config)
     with ending_well(), listen(config.serve.host, config.serve.port) as server_socket:
         # The key must not reach config.yaml or a tracker.
         public = dataclasses.replace(config, serve=dataclasses.replace(config.serve, api_key=None))

@@ -223,7 +223,9 @@ def plan(config: TrainScript, script: str) -> None:
     """Write ``plan.json`` and log it as a table; the first of several processes does, for all of them."""
     if int(os.environ.get("RANK", 0)):
         return
-    rows = load_rows("data.train", config.data.train, pictures=("image",), spool=config.data.cache_dir)
+    rows = load_rows(
+        "data.train", config.data.train, pictures=("image",), spool=config.data.cache_dir, licenses=config.licenses
+    )
     run = open_run(script, config)
     result = make_plan(config, len(rows), processes=int(os.environ.get("WORLD_SIZE", 1)))
     with replacing_file(run.path / "plan.json") as file:

@@ -16,7 +16,7 @@ from packshot.train.optimizer import learning_rate
 
 # Keys that change where a run writes, what it reports and how fast it is, but not what is trained. All others are.
 FREE = (
-    "run.dir", "run.resume", "mode", "task", "tracking.*", "export.*",
+    "run.dir", "run.resume", "mode", "task", "tracking.*", "licenses.*", "export.*",
     "data.num_workers", "data.cache", "data.cache_*", "data.validation", "data.input",
     "train.checkpoint*", "train.validat*", "train.keep_best", "train.export_best", "train.log_*",
     "train.process_timeout", "train.gradient_checkpointing", "train.fused_backward", "train.compile",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 
 from packshot.config.schema import SCRIPTS, MixedPrecision, Mode, TrainConfig, TrainScript
 from packshot.core.errors import ConfigError
+from packshot.core.licenses import refuse_weights
 from packshot.core.run import log
 from packshot.data.dataset import Rows, load_rows
 from packshot.methods import METHODS
@@ -33,6 +35,7 @@ DTYPES = {MixedPrecision.no: torch.float32, MixedPrecision.fp16: torch.float16, 
 
 def train(config: TrainScript) -> None:
     """Entry point of train_lora.py, train_ip_adapter.py and train_controlnet.py."""
+    refuse_weights(config)
     script = next(name for name, schema in SCRIPTS.items() if schema is type(config))
     MODES[config.mode](config, script)
 
@@ -41,9 +44,9 @@ def _with_task(work: Callable[[Session, DiffusionTask, Examples, Any], None]) ->
     """A mode that needs models and data: loads them, and closes the tracker whatever happens."""
 
     def mode(config: TrainScript, script: str) -> None:
-        spool = config.data.cache_dir
-        rows = load_rows("data.train", config.data.train, pictures=PICTURES, spool=spool)
-        validation = load_rows("data.validation", config.data.validation, pictures=PICTURES, spool=spool)
+        load = partial(load_rows, pictures=PICTURES, spool=config.data.cache_dir, licenses=config.licenses)
+        rows = load("data.train", config.data.train)
+        validation = load("data.validation", config.data.validation)
         parts = load_parts(config.model)
         session = start(script, config, config.train, resumable=False)
         task, examples = build_task(config, parts, rows, validation, session.accelerator)

@@ -1,0 +1,171 @@
+"""The commercial profile: rows are rejected, datasets and weights refused, with the way out; without it nothing is."""
+
+import json
+from types import SimpleNamespace
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageDraw
+
+from packshot.config.compose import compose
+from packshot.config.schema import LicenseConfig
+from packshot.core.errors import ConfigError
+from packshot.core.licenses import allows, refuse_weights, weights_licenses
+from packshot.data.build import build
+from packshot.data.dataset import load_rows
+from packshot.infer.run import generate
+from packshot.train.run import train
+
+COMMERCIAL = LicenseConfig(commercial=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "let_in"),
+    [
+        ("CC0-1.0", True),
+        ("cc-by-4.0", True),
+        ("CC-BY-SA-3.0", True),
+        ("Apache-2.0", True),
+        ("openrail++", True),
+        ("creativeml-openrail-m", True),
+        ("CC-BY-NC-4.0", False),
+        ("cc-by-nc-sa-4.0", False),
+        ("CC-BY-ND-4.0", False),
+        ("bria-rmbg-1.4", False),
+        ("llama3.2", False),
+        ("research only, mit", False),
+        ("unknown", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_what_allows_commercial_use_is_known_by_name(name, let_in):
+    assert allows(COMMERCIAL, name) is let_in
+    assert allows(LicenseConfig(), name)
+    assert allows(LicenseConfig(commercial=True, allowed=[name or ""]), name)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of four different photographs."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, colour in enumerate(("red", "blue", "white", "black")):
+        image = Image.new("RGB", (160, 120), "grey")
+        ImageDraw.Draw(image).rectangle((20 + 20 * number, 20, 70 + 20 * number, 50 + 10 * number), fill=colour)
+        image.save(folder / f"{number}.png")
+    return folder
+
+
+def made(photos, out, *overrides):
+    """The ids of a background set, and its rejections as (source, reason, measure)."""
+    common = ["dataset=background", "captioner=none", "tracking=none", "quality.min_sharpness=0"]
+    build(compose("build_data", [*common, f"source.path={photos}", f"run.dir={out}", *overrides]))
+    rejected = pq.read_table(out / "rejected.parquet").to_pylist()
+    ids = [row["id"] for file in sorted(out.glob("part-*.parquet")) for row in pq.read_table(file).to_pylist()]
+    return ids, [(row["source"], row["reason"], row["measure"]) for row in rejected]
+
+
+def test_rows_that_the_profile_does_not_let_in_are_rejected_with_their_licence(photos, tmp_path):
+    everything, _ = made(photos, tmp_path / "all", "source.license=CC-BY-NC-4.0")
+    assert len(everything) == 4
+    # the set is a source again: its rows bring their licences
+    table = pq.read_table(tmp_path / "all" / "part-00000.parquet")
+    names = ["CC0-1.0", "CC-BY-NC-4.0", "My Shop", "mit"]
+    (tmp_path / "mixed").mkdir()
+    mixed = table.set_column(table.column_names.index("license"), "license", [names])
+    pq.write_table(mixed, tmp_path / "mixed" / "part-00000.parquet")
+    kept, rejected = made(tmp_path / "mixed", tmp_path / "sold", "licenses.commercial=true")
+    assert len(kept) == 2
+    assert [(reason, measure) for _, reason, measure in rejected] == [
+        ("license", "CC-BY-NC-4.0"),
+        ("license", "My Shop"),
+    ]
+    kept, rejected = made(
+        tmp_path / "mixed", tmp_path / "own", "licenses.commercial=true", "licenses.allowed=['My Shop']"
+    )
+    assert len(kept) == 3
+    with pytest.raises(ConfigError, match=r"data\.train=.*rows under 'CC-BY-NC-4\.0', 'My Shop'"):
+        load_rows("data.train", str(tmp_path / "mixed"), captions=False, licenses=COMMERCIAL)
+    assert len(load_rows("data.train", str(tmp_path / "sold"), captions=False, licenses=COMMERCIAL)) == 2
+
+
+def card(folder, head):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(f"---\n{head}\n---\n\n# A model\n")
+    return folder
+
+
+def test_weights_say_their_licence_in_a_card_beside_them_or_by_their_data(tmp_path):
+    assert weights_licenses("data/models/sdxl") == ["apache-2.0"]
+    assert weights_licenses(str(card(tmp_path / "a", "license: openrail++"))) == ["openrail++"]
+    (tmp_path / "a" / "vae").mkdir()
+    assert weights_licenses(str(tmp_path / "a" / "vae")) == ["openrail++"]
+    (tmp_path / "a" / "net.onnx").write_bytes(b"")
+    assert weights_licenses(str(tmp_path / "a" / "net.onnx")) == ["openrail++"]
+    assert weights_licenses(str(card(tmp_path / "b", "license: other\nlicense_name: bria-rmbg-1.4"))) == [
+        "bria-rmbg-1.4"
+    ]
+    (tmp_path / "c" / "none").mkdir(parents=True)
+    assert weights_licenses(str(tmp_path / "c" / "none")) == []
+    (tmp_path / "b" / "data.json").write_text(json.dumps({"licenses": ["CC0-1.0", "unknown"]}))
+    assert weights_licenses(str(tmp_path / "b")) == ["CC0-1.0", "unknown"]
+
+
+@pytest.mark.parametrize(
+    ("script", "key"),
+    [
+        ("build_data", "matte.onnx"),
+        ("train_lora", "model.vae"),
+        ("train_controlnet", "method.init"),
+        ("train_ip_adapter", "model.base"),
+        ("caption_vlm", "model.florence2"),
+        ("caption_vlm", "captioner.adapter"),
+        ("generate", "adapters.lora"),
+        ("serve", "depth.onnx"),
+    ],
+)
+def test_every_script_refuses_weights_that_do_not_allow_it(script, key, tmp_path):
+    bad = card(tmp_path / "weights", "license: cc-by-nc-4.0")
+    overrides = ["tracking=none", f"{key}={bad}"]
+    refuse_weights(compose(script, overrides))
+    with pytest.raises(ConfigError, match=rf"{key}=.*is under 'cc-by-nc-4\.0'.*licenses\.commercial=true") as caught:
+        refuse_weights(compose(script, [*overrides, "licenses.commercial=true"]))
+    assert "licenses.allowed=[cc-by-nc-4.0]" in str(caught.value.hint)
+    refuse_weights(compose(script, [*overrides, "licenses.commercial=true", "licenses.allowed=[cc-by-nc-4.0]"]))
+    refuse_weights(compose(script, [*overrides, "licenses.commercial=true", f"licenses.allowed=[{bad}]"]))
+    (bad / "README.md").unlink()
+    with pytest.raises(ConfigError, match=rf"{key}=.*names no licence"):
+        refuse_weights(compose(script, [*overrides, "licenses.commercial=true"]))
+
+
+def test_lists_of_weights_are_all_looked_at(tmp_path):
+    good, bad = card(tmp_path / "good", "license: mit"), card(tmp_path / "bad", "license: cc-by-nc-4.0")
+    with pytest.raises(ConfigError, match=rf"adapters\.controlnets={bad}"):
+        refuse_weights(compose("generate", ["licenses.commercial=true", f"adapters.controlnets=[{good},{bad}]"]))
+
+
+def test_scripts_stop_before_anything_is_written_and_run_on_what_is_shipped(tmp_path):
+    bad = card(tmp_path / "base", "license: cc-by-nc-4.0")
+    for script, run in (("train_lora", train), ("generate", generate)):
+        out = tmp_path / script
+        with pytest.raises(ConfigError, match=r"model\.base="):
+            run(compose(script, ["tracking=none", "licenses.commercial=true", f"model.base={bad}", f"run.dir={out}"]))
+        assert not out.exists()
+    out = tmp_path / "shipped"
+    shipped = ["tracking=none", "licenses.commercial=true", f"run.dir={out}", "num_images=1", "num_inference_steps=1"]
+    generate(compose("generate", shipped))
+    assert (out / "coffee-0.png").exists()
+    for part in ("train", "heldout"):
+        assert load_rows("data.train", f"data/rendered/{part}", licenses=COMMERCIAL).licenses == ["CC0-1.0"]
+
+
+def test_a_hub_id_whose_card_cannot_be_read_names_no_licence(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.ModelCard.load", offline)
+    assert weights_licenses("somebody/model") == []
+    head = SimpleNamespace(data={"license": "other", "license_name": "llama3.2"})
+    monkeypatch.setattr("huggingface_hub.ModelCard.load", lambda *_, **__: head)
+    assert weights_licenses("somebody/model") == ["llama3.2"]
