@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -125,12 +126,23 @@ def load_captioner(model: ModelConfig, captioner: CaptionerConfig) -> Captioner:
 
 
 def ready_adapter(model: ModelConfig, captioner: CaptionerConfig) -> Adapter:
-    """:func:`load_adapter` to write with: in eval mode, on the GPU if there is one."""
+    """:func:`load_adapter` to write with: in eval mode, on the GPU of this process if there is one."""
+    adapter = load_adapter(model, captioner)
+    adapter.model.to(own_device()).eval()
+    return adapter
+
+
+def own_device() -> str:
+    """The GPU that launchers mean for this process, or the CPU.
+
+    Captioners are loaded before the processes of a run know each other, so nobody has set the current device yet: a
+    bare "cuda" would put all of them on the first.
+    """
     import torch
 
-    adapter = load_adapter(model, captioner)
-    adapter.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return adapter
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 def caption_rows(
