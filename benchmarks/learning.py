@@ -308,7 +308,7 @@ def contact_sheet(rows: dict[str, Pictures], file: Path, columns: int = 10) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "proofs" / "learning")
     args = parser.parse_args()
     folder, seeds = args.out.resolve(), args.seeds
