@@ -1,6 +1,8 @@
 """Reading datasets: what comes out, and what is said when something is missing."""
 
 import io
+import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from packshot.core.errors import ConfigError, PackshotError
+from packshot.data import spool as spools
 from packshot.data.dataset import load_rows
 from packshot.scene import Scene
 
@@ -212,3 +215,21 @@ def test_a_file_that_breaks_off_among_its_pictures_is_named_and_nothing_is_kept(
     with pytest.raises(ConfigError, match="cannot be read as Parquet"):
         load_rows("data.train", path, spool=str(tmp_path / "cache"))
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_processes_that_want_one_set_copy_its_pictures_once(tmp_path, monkeypatch):
+    """They do not know each other yet; threads lock each other out as processes do."""
+    path, spool, copied = write(tmp_path), str(tmp_path / "cache"), []
+    batches = spools._batches
+
+    def slowly(*arguments):
+        copied.append(1)
+        time.sleep(0.2)
+        return batches(*arguments)
+
+    monkeypatch.setattr(spools, "_batches", slowly)
+    threads = [threading.Thread(target=load_rows, args=("data.train", path), kwargs={"spool": spool}) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(copied) == 1
+    assert len(load_rows("data.train", path, spool=spool)) == 2

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,11 +41,16 @@ def readable(key: str, path: str | Path) -> Path:
     return found
 
 
+def _beside(path: Path) -> Path:
+    """A hidden name that no other process writes to: folders may be shared by machines, whose process numbers meet."""
+    return path.with_name(f".{path.name}.{zlib.crc32(platform.node().encode())}{os.getpid()}.tmp")
+
+
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         yield temporary
         _sync(temporary)
@@ -57,7 +64,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``path`` when the block ends without an exception; an old ``path`` goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

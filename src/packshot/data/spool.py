@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from packshot.core.progress import progress
 from packshot.core.storage import replacing_file, writing
@@ -66,20 +67,28 @@ def _batches(opened: Sequence[Any], schema: Any) -> Iterator[Any]:
 
 
 def _spooled(files: Sequence[Path], opened: Sequence[Any], schema: Any, folder: Path) -> Path:
-    """The Arrow file of these columns of these files, which is written unless it is there."""
+    """The Arrow file of these columns of these files, which is written unless it is there.
+
+    By one process, while others that want it wait: those of a run do not know each other yet, and a large set must not
+    be copied once for each of them.
+    """
     states = ((str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     name = hashlib.sha256(repr((*states, str(schema))).encode()).hexdigest()[:16]
     path = folder / f"pictures-{name}.arrow"
-    if not path.exists():
-        rows = sum(file.metadata.num_rows for file in opened)
-        hint = "Make room, or name another folder with data.cache_dir."
-        with (
-            writing(str(path), hint),
-            replacing_file(path) as temporary,
-            pa.ipc.new_file(str(temporary), schema) as out,
-            progress(f"copying the pictures of {files[0].parent}", rows) as advance,
-        ):
-            for batch in _batches(opened, schema):
-                out.write_batch(batch)
-                advance(len(batch))
+    if path.exists():
+        return path
+    rows = sum(file.metadata.num_rows for file in opened)
+    with writing(str(path), "Make room, or name another folder with data.cache_dir."):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{path.name}.lock"):
+            if path.exists():
+                return path
+            with (
+                replacing_file(path) as temporary,
+                pa.ipc.new_file(str(temporary), schema) as out,
+                progress(f"copying the pictures of {files[0].parent}", rows) as advance,
+            ):
+                for batch in _batches(opened, schema):
+                    out.write_batch(batch)
+                    advance(len(batch))
     return path
