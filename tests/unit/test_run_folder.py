@@ -1,11 +1,14 @@
 """The run folder: one process works in it at a time, and nothing from outside can write an entry in its log."""
 
+import errno
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from packshot.config.cli import script
 from packshot.config.compose import compose
 from packshot.core.errors import ConfigError
 from packshot.core.run import log, open_run, printable
@@ -66,3 +69,21 @@ with replacing_file(run / "report.json") as file, replacing_folder(run / "checkp
     assert open_run("evaluate", again).resumed
     assert not list((tmp_path / "run").rglob(".*"))  # nor does what it was writing stay
     assert open_run("evaluate", again).resumed  # the same process may
+
+
+def test_a_full_disk_ends_any_script_with_a_sentence(monkeypatch, capsys):
+    def fail(config):
+        raise failure
+
+    monkeypatch.setitem(sys.modules, "work", SimpleNamespace(fail=fail))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    failure = OSError(errno.ENOSPC, "No space left on device", "report.json")
+    with pytest.raises(SystemExit) as ended:
+        script("evaluate", "work:fail", "")
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "error: report.json cannot be written: No space left on device." in said
+    assert "run.resume=true" in said
+    failure = FileNotFoundError(errno.ENOENT, "No such file")
+    with pytest.raises(FileNotFoundError):
+        script("evaluate", "work:fail", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import logging
 import os
@@ -69,6 +70,13 @@ def script(name: str, target: str, doc: str | None) -> None:
     except PackshotError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # Most writers say this themselves, with what is safe; whoever does not is no reason for a traceback.
+        print(f"error: {error.filename or 'A file'} cannot be written: {error.strerror}.", file=sys.stderr)
+        print("  Make room; run.resume=true goes on from what is finished.", file=sys.stderr)
+        raise SystemExit(1) from error
     except KeyboardInterrupt as error:
         print("interrupted; the run folder keeps what was finished, run.resume=true goes on", file=sys.stderr)
         raise SystemExit(130) from error
