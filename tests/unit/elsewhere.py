@@ -29,7 +29,8 @@ class Module(backend_registration._DummyBackendModule):
 backend_registration._setup_privateuseone_for_python_backend("elsewhere", backend_module=Module())
 DEVICE = torch.device("elsewhere:0")
 # Operations that a GPU, too, does with tensors of the CPU: copies, and indexing by them.
-MIXING = ("_to_copy", "copy_", "index", "index_put_", "_index_put_impl_")
+INDEXING = ("index", "index_put_", "_index_put_impl_")
+MIXING = ("_to_copy", "copy_", *INDEXING)
 
 
 class Elsewhere(torch.Tensor):
@@ -71,6 +72,8 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     here = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.dim()]
     if away and here and name not in MIXING:
         raise RuntimeError(f"{name}: {[*away[0].shape]} is on {DEVICE}, {[*here[0].shape]} on the CPU")
+    if away and name in INDEXING and not isinstance(args[0], Elsewhere):
+        raise RuntimeError(f"{name}: a tensor on the CPU is indexed by, or given, what is on {DEVICE}")
     device = kwargs.get("device")
     lands = bool(away) if device is None else torch.device(device).type == DEVICE.type
     if name in MIXING[1:]:

@@ -1,17 +1,20 @@
 """The cache of encoded samples, on tensors made up here."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from packshot.core.errors import PackshotError
+from packshot.core.storage import _UMASK as UMASK
 from packshot.train.cache import Job, TensorCache
 
 
-def process(rank=0, world=1):
-    return SimpleNamespace(
-        process_index=rank, num_processes=world, is_main_process=False, wait_for_everyone=lambda: None
-    )
+def process(rank=0, world=1, wait=lambda: None):
+    return SimpleNamespace(process_index=rank, num_processes=world, is_main_process=False, wait_for_everyone=wait)
 
 
 def fill(folder, chunks, value, accelerator):
@@ -21,11 +24,33 @@ def fill(folder, chunks, value, accelerator):
     return cache
 
 
-def test_no_chunk_is_left_out_when_files_appear_between_the_looks_of_two_processes(tmp_path):
-    chunks = [["a"], ["b"], ["c"], ["d"]]
-    for rank in range(2):  # the second looks when the first has written its share
-        cache = fill(tmp_path, chunks, 1.0, process(rank, 2))
-    assert all(key in cache for key in "abcd")
+def test_no_chunk_is_left_out_when_files_appear_between_the_looks_of_two_processes(tmp_path, monkeypatch):
+    """What is missing is said by the main process, whatever another run has written when the second one looks."""
+    chunks, said = [["a"], ["b"], ["c"], ["d"]], []
+
+    def from_main(accelerator, make):
+        if accelerator.process_index == 0:
+            said.append(make())
+            TensorCache(tmp_path)._put({"a": {"x": torch.tensor([9.0])}})
+            heard.wait()
+        else:
+            heard.wait()
+            make()
+        return said[0]
+
+    heard, meet = threading.Barrier(2), threading.Barrier(2)
+    monkeypatch.setattr("packshot.train.cache.from_main", from_main)
+    with ThreadPoolExecutor(2) as pool:
+        accelerators = [process(rank, 2, meet.wait) for rank in range(2)]
+        caches = list(pool.map(lambda accelerator: fill(tmp_path, chunks, 1.0, accelerator), accelerators))
+    assert said == [[0, 1, 2, 3]]
+    assert all(key in cache for key in "abcd" for cache in caches)
+
+
+def test_a_folder_that_the_processes_do_not_share_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("packshot.train.cache.from_main", lambda accelerator, make: make())
+    with pytest.raises(PackshotError, match=r"lacks 1 of 2 entries.*have just written"):
+        fill(tmp_path, [["a"], ["b"]], 1.0, process(0, 2))
 
 
 def test_an_entry_that_is_there_stays_when_its_chunk_is_encoded_again(tmp_path):
@@ -50,3 +75,21 @@ def test_of_two_copies_of_an_entry_the_older_counts(tmp_path):
         cache = TensorCache(folder)
         cache.open()
         assert cache.get("both")["x"] == 1
+
+
+def test_files_that_may_not_be_read_are_passed_over_and_stay(tmp_path, monkeypatch, caplog):
+    """Another user's, or on storage that is away for a moment."""
+    cache = fill(tmp_path, [["a", "b"]], 1.0, process())
+    (file,) = tmp_path.glob("*.safetensors")
+    assert file.stat().st_mode & 0o777 == 0o666 & ~UMASK  # others may read what they share
+
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("packshot.train.cache.safe_open", refuse)
+    again = TensorCache(tmp_path)
+    again.open()
+    assert not any(key in again for key in cache._where)
+    cache._verify(file)
+    assert not cache._where
+    assert file.exists()

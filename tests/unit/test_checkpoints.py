@@ -238,7 +238,7 @@ def test_a_full_disk_is_named_as_such(tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(storage, "_sync", full)
+    monkeypatch.setattr(storage, "_settle", full)
     with pytest.raises(PackshotError, match="No space left on device") as caught:
         run_fit(tmp_path)
     assert "goes on from step 0" in str(caught.value)
@@ -315,7 +315,7 @@ def test_a_text_encoder_lora_trains_resumes_and_is_exported_again(tmp_path, root
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
-    sync = storage._sync
+    sync = storage._settle
 
     def full(path):
         if ".export." in str(path):
@@ -324,7 +324,7 @@ def test_a_text_encoder_lora_trains_resumes_and_is_exported_again(tmp_path, root
 
     again = tmp_path / "b" / "export"
     with monkeypatch.context() as patched:
-        patched.setattr(storage, "_sync", full)
+        patched.setattr(storage, "_settle", full)
         with pytest.raises(PackshotError, match=r"run\.resume=true then exports"):
             train_text(tmp_path / "b", tmp_path, "run.resume=true")
     (again / "pytorch_lora_weights.safetensors").unlink()

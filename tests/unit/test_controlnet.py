@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import ControlNetModel
@@ -12,6 +13,7 @@ from PIL import Image
 from packshot.config.compose import compose
 from packshot.config.schema import Condition, ControlNetMethod, ModelConfig
 from packshot.core.errors import ConfigError, PackshotError
+from packshot.data.dataset import load_rows
 from packshot.data.light import light_direction
 from packshot.diffusion.conditions import Control
 from packshot.diffusion.keyed import SampleKey
@@ -249,3 +251,13 @@ def test_letterbox_bars_have_the_depth_of_the_rim():
     seen = framed(sample, (128, 128))
     assert np.asarray(seen["mask"])[0, 0] == 0
     assert np.asarray(seen["depth"])[0, -1] == 63
+
+
+def test_a_set_without_what_a_map_is_drawn_from_is_refused_before_anything_is_encoded(tmp_path):
+    table = pq.read_table("data/rendered/heldout/part-00000.parquet").drop_columns("shadow")
+    (tmp_path / "set").mkdir()
+    pq.write_table(table, tmp_path / "set" / "part-00000.parquet")
+    rows = load_rows("data.train", str(tmp_path / "set"))
+    rows.refuse_without("data.train", ("image", "mask", "depth"))
+    with pytest.raises(ConfigError, match=r"data\.train=.* has no column shadow"):
+        rows.refuse_without("data.train", ("image", "mask", "shadow"))

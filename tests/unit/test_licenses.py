@@ -14,6 +14,7 @@ from packshot.core.licenses import allows, refuse_weights, weights_licenses
 from packshot.data.build import build
 from packshot.data.dataset import load_rows
 from packshot.infer.run import generate
+from packshot.train.card import write_provenance
 from packshot.train.run import train
 
 COMMERCIAL = LicenseConfig(commercial=True)
@@ -42,7 +43,7 @@ COMMERCIAL = LicenseConfig(commercial=True)
 def test_what_allows_commercial_use_is_known_by_name(name, let_in):
     assert allows(COMMERCIAL, name) is let_in
     assert allows(LicenseConfig(), name)
-    assert allows(LicenseConfig(commercial=True, allowed=[name or ""]), name)
+    assert not name or allows(LicenseConfig(commercial=True, allowed=[f" {name.upper()}"]), name)
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_every_script_refuses_weights_that_do_not_allow_it(script, key, tmp_path
     refuse_weights(compose(script, overrides))
     with pytest.raises(ConfigError, match=rf"{key}=.*is under 'cc-by-nc-4\.0'.*licenses\.commercial=true") as caught:
         refuse_weights(compose(script, [*overrides, "licenses.commercial=true"]))
-    assert "licenses.allowed=[cc-by-nc-4.0]" in str(caught.value.hint)
+    assert 'licenses.allowed=["cc-by-nc-4.0"]' in str(caught.value.hint)
     refuse_weights(compose(script, [*overrides, "licenses.commercial=true", "licenses.allowed=[cc-by-nc-4.0]"]))
     refuse_weights(compose(script, [*overrides, "licenses.commercial=true", f"licenses.allowed=[{bad}]"]))
     (bad / "README.md").unlink()
@@ -169,3 +170,29 @@ def test_a_hub_id_whose_card_cannot_be_read_names_no_licence(monkeypatch):
     head = SimpleNamespace(data={"license": "other", "license_name": "llama3.2"})
     monkeypatch.setattr("huggingface_hub.ModelCard.load", lambda *_, **__: head)
     assert weights_licenses("somebody/model") == ["llama3.2"]
+
+
+def test_an_export_does_not_launder_the_licence_of_the_weights_it_began_with(tmp_path):
+    bad = card(tmp_path / "vae", "license: cc-by-nc-4.0")
+    rows = load_rows("data.train", "data/rendered/heldout")
+    export = tmp_path / "export"
+    (export / "beside-1").mkdir(parents=True)
+    write_provenance(export, rows, compose("train_lora", [f"model.vae={bad}"]))
+    for folder in (export, export / "beside-1"):
+        assert weights_licenses(str(folder)) == ["CC0-1.0", "apache-2.0", "cc-by-nc-4.0"]
+        with pytest.raises(ConfigError, match=r"adapters\.lora=.*'cc-by-nc-4\.0'"):
+            refuse_weights(compose("generate", ["licenses.commercial=true", f"adapters.lora={folder}"]))
+    write_provenance(export, rows, compose("train_lora", []))
+    refuse_weights(compose("generate", ["licenses.commercial=true", f"adapters.lora={export}"]))
+    for text in ("{}", "[]", "nonsense"):
+        (export / "data.json").write_text(text)
+        assert weights_licenses(str(export)) == []
+
+
+def test_rows_of_which_nothing_is_said_are_of_an_unknown_licence(tmp_path):
+    table = pq.read_table("data/rendered/heldout/part-00000.parquet")
+    (tmp_path / "set").mkdir()
+    pq.write_table(table.drop_columns("license"), tmp_path / "set" / "part-00000.parquet")
+    load_rows("data.train", str(tmp_path / "set"))
+    with pytest.raises(ConfigError, match="rows under 'unknown'"):
+        load_rows("data.train", str(tmp_path / "set"), licenses=COMMERCIAL)

@@ -21,7 +21,7 @@ from packshot.core.run import Run, read_metrics
 from packshot.core.tracking import NullTracker
 from packshot.train import state as checkpoints
 from packshot.train.card import _last_figures
-from packshot.train.loop import Validated, _finite, fit, validate
+from packshot.train.loop import Validated, fit, refuse_step, validate
 from packshot.train.optimizer import learning_rate
 from packshot.train.order import Order, RankBatches, Stream, ahead, batches
 from packshot.train.session import Session, make_accelerator
@@ -258,16 +258,18 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_sample_ids(tmp_pat
 
 
 def test_a_loss_that_is_not_finite_stops_an_fp16_run_whose_scaler_would_skip_for_ever():
-    good, bad, scaler = torch.ones(()), torch.full((), math.nan), torch.amp.GradScaler("cpu")
-    scaler.scale(good)
-    fp16 = SimpleNamespace(scaler=scaler)
-    assert _finite(good, good, fp16)
-    assert _finite(good, bad, fp16)  # its scale was too high
-    assert not _finite(bad, bad, fp16)
-    assert not _finite(good, bad, SimpleNamespace(scaler=None))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    fp16, plain = (SimpleNamespace(scaler=scaler, num_processes=1) for scaler in (scaler, None))
+    good, bad = torch.tensor(True), torch.tensor(False)
+    refuse_step([(["a"], good), (["b"], good)], 7, fp16)  # its scale was too high
+    with pytest.raises(PackshotError, match="loss at step 7 is not finite; samples a, b\\."):
+        refuse_step([(["a", "b"], bad), (["c"], good)], 7, fp16)  # not in the last batch of the step
+    with pytest.raises(PackshotError, match="gradient at step 7 is not finite; samples a, c\\."):
+        refuse_step([(["a"], good), (["c"], good)], 7, plain)
     scaler.update(2.0**-20)  # halved and halved again
-    assert _finite(good, good, fp16)
-    assert not _finite(good, bad, fp16)
+    with pytest.raises(PackshotError, match="gradient at step 7"):
+        refuse_step([(["a"], good)], 7, fp16)
 
 
 def test_a_run_is_not_resumed_to_end_before_its_checkpoint(tmp_path):

@@ -1,6 +1,7 @@
 """Switches that trade memory against time: the same weights with them as without, and a sentence where they cannot."""
 
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -390,5 +391,22 @@ def test_memory_of_freed_weights_goes_back_to_the_system():
 def test_loader_processes_are_not_asked_to_encode_on_a_gpu():
     config = compose("train_lora", ["data.cache=false", "data.num_workers=2"])
     absent: Any = None
+    gpu = cast(Any, SimpleNamespace(device=torch.device("cuda")))
     with pytest.raises(ConfigError, match=r"data\.num_workers=2 with data\.cache=false.*cannot encode on cuda"):
-        build_task(config, absent, absent, absent, cast(Any, SimpleNamespace(device=torch.device("cuda"))))
+        build_task(config, absent, absent, absent, gpu)
+    config = compose("train_lora", ["data.cache=false", "train.attention=flash"])
+    with pytest.raises(ConfigError, match=r"train\.attention=flash with data\.cache=false"):
+        build_task(config, absent, absent, absent, gpu)
+
+
+def test_deterministic_kernels_are_asked_of_torch_before_the_first_one_runs(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        make_accelerator(TrainConfig())
+        assert not torch.are_deterministic_algorithms_enabled()
+        make_accelerator(TrainConfig(deterministic=True))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -28,7 +28,7 @@ from packshot.diffusion.keyed import SampleKey
 from packshot.methods import METHODS
 from packshot.models.load import load_parts
 from packshot.train.cache import TensorCache
-from packshot.train.encode import Encoder, Examples, framed
+from packshot.train.encode import Encoder, Examples, encode_batch, framed
 from packshot.train.run import build_task
 from packshot.train.task import DiffusionTask
 
@@ -428,3 +428,8 @@ def test_over_a_bf16_base_small_steps_still_move_the_weights(parts, rows):
     assert all(p.dtype == torch.float32 for p in trained)
     moved = sum(int((p != b).sum()) for p, b in zip(trained, before, strict=True))
     assert moved > 0.99 * sum(p.numel() for p in trained)
+
+
+def test_pictures_are_encoded_together_by_their_size():
+    batches = {128: 8, 384: 7, 512: 4, 1024: 1, 2048: 1}
+    assert {side: encode_batch((side, side)) for side in batches} == batches

@@ -1,6 +1,7 @@
 """The run folder: one process works in it at a time, and nothing from outside can write an entry in its log."""
 
 import errno
+import gc
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from packshot.config.cli import script
 from packshot.config.compose import compose
 from packshot.core.errors import ConfigError
-from packshot.core.run import log, open_run, printable
+from packshot.core.run import log, open_run, printable, start_log
 
 
 def test_names_and_tracebacks_cannot_pass_for_entries(tmp_path):
@@ -47,8 +48,8 @@ import time
 from packshot.config.compose import compose
 from packshot.core.run import open_run
 from packshot.core.storage import replacing_file, replacing_folder
-run = open_run("evaluate", compose("evaluate", ["run.dir={tmp_path}/run"])).path
-with replacing_file(run / "report.json") as file, replacing_folder(run / "checkpoints" / "10") as folder:
+run = open_run("evaluate", compose("evaluate", ["run.dir={tmp_path}/run"]))
+with replacing_file(run.path / "report.json") as file, replacing_folder(run.path / "checkpoints" / "10") as folder:
     file.write_text("half")
     (folder / "state.json").write_text("half")
     print("open", flush=True)
@@ -60,15 +61,33 @@ with replacing_file(run / "report.json") as file, replacing_folder(run / "checkp
             assert other.stdout.readline() == "open\n"
             config = (tmp_path / "run" / "config.yaml").read_text()
             again = compose("evaluate", [f"run.dir={tmp_path}/run", "run.resume=true", "suite=scene"])
-            with pytest.raises(ConfigError, match=r"in use: another process is writing log\.txt"):
+            with pytest.raises(ConfigError, match="in use: another process works in it"):
                 open_run("evaluate", again)
             assert (tmp_path / "run" / "config.yaml").read_text() == config
             assert len(list((tmp_path / "run").rglob(".*.tmp"))) == 2
         finally:
             other.send_signal(signal.SIGKILL)
     assert open_run("evaluate", again).resumed
-    assert not list((tmp_path / "run").rglob(".*"))  # nor does what it was writing stay
+    assert not list((tmp_path / "run").rglob(".*.tmp"))  # nor does what it was writing stay
     assert open_run("evaluate", again).resumed  # the same process may
+
+
+def test_a_folder_stays_locked_while_a_run_within_it_keeps_a_log_of_its_own(tmp_path):
+    """As evaluate.py has one when it draws, and as whoever reads log.txt."""
+    outer = open_run("evaluate", compose("evaluate", [f"run.dir={tmp_path}/run"]))
+    open_run("generate", compose("generate", [f"run.dir={tmp_path}/run/base"]))
+    start_log(outer.path / "log.txt")
+    (outer.path / "log.txt").read_text()
+    work = f"""
+from packshot.config.compose import compose
+from packshot.core.run import open_run
+open_run("evaluate", compose("evaluate", ["run.dir={tmp_path}/run", "run.resume=true"]))
+"""
+    refused = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True)
+    assert "in use: another process works in it" in refused.stderr
+    del outer
+    gc.collect()
+    assert not subprocess.run([sys.executable, "-c", work]).returncode
 
 
 def test_a_full_disk_ends_any_script_with_a_sentence(monkeypatch, capsys):

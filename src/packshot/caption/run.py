@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,12 @@ from packshot.data import corrections
 from packshot.data.dataset import Rows, load_rows
 from packshot.train.card import exported, weights_line, write_provenance
 from packshot.train.loop import fit
-from packshot.train.session import Session, start
+from packshot.train.session import Session, start, together
 from packshot.train.state import EMA, exporting
 
 PICTURES = ("image", "mask")  # all that a captioner looks at
 WORST = 32
+PATIENCE = 30 * 24 * 3600  # seconds; a launcher ends the others anyway when one process has failed
 
 
 def run(config: CaptionVLM) -> None:
@@ -83,9 +85,10 @@ def train(config: CaptionVLM) -> None:
     pictures, seed, captioner = config.train.validation_samples, config.run.seed, writing(adapter, config.captioner)
     task = CaptioningTask(adapter, captioner, validation, constant_caption(rows.texts), pictures, seed)
     try:
-        ema = fit(task, rows, config, session)
-        if session.run:
-            _export(session, task, ema, rows, config)
+        with together(session.accelerator):
+            ema = fit(task, rows, config, session)
+            if session.run:
+                _export(session, task, ema, rows, config)
     finally:
         _finish(session)
 
@@ -145,12 +148,13 @@ def _card(run: Path, config: CaptionVLM, data: dict[str, Any]) -> str:
 
 def evaluate(config: CaptionVLM) -> None:
     """Score the captioner on ``data.validation``; writes ``scores.json`` and ``worst.html``."""
-    rows = load_rows("data.validation", config.data.validation, pictures=PICTURES, spool=config.data.cache_dir)
+    load = partial(load_rows, pictures=PICTURES, spool=config.data.cache_dir, licenses=config.licenses)
+    rows = load("data.validation", config.data.validation)
     if len(rows) < 2:
         raise ConfigError(f"data.validation={config.data.validation} has one row.", "The baselines need two or more.")
-    known = load_rows("data.train", config.data.train, pictures=PICTURES, spool=config.data.cache_dir)
+    known = load("data.train", config.data.train)
     captioner = load_captioner(config.model, config.captioner)
-    session = start("caption_vlm", config, config.train)
+    session = start("caption_vlm", config, replace(config.train, process_timeout=PATIENCE))
     try:
         indices = list(range(len(rows)))
         captions = caption_rows(captioner, rows, indices, session.accelerator)
@@ -241,7 +245,8 @@ def caption(config: CaptionVLM) -> None:
     if config.run.dir and Path(config.run.dir).resolve() == files[0].parent.resolve():
         raise ConfigError(f"run.dir={config.run.dir} is data.input itself.", "Captions go to a folder of their own.")
     captioner = load_captioner(config.model, config.captioner)
-    session = start("caption_vlm", config, config.train)
+    # The first process to be done waits for the last, which may have hours of shards before it.
+    session = start("caption_vlm", config, replace(config.train, process_timeout=PATIENCE))
     rank, world = session.accelerator.process_index, session.accelerator.num_processes
     named = _identity(config)
     try:

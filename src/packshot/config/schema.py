@@ -130,6 +130,9 @@ class TrainConfig:
     )
     compile: bool = opt(False, "torch.compile the networks, once for each shape of a batch")
     attention: AttentionKernel = opt(AttentionKernel.auto, "PyTorch's attention kernel; auto: the fastest that fits")
+    deterministic: bool = opt(
+        False, "on a GPU, only kernels that give the same bits each time, so that a resume does too; slower"
+    )
     max_grad_norm: float = opt(1.0, "clip gradients to this norm; 0 switches it off", min=0)
     ema_decay: float = opt(
         0.0, "decay of the weights' moving average that is exported; 0 switches it off", min=0, max=1

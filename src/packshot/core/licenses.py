@@ -10,6 +10,7 @@ from typing import Any
 
 from packshot.config.schema import LicenseConfig
 from packshot.core.errors import ConfigError
+from packshot.core.run import log
 from packshot.core.storage import resolve
 
 # Names as SPDX and the hub write them. Not here: anything "nc" (no commerce) or "nd" (no derivatives, which a picture
@@ -27,9 +28,10 @@ _WEIGHTS = (
 
 def allows(licenses: LicenseConfig, name: str | None) -> bool:
     """Whether the profile lets something of this licence in; None: of no known licence."""
-    if not licenses.commercial or (name or "") in licenses.allowed:
+    known = (name or "").strip().lower()
+    if not licenses.commercial or (known and known in {other.strip().lower() for other in licenses.allowed}):
         return True
-    return bool(name and _COMMERCIAL.fullmatch(name.strip().lower()))
+    return bool(_COMMERCIAL.fullmatch(known))
 
 
 def refuse_weights(config: Any) -> None:
@@ -46,7 +48,7 @@ def refuse_weights(config: Any) -> None:
             what = f"is under {bad!r}, which is not known to allow commercial use" if bad else "names no licence"
             raise ConfigError(
                 f"{key}={source} {what} (licenses.commercial=true).",
-                f"If you know that it allows it: 'licenses.allowed=[{bad or source}]'. Else name other weights.",
+                f"If you know that it allows it: 'licenses.allowed=[\"{bad or source}\"]'. Else name other weights.",
             )
 
 
@@ -62,7 +64,7 @@ def refuse_rows(licenses: LicenseConfig, key: str, path: str, names: Iterable[st
 
 
 def weights_licenses(source: str) -> list[str]:
-    """What weights say of themselves: an export's data, or the model card beside them; [] if they say nothing.
+    """What weights say of themselves: what an export was made from, or the model card beside them; [] if nothing.
 
     source: folder or file, or a hub id, whose card is fetched.
     """
@@ -72,19 +74,38 @@ def weights_licenses(source: str) -> list[str]:
     if not path.exists():
         return _declared(ModelCard, source)
     folder = path if path.is_dir() else path.parent
-    if (folder / "data.json").is_file():
-        return list(json.loads((folder / "data.json").read_text())["licenses"])
-    card = next((place / "README.md" for place in (folder, folder.parent) if (place / "README.md").is_file()), None)
-    return _declared(ModelCard, card) if card else []
+    for place in (folder, folder.parent):  # a part of a model, or one of several ControlNets, has its card above it
+        if (place / "data.json").is_file():
+            return _trained_from(place / "data.json")
+        if (place / "README.md").is_file():
+            return _declared(ModelCard, place / "README.md")
+    return []
+
+
+def _trained_from(file: Path) -> list[str]:
+    try:
+        data = json.loads(file.read_text())
+        return [*data["licenses"], *data.get("weights_licenses", [])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s says no licences (%s)", file, error)
+        return []
+
+
+def licenses_of_weights(config: Any) -> list[str]:
+    """What the weights say that a training starts from: its export is made from them too. Of local ones: cards on the
+    hub are asked for when it matters."""
+    sources = (source for _, source in _named(config) if resolve(source).exists())
+    return sorted({name for source in sources for name in weights_licenses(source) or ["unknown"]})
 
 
 def _declared(cards: Any, source: str | Path) -> list[str]:
     """``license`` of a model card's head; for "other" its ``license_name``."""
     try:
         head = cards.load(source, ignore_metadata_errors=True).data
-    except Exception:  # the hub's many errors: no card, no network, no access
+    except Exception as error:  # the hub's many errors: no card, no network, no access
+        log.warning("the model card of %s cannot be read (%s)", source, str(error).strip().splitlines()[0])
         return []
-    name = head.get("license_name") if head.get("license") == "other" else head.get("license")
+    name = head.get("license_name", "other") if head.get("license") == "other" else head.get("license")
     return [name] if isinstance(name, str) else list(name or [])
 
 

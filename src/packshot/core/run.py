@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -19,14 +19,17 @@ from packshot.core.errors import ConfigError
 from packshot.core.storage import remove_leftovers, replacing_file, writing
 
 log = logging.getLogger("packshot")
+LOCK = ".lock"
+_OWN = (".", "checkpoints", "samples", "layers")  # where a run writes; other runs may write to other folders below it
 
 
 @dataclass(frozen=True)
 class Run:
-    """An open run folder. Only the main process of a run writes to it."""
+    """An open run folder. Only the main process of a run writes to it. lock: held as long as this object lives."""
 
     path: Path
     resumed: bool
+    lock: Any = field(default=None, repr=False, compare=False)
 
     def write_config(self, config: Any) -> None:
         """(Re)write ``config.yaml``."""
@@ -78,7 +81,7 @@ def open_run(script: str, config: Any, resumable: bool = True) -> Run:
     path = Path(config.run.dir or default_dir(script))
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run.dir={path} is a file.", "Name a new folder.")
-    used = path.is_dir() and any(path.iterdir())
+    used = path.is_dir() and any(entry.name != LOCK for entry in path.iterdir())
     if used and not config.run.resume:
         raise ConfigError(
             f"run.dir={path} exists and is not empty.",
@@ -86,10 +89,10 @@ def open_run(script: str, config: Any, resumable: bool = True) -> Run:
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
+        run = Run(path, resumed=used, lock=_claim(path))
         start_log(path / "log.txt")
-        if used:
-            remove_leftovers(path)  # the log is ours alone, so what is half written there is dead
-        run = Run(path, resumed=used)
+        for name in _OWN if used else ():  # the folder is ours alone, so what is half written there is dead
+            remove_leftovers(path / name)
         if resumable or not (path / "config.yaml").exists():
             run.write_config(config)
     except OSError as error:
@@ -98,27 +101,33 @@ def open_run(script: str, config: Any, resumable: bool = True) -> Run:
     return run
 
 
+def _claim(path: Path) -> TextIO | None:
+    """Lock a run folder until what is returned is collected, or this process ends. None: its file system has no locks.
+
+    By POSIX lock: unlike others it does not pass to forked processes, which may outlive a killed parent by seconds.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    stream = (path / LOCK).open("a")
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None
+        raise ConfigError(
+            f"run.dir={path} is in use: another process works in it. Nothing was changed.",
+            f"Wait until it has ended, or name another folder. If its machine died: delete {path / LOCK}.",
+        ) from None
+    return stream
+
+
 def printable(text: str) -> str:
     """The text on one line: line breaks, control characters and whatever else does not print become escapes."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _claim(file: Path, stream: TextIO) -> None:
-    """Lock the run's log, until it is closed or this process ends, however it ends.
-
-    By POSIX lock: unlike others it does not pass to forked processes, which may outlive a killed parent by seconds.
-    """
-    try:
-        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # others: a file system without locks
-            stream.close()
-            raise ConfigError(
-                f"run.dir={file.parent} is in use: another process is writing {file.name} there.",
-                "Wait until it has ended, or name another folder. Nothing was changed.",
-            ) from None
 
 
 class EntryFormatter(logging.Formatter):
@@ -130,20 +139,13 @@ class EntryFormatter(logging.Formatter):
 
 
 def start_log(file: Path) -> None:
-    """Log to this file (its end) and the screen, and to no other file. No other process may do so meanwhile.
-
-    Raises:
-        ConfigError: another one does.
-        OSError: the file cannot be written.
-    """
+    """Log to this file (its end) and the screen, and to no other file. Raises OSError if it cannot be written."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
     log.setLevel(logging.INFO)
     log.propagate = False
     to_file = logging.FileHandler(file)
-    assert to_file.stream is not None  # opened at once
-    _claim(file, to_file.stream)
     to_file.setFormatter(EntryFormatter("%(asctime)s %(levelname)s %(message)s"))
     to_screen = logging.StreamHandler(sys.stderr)
     to_screen.setFormatter(EntryFormatter("%(message)s"))

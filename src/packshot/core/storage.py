@@ -15,6 +15,8 @@ from pathlib import Path
 from packshot.core.errors import ConfigError, PackshotError
 
 CHECKOUT = Path(__file__).resolve().parents[3]
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)  # it can only be read by setting it
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
@@ -53,7 +55,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
     temporary = _beside(path)
     try:
         yield temporary
-        _sync(temporary)
+        _settle(temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:
@@ -71,7 +73,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                _sync(file)
+                _settle(file)
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -81,9 +83,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what :func:`replacing_file` and :func:`replacing_folder` were writing anywhere in the folder when their
-    process was killed. Nobody else may be writing there."""
-    for found in list(folder.rglob(".*.tmp")):
+    """Delete what :func:`replacing_file` and :func:`replacing_folder` were writing in the folder when their process was
+    killed. Nobody else may be writing there."""
+    for found in list(folder.glob(".*.tmp")):
         if _TEMPORARY.fullmatch(found.name):
             shutil.rmtree(found, ignore_errors=True) if found.is_dir() else found.unlink(missing_ok=True)
 
@@ -114,7 +116,9 @@ def writing(what: str, way_out: str) -> Iterator[None]:
     raise PackshotError(f"{what} cannot be written: {reason}.", way_out) from cause
 
 
-def _sync(path: Path) -> None:
+def _settle(path: Path) -> None:
+    """On disk, and as readable as other new files: safetensors writes for its user alone."""
+    path.chmod(path.stat().st_mode | (0o666 & ~_UMASK))
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -145,5 +149,5 @@ def folder_hash(folder: Path, pattern: str = "*") -> str:
     for file in sorted(folder.rglob(pattern)):
         if file.is_file():
             digest.update(file.relative_to(folder).as_posix().encode())
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+            digest.update(bytes.fromhex(file_sha256(file)))
     return digest.hexdigest()

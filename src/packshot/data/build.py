@@ -342,9 +342,8 @@ def _settings(config: BuildData) -> dict[str, Any]:
             plain[group][key] = PurePath(plain[group][key]).name
     del plain["captioner"]["endpoint"]  # an address inside somebody's network, at times with a key in it
     if config.dataset is not DatasetKind.rendered:
-        return {
-            key: plain[key] for key in ("dataset", "source", "matte", "depth", "quality", "captioner", "shard_size")
-        }
+        keys = ("dataset", "source", "matte", "depth", "quality", "captioner", "shard_size")
+        return {key: plain[key] for key in (*keys, *(("licenses",) if config.licenses.commercial else ()))}
     render = {key: value for key, value in plain["render"].items() if key not in ("folder", "environment")}
     return {"dataset": "rendered", "seed": config.run.seed, "render": render, "shard_size": config.shard_size}
 

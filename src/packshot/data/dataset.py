@@ -39,9 +39,10 @@ class Rows(Sequence[dict[str, Any]]):
         """table: everything but pictures. places: the row of each sample in ``pictures``."""
         self.path, self.files = path, files
         self._table, self._pictures, self._places = table, pictures, places
+        self._digests: dict[int, str] = {}  # asked for at every access, and a large picture is read for it
         self.ids: list[str] = table.column("id").to_pylist()
         self.texts: list[str] = table.column("text").to_pylist()
-        named = table.column("license").to_pylist() if "license" in table.column_names else []
+        named = table.column("license").to_pylist() if "license" in table.column_names else [None]
         self.licenses = sorted({str(name or UNKNOWN_LICENSE) for name in named})
 
     def __len__(self) -> int:
@@ -85,6 +86,16 @@ class Rows(Sequence[dict[str, Any]]):
                 "Build the dataset again.",
             ) from error
 
+    def refuse_without(self, key: str, pictures: Sequence[str]) -> None:
+        """Raises ConfigError when the set has no column of one of these pictures; before hours of encoding."""
+        absent = [name for name in pictures if name not in self._pictures.column_names]
+        if absent:
+            raise ConfigError(
+                f"{key}={self.path} has no column {', '.join(absent)}, which the method reads.",
+                "Rendered sets have all of them; of photographs build_data.py makes mask (dataset=product) and depth "
+                "(depth.onnx=<network>), and nothing tells their shadow.",
+            )
+
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
         """(height, width) of every image, in px."""
@@ -99,6 +110,11 @@ class Rows(Sequence[dict[str, Any]]):
         An id of 64 hex digits is taken for the digest of the picture, as build_data.py writes it; any other is only a
         name, and the picture's own bytes are read.
         """
+        if index not in self._digests:
+            self._digests[index] = self._digest(index)
+        return self._digests[index]
+
+    def _digest(self, index: int) -> str:
         sample_id, digest = self.ids[index], hashlib.sha256()
         parts = ["mask"] if _DIGEST.fullmatch(sample_id) else ["image", "mask"]
         digest.update(sample_id.encode())

@@ -31,17 +31,19 @@ def read_tables(files: Sequence[Path], pictures: Sequence[str] | None, spool: st
         OSError, ValueError: as pyarrow does, when a file is not whole.
         PackshotError: the Arrow file cannot be written.
     """
-    opened = [pq.ParquetFile(file) for file in files]  # file by file: pq.read_table imports pandas
-    other = [[field.name for field in file.schema_arrow if not _shows(field)] for file in opened]
-    tables = [file.read(names) for file, names in zip(opened, other, strict=True)]
-    table = pa.concat_tables(tables, promote_options="default")
-    schema = pa.unify_schemas([pa.schema([field for field in file.schema_arrow if _shows(field)]) for file in opened])
+    tables, shown = [], []
+    for file in files:  # one by one: pq.read_table imports pandas, and a process may open 1,024 files
+        with pq.ParquetFile(file) as opened:
+            fields = list(opened.schema_arrow)
+            tables.append(opened.read([field.name for field in fields if not _shows(field)]))
+            shown.append(pa.schema([field for field in fields if _shows(field)]))
+    table, schema = pa.concat_tables(tables, promote_options="default"), pa.unify_schemas(shown)
     if pictures is not None:
         schema = pa.schema([field for field in schema if field.name in pictures])
     schema = schema.remove_metadata()
     if spool is None:
-        return table, pa.Table.from_batches(_batches(opened, schema), schema)
-    return table, pa.ipc.open_file(pa.memory_map(str(_spooled(files, opened, schema, Path(spool))))).read_all()
+        return table, pa.Table.from_batches(_batches(files, schema), schema)
+    return table, pa.ipc.open_file(pa.memory_map(str(_spooled(files, table.num_rows, schema, Path(spool))))).read_all()
 
 
 def _shows(field: Any) -> bool:
@@ -49,24 +51,25 @@ def _shows(field: Any) -> bool:
     return pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
 
 
-def _batches(opened: Sequence[Any], schema: Any) -> Iterator[Any]:
+def _batches(files: Sequence[Path], schema: Any) -> Iterator[Any]:
     """The columns of a schema, ``BATCH`` rows at a time; null where a file lacks one."""
-    for file in opened:
-        here = {field.name for field in schema} & set(file.schema_arrow.names)
+    for path in files:
         try:
-            for batch in file.iter_batches(BATCH, columns=sorted(here)):
-                columns = [
-                    batch.column(field.name).cast(field.type)
-                    if field.name in here
-                    else pa.nulls(len(batch), field.type)
-                    for field in schema
-                ]
-                yield pa.RecordBatch.from_arrays(columns, schema=schema)
+            with pq.ParquetFile(path) as file:
+                here = {field.name for field in schema} & set(file.schema_arrow.names)
+                for batch in file.iter_batches(BATCH, columns=sorted(here)):
+                    columns = [
+                        batch.column(field.name).cast(field.type)
+                        if field.name in here
+                        else pa.nulls(len(batch), field.type)
+                        for field in schema
+                    ]
+                    yield pa.RecordBatch.from_arrays(columns, schema=schema)
         except OSError as error:  # whoever writes what comes from here would take it for its own
             raise ValueError(str(error)) from error
 
 
-def _spooled(files: Sequence[Path], opened: Sequence[Any], schema: Any, folder: Path) -> Path:
+def _spooled(files: Sequence[Path], rows: int, schema: Any, folder: Path) -> Path:
     """The Arrow file of these columns of these files, which is written unless it is there.
 
     By one process, while others that want it wait: those of a run do not know each other yet, and a large set must not
@@ -77,10 +80,9 @@ def _spooled(files: Sequence[Path], opened: Sequence[Any], schema: Any, folder: 
     path = folder / f"pictures-{name}.arrow"
     if path.exists():
         return path
-    rows = sum(file.metadata.num_rows for file in opened)
     with writing(str(path), "Make room, or name another folder with data.cache_dir."):
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{path.name}.lock"):
+        with FileLock(folder / f".{path.name}.lock", mode=0o666):
             if path.exists():
                 return path
             with (
@@ -88,7 +90,7 @@ def _spooled(files: Sequence[Path], opened: Sequence[Any], schema: Any, folder: 
                 pa.ipc.new_file(str(temporary), schema) as out,
                 progress(f"copying the pictures of {files[0].parent}", rows) as advance,
             ):
-                for batch in _batches(opened, schema):
+                for batch in _batches(files, schema):
                     out.write_batch(batch)
                     advance(len(batch))
     return path

@@ -21,7 +21,7 @@ from packshot.infer import certificate as certificates
 from packshot.infer.canvas import Canvas, Working, make_working, place, plan_frame
 from packshot.infer.composite import compose, make_layers
 from packshot.infer.denoise import denoise, encode
-from packshot.infer.pipeline import Models, load_models
+from packshot.infer.pipeline import Models, load_models, refuse_light
 from packshot.infer.product import Product, Source, prepare
 from packshot.infer.references import Reference, open_references
 from packshot.scene import Scene
@@ -143,9 +143,9 @@ class Packshot:
         validate(settings)
         if num_images < 1:
             raise ConfigError(f"num_images={num_images} is out of range.", "Ask for at least one.")
+        product, canvas = self.product, self.canvas(settings)
         guides = self._references(reference, reference_weights)
         asked = self._request(scene, settings, guides)
-        product, canvas = self.product, self.canvas(settings)
         assert product is not None
         height, width = canvas.matte_HW.shape
         frame = plan_frame(height, width, self.models.resolution, self.models.unit)
@@ -205,14 +205,10 @@ class Packshot:
 
     def _light_angle(self, scene: Scene, settings: GenerateSettings) -> float | None:
         """What ControlNets are told of the light; None where none reads it, or nothing is said of it."""
-        if self._reads("light"):
-            return light_angle(scene.lighting) if settings.light_angle is None else settings.light_angle
-        if settings.light_angle is not None:
-            raise ConfigError(
-                f"light_angle={settings.light_angle:g} has no effect: no ControlNet that is loaded reads light.",
-                "Say it in words (scene.lighting), or load one: train_controlnet.py method.condition=light.",
-            )
-        return None
+        refuse_light(settings.light_angle, self.models.controls)
+        if not self._reads("light"):
+            return None
+        return light_angle(scene.lighting) if settings.light_angle is None else settings.light_angle
 
     def _finish(
         self,

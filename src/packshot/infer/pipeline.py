@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,16 +119,27 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
     )
 
 
-def check_adapters(adapters: AdaptersConfig, depth: DepthConfig) -> str | None:
+def refuse_light(light_angle: float | None, controls: Iterable[Control]) -> None:
+    """Raises ConfigError when an angle is given and no ControlNet reads it: nothing would come of it."""
+    if light_angle is not None and all(control.needs != "light" for control in controls):
+        raise ConfigError(
+            f"light_angle={light_angle:g} has no effect: no ControlNet reads light.",
+            "Say it in words (scene.lighting), or train one: train_controlnet.py method.condition=light.",
+        )
+
+
+def check_adapters(adapters: AdaptersConfig, depth: DepthConfig, light_angle: float | None = None) -> str | None:
     """What can be known without loading: folders, their main files, what they say of themselves.
 
     Returns the depth network that products need; None if no ControlNet reads their depth.
 
     Raises:
-        ConfigError: something is missing or wrong, or there is no network for a depth that is needed.
+        ConfigError: something is missing or wrong, there is no network for a depth that is needed, or nothing that
+            reads ``light_angle``.
     """
     folders = _adapter_folders(adapters)
     common_usage(folders)
+    refuse_light(light_angle, (read_control("adapters.controlnets", folder) for folder in folders["controlnets"]))
     readers = [f for f in folders["controlnets"] if read_control("adapters.controlnets", f).needs == "depth_HW"]
     if not readers:
         return None

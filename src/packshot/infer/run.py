@@ -47,7 +47,7 @@ def generate(config: Generate) -> None:
     masks = mask_files(config.mask, files)
     baseline = _folder("baseline", config.baseline)
     open_references(config.reference_files(), config.reference_weights)
-    network = check_adapters(config.adapters, config.depth)
+    network = check_adapters(config.adapters, config.depth, config.light_angle)
     ready = partial(prepare, matte=config.matte, depth_onnx=network)
     first = ready(files[0], masks[files[0]], name=files[0].stem) if len(files) == 1 else None
     tool = Packshot(load_models(config.model, config.adapters), config.matte, depth=config.depth)

@@ -267,7 +267,7 @@ def serve(config: Serve) -> None:
                 from packshot.infer import Packshot
                 from packshot.infer.pipeline import check_adapters
 
-                check_adapters(config.adapters, config.depth)
+                check_adapters(config.adapters, config.depth, config.generate.light_angle)
                 return Packshot.load(
                     model=config.model, adapters=config.adapters, matte=config.matte, depth=config.depth
                 )

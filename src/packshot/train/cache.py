@@ -21,9 +21,10 @@ from packshot.core.errors import PackshotError
 from packshot.core.progress import progress
 from packshot.core.run import log
 from packshot.core.storage import replacing_file
+from packshot.train.session import from_main
 
 Tensors = dict[str, Tensor]
-SHARD_ROWS = 64  # entries per file: what a kill can cost
+SHARD_BYTES = 128 * 2**20  # of tensors per file: what a kill can cost. Files are mapped, and a process has 65,530 maps
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class TensorCache:
         self.open()
 
     def open(self) -> None:
-        """Take up the files that have come since; one that cannot be read is removed with a message.
+        """Take up the files that have come since; a damaged one is removed, one that may not be read passed over, each
+        with a message.
 
         Of an entry that two runs have written at a time, the older copy counts, whoever looks and however often.
         """
@@ -74,8 +76,11 @@ class TensorCache:
             try:
                 file = safe_open(path, framework="pt")
                 names = list(file.keys())
-            except (OSError, SafetensorError) as error:
+            except SafetensorError as error:
                 self._drop(path, str(error))
+                continue
+            except OSError as error:  # another user's, or the storage is away for a moment: not ours to remove
+                log.warning("cache file %s cannot be read (%s): its samples are encoded again", path, error)
                 continue
             self._files[path] = file
             for name in names:
@@ -95,11 +100,14 @@ class TensorCache:
 
     def _drop(self, path: Path, reason: str) -> None:
         log.warning("cache file %s is damaged (%s): removed, its samples are encoded again", path, reason)
+        self._forget(path)
+        with suppress(FileNotFoundError):  # another process was faster
+            path.unlink()
+
+    def _forget(self, path: Path) -> None:
         self._files.pop(path, None)
         for key in [key for key, where in self._where.items() if where == path]:
             del self._where[key], self._names[key]
-        with suppress(FileNotFoundError):  # another process was faster
-            path.unlink()
 
     def get(self, key: str) -> Tensors:
         """The tensors of an entry.
@@ -128,7 +136,11 @@ class TensorCache:
             with safe_open(path, framework="pt") as file:  # a mapping of its own, which leaves memory with it
                 sums = json.loads(file.metadata()["crc32"])
                 wrong = [name for name, expected in sums.items() if _checksum(file.get_tensor(name)) != expected]
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        except OSError as error:
+            self._forget(path)
+            log.warning("cache file %s cannot be read (%s): its samples are encoded again", path, error)
+            return
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
             wrong = [str(error)]
         if wrong:
             self._drop(path, f"checksum of {wrong[0]}")
@@ -163,12 +175,18 @@ class TensorCache:
         def incomplete(chunk: Sequence[Job]) -> bool:
             return any(job.key not in self for job in chunk)
 
-        missing = sum(len(chunk) for chunk in chunks if incomplete(chunk))
-        # The share is taken of all chunks: what is missing may differ between processes, for other runs write here too.
-        share = [chunk for chunk in chunks[rank::world] if incomplete(chunk)]
-        self._encode(description, share, encode, accelerator)
+        # One process says what is missing: others may see other files, as other runs write here too.
+        todo = from_main(accelerator, lambda: [number for number, chunk in enumerate(chunks) if incomplete(chunk)])
+        missing = sum(len(chunks[number]) for number in todo)
+        self._encode(description, [chunks[number] for number in todo[rank::world]], encode, accelerator)
         accelerator.wait_for_everyone()
         self.open()
+        absent = sum(key not in self for key in wanted)
+        if absent:
+            raise PackshotError(
+                f"{self.folder} lacks {absent} of {len(wanted)} entries that the processes have just written.",
+                "data.cache_dir has to be a folder that all of them see, and may read.",
+            )
         if accelerator.is_main_process:
             size = sum(path.stat().st_size for path in {self._where[key] for key in wanted}) / 2**20
             hits = 100 * (1 - missing / max(1, sum(map(len, chunks))))
@@ -186,13 +204,15 @@ class TensorCache:
         accelerator: Accelerator,
     ) -> None:
         entries: dict[str, Tensors] = {}
+        size = 0
         total = sum(map(len, chunks))
         with progress(description, total, show=bool(chunks) and accelerator.is_main_process) as advance:
             for number, chunk in enumerate(chunks, 1):
                 for job, tensors in zip(chunk, encode([job.item for job in chunk]), strict=True):
                     if job.key not in self:
                         entries[job.key] = _finite(tensors, f"{description}, {job.name}")
-                if len(entries) >= SHARD_ROWS or number == len(chunks):
+                        size += sum(tensor.nbytes for tensor in tensors.values())
+                if size >= SHARD_BYTES or number == len(chunks):
                     try:
                         self._put(entries)
                     except (OSError, SafetensorError) as error:
@@ -200,7 +220,7 @@ class TensorCache:
                             f"{self.folder} cannot be written: {error}.",
                             "Free some space, or name another folder by data.cache_dir. What is written is kept.",
                         ) from error
-                    entries = {}
+                    entries, size = {}, 0
                 advance(len(chunk))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from packshot.config.compose import to_yaml
 from packshot.config.schema import SCRIPTS, PredictionType, Unconditional
+from packshot.core.licenses import licenses_of_weights
 from packshot.core.run import read_metrics
 from packshot.data.dataset import Rows
 from packshot.models.controlnets import USAGE
@@ -16,9 +17,12 @@ from packshot.train.state import Best, read_best
 
 
 def write_provenance(folder: Path, rows: Rows, config: Any) -> dict[str, Any]:
-    """``config.yaml`` and ``data.json`` (the training data: manifest hash, licences); returns the latter."""
+    """``config.yaml`` and ``data.json`` (the data: manifest hash and licences; those of the weights it began with);
+    returns the latter.
+    """
     (folder / "config.yaml").write_text(to_yaml(config))
     data = {"path": rows.path, "rows": len(rows), "sha256": rows.fingerprint(), "licenses": rows.licenses}
+    data["weights_licenses"] = licenses_of_weights(config)
     (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")
     return data
 

@@ -28,11 +28,19 @@ from packshot.train.cache import Job, TensorCache, Tensors, content_key
 from packshot.train.memory import return_freed_memory
 
 VERSION = 6  # raise it when the same sample gives other tensors
-ENCODE_BATCH = 8  # pictures that go through an encoder together
+# Pictures that go through an encoder together: so many at most, and so many pixels, which is one picture of SDXL's. The
+# VAE takes 2.5 GiB for that in fp32; eight of them would fill a card beside the network.
+ENCODE_BATCH, ENCODE_PIXELS = 8, 1024 * 1024
 TEXT_BATCH = 32
 MOST_KIN = 8  # other samples whose encodings a sample may be conditioned on
 # what letterbox bars show of a sample's other pictures, see geometry.apply
 PADDING = {"mask": "constant", "depth": "edge", "shadow": "edge"}
+
+
+def encode_batch(shape: tuple[int, int]) -> int:
+    """How many pictures of (height, width) px are encoded together: it follows from the data, as no bit may depend on
+    the machine."""
+    return max(1, min(ENCODE_BATCH, ENCODE_PIXELS // (shape[0] * shape[1])))
 
 
 def _cut(items: list[Any], size: int) -> list[list[Any]]:
@@ -297,14 +305,14 @@ class Examples(Sequence[dict[str, Any]]):
         return content_key(VERSION, self.rows.digest(index), self._shape(index))
 
     def _chunks(self, indices: Iterable[int]) -> list[list[Job]]:
-        """Samples, ``ENCODE_BATCH`` at a time, of one bucket each."""
+        """Samples, a batch of the encoders at a time, of one bucket each."""
         ordered = sorted(indices, key=lambda index: (self._nearest[index], index))
         together = (list(members) for _, members in groupby(ordered, key=lambda index: self._nearest[index]))
         # jobs hold an index, not a sample: a large set must not be decoded into memory
         return [
             [Job(self._key(index), f"sample {self.rows.ids[index]}", index) for index in chunk]
             for members in together
-            for chunk in _cut(members, ENCODE_BATCH)
+            for chunk in _cut(members, encode_batch(self._shape(members[0])))
         ]
 
     def fill(self, accelerator: Accelerator) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from packshot.config.schema import KeepBest
@@ -37,7 +38,7 @@ from packshot.train.optimizer import (
 )
 from packshot.train.order import Order, RankBatches, Stream, batches
 from packshot.train.resume import made_with
-from packshot.train.session import Session
+from packshot.train.session import Session, from_main
 
 LEAST_SCALE = 2.0**-14  # of fp16's losses: at less their own gradients vanish, so it is not the scale that overflows
 
@@ -146,7 +147,7 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
     if ema:
         ema.shadow = {name: tensor.to(accelerator.device) for name, tensor in ema.shadow.items()}
     folder = session.path / "checkpoints"
-    newest = checkpoints.newest_whole(folder)
+    newest = from_main(accelerator, lambda: checkpoints.newest_whole(folder))
     where = checkpoints.Progress()
     made = made_with(config, rows, accelerator.num_processes)
     if newest:
@@ -160,7 +161,7 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
     if run and run.resumed:  # not before: a config that does not fit leaves that of the run where it is
         with writing(f"{run.path}/config.yaml", "Make room, then resume."):
             run.write_config(config)
-    best = checkpoints.open_best(folder, train.keep_best, where.step)
+    best = from_main(accelerator, lambda: checkpoints.open_best(folder, train.keep_best, where.step))
     save = partial(checkpoints.save, folder, made, inner, optimizer.optimizer, ema, accelerator.scaler, where)
     in_backward = StepInBackward(optimizer.optimizer) if train.fused_backward else None
     accelerator.wait_for_everyone()
@@ -190,13 +191,13 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
         while where.step < train.max_steps:
             training_mode(optimizer.optimizer)
             rate = set_learning_rate(optimizer, where.step, train)
-            step_ids: list[str] = []
+            taken: list[tuple[list[str], Tensor]] = []
             grad_norm: Any = torch.zeros(())
             for _ in range(accumulation):
                 waiting = time.monotonic()
                 batch = to_device(next(stream), accelerator.device)
                 window_wait += time.monotonic() - waiting
-                step_ids += batch.pop("ids")
+                ids = batch.pop("ids")
                 with accelerator.accumulate(task):
                     # Dropout inside the network draws from the global generator: tie it to the position. Its masks
                     # depend on the split of a step, so a run with dropout is not resumed on another one.
@@ -204,17 +205,13 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
                     with kernel():
                         loss = task(batch).mean()
                         accelerator.backward(loss)
+                    taken.append((ids, torch.isfinite(loss.detach())))
                     if in_backward:
                         grad_norm = in_backward.norm()
                     elif accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(parameters, train.max_grad_norm or math.inf)
-                    optimizer_step_allowed = not accelerator.sync_gradients or _finite(loss, grad_norm, accelerator)
-                    if not optimizer_step_allowed:
-                        raise PackshotError(
-                            f"loss {loss.item():.4g} / gradient norm {float(grad_norm):.4g} at step {where.step + 1} "
-                            f"is not finite; samples {', '.join(step_ids)}.",
-                            "Lower train.learning_rate or look at these samples; the last checkpoint is untouched.",
-                        )
+                    if accelerator.sync_gradients and not torch.isfinite(grad_norm):
+                        refuse_step(taken, where.step + 1, accelerator)
                     if not in_backward:
                         optimizer.step()
                         optimizer.zero_grad()
@@ -294,10 +291,26 @@ def _compare(
     session.accelerator.wait_for_everyone()
 
 
-def _finite(loss: Tensor, grad_norm: Tensor, accelerator: Accelerator) -> bool:
-    """Whether a step counts. fp16's gradients overflow now and then by design, and its scaler skips such steps and
-    halves its scale; gradients that overflow at any scale, and a loss that is not finite, would be skipped to the end.
+def refuse_step(taken: list[tuple[list[str], Tensor]], step: int, accelerator: Accelerator) -> None:
+    """Stop at a step whose gradient is not finite, which all processes see; unless fp16's scaler may skip it.
+
+    fp16's gradients overflow now and then by design: its scaler skips such steps and halves its scale. Gradients that
+    overflow at any scale, and a loss that is not finite, would be skipped to the end.
+    taken: sample ids of every batch of the step, and whether its loss was finite.
+
+    Raises:
+        PackshotError: with the samples of the batches whose loss was not finite, else all of the step.
     """
-    if not torch.isfinite(loss):
-        return False
-    return bool(torch.isfinite(grad_norm)) or bool(accelerator.scaler and accelerator.scaler.get_scale() >= LEAST_SCALE)
+    odd = gathered([name for ids, finite in taken if not finite for name in ids], accelerator)
+    if not odd and accelerator.scaler and accelerator.scaler.get_scale() >= LEAST_SCALE:
+        return
+    names = odd or gathered([name for ids, _ in taken for name in ids], accelerator)
+    raise PackshotError(
+        f"the {'loss' if odd else 'gradient'} at step {step} is not finite; samples {', '.join(names)}.",
+        "Lower train.learning_rate or look at these samples; the last checkpoint is untouched.",
+    )
+
+
+def gathered(items: list[str], accelerator: Accelerator) -> list[str]:
+    """The items of all processes."""
+    return gather_object(items) if accelerator.num_processes > 1 else items

@@ -20,7 +20,7 @@ FREE = (
     "data.num_workers", "data.cache", "data.cache_*", "data.validation", "data.input",
     "train.checkpoint*", "train.validat*", "train.keep_best", "train.export_best", "train.log_*",
     "train.process_timeout", "train.gradient_checkpointing", "train.fused_backward", "train.compile",
-    "train.attention",
+    "train.attention", "train.deterministic",
 )  # fmt: skip
 # Keys that act through the learning rates of the steps alone: judged by those of the steps that are done.
 RATES = ("train.max_steps", "train.warmup_steps", "train.learning_rate", "train.lr_*")

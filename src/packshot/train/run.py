@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from packshot.config.schema import SCRIPTS, MixedPrecision, Mode, TrainConfig, TrainScript
+from packshot.config.schema import SCRIPTS, AttentionKernel, MixedPrecision, Mode, TrainConfig, TrainScript
 from packshot.core.errors import ConfigError
 from packshot.core.licenses import refuse_weights
 from packshot.core.run import log
@@ -76,12 +76,24 @@ def build_task(
             f"forked process cannot encode on {accelerator.device.type}.",
             "Set data.num_workers=0 (a thread encodes), or data.cache=true.",
         )
+    if (
+        config.train.attention is not AttentionKernel.auto
+        and not config.data.cache
+        and accelerator.device.type != "cpu"
+    ):
+        raise ConfigError(
+            f"train.attention={config.train.attention} with data.cache=false: the kernel is chosen for the whole "
+            "process, in which the VAE encodes at the same time, and for that there is only the plain one.",
+            "Set train.attention=auto, or data.cache=true.",
+        )
     refuse_unavailable(config.train, accelerator)  # fit asks too, but after the data has been encoded
     torch.manual_seed(config.run.seed)
     method: Any = METHODS[type(config.method)](parts, config.method)
     prepare_unet(parts.unet, config.objective.product_shown)
     if config.train.gradient_checkpointing:
         enable_checkpointing(method)
+    for key, given in (("data.train", rows), ("data.validation", validation)):
+        given.refuse_without(key, method.pictures)
     encoder = Encoder(parts, method, config.model.resolution, config.data)
     folder = Path(config.data.cache_dir) if config.data.cache else None
     examples = Examples(rows, encoder, folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from packshot.config.schema import KeepBest
 from packshot.core.errors import PackshotError
 from packshot.core.run import log
-from packshot.core.storage import replacing_file, replacing_folder, writing
+from packshot.core.storage import file_sha256, replacing_file, replacing_folder, writing
 from packshot.train.resume import MadeWith, check
 
 VERSION = 2  # raise it when a checkpoint of before cannot be resumed from
@@ -128,10 +127,6 @@ class EMA:
             self.shadow[name].copy_(kept)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def save(
     folder: Path,
     made_with: MadeWith,
@@ -161,7 +156,7 @@ def save(
             "made_with": asdict(made_with),
             "ema_updates": ema.updates if ema else 0,
             "scaler": scaler.state_dict() if scaler else None,
-            "files": {file.name: _digest(file) for file in sorted(temporary.iterdir())},
+            "files": {file.name: file_sha256(file) for file in sorted(temporary.iterdir())},
         }
         (temporary / "state.json").write_text(json.dumps(state, indent=2))
 
@@ -200,7 +195,7 @@ def is_whole(path: Path) -> bool:
     """Whether a checkpoint's files match their digests; says so when they do not."""
     try:
         state = json.loads((path / "state.json").read_text())
-        damaged = [name for name, digest in state["files"].items() if _digest(path / name) != digest]
+        damaged = [name for name, digest in state["files"].items() if file_sha256(path / name) != digest]
     except (OSError, ValueError, KeyError) as error:
         damaged = [f"state.json ({error})"]
     if damaged:
