@@ -51,6 +51,8 @@ def _with_task(work: Callable[[Session, DiffusionTask, Examples, Any], None]) ->
         session = start(script, config, config.train, resumable=False)
         task, examples = build_task(config, parts, rows, validation, session.accelerator)
         try:
+            rows.refuse_without("data.train", task.method.pictures)
+            validation.refuse_without("data.validation", task.method.pictures)
             with together(session.accelerator):
                 work(session, task, examples, config)
         finally:
@@ -92,8 +94,6 @@ def build_task(
     prepare_unet(parts.unet, config.objective.product_shown)
     if config.train.gradient_checkpointing:
         enable_checkpointing(method)
-    for key, given in (("data.train", rows), ("data.validation", validation)):
-        given.refuse_without(key, method.pictures)
     encoder = Encoder(parts, method, config.model.resolution, config.data)
     folder = Path(config.data.cache_dir) if config.data.cache else None
     examples = Examples(rows, encoder, folder)
