@@ -1,6 +1,8 @@
 """Reading datasets: what comes out, and what is said when something is missing."""
 
 import io
+import os
+import resource
 import threading
 import time
 
@@ -233,3 +235,14 @@ def test_processes_that_want_one_set_copy_its_pictures_once(tmp_path, monkeypatc
     [thread.join() for thread in threads]
     assert len(copied) == 1
     assert len(load_rows("data.train", path, spool=spool)) == 2
+
+
+def test_a_set_may_have_more_shards_than_a_process_may_open_files(tmp_path):
+    path = shards(tmp_path / "set", count=40)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        rows = load_rows("data.train", path, spool=str(tmp_path / "cache"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(rows.files) == 40

@@ -196,3 +196,8 @@ def test_rows_of_which_nothing_is_said_are_of_an_unknown_licence(tmp_path):
     load_rows("data.train", str(tmp_path / "set"))
     with pytest.raises(ConfigError, match="rows under 'unknown'"):
         load_rows("data.train", str(tmp_path / "set"), licenses=COMMERCIAL)
+
+
+def test_names_without_the_profile_are_refused_as_they_would_do_nothing():
+    with pytest.raises(ConfigError, match=r"licenses\.allowed has no effect"):
+        compose("train_lora", ["licenses.allowed=[mine]"])

@@ -11,8 +11,9 @@ import pytest
 
 from packshot.config.cli import script
 from packshot.config.compose import compose
-from packshot.core.errors import ConfigError
+from packshot.core.errors import ConfigError, PackshotError
 from packshot.core.run import log, open_run, printable, start_log
+from packshot.train import session
 
 
 def test_names_and_tracebacks_cannot_pass_for_entries(tmp_path):
@@ -106,3 +107,16 @@ def test_a_full_disk_ends_any_script_with_a_sentence(monkeypatch, capsys):
     failure = FileNotFoundError(errno.ENOENT, "No such file")
     with pytest.raises(FileNotFoundError):
         script("evaluate", "work:fail", "")
+
+
+def test_a_machine_that_does_not_see_the_run_folder_stops_all_of_them(tmp_path, monkeypatch):
+    other = SimpleNamespace(
+        num_processes=2, process_index=1, is_main_process=False, wait_for_everyone=lambda: None, sign=tmp_path / "x"
+    )
+    monkeypatch.setattr(session, "from_main", lambda accelerator, make: "x")
+    monkeypatch.setattr(session, "gather_object", lambda items: items)
+    with pytest.raises(PackshotError, match=r"process 1 \(on .*\) sees another folder of that name, or none") as caught:
+        session._refuse_unshared(tmp_path, other)
+    assert "data.cache_dir" in caught.value.hint
+    other.sign.touch()
+    session._refuse_unshared(tmp_path, other)

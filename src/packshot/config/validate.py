@@ -428,9 +428,17 @@ def _adapters(config: schema.Generate | schema.Serve) -> None:
 
 
 # Which cross-field checks a config gets, by the schema it is an instance of.
+def _licenses(config: Any) -> None:
+    if config.licenses.allowed and not config.licenses.commercial:
+        raise ConfigError(
+            "licenses.allowed has no effect: every licence is let in.", "Add licenses.commercial=true, or leave it out."
+        )
+
+
 _CHECKS: list[tuple[type | tuple[type, ...], Callable[[Any], None]]] = [
     (object, check_ranges),
     (tuple(schema.SCRIPTS.values()), _tracking),
+    (tuple(kind for kind in schema.SCRIPTS.values() if kind is not schema.Evaluate), _licenses),
     ((schema.TrainScript, schema.CaptionVLM), _training),
     ((schema.TrainScript, schema.CaptionVLM), _optimizer),
     ((schema.TrainScript, schema.CaptionVLM), _memory),

@@ -109,6 +109,8 @@ def _product_section(folder: Path, name: str, results: list[tuple[str, dict[str,
         if file is not None and file.exists()
     ]
     settings = {"prompt": request["prompt"], "negative prompt": request["negative_prompt"], **scene}
+    if request.get("light_angle") is not None:
+        settings["light from"] = f"{request['light_angle']:g} degrees"
     settings["adapters"] = ", ".join(f"{a['kind']} {a['name']} × {a['scale']:g}" for a in first["model"]["adapters"])
     cards = "".join(_card(folder, stem, certificate, baseline) for stem, certificate in results)
     return (
