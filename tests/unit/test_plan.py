@@ -161,3 +161,20 @@ def test_several_processes_make_one_plan_for_all_of_them(tmp_path, monkeypatch):
         plan(compose("train_lora", ["tracking=none", f"run.dir={folder}"]), "train_lora")
     planned = json.loads((folder / "plan.json").read_text())
     assert planned["samples_per_step"] == 4 * compose("train_lora", []).train.batch_size
+
+
+def test_encoding_is_planned_for_as_many_pictures_as_go_through_the_vae_together(parts):
+    """Against the tensors that a real pass makes; at SDXL's size one picture goes at a time."""
+    config = compose("train_lora", [])
+    planned = make_plan(config, samples=10)
+    pixels = torch.rand(8, 3, 128, 128)
+
+    def encode():
+        with torch.no_grad():
+            parts.vae.encode(pixels)
+
+    vae = sum(p.numel() for p in parts.vae.parameters()) * 4 / GIB
+    peak = planned.encoding_gib - planned.frozen_weights_gib - planned.trained_weights_gib - vae
+    assert peak == pytest.approx(allocated(encode) / GIB, rel=0.05)
+    large = make_plan(compose("train_lora", ["model=sdxl", "train.mixed_precision=bf16"]), samples=10)
+    assert 5 < large.encoding_gib < 10

@@ -32,6 +32,7 @@ from packshot.data.dataset import load_rows
 from packshot.methods import METHODS
 from packshot.models.inpainting import prepare_unet
 from packshot.models.load import Parts
+from packshot.train.encode import encode_batch
 from packshot.train.memory import enable_checkpointing
 
 # Optimizer state per trained parameter, bytes (what each library keeps, in fp32 unless its name says otherwise).
@@ -58,7 +59,11 @@ class Plan:
     """Cost of one process. Activations are what is alive at the peak of one micro-step besides weights and gradients,
     in the precision of the forward pass: what the backward pass needs, what it recomputes, and what is on the way.
     Fused attention kernels are counted unless ``train.attention=math``; their workspaces and
-    fragmentation come on top. The VAE, in fp32, stays where pictures are validated or nothing is cached."""
+    fragmentation come on top. The VAE, in fp32, stays where pictures are validated or nothing is cached.
+
+    total_gib: while training. encoding_gib: before it, while pictures go through the VAE beside the weights; a device
+    needs the larger of the two.
+    """
 
     trained_parameters: int
     frozen_parameters: int
@@ -70,6 +75,7 @@ class Plan:
     vae_gib: float
     activations_gib: float
     total_gib: float
+    encoding_gib: float
     tflop_per_step: float
     samples_per_step: int
     epochs: float
@@ -159,6 +165,15 @@ def _measure(parts: Parts, method: Any, train: TrainConfig, resolution: int) -> 
     return cost.flops / 1e12, cost.peak / GIB
 
 
+def _encoding(parts: Parts, resolution: int) -> float:
+    """GiB at the peak of one pass of the fp32 VAE's encoder, besides weights."""
+    size = encode_batch((resolution, resolution))
+    pixels = torch.empty(size, parts.vae.config.in_channels, resolution, resolution, device="meta")
+    with torch.no_grad(), _fused_attention(), _Cost([*parts.vae.parameters(), *parts.vae.buffers(), pixels]) as cost:
+        parts.vae.encode(pixels)
+    return cost.peak / GIB
+
+
 def _frozen_bytes(parts: Parts, method: Any, config: TrainScript) -> float:
     """Of the weights that are not trained: a byte or less where models.load.quantize takes them, else full width.
 
@@ -196,6 +211,7 @@ def make_plan(config: TrainScript, samples: int, processes: int = 1) -> Plan:
     tflop, activations = _measure(parts, method, train, config.model.resolution)
     width = PRECISION_BYTES[train.mixed_precision]
     side = config.model.resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1)
+    vae = sum(p.numel() for p in parts.vae.parameters()) * 4 / GIB
     cells, embeds = 9 * side * side, 77 * parts.unet.config.cross_attention_dim
     gib = {
         "frozen_weights_gib": _frozen_bytes(parts, method, config) / GIB,
@@ -203,15 +219,17 @@ def make_plan(config: TrainScript, samples: int, processes: int = 1) -> Plan:
         "gradients_gib": (max(sizes) if train.fused_backward else trained) * 4 / GIB,
         "optimizer_gib": trained * STATE_BYTES[config.optim.kind] / GIB,
         "ema_gib": trained * 4 / GIB if train.ema_decay else 0.0,
-        "vae_gib": sum(p.numel() for p in parts.vae.parameters()) * 4 / GIB if _keeps_vae(config) else 0.0,
+        "vae_gib": vae if _keeps_vae(config) else 0.0,
         "activations_gib": activations * width / 4,
     }
+    weights = gib["frozen_weights_gib"] + gib["trained_weights_gib"]
     per_step = train.batch_size * train.gradient_accumulation_steps * processes
     return Plan(
         trained_parameters=trained,
         frozen_parameters=frozen,
         **gib,
         total_gib=sum(gib.values()),
+        encoding_gib=weights + vae + _encoding(parts, config.model.resolution),
         tflop_per_step=tflop * train.gradient_accumulation_steps,
         samples_per_step=per_step,
         epochs=train.max_steps * per_step / samples,
