@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
+from packshot.caption.run import run as caption
 from packshot.config.compose import compose
 from packshot.config.schema import LicenseConfig
 from packshot.core.errors import ConfigError
@@ -89,6 +90,9 @@ def test_rows_that_the_profile_does_not_let_in_are_rejected_with_their_licence(p
     with pytest.raises(ConfigError, match=r"data\.train=.*rows under 'CC-BY-NC-4\.0', 'My Shop'"):
         load_rows("data.train", str(tmp_path / "mixed"), captions=False, licenses=COMMERCIAL)
     assert len(load_rows("data.train", str(tmp_path / "sold"), captions=False, licenses=COMMERCIAL)) == 2
+    mixed = ["task=caption", "tracking=none", f"data.input={tmp_path / 'mixed'}", "licenses.commercial=true"]
+    with pytest.raises(ConfigError, match=r"data\.input=.*rows under 'CC-BY-NC-4\.0', 'My Shop'"):
+        caption(compose("caption_vlm", mixed))
 
 
 def card(folder, head):

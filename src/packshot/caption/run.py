@@ -41,12 +41,12 @@ from packshot.caption.review import doubtful, read_corrections, write_review
 from packshot.caption.task import CaptioningTask
 from packshot.config.schema import CaptionTask, CaptionVLM
 from packshot.core.errors import ConfigError
-from packshot.core.licenses import refuse_weights
+from packshot.core.licenses import refuse_rows, refuse_weights
 from packshot.core.progress import progress
 from packshot.core.run import log, read_metrics
 from packshot.core.storage import readable, replacing_file
 from packshot.data import corrections
-from packshot.data.dataset import Rows, load_rows
+from packshot.data.dataset import UNKNOWN_LICENSE, Rows, load_rows
 from packshot.train.card import exported, weights_line, write_provenance
 from packshot.train.loop import fit
 from packshot.train.session import Session, start, together
@@ -244,6 +244,7 @@ def caption(config: CaptionVLM) -> None:
     files = shard_files("data.input", config.data.input)
     if config.run.dir and Path(config.run.dir).resolve() == files[0].parent.resolve():
         raise ConfigError(f"run.dir={config.run.dir} is data.input itself.", "Captions go to a folder of their own.")
+    refuse_rows(config.licenses, "data.input", str(config.data.input), _licenses(files))
     captioner = load_captioner(config.model, config.captioner)
     # The first process to be done waits for the last, which may have hours of shards before it.
     session = start("caption_vlm", config, replace(config.train, process_timeout=PATIENCE))
@@ -264,6 +265,16 @@ def caption(config: CaptionVLM) -> None:
             _summarise(session, files)
     finally:
         _finish(session)
+
+
+def _licenses(files: list[Path]) -> set[str]:
+    found: set[str] = set()
+    for file in files:
+        with pq.ParquetFile(file) as opened:
+            named = "license" in opened.schema_arrow.names
+            names = opened.read(["license"])["license"].to_pylist() if named else [None]
+        found |= {str(name or UNKNOWN_LICENSE) for name in names}
+    return found
 
 
 def _identity(config: CaptionVLM) -> str:

@@ -54,7 +54,7 @@ def refuse_weights(config: Any) -> None:
 
 def refuse_rows(licenses: LicenseConfig, key: str, path: str, names: Iterable[str]) -> None:
     """Raises ConfigError when a dataset has rows of a licence that the profile does not let in."""
-    bad = [name for name in names if not allows(licenses, name)]
+    bad = sorted(name for name in names if not allows(licenses, name))
     if bad:
         raise ConfigError(
             f"{key}={path} has rows under {', '.join(map(repr, bad))}, not known to allow commercial use "
