@@ -126,7 +126,7 @@ def reference(name: str, steps: int, batch_size: int) -> Iterator[None]:
     while True:
         for batch in loader:
             with torch.no_grad():
-                latents = parts.vae.encode(batch["pixels"]).latent_dist.sample() * parts.vae.config.scaling_factor
+                latents = parts.latent_scale().to_unet(parts.vae.encode(batch["pixels"]).latent_dist.sample())
                 prompt_embeds, pooled = encode_prompts(parts, batch["texts"])
             noise = torch.randn_like(latents)
             timesteps = torch.randint(0, 1000, (len(latents),))
