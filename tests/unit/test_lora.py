@@ -26,11 +26,12 @@ from packshot.config.schema import (
 )
 from packshot.config.validate import validate
 from packshot.core.storage import resolve
-from packshot.infer.pipeline import load_models
+from packshot.infer.pipeline import file_hashes, load_models
 from packshot.methods.lora import Lora
 from packshot.methods.lora_targets import TARGETS
 from packshot.models.load import load_parts
 from packshot.models.shapes import meta_parts
+from packshot.train.state import exporting
 
 BASE = resolve("data/models/sdxl")
 KINDS = list(LoraKind)
@@ -493,3 +494,23 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(config, message):
 )
 def test_what_works_is_let_through(quantization, kind):
     validate(lora_config(quantization, kind=kind))
+
+
+def test_the_same_weights_are_exported_to_the_same_bytes(parts, tmp_path):
+    """safetensors writes its header's own entries in any order, another one each time."""
+    method = Lora(parts, LoraMethod(rank=2))
+    wake(method)
+    digests, before = set(), None
+    for number in range(8):
+        with exporting(tmp_path / str(number)) as folder:
+            method.export(folder)
+            method.export_kohya(folder)
+            file = folder / "pytorch_lora_weights.safetensors"
+            before = load_file(file), safe_open(file, "pt").metadata()
+        digests.add(tuple(sorted(file_hashes(tmp_path / str(number) / "export").items())))
+    assert len(digests) == 1
+    file = tmp_path / "0" / "export" / "pytorch_lora_weights.safetensors"
+    after = load_file(file), safe_open(file, "pt").metadata()
+    assert after[1] == before[1]
+    assert len(after[1]) > 1
+    assert all(torch.equal(tensor, before[0][name]) for name, tensor in after[0].items())

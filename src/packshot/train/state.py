@@ -172,6 +172,22 @@ def exporting(run: Path) -> Iterator[Path]:
     way_out = f"The weights are in {safe}. Free some space; run.resume=true then exports without training again."
     with writing(f"the export {run / 'export'}", way_out), replacing_folder(run / "export") as folder:
         yield folder
+        for file in sorted(folder.rglob("*.safetensors")):
+            sort_metadata(file)
+
+
+def sort_metadata(file: Path) -> None:
+    """Put a safetensors file's own entries in order: the library writes several in any, so that the same weights would
+    have another hash each time. The format: 8 bytes of length, a JSON header padded by spaces, data."""
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        metadata = header.pop("__metadata__", {})
+        if len(metadata) < 2:
+            return
+        data = opened.read()
+    text = json.dumps({"__metadata__": dict(sorted(metadata.items())), **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
 def prune(folder: Path, keep: int, best: Best | None) -> None:
