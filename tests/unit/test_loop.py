@@ -257,6 +257,18 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_sample_ids(tmp_pat
     assert "not finite" in str(caught.value)
 
 
+class Lost(Regression):
+    """Its loss is infinite for a sample whose gradient is as good as any."""
+
+    def forward(self, batch):
+        return super().forward(batch) + torch.where(batch["x"][:, 0] == ROWS[4]["x"][0], math.inf, 0.0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_whatever_its_gradient(tmp_path):
+    with pytest.raises(PackshotError, match=r"the loss at step \d+ is not finite; samples .*s4"):
+        run_fit(tmp_path, task=Lost())
+
+
 def test_a_loss_that_is_not_finite_stops_an_fp16_run_whose_scaler_would_skip_for_ever():
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(()))

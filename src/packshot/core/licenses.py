@@ -42,9 +42,9 @@ def refuse_weights(config: Any) -> None:
     for key, source in _named(config):
         if source in licenses.allowed:
             continue
-        names = list(weights_licenses(source)) or [None]
-        bad = next((name for name in names if not allows(licenses, name)), "")
-        if bad != "":
+        refused = [name for name in weights_licenses(source) or [None] if not allows(licenses, name)]
+        if refused:
+            bad = refused[0]
             what = f"is under {bad!r}, which is not known to allow commercial use" if bad else "names no licence"
             raise ConfigError(
                 f"{key}={source} {what} (licenses.commercial=true).",

@@ -210,7 +210,7 @@ def fit(task: Any, rows: Samples, config: Any, session: Session) -> checkpoints.
                         grad_norm = in_backward.norm()
                     elif accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(parameters, train.max_grad_norm or math.inf)
-                    if accelerator.sync_gradients and not torch.isfinite(grad_norm):
+                    if accelerator.sync_gradients and not all_finite(taken, grad_norm, accelerator):
                         refuse_step(taken, where.step + 1, accelerator)
                     if not in_backward:
                         optimizer.step()
@@ -291,8 +291,14 @@ def _compare(
     session.accelerator.wait_for_everyone()
 
 
+def all_finite(taken: list[tuple[list[str], Tensor]], grad_norm: Tensor, accelerator: Accelerator) -> bool:
+    """Whether all losses of a step (see :func:`refuse_step`) and its gradient are finite: the same on every process."""
+    lost: Any = accelerator.reduce(torch.stack([~finite for _, finite in taken]).sum().float(), "sum")
+    return bool(torch.isfinite(grad_norm)) and not lost.item()
+
+
 def refuse_step(taken: list[tuple[list[str], Tensor]], step: int, accelerator: Accelerator) -> None:
-    """Stop at a step whose gradient is not finite, which all processes see; unless fp16's scaler may skip it.
+    """Stop at a step that is not finite, which all processes have seen; unless fp16's scaler may skip it.
 
     fp16's gradients overflow now and then by design: its scaler skips such steps and halves its scale. Gradients that
     overflow at any scale, and a loss that is not finite, would be skipped to the end.

@@ -72,22 +72,8 @@ def build_task(
     Raises:
         ConfigError: the machine cannot do what the config asks for.
     """
-    if config.data.num_workers and not config.data.cache and accelerator.device.type != "cpu":
-        raise ConfigError(
-            f"data.num_workers={config.data.num_workers} with data.cache=false: loader processes are forked, and a "
-            f"forked process cannot encode on {accelerator.device.type}.",
-            "Set data.num_workers=0 (a thread encodes), or data.cache=true.",
-        )
-    if (
-        config.train.attention is not AttentionKernel.auto
-        and not config.data.cache
-        and accelerator.device.type != "cpu"
-    ):
-        raise ConfigError(
-            f"train.attention={config.train.attention} with data.cache=false: the kernel is chosen for the whole "
-            "process, in which the VAE encodes at the same time, and for that there is only the plain one.",
-            "Set train.attention=auto, or data.cache=true.",
-        )
+    if not config.data.cache and accelerator.device.type != "cpu":
+        _refuse_encoding_beside_training(config, accelerator.device.type)
     refuse_unavailable(config.train, accelerator)  # fit asks too, but after the data has been encoded
     torch.manual_seed(config.run.seed)
     method: Any = METHODS[type(config.method)](parts, config.method)
@@ -101,6 +87,22 @@ def build_task(
     task = DiffusionTask(method, parts, config, held_out)
     _place(task, parts, accelerator, config.train)
     return task, examples
+
+
+def _refuse_encoding_beside_training(config: Any, device: str) -> None:
+    """Raises ConfigError for settings under which samples cannot be encoded on a GPU at each access."""
+    if config.data.num_workers:
+        raise ConfigError(
+            f"data.num_workers={config.data.num_workers} with data.cache=false: loader processes are forked, and a "
+            f"forked process cannot encode on {device}.",
+            "Set data.num_workers=0 (a thread encodes), or data.cache=true.",
+        )
+    if config.train.attention is not AttentionKernel.auto:
+        raise ConfigError(
+            f"train.attention={config.train.attention} with data.cache=false: the kernel is chosen for the whole "
+            "process, in which the VAE encodes at the same time, and for that there is only the plain one.",
+            "Set train.attention=auto, or data.cache=true.",
+        )
 
 
 def _place(task: DiffusionTask, parts: Any, accelerator: Accelerator, train: TrainConfig) -> None:
