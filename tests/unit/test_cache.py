@@ -93,3 +93,11 @@ def test_files_that_may_not_be_read_are_passed_over_and_stay(tmp_path, monkeypat
     cache._verify(file)
     assert not cache._where
     assert file.exists()
+
+
+def test_what_another_run_has_written_meanwhile_is_not_written_again_as_nothing(tmp_path, monkeypatch):
+    fill(tmp_path, [["a"], ["b"]], 1.0, process())
+    before = set(tmp_path.glob("*.safetensors"))
+    monkeypatch.setattr("packshot.train.cache.from_main", lambda accelerator, make: [0, 1])  # as it was a moment ago
+    fill(tmp_path, [["a"], ["b"]], 2.0, process(1, 2))
+    assert set(tmp_path.glob("*.safetensors")) == before

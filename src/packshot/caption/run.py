@@ -46,7 +46,7 @@ from packshot.core.progress import progress
 from packshot.core.run import log, read_metrics
 from packshot.core.storage import readable, replacing_file
 from packshot.data import corrections
-from packshot.data.dataset import UNKNOWN_LICENSE, Rows, load_rows
+from packshot.data.dataset import Rows, license_names, load_rows
 from packshot.train.card import exported, weights_line, write_provenance
 from packshot.train.loop import fit
 from packshot.train.session import Session, start, together
@@ -271,9 +271,7 @@ def _licenses(files: list[Path]) -> set[str]:
     found: set[str] = set()
     for file in files:
         with pq.ParquetFile(file) as opened:
-            named = "license" in opened.schema_arrow.names
-            names = opened.read(["license"])["license"].to_pylist() if named else [None]
-        found |= {str(name or UNKNOWN_LICENSE) for name in names}
+            found |= set(license_names(opened.read(["license"])))  # no column at all where there is none
     return found
 
 

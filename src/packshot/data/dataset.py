@@ -28,6 +28,12 @@ UNKNOWN_LICENSE = "unknown"  # as source.license has it where nothing is said
 _IMAGES = {"image": "RGB", "plate": "RGB", "cutout": "RGBA", "mask": "L", "shadow": "L", "depth": "L"}
 
 
+def license_names(table: Any) -> list[str]:
+    """The licences of a table's rows; ``UNKNOWN_LICENSE`` where nothing is said."""
+    named = table.column("license").to_pylist() if "license" in table.column_names else [None]
+    return sorted({str(name or UNKNOWN_LICENSE) for name in named})
+
+
 class Rows(Sequence[dict[str, Any]]):
     """Samples of a dataset folder; ``rows[i]`` decodes one.
 
@@ -42,8 +48,7 @@ class Rows(Sequence[dict[str, Any]]):
         self._digests: dict[int, str] = {}  # asked for at every access, and a large picture is read for it
         self.ids: list[str] = table.column("id").to_pylist()
         self.texts: list[str] = table.column("text").to_pylist()
-        named = table.column("license").to_pylist() if "license" in table.column_names else [None]
-        self.licenses = sorted({str(name or UNKNOWN_LICENSE) for name in named})
+        self.licenses = license_names(table)
 
     def __len__(self) -> int:
         return len(self.ids)

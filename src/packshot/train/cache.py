@@ -212,7 +212,8 @@ class TensorCache:
                     if job.key not in self:
                         entries[job.key] = _finite(tensors, f"{description}, {job.name}")
                         size += sum(tensor.nbytes for tensor in tensors.values())
-                if size >= SHARD_BYTES or number == len(chunks):
+                # another run may have written all of them since the main process looked
+                if entries and (size >= SHARD_BYTES or number == len(chunks)):
                     try:
                         self._put(entries)
                     except (OSError, SafetensorError) as error:
