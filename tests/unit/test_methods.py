@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from packshot.config.compose import compose
 from packshot.config.schema import (
     ControlNetMethod,
+    DataConfig,
     IPAdapterMethod,
     IPAdapterVariant,
     LoraKind,
@@ -430,6 +431,11 @@ def test_over_a_bf16_base_small_steps_still_move_the_weights(parts, rows):
     assert moved > 0.99 * sum(p.numel() for p in trained)
 
 
-def test_pictures_are_encoded_together_by_their_size():
+def test_pictures_are_encoded_together_by_their_size(parts, rows):
     batches = {128: 8, 384: 7, 512: 4, 1024: 1, 2048: 1}
     assert {side: encode_batch((side, side)) for side in batches} == batches
+    method = METHODS[LoraMethod](parts, LoraMethod())
+    for side in (128, 512, 1024):
+        encoder = Encoder(parts, method, side, DataConfig(buckets=False))
+        chunks = Examples(rows, encoder, None)._chunks(range(16))
+        assert {len(chunk) for chunk in chunks} == {batches[side]}
