@@ -6,7 +6,6 @@ loses at most the scenes that were being rendered.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -20,6 +19,8 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock, Timeout
 
 from packshot.config.schema import BuildData, RenderSplit
 from packshot.core.errors import ConfigError, PackshotError
@@ -104,20 +105,21 @@ def sole_use(folder: str) -> Iterator[None]:
     Raises:
         ConfigError: another build holds it, or it cannot be written.
     """
+    lock = FileLock(Path(folder) / ".lock", timeout=0)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = (Path(folder) / ".lock").open("w")
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(
+            f"render.folder={folder} is in use by another build.",
+            "Wait until it has ended, its scenes can be reused then; or name another folder.",
+        ) from error
     except OSError as error:
         raise ConfigError(f"render.folder={folder} cannot be written: {error.strerror}.", "Name another.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"render.folder={folder} is in use by another build.",
-                "Wait until it has ended, its scenes can be reused then; or name another folder.",
-            ) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def open_farm(config: BuildData, run: Path) -> Farm:
