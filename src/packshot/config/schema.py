@@ -247,7 +247,6 @@ class IPAdapterMethod:
         max=1,
     )
     image_dropout: float = opt(0.05, "share of samples without the reference", min=0, max=1)
-    scale: float = opt(1.0, "weight of the image tokens in training", min=0, max=2)
     init: str | None = opt(
         None,
         "adapter to start from: a .safetensors or .bin file in the original layout (ip-adapter_sdxl_vit-h, "
@@ -265,7 +264,6 @@ class ControlNetMethod:
         "inpaint (background = -1), canny (edges of the product), silhouette (its outline), softedge (its gradients), "
         "depth (its relief) or light (which side the scene's light comes from)",
     )
-    conditioning_scale: float = opt(1.0, "weight of the control residuals", min=0, max=2)
     init: str | None = opt(None, "ControlNet to start from, folder or hub id; null: a copy of the UNet's encoder")
     beside: list[str] = opt([], "export/ folders of ControlNets that work along, frozen unless method.joint=true")
     joint: bool = opt(False, "also train those of method.beside; they are exported to export/beside-<k>")

@@ -93,7 +93,6 @@ class ControlNet(nn.Module):
                 noisy_BCHW,
                 timesteps_B,
                 controlnet_cond=batch[f"control_{k}"],
-                conditioning_scale=self.config.conditioning_scale,
                 return_dict=False,
                 **conditioning,
             )
@@ -118,10 +117,7 @@ class ControlNet(nn.Module):
 
     def pipeline_inputs(self, sample: Any, encoded: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """The control maps of the sample."""
-        return {
-            "image": [control[None] for control in self._control_maps(sample)],
-            "controlnet_conditioning_scale": [self.config.conditioning_scale] * len(self.controls),
-        }
+        return {"image": [control[None] for control in self._control_maps(sample)]}
 
     def export(self, folder: Path) -> None:
         """A folder for ``ControlNetModel.from_pretrained``, and ``packshot.json`` that names its condition; with

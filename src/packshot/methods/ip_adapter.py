@@ -191,7 +191,6 @@ def _add_image_attention(unet: Any, config: IPAdapterMethod) -> list[IPAdapterAt
             hidden_size=attention.to_k.out_features,
             cross_attention_dim=attention.to_k.in_features,
             num_tokens=(config.num_tokens,),
-            scale=config.scale,
         )
         new.to_k_ip[0].weight.data.copy_(attention.to_k.weight.data)
         # Values start at zero, so that at step 0 the adapter changes nothing and training is not spent on undoing it.
