@@ -11,6 +11,7 @@ from packshot.config.compose import to_yaml
 from packshot.config.schema import SCRIPTS, PredictionType, Unconditional
 from packshot.core.licenses import licenses_of_weights
 from packshot.core.run import read_metrics
+from packshot.core.storage import resolve
 from packshot.data.dataset import Rows
 from packshot.models.controlnets import USAGE
 from packshot.train.state import Best, read_best
@@ -58,6 +59,21 @@ def weights_line(run: Path, config: Any) -> str:
     return f"- weights: step {step} of {config.train.max_steps}{why}"
 
 
+# By script: how generate.py and serve.py are given its export.
+USED_AS = {
+    "train_lora": "adapters.lora=FOLDER",
+    "train_ip_adapter": "adapters.ip_adapter=FOLDER",
+    "train_controlnet": "'adapters.controlnets=[FOLDER]'",
+}
+
+
+def _hub_head(script: str, base: str) -> list[str]:
+    """What the hub reads of a card. No licence: whoever publishes chooses one, within those of base and data."""
+    published = [] if resolve(base).exists() else [f"base_model: {base}"]
+    tags = ["packshot", "stable-diffusion-xl", script.removeprefix("train_").replace("_", "-")]
+    return ["---", *published, "library_name: diffusers", "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+
+
 def write_card(folder: Path, run: Path, rows: Rows, config: Any) -> dict[str, Any]:
     """Provenance, and a ``README.md`` with the pictures of the last validation until the exported step.
 
@@ -70,6 +86,7 @@ def write_card(folder: Path, run: Path, rows: Rows, config: Any) -> dict[str, An
     pictures = _copy_samples(run / "samples", folder / "samples", step)
     figures = _last_figures(run, step)
     lines = [
+        *_hub_head(script, config.model.base),
         f"# {script.removeprefix('train_')} trained by Packshot",
         "",
         f"- base: `{config.model.base}`",
@@ -79,8 +96,10 @@ def write_card(folder: Path, run: Path, rows: Rows, config: Any) -> dict[str, An
         f"- samples per step and process: {config.train.batch_size * config.train.gradient_accumulation_steps}",
         *(f"- {name}: {value:.4g}" for name, value in figures.items()),
         "",
-        "The full configuration is in `config.yaml`. Validation pictures: the held-out truth, then what the model "
-        "draws around the held product, before the product's own pixels are laid over it.",
+        f"    python generate.py product=photo.png {USED_AS[script]}",
+        "",
+        "with the `model` keys of `config.yaml`, which holds the full configuration. Validation pictures: the held-out "
+        "truth, then what the model draws around the held product, before the product's own pixels are laid over it.",
         "",
         *(f"![sample](samples/{name})" for name in pictures),
     ]

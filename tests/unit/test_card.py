@@ -1,0 +1,29 @@
+"""The model card beside an export, as the hub and a person read it."""
+
+import re
+import shlex
+
+import pytest
+from huggingface_hub import ModelCard
+
+from packshot.config.compose import compose
+from packshot.data.dataset import load_rows
+from packshot.train.card import write_card
+
+
+@pytest.mark.parametrize("script", ["train_lora", "train_ip_adapter", "train_controlnet"])
+@pytest.mark.parametrize(("base", "published"), [("data/models/sdxl", None), ("some-one/a-base", "some-one/a-base")])
+def test_the_hub_reads_a_cards_head_and_its_command_is_one(script, base, published, tmp_path):
+    config = compose(script, [f"model.base={base}", "data.train=data/rendered/heldout", "tracking=none"])
+    export = tmp_path / "export"
+    export.mkdir()
+    write_card(export, tmp_path, load_rows("data.train", config.data.train), config)
+    card = ModelCard.load(export / "README.md")
+    assert card.data.library_name == "diffusers"
+    assert card.data.base_model == published
+    assert card.data.license is None
+    assert script.removeprefix("train_").replace("_", "-") in card.data.tags
+    (command,) = re.findall(r"^ {4}python (.+)$", card.text, flags=re.MULTILINE)
+    name, *keys = shlex.split(command.replace("FOLDER", str(export)))
+    adapters = compose(name.removesuffix(".py"), keys).adapters
+    assert str(export) in (adapters.lora, adapters.ip_adapter, *adapters.controlnets)
