@@ -10,8 +10,14 @@ from packshot.config.compose import compose
 from packshot.data.dataset import load_rows
 from packshot.train.card import write_card
 
+USED_AS = {
+    "train_lora": lambda adapters: [adapters.lora],
+    "train_ip_adapter": lambda adapters: [adapters.ip_adapter],
+    "train_controlnet": lambda adapters: adapters.controlnets,
+}
 
-@pytest.mark.parametrize("script", ["train_lora", "train_ip_adapter", "train_controlnet"])
+
+@pytest.mark.parametrize("script", list(USED_AS))
 @pytest.mark.parametrize(("base", "published"), [("data/models/sdxl", None), ("some-one/a-base", "some-one/a-base")])
 def test_the_hub_reads_a_cards_head_and_its_command_is_one(script, base, published, tmp_path):
     config = compose(script, [f"model.base={base}", "data.train=data/rendered/heldout", "tracking=none"])
@@ -25,5 +31,4 @@ def test_the_hub_reads_a_cards_head_and_its_command_is_one(script, base, publish
     assert script.removeprefix("train_").replace("_", "-") in card.data.tags
     (command,) = re.findall(r"^ {4}python (.+)$", card.text, flags=re.MULTILINE)
     name, *keys = shlex.split(command.replace("FOLDER", str(export)))
-    adapters = compose(name.removesuffix(".py"), keys).adapters
-    assert str(export) in (adapters.lora, adapters.ip_adapter, *adapters.controlnets)
+    assert USED_AS[script](compose(name.removesuffix(".py"), keys).adapters) == [str(export)]

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, MultiControlNetModel
 from PIL import Image
 
 from packshot.config.compose import compose
@@ -199,6 +199,26 @@ def test_those_beside_add_their_residuals_and_stay_as_they_are(exports, row):
     assert not beside.beside.training
     assert beside.pipeline().controlnet.nets[1] is beside.beside[0]
     assert len(beside.pipeline_inputs(row, {})["image"]) == 2
+
+
+def test_training_sees_what_stock_controlnets_do_at_full_weight(exports, row):
+    """As generate.py draws with them by default; a weight of training's own would not travel with the export."""
+    parts = load_parts(ModelConfig())
+    method = build(parts, init=str(exports[0]), beside=[str(exports[1])], mask_grow=-1)
+    noisy, timesteps, batch = inputs(parts, method, row)
+    given = {
+        "encoder_hidden_states": batch["prompt_embeds"],
+        "added_cond_kwargs": {"text_embeds": batch["pooled_prompt_embeds"], "time_ids": batch["time_ids"]},
+    }
+    stock = MultiControlNetModel([ControlNetModel.from_pretrained(folder) for folder in exports])
+    maps = [batch["control_0"], batch["control_1"]]
+    with torch.no_grad():
+        downs, middle = stock(
+            noisy, timesteps, controlnet_cond=maps, conditioning_scale=[1.0, 1.0], return_dict=False, **given
+        )
+        residuals = {"down_block_additional_residuals": downs, "mid_block_additional_residual": middle}
+        expected = parts.unet(noisy, timesteps, **given, **residuals).sample
+    torch.testing.assert_close(predict(parts, method, row), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_only_joint_training_trains_and_exports_all_of_them(exports, row, tmp_path):

@@ -105,7 +105,7 @@ def sole_use(folder: str) -> Iterator[None]:
     Raises:
         ConfigError: another build holds it, or it cannot be written.
     """
-    lock = FileLock(Path(folder) / ".lock", timeout=0)
+    lock = FileLock(Path(folder) / ".lock", timeout=0, mode=0o666)  # the next build may be another user's
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         lock.acquire()
