@@ -1,6 +1,6 @@
 """Build a dataset: photographs in, Parquet shards with image, mask, caption and scene out."""
 
-from packshot.config.cli import script
+from packshot.cli import run_stage
 
 if __name__ == "__main__":
-    script("build_data", "packshot.caption.build:build", __doc__)
+    run_stage("build_data")

@@ -1,6 +1,6 @@
 """Teach a vision-language model to caption scenes, score it, or let it caption a dataset."""
 
-from packshot.config.cli import script
+from packshot.cli import run_stage
 
 if __name__ == "__main__":
-    script("caption_vlm", "packshot.caption.run:run", __doc__)
+    run_stage("caption_vlm")

@@ -1,6 +1,6 @@
 """Score finished generate.py runs: product identity, product extension, slot adherence."""
 
-from packshot.config.cli import script
+from packshot.cli import run_stage
 
 if __name__ == "__main__":
-    script("evaluate", "packshot.evaluate.run:evaluate", __doc__)
+    run_stage("evaluate")

@@ -1,6 +1,6 @@
 """Put a product into a new scene. Its own pixels stay, and a certificate proves it."""
 
-from packshot.config.cli import script
+from packshot.cli import run_stage
 
 if __name__ == "__main__":
-    script("generate", "packshot.infer.run:generate", __doc__)
+    run_stage("generate")

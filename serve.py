@@ -1,6 +1,6 @@
 """Serve generation over HTTP."""
 
-from packshot.config.cli import script
+from packshot.cli import run_stage
 
 if __name__ == "__main__":
-    script("serve", "packshot.serve.app:serve", __doc__)
+    run_stage("serve")

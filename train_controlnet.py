@@ -1,6 +1,6 @@
 """Train a ControlNet that knows where the product is."""
 
-from packshot.config.cli import script
+from packshot.cli import run_stage
 
 if __name__ == "__main__":
-    script("train_controlnet", "packshot.train.start:train", __doc__)
+    run_stage("train_controlnet")

@@ -1,6 +1,6 @@
 """Train an IP-Adapter: a reference image guides the scene."""
 
-from packshot.config.cli import script
+from packshot.cli import run_stage
 
 if __name__ == "__main__":
-    script("train_ip_adapter", "packshot.train.start:train", __doc__)
+    run_stage("train_ip_adapter")

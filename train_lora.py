@@ -1,6 +1,6 @@
 """Train a LoRA of SDXL on scenes."""
 
-from packshot.config.cli import script
+from packshot.cli import run_stage
 
 if __name__ == "__main__":
-    script("train_lora", "packshot.train.start:train", __doc__)
+    run_stage("train_lora")

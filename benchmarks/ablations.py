@@ -26,9 +26,9 @@ from extension import draw, figures, line, shown_as
 from PIL import Image
 
 from packshot.config.schema import GenerateSettings, ProductShown
-from packshot.core.storage import replacing_file
-from packshot.data.dataset import Rows, load_rows
-from packshot.infer import Packshot
+from packshot.dataset.rows import Rows, load_rows
+from packshot.generate import Packshot
+from packshot.runs.files import replacing_file
 from packshot.train.validation import means
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,9 +11,9 @@ import argparse
 import statistics
 import time
 
-from packshot.caption.captioner import Captioner, load_captioner
+from packshot.caption.models.captioner import Captioner, load_captioner
 from packshot.config.schema import CaptionerConfig, CaptionerKind, Constraint, ModelConfig
-from packshot.data.dataset import load_rows
+from packshot.dataset.rows import load_rows
 
 
 def timed(captioner: Captioner, pictures: list, masks: list) -> tuple[float, list[str]]:

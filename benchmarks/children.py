@@ -27,10 +27,10 @@ from peft import LoraConfig
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from packshot.base.load import Parts, load_parts
 from packshot.config.schema import ControlNetMethod, IPAdapterMethod, LoraMethod, ModelConfig
-from packshot.core.storage import resolve
 from packshot.methods import METHODS
-from packshot.models.load import Parts, load_parts
+from packshot.runs.files import resolve
 
 WARM_UP = 5
 SIZE = 128

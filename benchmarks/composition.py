@@ -17,8 +17,8 @@ from extension import adapters_of
 from PIL import Image
 
 from packshot.config.schema import AdaptersConfig, GenerateSettings
-from packshot.data.dataset import load_rows
-from packshot.infer import Packshot
+from packshot.dataset.rows import load_rows
+from packshot.generate import Packshot
 
 
 def together(exports: list[Path]) -> AdaptersConfig:

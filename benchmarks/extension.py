@@ -23,14 +23,14 @@ import torch
 from PIL import Image
 
 from packshot.config.schema import AdaptersConfig, GenerateSettings, ProductShown
-from packshot.core.storage import replacing_file
-from packshot.data.dataset import Rows, load_rows
-from packshot.data.matte import held_cells
-from packshot.data.outline import compare_size, grabcut, measure_extension
-from packshot.diffusion.conditions import keep_mask
-from packshot.infer import Packshot
-from packshot.infer.colour import delta_e
-from packshot.infer.pipeline import IP_ADAPTER_FILE, LORA_FILE
+from packshot.dataset.rows import Rows, load_rows
+from packshot.generate import Packshot
+from packshot.generate.color import delta_e
+from packshot.generate.load import IP_ADAPTER_FILE, LORA_FILE
+from packshot.imaging.control_maps import keep_mask
+from packshot.imaging.matte import held_cells
+from packshot.imaging.outline import compare_size, grabcut, measure_extension
+from packshot.runs.files import replacing_file
 from packshot.train.validation import means, measure, to_picture
 
 CELL = 8  # px, of a latent

@@ -23,13 +23,13 @@ from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
 from packshot.caption.evaluate import deal_to_others
-from packshot.core.storage import replacing_file
 from packshot.evaluate.distance import cmmd
-from packshot.models.mini.clip import PHRASES, image_embeddings, slot_accuracy, text_embeddings
-from packshot.models.mini.data import Render, Renders, bare_phrases
-from packshot.models.mini.unet import load_parts, sample
-from packshot.models.mini.vae import measure_vae
+from packshot.runs.files import replacing_file
 from packshot.scene import Scene
+from tools.mini.clip import PHRASES, image_embeddings, slot_accuracy, text_embeddings
+from tools.mini.data import Render, Renders, bare_phrases
+from tools.mini.unet import load_parts, sample
+from tools.mini.vae import measure_vae
 
 COLUMNS = 8
 START = Scene("a white marble table", ("lemons",), "a grey wall", "soft light from the left side", "calm")

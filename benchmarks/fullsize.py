@@ -32,10 +32,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil
 
+from packshot.base.shapes import meta_parts
 from packshot.config.schema import ModelConfig
-from packshot.core.storage import replacing_file, replacing_folder
-from packshot.data.dataset import load_rows
-from packshot.models.shapes import meta_parts
+from packshot.dataset.rows import load_rows
+from packshot.runs.files import replacing_file, replacing_folder
 
 FAMILIES = {"sdxl": ModelConfig(base="published shapes"), "mini": ModelConfig(base=str(BASE))}
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")

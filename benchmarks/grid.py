@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw
 from references import without_product
 
 from packshot.config.schema import GenerateSettings
-from packshot.core.storage import replacing_file
-from packshot.data.dataset import Rows, load_rows
-from packshot.infer import Packshot
+from packshot.dataset.rows import Rows, load_rows
+from packshot.generate import Packshot
+from packshot.runs.files import replacing_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE, STRIP = 128, 14  # px: a picture, a line of words

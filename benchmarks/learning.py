@@ -30,12 +30,12 @@ from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
 from packshot.config.schema import GenerateSettings
-from packshot.core.storage import folder_hash, replacing_file, replacing_folder, sha256
-from packshot.data.colour import to_lab
-from packshot.data.dataset import Rows, load_rows
+from packshot.dataset.rows import Rows, load_rows
 from packshot.evaluate.distance import cmmd
-from packshot.models.mini.clip import image_embeddings
-from packshot.render.pack import encode
+from packshot.imaging.color import to_lab
+from packshot.render.rows import encode
+from packshot.runs.files import folder_hash, replacing_file, replacing_folder, sha256
+from tools.mini.clip import image_embeddings
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "data" / "models" / "sdxl"

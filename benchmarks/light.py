@@ -21,11 +21,11 @@ from grid import labelled
 from PIL import Image
 
 from packshot.config.schema import GenerateSettings
-from packshot.core.storage import replacing_file
-from packshot.data.dataset import Rows, load_rows
-from packshot.data.geometry import product_box
-from packshot.data.light import light_direction
-from packshot.infer import Packshot
+from packshot.dataset.rows import Rows, load_rows
+from packshot.generate import Packshot
+from packshot.imaging.framing import product_box
+from packshot.imaging.light_direction import light_direction
+from packshot.runs.files import replacing_file
 from packshot.scene import Scene
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from packshot.config.schema import MatteConfig
-from packshot.data.dataset import load_rows
-from packshot.data.masks import NoProductError, find_mask
-from packshot.models.matting import load_matting, predict_alpha
+from packshot.dataset.rows import load_rows
+from packshot.imaging.masks import NoProductError, find_mask
+from packshot.imaging.matting_network import load_matting, predict_alpha
 
 Way = Callable[[Image.Image], tuple[np.ndarray, bool]]  # alpha and whether it was believed
 

@@ -25,11 +25,11 @@ from learning import plain_features
 from PIL import Image
 
 from packshot.config.schema import AdaptersConfig, GenerateSettings
-from packshot.core.progress import progress
-from packshot.core.storage import replacing_file, resolve
-from packshot.data.dataset import Rows, load_rows
-from packshot.infer import Packshot
-from packshot.models.mini.data import Renders
+from packshot.dataset.rows import Rows, load_rows
+from packshot.generate import Packshot
+from packshot.runs.files import replacing_file, resolve
+from packshot.runs.progress import progress
+from tools.mini.data import Renders
 
 ROOT = Path(__file__).resolve().parents[1]
 CHOICES = 4

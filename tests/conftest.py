@@ -26,8 +26,8 @@ def in_checkout(monkeypatch):
 @pytest.fixture
 def parts():
     """A fresh copy of the mini SDXL's parts (methods change the UNet they are given)."""
+    from packshot.base.load import load_parts
     from packshot.config.schema import ModelConfig
-    from packshot.models.load import load_parts
 
     return load_parts(ModelConfig())
 
@@ -35,6 +35,6 @@ def parts():
 @pytest.fixture(scope="session")
 def rows():
     """Held-out rendered samples."""
-    from packshot.data.dataset import load_rows
+    from packshot.dataset.rows import load_rows
 
     return load_rows("data.validation", "data/rendered/heldout")

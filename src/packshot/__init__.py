@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from packshot.scene import Scene
 
 if TYPE_CHECKING:
-    from packshot.infer import Packshot
+    from packshot.generate import Packshot
 
 __all__ = ["Packshot", "Scene"]
 
@@ -13,7 +13,7 @@ __all__ = ["Packshot", "Scene"]
 def __getattr__(name: str) -> Any:
     # Packshot pulls in torch and diffusers: seconds that `from packshot import Scene` should not cost.
     if name == "Packshot":
-        from packshot.infer import Packshot
+        from packshot.generate import Packshot
 
         return Packshot
     raise AttributeError(f"module 'packshot' has no attribute {name!r}")

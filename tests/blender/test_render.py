@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from packshot.data.dataset import load_rows
+from packshot.dataset.rows import load_rows
 from packshot.render.sample import sample_job
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from packshot.config.compose import compose
-from packshot.data.dataset import load_rows
-from packshot.models.load import load_parts
-from packshot.train.loop import fit
+from packshot.dataset.rows import load_rows
+from packshot.base.load import load_parts
+from packshot.engine.loop import fit
 from packshot.train.run import build_task
-from packshot.train.session import start
-from packshot.train.state import trainable
+from packshot.engine.processes import start
+from packshot.engine.checkpoints import trainable
 
 HELDOUT = "data/rendered/heldout"
 

@@ -23,8 +23,8 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from packshot.caption.run import run
 from packshot.config.compose import compose
-from packshot.models.mini.vocabulary import LLAMA_TEMPLATE, train_florence_tokenizer, train_llama_tokenizer
 from packshot.scene import Scene
+from tools.mini.vocabulary import LLAMA_TEMPLATE, train_florence_tokenizer, train_llama_tokenizer
 
 torch.set_num_threads(1)  # models this small lose more by sharing their work than they gain
 

@@ -109,7 +109,7 @@ KERNELS.impl("empty.memory_format", lambda size, dtype=None, **_: Elsewhere(torc
 
 def place(task: Any, parts: Any, accelerator: Any, train: Any) -> None:
     """Stands for ``train.run._place``, whose way of moving a parameter in place no subclass can go."""
-    from packshot.models.load import NETWORKS
+    from packshot.base.load import NETWORKS
 
     moved: dict[int, Any] = {}
     for root in (task, *(getattr(parts, name) for name in NETWORKS & parts.loaded())):
@@ -177,6 +177,7 @@ def caption(folder: Path) -> None:
 def generate(folder: Path) -> None:
     from PIL import Image
 
+    from packshot.base.load import load_parts
     from packshot.config.schema import (
         Condition,
         ControlNetMethod,
@@ -185,9 +186,8 @@ def generate(folder: Path) -> None:
         LoraMethod,
         ModelConfig,
     )
-    from packshot.infer import Packshot, pipeline
+    from packshot.generate import Packshot, pipeline
     from packshot.methods import METHODS
-    from packshot.models.load import load_parts
 
     pipeline.pick_device = lambda: (DEVICE, torch.float32)
     methods = (LoraMethod(rank=4), ControlNetMethod(condition=Condition.light), IPAdapterMethod())

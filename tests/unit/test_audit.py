@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from packshot.core.errors import PackshotError
-from packshot.data import audit
-from packshot.data.colour import to_lab
+from packshot.errors import PackshotError
+from packshot.imaging.color import to_lab
+from packshot.make_dataset import audit
 
 
 def test_association_is_one_for_copies_and_about_nothing_for_chance():

@@ -20,15 +20,15 @@ import pytest
 from onnx_fixtures import dark_is_product
 from PIL import Image, ImageDraw, ImageFilter
 
-from packshot.caption.build import build
 from packshot.config.compose import compose
 from packshot.config.schema import ExecutorConfig, ExecutorKind
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.data import corrections
-from packshot.data.dataset import load_rows
-from packshot.data.dedup import find_duplicates, hamming, perceptual_hash
-from packshot.data.files import pair_masks
-from packshot.data.quality import sharpness
+from packshot.dataset import corrections
+from packshot.dataset.rows import load_rows
+from packshot.errors import ConfigError, PackshotError
+from packshot.imaging.files import pair_masks
+from packshot.make_dataset.dedup import find_duplicates, hamming, perceptual_hash
+from packshot.make_dataset.quality import sharpness
+from packshot.make_dataset.run import build
 from packshot.pipeline.executor import open_executor
 from packshot.scene import Scene
 
@@ -175,7 +175,7 @@ def test_every_rejected_sample_is_kept_with_its_reason_and_measure(photos, tmp_p
 
 def test_a_raised_limit_of_pixels_holds_for_every_step_and_for_masks(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    monkeypatch.setattr("packshot.data.build.MAX_PIXELS", 1000)
+    monkeypatch.setattr("packshot.make_dataset.steps.MAX_PIXELS", 1000)
     (tmp_path / "masks").mkdir()
     given = Image.new("L", (96, 80))
     given.paste(255, (10, 10, 50, 50))
@@ -529,7 +529,7 @@ class FakeCaptioner:
         self.text = text
 
     def write(self, images, masks):
-        from packshot.caption.adapter import Caption
+        from packshot.caption.models.adapter import Caption
 
         type(self).calls += len(images)
         if any(image.size == (100, 80) for image in images):
@@ -542,7 +542,7 @@ def captioner(monkeypatch, tmp_path):
     """``load_captioner`` gives a fake whose caption ends with the prompt."""
     monkeypatch.setattr(FakeCaptioner, "calls", 0)
     load = lambda model, captioner: FakeCaptioner(f"{CAPTION}, {captioner.prompt} mood")  # noqa: E731
-    monkeypatch.setattr("packshot.caption.build.load_captioner", load)
+    monkeypatch.setattr("packshot.make_dataset.run.load_captioner", load)
     (tmp_path / "weights").mkdir()
     return ["captioner=florence2", f"model.florence2={tmp_path / 'weights'}", "captioner.prompt=calm"]
 

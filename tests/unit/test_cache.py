@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from packshot.core.errors import PackshotError
-from packshot.core.storage import _UMASK as UMASK
-from packshot.train.cache import Job, TensorCache
+from packshot.engine.tensor_cache import Job, TensorCache
+from packshot.errors import PackshotError
+from packshot.runs.files import _UMASK as UMASK
 
 
 def process(rank=0, world=1, wait=lambda: None):
@@ -39,7 +39,7 @@ def test_no_chunk_is_left_out_when_files_appear_between_the_looks_of_two_process
         return said[0]
 
     heard, meet = threading.Barrier(2), threading.Barrier(2)
-    monkeypatch.setattr("packshot.train.cache.from_main", from_main)
+    monkeypatch.setattr("packshot.engine.tensor_cache.from_main", from_main)
     with ThreadPoolExecutor(2) as pool:
         accelerators = [process(rank, 2, meet.wait) for rank in range(2)]
         caches = list(pool.map(lambda accelerator: fill(tmp_path, chunks, 1.0, accelerator), accelerators))
@@ -48,7 +48,7 @@ def test_no_chunk_is_left_out_when_files_appear_between_the_looks_of_two_process
 
 
 def test_a_folder_that_the_processes_do_not_share_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("packshot.train.cache.from_main", lambda accelerator, make: make())
+    monkeypatch.setattr("packshot.engine.tensor_cache.from_main", lambda accelerator, make: make())
     with pytest.raises(PackshotError, match=r"lacks 1 of 2 entries.*have just written"):
         fill(tmp_path, [["a"], ["b"]], 1.0, process(0, 2))
 
@@ -86,7 +86,7 @@ def test_files_that_may_not_be_read_are_passed_over_and_stay(tmp_path, monkeypat
     def refuse(path, **_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("packshot.train.cache.safe_open", refuse)
+    monkeypatch.setattr("packshot.engine.tensor_cache.safe_open", refuse)
     again = TensorCache(tmp_path)
     again.open()
     assert not any(key in again for key in cache._where)
@@ -98,6 +98,8 @@ def test_files_that_may_not_be_read_are_passed_over_and_stay(tmp_path, monkeypat
 def test_what_another_run_has_written_meanwhile_is_not_written_again_as_nothing(tmp_path, monkeypatch):
     fill(tmp_path, [["a"], ["b"]], 1.0, process())
     before = set(tmp_path.glob("*.safetensors"))
-    monkeypatch.setattr("packshot.train.cache.from_main", lambda accelerator, make: [0, 1])  # as it was a moment ago
+    monkeypatch.setattr(
+        "packshot.engine.tensor_cache.from_main", lambda accelerator, make: [0, 1]
+    )  # as it was a moment ago
     fill(tmp_path, [["a"], ["b"]], 2.0, process(1, 2))
     assert set(tmp_path.glob("*.safetensors")) == before

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
 
+from packshot.base.controlnets import read_control
 from packshot.config.schema import GenerateSettings, Placement
-from packshot.core.errors import ConfigError
-from packshot.diffusion.conditions import Control
+from packshot.errors import ConfigError
 from packshot.evaluate.samples import place_photo
-from packshot.infer.canvas import background_at, held_cells, make_working, place, plan_frame
-from packshot.infer.conditions import control_map
-from packshot.infer.product import core_of, prepare, soften_hard_edge
-from packshot.models.controlnets import read_control
+from packshot.generate.canvas import background_at, held_cells, make_working, place, plan_frame
+from packshot.generate.controls import control_map
+from packshot.generate.product import core_of, prepare, soften_hard_edge
+from packshot.imaging.control_maps import Control
 
 CENTER = {"placement": Placement.center}
 

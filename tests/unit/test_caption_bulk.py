@@ -6,12 +6,12 @@ import pyarrow.parquet as pq
 import pytest
 from caption_fixtures import CAPTIONS, caption_vlm, trained_run, write_dataset
 
-from packshot.caption.adapter import Caption
-from packshot.caption.bulk import caption_shard, judge, summary
-from packshot.caption.captioner import Captioner
 from packshot.caption.data import CaptionedRow, Journal
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.data.dataset import load_rows
+from packshot.caption.models.adapter import Caption
+from packshot.caption.models.captioner import Captioner
+from packshot.caption.write import caption_shard, judge, summary
+from packshot.dataset.rows import load_rows
+from packshot.errors import ConfigError, PackshotError
 from packshot.scene import Scene
 
 

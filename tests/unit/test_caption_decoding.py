@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from packshot.caption.captioner import load_adapter, load_captioner
 from packshot.caption.decoding import write
+from packshot.caption.models.captioner import load_adapter, load_captioner
 from packshot.config.schema import CaptionerConfig, CaptionerKind, Constraint, ModelConfig
 from packshot.scene import Scene
+from packshot.scene.decoding_grammar import scene_grammar
 from packshot.scene.grammar import slot_spans
-from packshot.scene.lark import scene_grammar
 from packshot.scene.scores import PRODUCT_NOUNS, PROP_NOUNS, product_words
 from packshot.scene.vocabulary import BACKGROUNDS, LIGHTING, MOODS, POSITIONS, STYLES, SURFACES, SURROUNDINGS
 

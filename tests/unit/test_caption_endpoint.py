@@ -11,9 +11,9 @@ import pytest
 from caption_fixtures import CAPTIONS, SCENES, caption_vlm, picture, write_dataset
 from PIL import Image
 
-from packshot.caption.captioner import load_captioner
+from packshot.caption.models.captioner import load_captioner
 from packshot.config.schema import CaptionerConfig, CaptionerKind, Constraint, ModelConfig, ProductTarget
-from packshot.core.errors import ConfigError, PackshotError
+from packshot.errors import ConfigError, PackshotError
 
 
 class Server(ThreadingHTTPServer):

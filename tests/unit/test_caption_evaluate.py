@@ -6,7 +6,6 @@ import math
 import pytest
 from caption_fixtures import CAPTIONS, SCENES, caption_vlm, picture, trained_run
 
-from packshot.caption.adapter import Caption
 from packshot.caption.cider import cider
 from packshot.caption.evaluate import (
     confusion,
@@ -20,6 +19,7 @@ from packshot.caption.evaluate import (
     with_baselines,
     worst_page,
 )
+from packshot.caption.models.adapter import Caption
 from packshot.scene import Scene
 
 

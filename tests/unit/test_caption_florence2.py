@@ -7,13 +7,13 @@ import torch
 from caption_fixtures import CAPTIONS, PROMPT, hand_written_cross_entropy, picture, save_tiny_florence, trained_run
 from PIL import Image
 
-from packshot.caption import florence2
-from packshot.caption.adapter import loss_per_sample
-from packshot.caption.captioner import load_captioner, ready_adapter
 from packshot.caption.decoding import write
-from packshot.caption.weights import Asked
+from packshot.caption.models import florence2
+from packshot.caption.models.adapter import loss_per_sample
+from packshot.caption.models.captioner import load_captioner, ready_adapter
+from packshot.caption.models.weights import Asked
 from packshot.config.schema import CaptionerConfig, CaptionerKind, Constraint, ModelConfig, ProductTarget, Tuning
-from packshot.core.errors import ConfigError
+from packshot.errors import ConfigError
 
 IMAGES = [picture(0), picture(1)]
 NO_MASKS = [None, None]

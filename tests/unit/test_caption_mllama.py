@@ -8,11 +8,11 @@ from caption_fixtures import CAPTIONS, PROMPT, TILES, hand_written_cross_entropy
 from PIL import Image
 from transformers import MllamaForConditionalGeneration
 
-from packshot.caption import mllama
-from packshot.caption.adapter import loss_per_sample
-from packshot.caption.captioner import load_captioner, ready_adapter
 from packshot.caption.decoding import write
-from packshot.caption.weights import Source, loading_error
+from packshot.caption.models import mllama
+from packshot.caption.models.adapter import loss_per_sample
+from packshot.caption.models.captioner import load_captioner, ready_adapter
+from packshot.caption.models.weights import Source, loading_error
 from packshot.config.schema import (
     CaptionerConfig,
     CaptionerKind,
@@ -22,7 +22,7 @@ from packshot.config.schema import (
     Quantization,
     Tuning,
 )
-from packshot.core.errors import ConfigError
+from packshot.errors import ConfigError
 
 IMAGES = [picture(0), picture(1)]
 NO_MASKS = [None, None]

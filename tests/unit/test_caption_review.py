@@ -10,9 +10,9 @@ from caption_fixtures import CAPTIONS, SCENES, caption_vlm, trained_run, write_d
 from PIL import Image
 
 from packshot.caption.data import CaptionedRow, read_shard, write_captions
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.data import corrections
-from packshot.data.dataset import load_rows
+from packshot.dataset import corrections
+from packshot.dataset.rows import load_rows
+from packshot.errors import ConfigError, PackshotError
 
 BETTER = "Professional photo of an object on a stone shelf, a green wall in the background"
 

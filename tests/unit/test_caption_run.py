@@ -6,7 +6,7 @@ import pytest
 from caption_fixtures import caption_vlm, save_tiny_florence, trained_run, write_dataset
 from safetensors.torch import load_file
 
-from packshot.core.errors import ConfigError, PackshotError
+from packshot.errors import ConfigError, PackshotError
 
 
 def test_the_export_loads_in_stock_transformers_and_says_where_it_is_from():

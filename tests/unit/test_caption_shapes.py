@@ -11,7 +11,7 @@ from transformers import (
     MllamaForConditionalGeneration,
 )
 
-from packshot.caption import florence2, mllama
+from packshot.caption.models import florence2, mllama
 from packshot.config.compose import compose
 from packshot.config.schema import CaptionerKind, Tuning
 

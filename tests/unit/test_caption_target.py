@@ -8,7 +8,7 @@ from PIL import Image
 from packshot.caption.target import GREY, RED, mark
 from packshot.config.compose import compose
 from packshot.config.schema import ProductTarget
-from packshot.core.errors import ConfigError
+from packshot.errors import ConfigError
 
 
 def product(size=200):

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from packshot.config.compose import compose
-from packshot.data.dataset import load_rows
+from packshot.dataset.rows import load_rows
 from packshot.train.card import write_card
 
 USED_AS = {

@@ -9,13 +9,13 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+from packshot.base.tokens import lost_words
 from packshot.config.compose import compose
 from packshot.config.schema import LoraMethod
 from packshot.methods.lora import Lora
-from packshot.models.tokens import lost_words
-from packshot.train import panels
+from packshot.train.check import drawing
+from packshot.train.check.findings import findings, kept_words
 from packshot.train.encode import Encoder, Examples
-from packshot.train.findings import findings, kept_words
 from packshot.train.run import train
 
 LONG = "Professional photo of an object on a table, " + ", ".join(f"word{number}" for number in range(40))
@@ -50,8 +50,8 @@ GOOD = mask((30, 30, 90, 90))
 
 @pytest.fixture(scope="module")
 def encoder():
+    from packshot.base.load import load_parts
     from packshot.config.schema import DataConfig, ModelConfig
-    from packshot.models.load import load_parts
 
     parts = load_parts(ModelConfig())
     return Encoder(parts, Lora(parts, LoraMethod(rank=1, target_modules="mid_block.*attn2.to_q")), 128, DataConfig())
@@ -142,27 +142,29 @@ def test_the_words_that_are_read_end_where_the_tokens_do(encoder):
 
 def test_the_outline_runs_around_the_product_and_nowhere_else():
     grey = Image.new("RGB", (128, 128), (90, 90, 90))
-    drawn = np.asarray(panels.outlined(grey, Image.fromarray(GOOD)))
-    changed = np.argwhere((drawn != 90).any(axis=2)) * 128 / panels.SIDE
+    drawn = np.asarray(drawing.outlined(grey, Image.fromarray(GOOD)))
+    changed = np.argwhere((drawn != 90).any(axis=2)) * 128 / drawing.SIDE
     assert changed.min() == pytest.approx(30, abs=2)
     assert changed.max() == pytest.approx(90, abs=2)
     inside = drawn[int(45 * 2.5) : int(75 * 2.5), int(45 * 2.5) : int(75 * 2.5)]
     assert (inside == 90).all()
-    assert np.array_equal(np.asarray(panels.outlined(grey, None)), np.asarray(panels.fitted(grey)))
+    assert np.array_equal(np.asarray(drawing.outlined(grey, None)), np.asarray(drawing.fitted(grey)))
 
 
 def test_unknown_pixels_of_a_control_map_are_magenta():
     control = torch.full((3, 2, 2), 0.5)
     control[:, 0, 0] = -1
-    pixels = np.asarray(panels.from_condition(control))
-    assert tuple(pixels[0, 0]) == panels.UNKNOWN
+    pixels = np.asarray(drawing.from_condition(control))
+    assert tuple(pixels[0, 0]) == drawing.UNKNOWN
     assert tuple(pixels[1, 1]) == (128, 128, 128)
 
 
 def test_lost_words_are_red(encoder):
     picture = Image.new("RGB", (8, 8))
     for lost in ("", "lost words"):
-        drawn = np.asarray(panels.sheet([panels.Line([("one", picture)], "read words", lost, [])], "title")).astype(int)
+        drawn = np.asarray(drawing.sheet([drawing.Line([("one", picture)], "read words", lost, [])], "title")).astype(
+            int
+        )
         red = ((drawn[..., 0] - drawn[..., 1]) > 100).sum()
         assert (red > 20) == bool(lost)
 
@@ -199,5 +201,5 @@ def test_check_writes_sheet_findings_and_a_measured_step_and_nothing_else(tmp_pa
     assert "train.max_steps=1000 would take" in said
 
     _, control = checked("train_controlnet", tmp_path / "controlnet")
-    assert control.width == lora.width + panels.SIDE + panels.GAP  # the control map has a panel of its own
-    assert (np.asarray(control) == panels.UNKNOWN).all(axis=2).mean() > 0.05
+    assert control.width == lora.width + drawing.SIDE + drawing.GAP  # the control map has a panel of its own
+    assert (np.asarray(control) == drawing.UNKNOWN).all(axis=2).mean() > 0.05

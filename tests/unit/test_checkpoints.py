@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from test_loop import ROWS, Regression, Samples, run_fit
 from torch import nn
 
+from packshot.config.checks import fields
 from packshot.config.compose import compose
 from packshot.config.schema import SCRIPTS, LRSchedule
-from packshot.config.validate import fields
-from packshot.core import storage
-from packshot.core.errors import PackshotError
-from packshot.core.run import log
-from packshot.train import state as checkpoints
-from packshot.train.resume import BY_EFFECT, FREE, RATES, check, made_with
+from packshot.engine import checkpoints
+from packshot.engine.compatibility import BY_EFFECT, FREE, RATES, check, made_with
+from packshot.errors import PackshotError
+from packshot.runs import files
+from packshot.runs.folder import log
 from packshot.train.run import train
 
 CONSTANT = {"lr_schedule": LRSchedule.constant}
@@ -238,7 +238,7 @@ def test_a_full_disk_is_named_as_such(tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(storage, "_settle", full)
+    monkeypatch.setattr(files, "_settle", full)
     with pytest.raises(PackshotError, match="No space left on device") as caught:
         run_fit(tmp_path)
     assert "goes on from step 0" in str(caught.value)
@@ -294,7 +294,7 @@ def test_a_text_encoder_lora_trains_resumes_and_is_exported_again(tmp_path, root
     for part in ("unet.", "text_encoder.", "text_encoder_2."):
         assert any(key.startswith(part) and "lora_B" in key and bool(value.any()) for key, value in whole.items()), part
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(storage.resolve("data/models/sdxl"), torch_dtype=torch.float32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(files.resolve("data/models/sdxl"), torch_dtype=torch.float32)
     pipeline.load_lora_weights(tmp_path / "a" / "export")
     assert set(pipeline.get_list_adapters()) == {"unet", "text_encoder", "text_encoder_2"}
 
@@ -315,7 +315,7 @@ def test_a_text_encoder_lora_trains_resumes_and_is_exported_again(tmp_path, root
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
-    sync = storage._settle
+    sync = files._settle
 
     def full(path):
         if ".export." in str(path):
@@ -324,7 +324,7 @@ def test_a_text_encoder_lora_trains_resumes_and_is_exported_again(tmp_path, root
 
     again = tmp_path / "b" / "export"
     with monkeypatch.context() as patched:
-        patched.setattr(storage, "_settle", full)
+        patched.setattr(files, "_settle", full)
         with pytest.raises(PackshotError, match=r"run\.resume=true then exports"):
             train_text(tmp_path / "b", tmp_path, "run.resume=true")
     (again / "pytorch_lora_weights.safetensors").unlink()

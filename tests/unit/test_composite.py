@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from packshot.data.colour import to_lab
-from packshot.infer.colour import ciede2000, delta_e, fit_colour
-from packshot.infer.composite import blend
-from packshot.infer.product import prepare, unmix
+from packshot.generate.color import ciede2000, delta_e, fit_colour
+from packshot.generate.composite import blend
+from packshot.generate.product import prepare, unmix
+from packshot.imaging.color import to_lab
 
 # Sharma, Wu, Dalal 2005, table 1: pairs that exercise hue wrap, grey partners and the rotation term.
 SHARMA = [

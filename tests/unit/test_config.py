@@ -11,8 +11,8 @@ from hypothesis.strategies import text
 
 from packshot.config import compose as composing
 from packshot.config.compose import _QUOTED, _quoted, compose, to_plain, to_yaml
-from packshot.config.errors import ConfigError
 from packshot.config.schema import SCRIPTS, Mode
+from packshot.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -148,8 +148,8 @@ def test_the_loss_weighting_follows_from_its_two_keys(overrides, weighting):
 
 
 def test_timesteps_beyond_the_schedule_of_the_base_are_refused():
+    from packshot.config.checks import check_objective
     from packshot.config.schema import ObjectiveConfig
-    from packshot.config.validate import check_objective
 
     for objective in (ObjectiveConfig(min_timestep=1000), ObjectiveConfig(max_timestep=1000)):
         check_objective(objective, "epsilon")
@@ -159,16 +159,16 @@ def test_timesteps_beyond_the_schedule_of_the_base_are_refused():
 
 
 def test_a_base_whose_prediction_has_no_target_is_refused():
+    from packshot.config.checks import check_objective
     from packshot.config.schema import ObjectiveConfig
-    from packshot.config.validate import check_objective
 
     with pytest.raises(ConfigError, match="'sample'"):
         check_objective(ObjectiveConfig(), "sample")
 
 
 def test_a_base_that_predicts_epsilon_refuses_zero_terminal_snr():
+    from packshot.config.checks import check_objective
     from packshot.config.schema import ObjectiveConfig
-    from packshot.config.validate import check_objective
 
     with pytest.raises(ConfigError, match="v_prediction"):
         check_objective(ObjectiveConfig(zero_terminal_snr=True), "epsilon")

@@ -10,17 +10,17 @@ import torch
 from diffusers import ControlNetModel, MultiControlNetModel
 from PIL import Image
 
+from packshot.base.controlnets import read_control
+from packshot.base.load import load_parts
+from packshot.base.shapes import meta_parts
 from packshot.config.compose import compose
 from packshot.config.schema import Condition, ControlNetMethod, ModelConfig
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.data.dataset import load_rows
-from packshot.data.light import light_direction
-from packshot.diffusion.conditions import Control
-from packshot.diffusion.keyed import SampleKey
+from packshot.dataset.rows import load_rows
+from packshot.engine.keyed_random import SampleKey
+from packshot.errors import ConfigError, PackshotError
+from packshot.imaging.control_maps import Control
+from packshot.imaging.light_direction import light_direction
 from packshot.methods import METHODS
-from packshot.models.controlnets import read_control
-from packshot.models.load import load_parts
-from packshot.models.shapes import meta_parts
 from packshot.train.encode import framed
 from packshot.train.plan import make_plan
 

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.data import spool as spools
-from packshot.data.dataset import load_rows
+from packshot.dataset import arrow_copy as spools
+from packshot.dataset.rows import load_rows
+from packshot.errors import ConfigError, PackshotError
 from packshot.scene import Scene
 
 

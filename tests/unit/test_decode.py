@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from packshot.data.decode import DecodeError, decode_image, flatten
+from packshot.imaging.decode import DecodeError, decode_image, flatten
 
 RNG = np.random.default_rng(0)
 

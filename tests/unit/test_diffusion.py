@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from packshot.config.schema import LossWeighting, TimestepSampling
 from packshot.diffusion import schedule
-from packshot.diffusion.conditions import CONDITIONS, DEPTH_FLOOR, LIGHT_FLOOR, View, keep_mask
-from packshot.diffusion.keyed import SampleKey, permutation
 from packshot.diffusion.latents import LatentScale
+from packshot.engine.keyed_random import SampleKey, permutation
+from packshot.imaging.control_maps import CONDITIONS, DEPTH_FLOOR, LIGHT_FLOOR, View, keep_mask
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000, "beta_schedule": "scaled_linear"}
 T = torch.tensor([0, 1, 17, 500, 999])

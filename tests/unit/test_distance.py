@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from packshot.core.errors import PackshotError
+from packshot.errors import PackshotError
 from packshot.evaluate.distance import cmmd
 
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from packshot.caption.adapter import Caption
+from packshot.caption.models.adapter import Caption
 from packshot.config.compose import compose
-from packshot.core.errors import ConfigError
-from packshot.data.outline import extension_of, grabcut
+from packshot.errors import ConfigError
 from packshot.evaluate.adherence import adherence, baseline_scenes, describe, slot_means
 from packshot.evaluate.preservation import core_identity, hard_paste, preservation
 from packshot.evaluate.run import evaluate, score_preservation, summary, without_nan
 from packshot.evaluate.samples import load_sample, open_runs
-from packshot.infer.report import write_page
-from packshot.infer.run import generate
+from packshot.generate.report import write_page
+from packshot.generate.run import generate
+from packshot.imaging.outline import extension_of, grabcut
 from packshot.scene import Scene
 
 ROOT = Path(__file__).resolve().parents[2]

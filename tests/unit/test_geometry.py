@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from packshot.data import buckets
-from packshot.data.geometry import apply, location_tokens, plan, product_box
+from packshot.dataset import buckets
+from packshot.imaging.framing import apply, location_tokens, plan, product_box
 
 SIDES = st.integers(16, 400)
 

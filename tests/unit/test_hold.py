@@ -19,19 +19,19 @@ from diffusers import (
 )
 from PIL import Image, ImageDraw
 
+from packshot.base.load import load_parts
 from packshot.config.compose import compose
 from packshot.config.schema import AdaptersConfig, DepthConfig, GenerateSettings, LoraMethod, ModelConfig
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.data.matte import held_cells, soften_hard_edge
-from packshot.diffusion.hold import INPUT_SCALES, first_latents, hold_product, inner_cells
-from packshot.diffusion.keyed import SampleKey
-from packshot.infer import Packshot
-from packshot.infer.canvas import make_working, plan_frame
-from packshot.infer.denoise import _pixels, _to_latents, denoise, encode
-from packshot.infer.pipeline import check_adapters, load_models
-from packshot.infer.usage import Usage, common_usage
+from packshot.diffusion.hold_product import INPUT_SCALES, first_latents, hold_product, inner_cells
+from packshot.engine.keyed_random import SampleKey
+from packshot.errors import ConfigError, PackshotError
+from packshot.generate import Packshot
+from packshot.generate.adapter_metadata import Usage, common_usage
+from packshot.generate.canvas import make_working, plan_frame
+from packshot.generate.denoise import _pixels, _to_latents, denoise, encode
+from packshot.generate.load import check_adapters, load_models
+from packshot.imaging.matte import held_cells, soften_hard_edge
 from packshot.methods import METHODS
-from packshot.models.load import load_parts
 from packshot.train.card import write_usage
 from packshot.train.run import build_task
 
@@ -332,7 +332,7 @@ def test_one_adapter_of_several_is_enough_and_the_disagreement_is_logged(lora, t
     export = said(tmp_path / "net", condition="inpaint", product_shown="clean")
     (export / "config.json").write_text("{}")
     adapters = AdaptersConfig(lora=str(lora), controlnets=[str(export)])
-    monkeypatch.setattr("packshot.infer.usage.log.propagate", True)
+    monkeypatch.setattr("packshot.generate.adapter_metadata.log.propagate", True)
     with caplog.at_level(logging.WARNING):
         check_adapters(adapters, DepthConfig())
     assert "it is shown clean" in caplog.text

@@ -1,4 +1,4 @@
-"""Imports point one way (the table of docs/design: who may know whom)."""
+"""Imports point one way: the table of which package may import which. CONTRIBUTING.md shows it as a picture."""
 
 import ast
 from pathlib import Path
@@ -7,30 +7,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "packshot"
+# Each package, in an order in which it only imports packages above it. Anyone may import packshot.errors.
 ALLOWED = {
     "scene": set(),
     "config": set(),
-    "core": {"scene", "config"},
-    "pipeline": {"scene", "config", "core"},
-    "render": {"scene", "config", "core", "pipeline"},
-    "models": {"scene", "config", "core", "diffusion", "render"},
-    "models/mini": {
-        "scene",
-        "config",
-        "core",
-        "diffusion",
-        "render",
-        "data",
-        "caption",
-    },  # a program: nothing imports it
     "diffusion": set(),
-    "data": {"scene", "config", "core", "pipeline", "models", "render"},
-    "methods": {"scene", "config", "core", "models", "diffusion", "data"},
-    "train": {"scene", "config", "core", "models", "diffusion", "data", "methods"},
-    "caption": {"scene", "config", "core", "pipeline", "data", "models", "train"},
-    "infer": {"scene", "config", "core", "data", "models", "diffusion"},
-    "evaluate": {"scene", "config", "core", "data", "models", "infer", "caption"},
-    "serve": {"scene", "config", "core", "infer"},
+    "runs": {"config"},
+    "pipeline": {"config", "runs"},
+    "imaging": {"config", "runs"},
+    "dataset": {"scene", "config", "runs", "imaging"},
+    "base": {"config", "runs", "imaging", "diffusion"},
+    "engine": {"config", "runs"},
+    "methods": {"config", "runs", "imaging", "diffusion", "base", "engine"},
+    "train": {"scene", "config", "runs", "imaging", "dataset", "diffusion", "base", "engine", "methods"},
+    "caption": {"scene", "config", "runs", "imaging", "dataset", "base", "engine", "train"},
+    "render": {"scene", "config", "runs", "pipeline"},
+    "make_dataset": {"scene", "config", "runs", "pipeline", "imaging", "dataset", "caption", "render"},
+    "generate": {"scene", "config", "runs", "imaging", "diffusion", "base"},
+    "evaluate": {"scene", "config", "runs", "imaging", "caption", "generate"},
+    "serve": {"scene", "config", "runs", "generate"},
 }
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 
@@ -44,22 +39,29 @@ def imports(path):
             yield node.module
 
 
-@pytest.mark.parametrize("package", sorted(ALLOWED))
+@pytest.mark.parametrize("package", ALLOWED)
 def test_package_imports_only_what_it_may(package):
     for path in (SRC / package).rglob("*.py"):
-        if any(path.is_relative_to(SRC / own) for own in ALLOWED if own.startswith(f"{package}/")):
-            continue
         for name in imports(path):
             parts = name.split(".")
             assert parts[0] not in SCRIPTS, f"{path} imports the script {name}"
-            if parts[0] == "packshot" and len(parts) > 1 and parts[1] != package.partition("/")[0]:
+            assert parts[0] not in ("tools", "tests", "benchmarks"), f"{path} imports {name}"
+            if parts[0] == "packshot" and len(parts) > 1 and parts[1] not in (package, "errors"):
                 assert parts[1] in ALLOWED[package], f"{path} imports {name}"
 
 
+def test_no_arrow_points_back_up():
+    """A package may only import packages that stand above it in the table, so there are no cycles."""
+    above = set()
+    for package, allowed in ALLOWED.items():
+        assert allowed <= above, f"{package} may import {allowed - above}, which stand below it"
+        above.add(package)
+
+
 def test_every_package_has_its_row():
-    assert {path.name for path in SRC.iterdir() if path.is_dir() and path.name != "__pycache__"} <= set(ALLOWED)
+    assert {path.name for path in SRC.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(ALLOWED)
 
 
 def test_lab_has_one_conversion():
     named = [path.relative_to(SRC).as_posix() for path in SRC.rglob("*.py") if "rgb2lab" in path.read_text().lower()]
-    assert named == ["data/colour.py"]
+    assert named == ["imaging/color.py"]

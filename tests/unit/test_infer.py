@@ -16,6 +16,9 @@ from diffusers import ControlNetModel
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
+from packshot.base.load import load_parts
+from packshot.base.shapes import meta_parts
+from packshot.base.tokens import lost_words
 from packshot.config.compose import compose
 from packshot.config.schema import (
     AdaptersConfig,
@@ -28,21 +31,18 @@ from packshot.config.schema import (
     Placement,
     SceneConfig,
 )
-from packshot.core.errors import ConfigError, PackshotError
+from packshot.errors import ConfigError, PackshotError
 from packshot.evaluate.samples import place_photo
-from packshot.infer import Packshot
-from packshot.infer.certificate import digest, judge, load_certificates, measure
-from packshot.infer.composite import blend
-from packshot.infer.denoise import encode
-from packshot.infer.pipeline import ip_adapter_scales, load_models
-from packshot.infer.product import core_of, prepare, product_files
-from packshot.infer.references import open_references
-from packshot.infer.run import generate, mask_files
-from packshot.infer.spans import Switch, switching
+from packshot.generate import Packshot
+from packshot.generate.adapter_schedule import Switch, switching
+from packshot.generate.certificate import digest, judge, load_certificates, measure
+from packshot.generate.composite import blend
+from packshot.generate.denoise import encode
+from packshot.generate.load import ip_adapter_scales, load_models
+from packshot.generate.product import core_of, prepare, product_files
+from packshot.generate.references import open_references
+from packshot.generate.run import generate, mask_files
 from packshot.methods import METHODS
-from packshot.models.load import load_parts
-from packshot.models.shapes import meta_parts
-from packshot.models.tokens import lost_words
 from packshot.scene import Scene
 
 QUICK = GenerateSettings(num_inference_steps=2, guidance_scale=2.0)

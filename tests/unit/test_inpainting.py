@@ -11,15 +11,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from packshot.base.inpainting import CONV_FILE, ProductConv, prepare_unet, product_channels, take_apart
+from packshot.base.load import load_parts
 from packshot.config.compose import compose
 from packshot.config.schema import AdaptersConfig, GenerateSettings, LoraMethod, ModelConfig, ProductShown
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.core.storage import resolve
-from packshot.diffusion.keyed import SampleKey
-from packshot.infer import Packshot
+from packshot.engine.keyed_random import SampleKey
+from packshot.errors import ConfigError, PackshotError
+from packshot.generate import Packshot
 from packshot.methods import METHODS
-from packshot.models.inpainting import CONV_FILE, ProductConv, prepare_unet, product_channels, take_apart
-from packshot.models.load import load_parts
+from packshot.runs.files import resolve
 from packshot.train.card import write_usage
 from packshot.train.plan import make_plan
 from packshot.train.run import build_task

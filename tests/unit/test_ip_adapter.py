@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
+from packshot.base.load import load_parts
+from packshot.base.shapes import meta_parts
 from packshot.config.compose import compose
 from packshot.config.schema import (
     IPAdapterMethod,
@@ -19,14 +21,12 @@ from packshot.config.schema import (
     ReferenceSource,
     TrainIPAdapter,
 )
-from packshot.core.errors import ConfigError
-from packshot.core.storage import resolve
-from packshot.diffusion.keyed import SampleKey
+from packshot.engine.keyed_random import SampleKey
+from packshot.errors import ConfigError
 from packshot.methods import METHODS
 from packshot.methods.ip_adapter import look, place
 from packshot.methods.ip_adapter_file import read_original, to_original
-from packshot.models.load import load_parts
-from packshot.models.shapes import meta_parts
+from packshot.runs.files import resolve
 from packshot.scene import Scene
 from packshot.train.encode import MOST_KIN, Encoder, Examples, choose_kin
 from packshot.train.plan import make_plan

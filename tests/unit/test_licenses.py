@@ -10,11 +10,11 @@ from PIL import Image, ImageDraw
 from packshot.caption.run import run as caption
 from packshot.config.compose import compose
 from packshot.config.schema import LicenseConfig
-from packshot.core.errors import ConfigError
-from packshot.core.licenses import allows, refuse_weights, weights_licenses
-from packshot.data.build import build
-from packshot.data.dataset import load_rows
-from packshot.infer.run import generate
+from packshot.dataset.rows import load_rows
+from packshot.errors import ConfigError
+from packshot.generate.run import generate
+from packshot.make_dataset.steps import build
+from packshot.runs.licenses import allows, refuse_weights, weights_licenses
 from packshot.train.card import write_provenance
 from packshot.train.run import train
 

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from packshot.config.schema import CaptionVLM, LRSchedule, TrainConfig
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.core.run import Run, read_metrics
-from packshot.core.tracking import NullTracker
-from packshot.train import state as checkpoints
+from packshot.engine import checkpoints
+from packshot.engine.batches import Order, RankBatches, Stream, ahead, batches
+from packshot.engine.loop import Validated, fit, refuse_step, validate
+from packshot.engine.optimizers import learning_rate
+from packshot.engine.processes import Session, make_accelerator
+from packshot.errors import ConfigError, PackshotError
+from packshot.runs.folder import Run, read_metrics
+from packshot.runs.tracking import NullTracker
 from packshot.train.card import _last_figures
-from packshot.train.loop import Validated, fit, refuse_step, validate
-from packshot.train.optimizer import learning_rate
-from packshot.train.order import Order, RankBatches, Stream, ahead, batches
-from packshot.train.session import Session, make_accelerator
 
 
 class Regression(nn.Module):
@@ -321,7 +321,7 @@ def test_time_for_validation_is_no_time_of_training(tmp_path, monkeypatch):
             clock.now += 1000
             return super().validate(folder, accelerator)
 
-    monkeypatch.setattr("packshot.train.loop.time", SimpleNamespace(time=time.time, monotonic=monotonic))
+    monkeypatch.setattr("packshot.engine.loop.time", SimpleNamespace(time=time.time, monotonic=monotonic))
     run_fit(tmp_path, Slow(), validation_steps=1, log_steps=4, checkpointing_steps=0)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]

@@ -13,7 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from packshot.config.errors import ConfigError
+from packshot.base.load import load_parts
+from packshot.base.shapes import meta_parts
+from packshot.config.checks import validate
 from packshot.config.schema import (
     AdaptersConfig,
     LoraKind,
@@ -24,14 +26,12 @@ from packshot.config.schema import (
     TrainIPAdapter,
     TrainLora,
 )
-from packshot.config.validate import validate
-from packshot.core.storage import resolve
-from packshot.infer.pipeline import file_hashes, load_models
+from packshot.engine.checkpoints import exporting
+from packshot.errors import ConfigError
+from packshot.generate.load import file_hashes, load_models
 from packshot.methods.lora import Lora
 from packshot.methods.lora_targets import TARGETS
-from packshot.models.load import load_parts
-from packshot.models.shapes import meta_parts
-from packshot.train.state import exporting
+from packshot.runs.files import resolve
 
 BASE = resolve("data/models/sdxl")
 KINDS = list(LoraKind)
@@ -452,7 +452,7 @@ def test_gradients_over_a_quantised_base_are_those_of_its_values(quantization, p
 
 
 def test_a_machine_that_cannot_quantise_is_told_so(monkeypatch):
-    from packshot.models import load
+    from packshot.base import load
 
     def fails(linear):
         raise RuntimeError("no kernel")

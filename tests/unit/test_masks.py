@@ -9,12 +9,12 @@ from onnx_fixtures import dark_is_product
 from PIL import Image, ImageDraw
 
 from packshot.config.schema import MatteConfig
-from packshot.core.errors import ConfigError
-from packshot.data.dataset import load_rows
-from packshot.data.decode import decode_image
-from packshot.data.depth import _input_size, estimate_depth
-from packshot.data.masks import MaskFileError, NoProductError, find_mask, load_segmentation
-from packshot.data.onnx import load_session
+from packshot.dataset.rows import load_rows
+from packshot.errors import ConfigError
+from packshot.imaging.decode import decode_image
+from packshot.imaging.depth import _input_size, estimate_depth
+from packshot.imaging.masks import MaskFileError, NoProductError, find_mask, load_segmentation
+from packshot.imaging.onnx import load_session
 
 COFFEE = Path(__file__).resolve().parents[2] / "data/products/coffee.png"
 RNG = np.random.default_rng(0)

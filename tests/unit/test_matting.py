@@ -9,17 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packshot.core.errors import ConfigError
-from packshot.models.matting import PATCH, SIDE, alpha_logits, load_matting, predict_alpha
-from packshot.models.mini.data import Render, read_renders
-from packshot.models.mini.matting import (
+from packshot.errors import ConfigError
+from packshot.imaging.matting_network import PATCH, SIDE, alpha_logits, load_matting, predict_alpha
+from packshot.scene import Scene
+from tools.mini.data import Render, read_renders
+from tools.mini.matting import (
     _window,
     build_matting,
     draw,
     matting_loss,
     measure_matting,
 )
-from packshot.scene import Scene
 
 
 def scene(seed: int = 0) -> Render:

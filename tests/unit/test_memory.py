@@ -16,8 +16,8 @@ from accelerate.state import AcceleratorState, GradientState
 from test_loop import ROWS, Regression, Samples
 from torch import nn
 
+from packshot.base.load import load_parts
 from packshot.config.compose import compose
-from packshot.config.errors import ConfigError
 from packshot.config.schema import (
     AttentionKernel,
     CaptionVLM,
@@ -31,17 +31,16 @@ from packshot.config.schema import (
     OptimizerKind,
     TrainConfig,
 )
-from packshot.core.errors import PackshotError
-from packshot.core.run import Run
-from packshot.core.tracking import NullTracker
+from packshot.engine.checkpoints import trainable
+from packshot.engine.loop import Validated, fit
+from packshot.engine.memory import KERNELS, compile_networks, enable_checkpointing, refuse_unavailable
+from packshot.engine.processes import Session, make_accelerator
+from packshot.errors import ConfigError, PackshotError
 from packshot.methods import METHODS
-from packshot.models.load import load_parts
+from packshot.runs.folder import Run
+from packshot.runs.tracking import NullTracker
 from packshot.train.encode import Encoder
-from packshot.train.loop import Validated, fit
-from packshot.train.memory import KERNELS, compile_networks, enable_checkpointing, refuse_unavailable
 from packshot.train.run import build_task
-from packshot.train.session import Session, make_accelerator
-from packshot.train.state import trainable
 
 STEPWISE = [OptimizerKind.adamw, OptimizerKind.adam8bit, OptimizerKind.adafactor, OptimizerKind.lion]
 
@@ -367,7 +366,7 @@ def test_encoding_prompts_loads_no_image_encoder_and_release_lets_the_text_encod
 FREEING = """
 import torch
 from pathlib import Path
-from packshot.train.memory import return_freed_memory
+from packshot.engine.memory import return_freed_memory
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4 // 1024

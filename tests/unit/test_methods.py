@@ -11,6 +11,7 @@ from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline, Stab
 from PIL import Image
 from safetensors.torch import load_file
 
+from packshot.base.load import load_parts
 from packshot.config.compose import compose
 from packshot.config.schema import (
     ControlNetMethod,
@@ -23,12 +24,11 @@ from packshot.config.schema import (
     ModelConfig,
     TrainLora,
 )
-from packshot.core.errors import PackshotError
-from packshot.core.storage import resolve
-from packshot.diffusion.keyed import SampleKey
+from packshot.engine.keyed_random import SampleKey
+from packshot.engine.tensor_cache import TensorCache
+from packshot.errors import PackshotError
 from packshot.methods import METHODS
-from packshot.models.load import load_parts
-from packshot.train.cache import TensorCache
+from packshot.runs.files import resolve
 from packshot.train.encode import Encoder, Examples, encode_batch, framed
 from packshot.train.run import build_task
 from packshot.train.task import DiffusionTask
@@ -196,7 +196,7 @@ def test_the_null_reference_is_the_one_of_inference(variant, parts):
 
 
 def test_gradients_are_equal_with_and_without_checkpointing(parts, rows):
-    from packshot.train.memory import enable_checkpointing
+    from packshot.engine.memory import enable_checkpointing
 
     method = METHODS[ControlNetMethod](parts, ControlNetMethod())
     wake(method)

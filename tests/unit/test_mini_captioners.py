@@ -10,16 +10,16 @@ from PIL import Image
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 
 from packshot.caption.decoding import write
-from packshot.caption.mllama import Mllama
-from packshot.caption.weights import Asked
+from packshot.caption.models.mllama import Mllama
+from packshot.caption.models.weights import Asked
 from packshot.config.schema import ProductTarget
-from packshot.models.mini import florence2, mllama
-from packshot.models.mini.clip import PHRASES
-from packshot.models.mini.data import SIZE, Render, Renders
-from packshot.models.mini.folder import halve
-from packshot.models.mini.sight import Regions, other_product, sight_accuracy, sight_batch, stacked
-from packshot.models.mini.vocabulary import train_florence_tokenizer, train_llama_tokenizer
 from packshot.scene import Scene
+from tools.mini import florence2, mllama
+from tools.mini.clip import PHRASES
+from tools.mini.data import SIZE, Render, Renders
+from tools.mini.encoder_pretraining import Regions, other_product, sight_accuracy, sight_batch, stacked
+from tools.mini.folder import halve
+from tools.mini.vocabulary import train_florence_tokenizer, train_llama_tokenizer
 
 PRODUCT = {"kind": "pump", "palette": "amber", "finish": "glass"}
 RED = Scene("a bed of sand", ("lemons",), "a pink wall", "soft light from the left side", "calm")

@@ -13,9 +13,12 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 from transformers import AutoProcessor, CLIPTokenizer, Florence2ForConditionalGeneration
 
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.models.mini.clip import match_matrix
-from packshot.models.mini.data import (
+from packshot.errors import ConfigError, PackshotError
+from packshot.render.sample import design, product_pool
+from packshot.scene import Scene
+from tools.mini.budgeted_training import Plan, Progress, learning_rate_at, run_stretch
+from tools.mini.clip import match_matrix
+from tools.mini.data import (
     Render,
     Renders,
     coarser,
@@ -27,14 +30,11 @@ from packshot.models.mini.data import (
     to_images,
     to_pixels,
 )
-from packshot.models.mini.florence2 import SHARED, build_florence, carry_tokens
-from packshot.models.mini.folder import Family, Record
-from packshot.models.mini.stretch import Plan, Progress, learning_rate_at, run_stretch
-from packshot.models.mini.unet import LatentCache, draw_batch
-from packshot.models.mini.vae import build_vae, encode, start_as_block_means
-from packshot.models.mini.vocabulary import train_florence_tokenizer
-from packshot.render.sample import design, product_pool
-from packshot.scene import Scene
+from tools.mini.florence2 import SHARED, build_florence, carry_tokens
+from tools.mini.folder import Family, Record
+from tools.mini.unet import LatentCache, draw_batch
+from tools.mini.vae import build_vae, encode, start_as_block_means
+from tools.mini.vocabulary import train_florence_tokenizer
 
 MODELS = Path(__file__).parents[2] / "data" / "models"
 SCENE = Scene("a bed of sand", ("lemons",), "a pink wall", "soft light from the left side", "calm")

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from packshot.config.schema import DataConfig, LoraMethod, TrainLora
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.data.dataset import load_rows
-from packshot.diffusion.keyed import SampleKey
+from packshot.dataset.rows import load_rows
+from packshot.engine.keyed_random import SampleKey
+from packshot.errors import ConfigError, PackshotError
 from packshot.methods.lora import Lora
 from packshot.train.encode import Encoder, Examples
 from packshot.train.task import DiffusionTask

@@ -13,11 +13,8 @@ from torch import nn
 
 from packshot.config.compose import compose
 from packshot.config.schema import CaptionVLM, LRSchedule, OptimConfig, OptimizerKind, TrainConfig
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.core.run import Run, log
-from packshot.core.tracking import NullTracker
-from packshot.train.loop import Validated, fit
-from packshot.train.optimizer import (
+from packshot.engine.loop import Validated, fit
+from packshot.engine.optimizers import (
     build_optimizer,
     evaluation_mode,
     learning_rate,
@@ -25,7 +22,10 @@ from packshot.train.optimizer import (
     set_learning_rate,
     training_mode,
 )
-from packshot.train.session import Session, make_accelerator
+from packshot.engine.processes import Session, make_accelerator
+from packshot.errors import ConfigError, PackshotError
+from packshot.runs.folder import Run, log
+from packshot.runs.tracking import NullTracker
 
 RATES = {OptimizerKind.prodigy: 1.0}
 

@@ -14,8 +14,8 @@ from fastapi.testclient import TestClient
 from PIL import Image, ImageDraw
 
 from packshot.config.compose import compose
-from packshot.infer import Packshot
-from packshot.infer.certificate import REASONS
+from packshot.generate import Packshot
+from packshot.generate.certificate import REASONS
 from packshot.serve.app import create_app, wants_json
 from packshot.serve.schemas import GenerateForm
 

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from packshot.config.schema import ExecutorConfig
-from packshot.core.errors import PackshotError
-from packshot.core.storage import sha256
+from packshot.errors import PackshotError
 from packshot.pipeline import Outcome, Step, run_steps
-from packshot.pipeline.meter import tell, watching
 from packshot.pipeline.run import rejections
 from packshot.pipeline.shards import split
+from packshot.pipeline.worker_progress import tell, watching
+from packshot.runs.files import sha256
 
 ITEMS = [{"value": value} for value in range(50)]
 NUMBER = pa.schema([("number", pa.int64())])

@@ -8,10 +8,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from packshot.base.load import load_parts
 from packshot.config.compose import compose
+from packshot.engine.memory import enable_checkpointing
 from packshot.methods import METHODS
-from packshot.models.load import load_parts
-from packshot.train.memory import enable_checkpointing
 from packshot.train.plan import GIB, make_plan, plan
 
 SCRIPTS = {"train_lora": 23_224_320, "train_controlnet": 1_251_014_160}

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from packshot.config.compose import compose
-from packshot.core.errors import ConfigError
-from packshot.core.storage import resolve
-from packshot.data.build import build
-from packshot.render import farm, words
+from packshot.errors import ConfigError
+from packshot.make_dataset.steps import build
+from packshot.render import blender_pool, phrase_lookup
 from packshot.render import sample as sampling
 from packshot.render.sample import (
     design,
@@ -23,6 +22,7 @@ from packshot.render.sample import (
     sample_scene,
     suits,
 )
+from packshot.runs.files import resolve
 from packshot.scene import Scene, vocabulary
 from packshot.scene.vocabulary import split_position
 
@@ -41,7 +41,7 @@ TABLES = {  # where a slot's builders are listed
     "lighting": ("lights.py", ("LIGHTS",)),
     "mood": ("camera.py", ("GRADES",)),
 }
-RENDER = Path(farm.__file__).parent
+RENDER = Path(blender_pool.__file__).parent
 
 
 def said(slot, jobs=JOBS):
@@ -157,7 +157,7 @@ def test_all_slots_given_are_all_kept():
 
 def test_an_unknown_phrase_is_refused_with_what_is_known_and_the_nearest():
     with pytest.raises(ConfigError) as error:
-        words.renderable({"background": "a brik wall"})
+        phrase_lookup.renderable({"background": "a brik wall"})
     assert "render.scene.background='a brik wall'" in str(error.value)
     assert "a window" in str(error.value)
     assert "'a brick wall'" in str(error.value)
@@ -166,8 +166,8 @@ def test_an_unknown_phrase_is_refused_with_what_is_known_and_the_nearest():
 def test_the_nearest_phrase_is_taken_only_when_asked_for():
     asked = {"surface": "wooden table, light", "surroundings": ["some lemons behind it", "palm leaf"], "mood": None}
     with pytest.raises(ConfigError):
-        words.renderable(asked)
-    assert words.renderable(asked, nearest=True) == {
+        phrase_lookup.renderable(asked)
+    assert phrase_lookup.renderable(asked, nearest=True) == {
         "surface": "a light wooden table",
         "surroundings": ["lemons behind it", "palm leaves"],
     }
@@ -176,14 +176,14 @@ def test_the_nearest_phrase_is_taken_only_when_asked_for():
 def test_any_podium_stands_on_any_table():
     surface = "a green podium which is on a dark wooden table"
     assert surface not in vocabulary.SURFACES
-    assert words.renderable({"surface": surface}) == {"surface": surface}
+    assert phrase_lookup.renderable({"surface": surface}) == {"surface": surface}
     with pytest.raises(ConfigError):
-        words.renderable({"surface": "a green podium which is on a bed of sand"})
+        phrase_lookup.renderable({"surface": "a green podium which is on a bed of sand"})
 
 
 def test_a_light_that_nobody_could_see_is_refused():
     with pytest.raises(ConfigError, match="cannot be seen"):
-        words.renderable({"background": "mountains", "lighting": "leaf shadows on the wall"})
+        phrase_lookup.renderable({"background": "mountains", "lighting": "leaf shadows on the wall"})
 
 
 # --- jobs of a build
@@ -191,7 +191,7 @@ def test_a_light_that_nobody_could_see_is_refused():
 
 def jobs(*overrides):
     config = compose("build_data", ["dataset=rendered", *overrides])
-    return [json.loads(item["job"]) for item in farm.jobs(config)]
+    return [json.loads(item["job"]) for item in blender_pool.jobs(config)]
 
 
 def test_splits_are_disjoint_and_all_is_both():
@@ -209,14 +209,15 @@ def test_a_jobs_name_changes_with_whatever_changes_a_pixel():
     job = JOBS[0]
     turned = {**job, "turn": job["turn"] + 1}
     names = {
-        farm.job_name(*arguments) for arguments in ((job, 128, 12), (job, 64, 12), (job, 128, 8), (turned, 128, 12))
+        blender_pool.job_name(*arguments)
+        for arguments in ((job, 128, 12), (job, 64, 12), (job, 128, 8), (turned, 128, 12))
     }
     assert len(names) == 4
 
 
 def test_no_blender_is_a_config_error_with_the_way_out(tmp_path):
     with pytest.raises(ConfigError, match="make render-env"):
-        farm.blender_python(str(tmp_path))
+        blender_pool.blender_python(str(tmp_path))
 
 
 def test_two_builds_do_not_use_one_folder_of_scenes_at_a_time(tmp_path):
@@ -225,15 +226,15 @@ def test_two_builds_do_not_use_one_folder_of_scenes_at_a_time(tmp_path):
     python.touch()  # what would be found broken if a scene were rendered
     keys = ["dataset=rendered", "render.count=1", f"render.folder={scenes}", f"render.environment={tmp_path}/env"]
     config = compose("build_data", [*keys, f"run.dir={tmp_path}/run", "tracking=none"])
-    with farm.sole_use(str(scenes)):
+    with blender_pool.sole_use(str(scenes)):
         draft = scenes / ".7-abc.draft"
         draft.mkdir()
         with pytest.raises(ConfigError, match=r"render.folder=.*scenes is in use by another build"):
             build(config)
         assert draft.is_dir()
         assert not (tmp_path / "run").exists()
-    with farm.sole_use(str(scenes)):  # free again
-        assert farm.open_farm(config, tmp_path).folder == str(scenes)
+    with blender_pool.sole_use(str(scenes)):  # free again
+        assert blender_pool.open_farm(config, tmp_path).folder == str(scenes)
     assert not draft.exists()
 
 

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from packshot.config.cli import script
+from packshot.cli import STAGES, Stage, run_stage
 from packshot.config.compose import compose
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.core.run import log, open_run, printable, start_log
-from packshot.train import session
+from packshot.engine import processes
+from packshot.errors import ConfigError, PackshotError
+from packshot.runs.folder import log, open_run, printable, start_log
 
 
 def test_names_and_tracebacks_cannot_pass_for_entries(tmp_path):
@@ -47,8 +47,8 @@ def test_a_folder_in_which_another_process_works_is_refused_until_that_one_is_de
     work = f"""
 import time
 from packshot.config.compose import compose
-from packshot.core.run import open_run
-from packshot.core.storage import replacing_file, replacing_folder
+from packshot.runs.folder import open_run
+from packshot.runs.files import replacing_file, replacing_folder
 run = open_run("evaluate", compose("evaluate", ["run.dir={tmp_path}/run"]))
 with replacing_file(run.path / "report.json") as file, replacing_folder(run.path / "checkpoints" / "10") as folder:
     file.write_text("half")
@@ -81,7 +81,7 @@ def test_a_folder_stays_locked_while_a_run_within_it_keeps_a_log_of_its_own(tmp_
     (outer.path / "log.txt").read_text()
     work = f"""
 from packshot.config.compose import compose
-from packshot.core.run import open_run
+from packshot.runs.folder import open_run
 open_run("evaluate", compose("evaluate", ["run.dir={tmp_path}/run", "run.resume=true"]))
 """
     refused = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True)
@@ -96,27 +96,27 @@ def test_a_full_disk_ends_any_script_with_a_sentence(monkeypatch, capsys):
         raise failure
 
     monkeypatch.setitem(sys.modules, "work", SimpleNamespace(fail=fail))
-    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    monkeypatch.setitem(STAGES, "evaluate", Stage("", "work:fail"))
     failure = OSError(errno.ENOSPC, "No space left on device", "report.json")
     with pytest.raises(SystemExit) as ended:
-        script("evaluate", "work:fail", "")
+        run_stage("evaluate", [])
     assert ended.value.code == 1
     said = capsys.readouterr().err
     assert "error: report.json cannot be written: No space left on device." in said
     assert "run.resume=true" in said
     failure = FileNotFoundError(errno.ENOENT, "No such file")
     with pytest.raises(FileNotFoundError):
-        script("evaluate", "work:fail", "")
+        run_stage("evaluate", [])
 
 
 def test_a_machine_that_does_not_see_the_run_folder_stops_all_of_them(tmp_path, monkeypatch):
     other = SimpleNamespace(
         num_processes=2, process_index=1, is_main_process=False, wait_for_everyone=lambda: None, sign=tmp_path / "x"
     )
-    monkeypatch.setattr(session, "from_main", lambda accelerator, make: "x")
-    monkeypatch.setattr(session, "gather_object", lambda items: items)
+    monkeypatch.setattr(processes, "from_main", lambda accelerator, make: "x")
+    monkeypatch.setattr(processes, "gather_object", lambda items: items)
     with pytest.raises(PackshotError, match=r"process 1 \(on .*\) sees another folder of that name, or none") as caught:
-        session._refuse_unshared(tmp_path, other)
+        processes._refuse_unshared(tmp_path, other)
     assert "data.cache_dir" in caught.value.hint
     other.sign.touch()
-    session._refuse_unshared(tmp_path, other)
+    processes._refuse_unshared(tmp_path, other)

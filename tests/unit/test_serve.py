@@ -21,10 +21,10 @@ from fastapi.testclient import TestClient
 from PIL import Image, ImageDraw
 
 from packshot.config.compose import compose
-from packshot.core.errors import ConfigError
-from packshot.core.run import Run, log
-from packshot.infer import Packshot
-from packshot.infer.references import open_references
+from packshot.errors import ConfigError
+from packshot.generate import Packshot
+from packshot.generate.references import open_references
+from packshot.runs.folder import Run, log
 from packshot.scene import Scene
 from packshot.serve.app import certificate_sha256, create_app, listen, log_uvicorn, wants_png
 from packshot.serve.service import Quota
@@ -601,7 +601,7 @@ def test_a_port_in_use_is_a_config_error():
 def test_the_extra_is_named_when_it_is_missing():
     code = (
         "import sys; sys.modules['fastapi'] = None\n"
-        "from packshot.core.errors import PackshotError\n"
+        "from packshot.errors import PackshotError\n"
         "try: import packshot.serve\n"
         "except PackshotError as error: print(error)\n"
     )

@@ -1,6 +1,5 @@
 """What a run imports and loads: nothing that it has no use for."""
 
-import gc
 import json
 import shutil
 import subprocess
@@ -12,36 +11,31 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from packshot.base.load import Source, load_parts, weights_hash
 from packshot.config.compose import compose
-from packshot.config.schema import IPAdapterMethod, LoraMethod, ModelConfig, Quantization, TrainLora
-from packshot.core.errors import ConfigError
-from packshot.core.startup import collecting_nothing, without
-from packshot.core.storage import resolve
-from packshot.data.dataset import load_rows
+from packshot.config.schema import IPAdapterMethod, LoraMethod, ModelConfig
+from packshot.dataset.rows import load_rows
+from packshot.errors import ConfigError
 from packshot.methods import METHODS
-from packshot.models.load import Source, load_parts, weights_hash
+from packshot.runs.files import resolve
 from packshot.train.run import build_task
-from packshot.train.start import part_configs, unused, unused_at_import
 
 UNUSED = {  # by a LoRA that has encoded everything and draws nothing, and who would import it
-    "bitsandbytes": "diffusers.quantizers, peft",
-    "torch._inductor.compile_fx": "bitsandbytes",
-    "scipy": "diffusers.schedulers, transformers.loss",
     "pandas": "pyarrow.dataset",
-    "pymatting": "packshot.data.matte",
-    "wandb": "packshot.core.tracking",
-    "datasets": "packshot.data.build",
+    "pymatting": "packshot.imaging.matte",
+    "wandb": "packshot.runs.tracking",
+    "datasets": "packshot.make_dataset.steps",
     "diffusers.pipelines.pipeline_utils": "the methods' pipelines",
-    "diffusers.models.autoencoders.autoencoder_kl": "packshot.models",
+    "diffusers.models.autoencoders.autoencoder_kl": "packshot.base",
     "diffusers.models.controlnets.controlnet": "packshot.methods.controlnet",
-    "transformers.models.clip.modeling_clip": "packshot.models",
+    "transformers.models.clip.modeling_clip": "packshot.base",
 }
 RUN = """
 import json, sys
 from packshot.config.compose import compose
-from packshot.core.run import Run
-from packshot.models.load import Source
-from packshot.train.start import train
+from packshot.runs.folder import Run
+from packshot.base.load import Source
+from packshot.train.run import train
 
 parts, seen, load = [], {}, Source.load
 Source.load = lambda self: parts.append(self.subfolder) or load(self)
@@ -87,47 +81,8 @@ def test_help_imports_no_library_of_models():
     code = "import sys, runpy, atexit\natexit.register(lambda: print(sorted(sys.modules)))\nsys.argv[1:] = ['--help']\n"
     said = python("-c", code + "runpy.run_path('train_lora.py', run_name='__main__')")
     modules = said.splitlines()[-1]
-    assert "'packshot.config.cli'" in modules
+    assert "'packshot.cli'" in modules
     assert not [name for name in ("torch", "numpy", "diffusers", "pyarrow") if f"'{name}'" in modules]
-
-
-def test_packages_are_given_up_only_where_none_of_the_parts_can_ask_for_them(tmp_path):
-    config = TrainLora()
-    plain = part_configs(config.model)
-    assert unused(config, plain) == ["bitsandbytes"]
-    assert unused_at_import(plain) == ["scipy"]
-    config.model.quantization = Quantization.nf4
-    assert unused(config, plain) == []
-    assert unused(compose("train_lora", ["optim=adam8bit"]), plain) == []
-    # of a base on the hub nothing is known
-    assert unused(TrainLora(), part_configs(ModelConfig(base="owner/name"))) == []
-    assert unused_at_import([]) == []
-    for part, found in (("scheduler", {"use_beta_sigmas": True}), ("unet", {"quantization_config": {}})):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "some_config.json").write_text(json.dumps(found))
-    (tmp_path / "unet" / "config.json").write_text("{")  # the loader's to complain about
-    own = part_configs(ModelConfig(base=str(tmp_path)))
-    assert unused(TrainLora(), own) == unused_at_import(own) == []
-
-
-def test_a_hidden_package_is_there_again_afterwards():
-    with without(["this", "json"]):
-        with pytest.raises(ImportError):
-            import this  # noqa: F401
-        import json as known
-    assert known is json  # what is imported already stays
-    assert "this" not in sys.modules
-    with pytest.raises(KeyError), without(["this"]):
-        raise KeyError
-    assert "this" not in sys.modules
-
-
-def test_garbage_is_collected_again_afterwards():
-    assert gc.isenabled()
-    with collecting_nothing():
-        assert not gc.isenabled()
-    assert gc.isenabled()
-    gc.unfreeze()
 
 
 # ---- parts ----

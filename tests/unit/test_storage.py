@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from packshot.core.storage import replacing_file, replacing_folder
+from packshot.runs.files import replacing_file, replacing_folder
 
 
 @pytest.mark.parametrize("replacing", [replacing_file, replacing_folder])

@@ -14,17 +14,17 @@ from test_loop import ROWS, Regression, Samples
 
 from packshot.config.compose import compose
 from packshot.config.schema import CaptionVLM, KeepBest, TrainConfig
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.core.run import Run
-from packshot.core.tracking import NullTracker, open_tracker
-from packshot.data.matte import unmix
-from packshot.data.outline import compare_size, grabcut, measure_extension
-from packshot.train import state as checkpoints
+from packshot.engine import checkpoints
+from packshot.engine.loop import Validated, fit
+from packshot.engine.processes import Session, make_accelerator
+from packshot.errors import ConfigError, PackshotError
+from packshot.imaging.matte import unmix
+from packshot.imaging.outline import compare_size, grabcut, measure_extension
+from packshot.runs.folder import Run
+from packshot.runs.tracking import NullTracker, open_tracker
 from packshot.train import validation
 from packshot.train.card import exported
-from packshot.train.loop import Validated, fit
 from packshot.train.run import build_task
-from packshot.train.session import Session, make_accelerator
 from packshot.train.validation import hold, means, measure, sheet, to_picture
 
 PROMPT = "Professional photo of an object on a stone podium"
@@ -339,7 +339,7 @@ def test_an_offline_run_tracks_the_table_the_sources_and_the_export(tmp_path, mo
 
 
 def test_a_tracker_that_keeps_nothing_takes_the_same_calls():
-    from packshot.core.tracking import WandbTracker
+    from packshot.runs.tracking import WandbTracker
 
     methods = {name for name in vars(WandbTracker) if not name.startswith("_")}
     assert methods == {name for name in vars(NullTracker) if not name.startswith("_")}

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from datasets import Features, List, Value
 from PIL.Image import Image
 
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.core.storage import readable, replacing_file
-from packshot.data.decode import decode_image, flatten
+from packshot.errors import ConfigError, PackshotError
+from packshot.imaging.decode import decode_image, flatten
+from packshot.runs.files import readable, replacing_file
 from packshot.scene import Scene
 
 ERROR_COLUMN = "caption_error"
@@ -41,7 +41,7 @@ _CONFIDENCE = dict.fromkeys(_SCENE, Value("float32"))
 class CaptionedRow:
     """The caption of one row, or the reason why it has none. Exactly one of text and error is set.
 
-    confidence: per slot, as :class:`packshot.caption.adapter.Caption` has it.
+    confidence: per slot, as :class:`packshot.caption.models.adapter.Caption` has it.
     """
 
     text: str | None = None

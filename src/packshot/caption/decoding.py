@@ -16,10 +16,10 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from packshot.caption.adapter import Adapter, Caption
+from packshot.caption.models.adapter import Adapter, Caption
 from packshot.config.schema import Constraint
+from packshot.scene.decoding_grammar import scene_grammar
 from packshot.scene.grammar import slot_spans
-from packshot.scene.lark import scene_grammar
 
 
 class SceneConstraint(LogitsProcessor):

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from packshot.caption.adapter import Caption
-from packshot.core.errors import PackshotError
-from packshot.core.pictures import data_url
-from packshot.core.storage import replacing_file
+from packshot.caption.models.adapter import Caption
+from packshot.errors import PackshotError
+from packshot.imaging.data_url import data_url
+from packshot.runs.files import replacing_file
 from packshot.scene import SLOTS, Scene, SceneSyntaxError
 from packshot.scene.scores import SlotScore, mean_scores, paired, product_words, score, token_f1
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from packshot.caption.data import CONFIDENCE_COLUMN, ERROR_COLUMN
 from packshot.caption.evaluate import THUMBNAIL
-from packshot.core.errors import ConfigError
-from packshot.core.pictures import data_url
-from packshot.core.storage import replacing_file
-from packshot.data.dataset import Rows
+from packshot.dataset.rows import Rows
+from packshot.errors import ConfigError
+from packshot.imaging.data_url import data_url
+from packshot.runs.files import replacing_file
 from packshot.scene import Scene
 from packshot.scene.scores import product_words
 

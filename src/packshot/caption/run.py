@@ -13,17 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from accelerate.utils import gather_object
 
-from packshot.caption import bulk
-from packshot.caption.adapter import Caption
-from packshot.caption.captioner import (
-    base_of,
-    caption_rows,
-    identity,
-    load_adapter,
-    load_captioner,
-    unconstrained,
-    writing,
-)
+from packshot.caption import write
 from packshot.caption.cider import cider
 from packshot.caption.data import shard_files
 from packshot.caption.evaluate import (
@@ -37,20 +27,30 @@ from packshot.caption.evaluate import (
     worst_page,
     written,
 )
+from packshot.caption.models.adapter import Caption
+from packshot.caption.models.captioner import (
+    base_of,
+    caption_rows,
+    identity,
+    load_adapter,
+    load_captioner,
+    unconstrained,
+    writing,
+)
 from packshot.caption.review import doubtful, read_corrections, write_review
 from packshot.caption.task import CaptioningTask
 from packshot.config.schema import CaptionTask, CaptionVLM
-from packshot.core.errors import ConfigError
-from packshot.core.licenses import refuse_rows, refuse_weights
-from packshot.core.progress import progress
-from packshot.core.run import log, read_metrics
-from packshot.core.storage import readable, replacing_file
-from packshot.data import corrections
-from packshot.data.dataset import Rows, license_names, load_rows
+from packshot.dataset import corrections
+from packshot.dataset.rows import Rows, license_names, load_rows
+from packshot.engine.checkpoints import EMA, exporting
+from packshot.engine.loop import fit
+from packshot.engine.processes import Session, start, together
+from packshot.errors import ConfigError
+from packshot.runs.files import readable, replacing_file
+from packshot.runs.folder import log, read_metrics
+from packshot.runs.licenses import refuse_rows, refuse_weights
+from packshot.runs.progress import progress
 from packshot.train.card import exported, weights_line, write_provenance
-from packshot.train.loop import fit
-from packshot.train.session import Session, start, together
-from packshot.train.state import EMA, exporting
 
 PICTURES = ("image", "mask")  # all that a captioner looks at
 WORST = 32
@@ -255,7 +255,7 @@ def caption(config: CaptionVLM) -> None:
         total = sum(pq.read_metadata(file).num_rows for file in mine)
         with progress("captioning", total, show=session.run is not None) as advance:
             for file in mine:
-                counts = bulk.caption_shard(file, session.path / file.name, captioner, named, advance)
+                counts = write.caption_shard(file, session.path / file.name, captioner, named, advance)
                 figures.append((file.name, counts))
         figures = gather_object(figures)
         if session.run and session.tracker:
@@ -281,7 +281,7 @@ def _identity(config: CaptionVLM) -> str:
 
 
 def _summarise(session: Session, files: list[Path]) -> None:
-    summary = bulk.summary(session.path, files)
+    summary = write.summary(session.path, files)
     with replacing_file(session.path / "captions.json") as file:
         file.write_text(json.dumps(summary, indent=2) + "\n")
     log.info("%d of %d rows have a caption", summary["captioned"], summary["rows"])

@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from packshot.caption.adapter import Adapter, Caption, loss_per_sample
-from packshot.caption.captioner import Captioner, caption_rows
 from packshot.caption.evaluate import with_baselines
-from packshot.data.dataset import Rows
-from packshot.train.loop import Validated
+from packshot.caption.models.adapter import Adapter, Caption, loss_per_sample
+from packshot.caption.models.captioner import Captioner, caption_rows
+from packshot.dataset.rows import Rows
+from packshot.engine.loop import Validated
 
 VALIDATION_SCORE_SAMPLES = 32
 

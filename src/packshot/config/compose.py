@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from packshot.config.errors import ConfigError
+from packshot.config.checks import describe, fields, nearest, validate
 from packshot.config.schema import SCRIPTS
-from packshot.config.validate import describe, fields, nearest, validate
+from packshot.errors import ConfigError
 
-CONF = Path(__file__).resolve().parents[3] / "conf"
+CONF = Path(str(files("packshot.conf")))  # the checkout's conf/, or the wheel's copy of it
 
 
 def groups() -> list[str]:
     """Config groups: folders of ``conf/`` from which ``group=option`` picks a file."""
-    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "launch")
+    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
 
 
 def options(group: str) -> list[str]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from packshot.caption.adapter import Caption
-from packshot.caption.captioner import Captioner, load_captioner
+from packshot.caption.models.adapter import Caption
+from packshot.caption.models.captioner import Captioner, load_captioner
 from packshot.config.schema import CaptionerConfig, ModelConfig
-from packshot.core.errors import PackshotError
-from packshot.core.run import log
+from packshot.errors import PackshotError
 from packshot.evaluate.samples import RunFolder, picture_and_matte
+from packshot.runs.folder import log
 from packshot.scene import SLOTS, Scene
 from packshot.scene.scores import score
 

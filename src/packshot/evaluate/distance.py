@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from packshot.core.errors import PackshotError
+from packshot.errors import PackshotError
 
 SIGMA = 10.0
 SCALE = 1000.0

@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image
 
 from packshot.config.schema import MatteConfig
-from packshot.core.errors import PackshotError
-from packshot.data.masks import find_mask
-from packshot.data.matte import unmix
-from packshot.data.outline import Segment, compare_size, grabcut, is_extended, measure_extension
+from packshot.errors import PackshotError
 from packshot.evaluate.samples import Sample
-from packshot.infer.colour import delta_e
-from packshot.infer.composite import blend
+from packshot.generate.color import delta_e
+from packshot.generate.composite import blend
+from packshot.imaging.masks import find_mask
+from packshot.imaging.matte import unmix
+from packshot.imaging.outline import Segment, compare_size, grabcut, is_extended, measure_extension
 
 
 def hard_mask(matte_HW: np.ndarray, working_size: tuple[int, int]) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from packshot.evaluate.samples import RunFolder
-from packshot.infer.report import picture, write_page
+from packshot.generate.report import picture, write_page
 
 
 def write_report(folder: Path, report: dict[str, Any], runs: list[RunFolder]) -> None:

@@ -13,16 +13,16 @@ import numpy as np
 from PIL import Image
 
 from packshot.config.schema import Evaluate, Generate, SceneConfig, Suite, TrackerKind, TrackingConfig
-from packshot.core.progress import progress
-from packshot.core.run import Run, log, open_run, start_log
-from packshot.core.storage import replacing_file
-from packshot.core.tracking import open_tracker
-from packshot.data.outline import EXTENSION_TOLERANCE
 from packshot.evaluate.adherence import adherence
 from packshot.evaluate.preservation import preservation, segmenter
 from packshot.evaluate.report import write_report
 from packshot.evaluate.samples import HARD_PASTE, NOISE_FLOOR, RunFolder, load_sample, open_runs
-from packshot.infer.run import generate
+from packshot.generate.run import generate
+from packshot.imaging.outline import EXTENSION_TOLERANCE
+from packshot.runs.files import replacing_file
+from packshot.runs.folder import Run, log, open_run, start_log
+from packshot.runs.progress import progress
+from packshot.runs.tracking import open_tracker
 
 DEFINITIONS = {
     "core_max_abs_diff": "Largest RGB difference to the photo on the core (matte 255, eroded by 1 px); 0 is identity.",

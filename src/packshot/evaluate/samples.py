@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.core.storage import readable
-from packshot.data.decode import decode_image
-from packshot.infer.certificate import LAYERS, load_certificates
-from packshot.infer.product import core_of
+from packshot.errors import ConfigError, PackshotError
+from packshot.generate.certificate import LAYERS, load_certificates
+from packshot.generate.product import core_of
+from packshot.imaging.decode import decode_image
+from packshot.runs.files import readable
 
 # Rows of the tables beside the runs' own.
 HARD_PASTE, NOISE_FLOOR = "hard paste", "noise floor"

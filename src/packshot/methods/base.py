@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from packshot.diffusion.keyed import SampleKey
+from packshot.engine.keyed_random import SampleKey
 
 if TYPE_CHECKING:  # pipelines cost a second of imports, and a run may never draw
     from diffusers import DiffusionPipeline

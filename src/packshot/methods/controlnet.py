@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from packshot.base.controlnets import USAGE, load_controlnet, read_control
+from packshot.base.load import Parts
 from packshot.config.schema import ControlNetMethod
-from packshot.core.errors import PackshotError
-from packshot.core.storage import readable
-from packshot.data.light import light_direction
-from packshot.diffusion.conditions import Control, View
-from packshot.diffusion.keyed import SampleKey
+from packshot.engine.keyed_random import SampleKey
+from packshot.errors import PackshotError
+from packshot.imaging.control_maps import Control, View
+from packshot.imaging.light_direction import light_direction
 from packshot.methods.base import trainable_fp32, unet_conditioning
-from packshot.models.controlnets import USAGE, load_controlnet, read_control
-from packshot.models.load import Parts
+from packshot.runs.files import readable
 
 if TYPE_CHECKING:  # imported where one is built
     from diffusers import DiffusionPipeline

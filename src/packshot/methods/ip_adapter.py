@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from packshot.base.controlnets import USAGE
+from packshot.base.load import Parts, weights_hash
 from packshot.config.schema import IPAdapterMethod, IPAdapterVariant, ReferenceSource
-from packshot.diffusion.keyed import SampleKey
+from packshot.engine.keyed_random import SampleKey
 from packshot.methods.base import trainable_fp32, unet_conditioning
 from packshot.methods.ip_adapter_file import EXPORT, check_fit, from_original, read_original, resampler_dim, to_original
-from packshot.models.controlnets import USAGE
-from packshot.models.load import Parts, weights_hash
 
 if TYPE_CHECKING:  # imported where one is built
     from diffusers import DiffusionPipeline

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from packshot.config.schema import IPAdapterMethod, IPAdapterVariant
-from packshot.core.errors import ConfigError
-from packshot.core.storage import readable
+from packshot.errors import ConfigError
+from packshot.runs.files import readable
 
 EXPORT = "ip_adapter.safetensors"
 # A tensor that each variant has and the other has not; and how many image tokens its projection makes.

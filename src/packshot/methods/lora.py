@@ -14,13 +14,13 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from packshot.base.inpainting import export_conv
+from packshot.base.load import Parts
 from packshot.config.schema import LoraKind, LoraMethod
-from packshot.core.run import log
-from packshot.diffusion.keyed import SampleKey
+from packshot.engine.keyed_random import SampleKey
 from packshot.methods.base import trainable_fp32, unet_conditioning
 from packshot.methods.lora_targets import Targets, text_targets, unet_targets
-from packshot.models.inpainting import export_conv
-from packshot.models.load import Parts
+from packshot.runs.folder import log
 
 if TYPE_CHECKING:  # imported where one is built
     from diffusers import DiffusionPipeline

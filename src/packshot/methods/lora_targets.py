@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from packshot.config.schema import LoraMethod, LoraTargets
-from packshot.core.errors import ConfigError
+from packshot.errors import ConfigError
 
 _ATTENTION = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)"
 _CONV = r"resnets\.\d+\.(conv1|conv2|conv_shortcut)|(down|up)samplers\.\d+\.conv"

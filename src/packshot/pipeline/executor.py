@@ -15,7 +15,7 @@ from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
 from packshot.config.schema import ExecutorConfig, ExecutorKind
-from packshot.core.errors import ConfigError, PackshotError
+from packshot.errors import ConfigError, PackshotError
 
 Execute = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 

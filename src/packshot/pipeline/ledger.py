@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from packshot.core.run import log
-from packshot.core.storage import replacing_file
+from packshot.runs.files import replacing_file
+from packshot.runs.folder import log
 
 
 @dataclass(frozen=True)

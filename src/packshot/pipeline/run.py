@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from packshot.config.schema import ExecutorConfig
-from packshot.core.progress import progress
-from packshot.core.storage import file_sha256, sha256
 from packshot.pipeline.executor import Execute, open_executor
 from packshot.pipeline.ledger import Entry, Ledger
-from packshot.pipeline.meter import tell, watching
 from packshot.pipeline.shards import batches, read_outcomes, read_samples, write_outcomes
 from packshot.pipeline.step import Outcome, Sample, Step
+from packshot.pipeline.worker_progress import tell, watching
+from packshot.runs.files import file_sha256, sha256
+from packshot.runs.progress import progress
 
 
 @dataclass(frozen=True)

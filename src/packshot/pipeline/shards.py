@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from packshot.core.storage import replacing_file
 from packshot.pipeline.step import Outcome, Sample, Step
+from packshot.runs.files import replacing_file
 
 T = TypeVar("T")
 

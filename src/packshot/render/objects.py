@@ -22,7 +22,7 @@ import numpy as np
 from mathutils import Matrix, Vector
 from PIL import Image
 
-from packshot.core.storage import resolve
+from packshot.runs.files import resolve
 
 FOLDER = "data/objects"
 TEXTURE_SIZE = 512

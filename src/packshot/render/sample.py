@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from packshot.core.storage import resolve
+from packshot.runs.files import resolve
 from packshot.scene.vocabulary import (
     BACKGROUNDS,
     LIGHTING,

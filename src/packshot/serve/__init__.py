@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from packshot.core.errors import PackshotError
+from packshot.errors import PackshotError
 
 _EXTRA = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 _missing = [name for name in _EXTRA if find_spec(name) is None]

@@ -27,10 +27,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from packshot.config.schema import Serve
-from packshot.core.errors import ConfigError
-from packshot.core.licenses import refuse_weights
-from packshot.core.run import Run, log, open_run
-from packshot.core.tracking import NullTracker, Tracker, open_tracker
+from packshot.errors import ConfigError
+from packshot.runs.folder import Run, log, open_run
+from packshot.runs.licenses import refuse_weights
+from packshot.runs.tracking import NullTracker, Tracker, open_tracker
 from packshot.serve.edge import Edge, error_response
 from packshot.serve.page import PAGE, headers
 from packshot.serve.schemas import (
@@ -47,7 +47,7 @@ from packshot.serve.schemas import (
 from packshot.serve.service import ENDPOINTS, VERSION, Service, read_order
 
 if TYPE_CHECKING:
-    from packshot.infer import Packshot
+    from packshot.generate import Packshot
 
 _FORM_MIB = 1.0  # room for the text fields of a request beside its files
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
@@ -264,8 +264,8 @@ def serve(config: Serve) -> None:
         def load() -> Packshot:
             # Torch and diffusers take seconds to import: on the worker thread, with the server answering meanwhile.
             try:
-                from packshot.infer import Packshot
-                from packshot.infer.pipeline import check_adapters
+                from packshot.generate import Packshot
+                from packshot.generate.load import check_adapters
 
                 check_adapters(config.adapters, config.depth, config.generate.light_angle)
                 return Packshot.load(

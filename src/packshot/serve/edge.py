@@ -17,7 +17,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from packshot.core.run import log
+from packshot.runs.folder import log
 from packshot.serve.metrics import Metrics
 from packshot.serve.schemas import ApiError, ErrorResponse
 from packshot.serve.worker import Place

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from fastapi import HTTPException, UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from packshot.config.checks import nearest
 from packshot.config.schema import GenerateSettings, Placement
-from packshot.config.validate import nearest
 
 MAX_IMAGES = 8
 

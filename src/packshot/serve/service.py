@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request, UploadFile
 from fastapi.concurrency import run_in_threadpool
 
+from packshot.config.checks import validate
 from packshot.config.schema import Generate, GenerateSettings, Placement, SceneConfig, Serve
-from packshot.config.validate import validate
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.core.run import Run, log, printable
-from packshot.core.storage import sha256
-from packshot.core.tracking import Tracker
+from packshot.errors import ConfigError, PackshotError
+from packshot.runs.files import sha256
+from packshot.runs.folder import Run, log, printable
+from packshot.runs.tracking import Tracker
 from packshot.scene import Scene
 from packshot.serve.edge import PROBES
 from packshot.serve.metrics import Metrics
@@ -26,8 +26,8 @@ from packshot.serve.schemas import ApiError, GenerateForm
 from packshot.serve.worker import Place, QueueFull, Worker
 
 if TYPE_CHECKING:
-    from packshot.infer import Packshot
-    from packshot.infer.product import Photo
+    from packshot.generate import Packshot
+    from packshot.generate.product import Photo
 
 ENDPOINTS = ["/", "/generate", "/health", "/metrics", "/docs", "/openapi.json"]
 VERSION = version("packshot")
@@ -173,7 +173,7 @@ async def read_image(name: str, upload: UploadFile, config: Serve) -> Photo:
     Raises:
         ApiError: 413 too many bytes or pixels, 415 no usable image.
     """
-    from packshot.infer.product import Photo, decode  # loaded with the model, see serve()
+    from packshot.generate.product import Photo, decode  # loaded with the model, see serve()
 
     limits = config.serve
     if (upload.size or 0) > limits.max_upload_mib * 2**20:

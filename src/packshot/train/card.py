@@ -7,14 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from packshot.base.controlnets import USAGE
 from packshot.config.compose import to_yaml
 from packshot.config.schema import SCRIPTS, PredictionType, Unconditional
-from packshot.core.licenses import licenses_of_weights
-from packshot.core.run import read_metrics
-from packshot.core.storage import resolve
-from packshot.data.dataset import Rows
-from packshot.models.controlnets import USAGE
-from packshot.train.state import Best, read_best
+from packshot.dataset.rows import Rows
+from packshot.engine.checkpoints import Best, read_best
+from packshot.runs.files import resolve
+from packshot.runs.folder import read_metrics
+from packshot.runs.licenses import licenses_of_weights
 
 
 def write_provenance(folder: Path, rows: Rows, config: Any) -> dict[str, Any]:

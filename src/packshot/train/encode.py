@@ -16,16 +16,17 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from packshot.base.inpainting import ProductConv, product_channels
+from packshot.base.load import Parts
+from packshot.base.tokens import lost_words
 from packshot.config.schema import DataConfig
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.core.run import log
-from packshot.data import buckets, geometry
-from packshot.data.dataset import Rows
-from packshot.models.inpainting import ProductConv, product_channels
-from packshot.models.load import Parts
-from packshot.models.tokens import lost_words
-from packshot.train.cache import Job, TensorCache, Tensors, content_key
-from packshot.train.memory import return_freed_memory
+from packshot.dataset import buckets
+from packshot.dataset.rows import Rows
+from packshot.engine.memory import return_freed_memory
+from packshot.engine.tensor_cache import Job, TensorCache, Tensors, content_key
+from packshot.errors import ConfigError, PackshotError
+from packshot.imaging import framing
+from packshot.runs.folder import log
 
 VERSION = 6  # raise it when the same sample gives other tensors
 # Pictures that go through an encoder together: so many at most, and so many pixels, which is one picture of SDXL's. The
@@ -33,7 +34,7 @@ VERSION = 6  # raise it when the same sample gives other tensors
 ENCODE_BATCH, ENCODE_PIXELS = 8, 1024 * 1024
 TEXT_BATCH = 32
 MOST_KIN = 8  # other samples whose encodings a sample may be conditioned on
-# what letterbox bars show of a sample's other pictures, see geometry.apply
+# what letterbox bars show of a sample's other pictures, see framing.apply
 PADDING = {"mask": "constant", "depth": "edge", "shadow": "edge"}
 
 
@@ -62,10 +63,10 @@ def framed(sample: dict[str, Any], target: tuple[int, int]) -> dict[str, Any]:
                 f"{other.width}x{other.height}.",
                 f"Build the dataset again: it is not known where in the picture the {name} belongs.",
             )
-    frame = geometry.plan((image.height, image.width), target, geometry.product_box(mask))
-    seen = {**sample, "image": Image.fromarray(geometry.apply(frame, np.asarray(image))), "geometry": frame}
+    frame = framing.plan((image.height, image.width), target, framing.product_box(mask))
+    seen = {**sample, "image": Image.fromarray(framing.apply(frame, np.asarray(image))), "geometry": frame}
     for name, other in others.items():
-        seen[name] = Image.fromarray(geometry.apply(frame, np.asarray(other), pad=PADDING[name]))
+        seen[name] = Image.fromarray(framing.apply(frame, np.asarray(other), pad=PADDING[name]))
     return seen
 
 

@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from packshot.base.inpainting import prepare_unet
+from packshot.base.load import Parts
 from packshot.config.schema import (
     AttentionKernel,
     MixedPrecision,
@@ -26,14 +28,12 @@ from packshot.config.schema import (
     TrainConfig,
     TrainScript,
 )
-from packshot.core.run import log, open_run
-from packshot.core.storage import replacing_file
-from packshot.data.dataset import load_rows
+from packshot.dataset.rows import load_rows
+from packshot.engine.memory import enable_checkpointing
 from packshot.methods import METHODS
-from packshot.models.inpainting import prepare_unet
-from packshot.models.load import Parts
+from packshot.runs.files import replacing_file
+from packshot.runs.folder import log, open_run
 from packshot.train.encode import encode_batch
-from packshot.train.memory import enable_checkpointing
 
 # Optimizer state per trained parameter, bytes (what each library keeps, in fp32 unless its name says otherwise).
 STATE_BYTES = {
@@ -197,7 +197,7 @@ def _keeps_vae(config: TrainScript) -> bool:
 
 def make_plan(config: TrainScript, samples: int, processes: int = 1) -> Plan:
     """The cost of a training config on ``samples`` samples."""
-    from packshot.models.shapes import meta_parts  # imports every kind of model
+    from packshot.base.shapes import meta_parts  # imports every kind of model
 
     parts, train = meta_parts(config.model), config.train
     with torch.device("meta"):

@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from packshot.base.inpainting import prepare_unet
+from packshot.base.load import Parts, load_parts
 from packshot.config.schema import SCRIPTS, AttentionKernel, MixedPrecision, Mode, TrainConfig, TrainScript
-from packshot.core.errors import ConfigError
-from packshot.core.licenses import refuse_weights
-from packshot.core.run import log
-from packshot.data.dataset import Rows, load_rows
+from packshot.dataset.rows import Rows, load_rows
+from packshot.engine.checkpoints import EMA, exporting
+from packshot.engine.loop import fit
+from packshot.engine.memory import compile_networks, enable_checkpointing, refuse_unavailable
+from packshot.engine.processes import Session, start, together
+from packshot.errors import ConfigError
 from packshot.methods import METHODS
-from packshot.models.inpainting import prepare_unet
-from packshot.models.load import Parts, load_parts
+from packshot.runs.folder import log
+from packshot.runs.licenses import refuse_weights
 from packshot.train.card import write_card
+from packshot.train.check.run import check
 from packshot.train.encode import Encoder, Examples
-from packshot.train.loop import fit
-from packshot.train.memory import compile_networks, enable_checkpointing, refuse_unavailable
 from packshot.train.plan import plan
-from packshot.train.preview import check
-from packshot.train.session import Session, start, together
-from packshot.train.state import EMA, exporting
 from packshot.train.task import DiffusionTask
 from packshot.train.validation import LOSS_SAMPLES
 

@@ -10,14 +10,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from packshot.base.load import Parts, trained_scheduler
+from packshot.config.checks import check_objective
 from packshot.config.schema import PredictionType, ProductShown, TrainScript, Unconditional
-from packshot.config.validate import check_objective
-from packshot.core.errors import PackshotError
-from packshot.diffusion import hold, schedule
-from packshot.diffusion.keyed import SampleKey
-from packshot.models.load import Parts, trained_scheduler
+from packshot.diffusion import hold_product, schedule
+from packshot.engine.keyed_random import SampleKey
+from packshot.engine.loop import Validated
+from packshot.errors import PackshotError
 from packshot.train.encode import Examples
-from packshot.train.loop import Validated
 from packshot.train.validation import Validator
 
 
@@ -114,7 +114,7 @@ class DiffusionTask(nn.Module):
             )
         if shown is not ProductShown.clean:
             return {"weight": weight_1HW}
-        held_1HW = hold.inner_cells(alpha_1HW, self.validator.examples.encoder.vae_scale)
+        held_1HW = hold_product.inner_cells(alpha_1HW, self.validator.examples.encoder.vae_scale)
         return {"weight": weight_1HW * (1 - held_1HW), "held": held_1HW}
 
     def collate(self, samples: list[dict[str, Any]], keys: list[SampleKey]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class DiffusionTask(nn.Module):
             batch = batch | self.encode_prompt(batch)
         noisy = schedule.add_noise(batch["latents"], batch["seen_noise"], timesteps, schedule_T)
         if "held" in batch:
-            noisy = hold.show_clean(noisy, batch["latents"], batch["held"])
+            noisy = hold_product.show_clean(noisy, batch["latents"], batch["held"])
         self.show_product(batch.get("product"))
         prediction = self.method.predict(noisy, timesteps, batch)
         target = schedule.TARGETS[self.prediction_type](batch["latents"], batch["noise"], timesteps, schedule_T)

@@ -21,15 +21,15 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from packshot.config.schema import KeepBest, TrainScript, Unconditional
-from packshot.core.errors import ConfigError, PackshotError
-from packshot.core.storage import replacing_file
-from packshot.data.matte import held_cells, soften_hard_edge, unmix
-from packshot.data.outline import compare_size, grabcut, is_extended, measure_extension
-from packshot.diffusion.hold import first_latents, hold_product
-from packshot.diffusion.keyed import SampleKey
+from packshot.diffusion.hold_product import first_latents, hold_product
 from packshot.diffusion.latents import LatentScale
+from packshot.engine.keyed_random import SampleKey
+from packshot.engine.loop import Validated, to_device
+from packshot.errors import ConfigError, PackshotError
+from packshot.imaging.matte import held_cells, soften_hard_edge, unmix
+from packshot.imaging.outline import compare_size, grabcut, is_extended, measure_extension
+from packshot.runs.files import replacing_file
 from packshot.train.encode import Examples
-from packshot.train.loop import Validated, to_device
 
 LOSS_SAMPLES = 32
 STEPS = 20
@@ -45,8 +45,8 @@ class Held:
     sample: encoded (see ``Examples``). truth_HW3: the framed photo. seen: the framed sample with the product's colours
     continued past its edge, as generate.py shows it to the model. matte_HW: uint8, zero where there is no product.
     known_1CHW: the latents of that, scaled. held_1HW: 1 for the latent cells that show nothing but product. floor: the
-    measures of :func:`packshot.data.outline.extension_of` on the truth as the VAE gives it back: the right answer is 0,
-    and no raw decode has a sharper outline.
+    measures of :func:`packshot.imaging.outline.extension_of` on the truth as the VAE gives it back: the right answer
+    is 0, and no raw decode has a sharper outline.
     """
 
     sample: dict[str, Any]

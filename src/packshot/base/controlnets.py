@@ -1,0 +1,66 @@
+"""ControlNets as they lie on disk: a diffusers folder, and ``packshot.json`` beside it that says what it is shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from packshot.errors import ConfigError
+from packshot.imaging.control_maps import CONDITIONS, Control
+from packshot.runs.files import resolve
+
+USAGE = "packshot.json"
+# What has to agree with the base for residuals to fit; other entries may differ.
+_SHAPE = ("block_out_channels", "layers_per_block", "cross_attention_dim", "transformer_layers_per_block")
+
+
+def read_control(key: str, folder: Path) -> Control:
+    """What the ControlNet of an export folder is shown. key: the configuration key that names the folder.
+
+    Raises:
+        ConfigError: ``packshot.json`` is missing, broken, or names a condition that does not exist.
+    """
+    file = folder / USAGE
+    way_out = f'Write {{"condition": "{"|".join(CONDITIONS)}"}} to {file}: the map it was trained on.'
+    try:
+        said = json.loads(file.read_text())
+        control = Control(said["condition"], float(said.get("mask_grow", 0.0)), float(said.get("mask_feather", 0.0)))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{key}: {folder} has no {USAGE}.", way_out) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{key}: {file} names no condition ({error}).", way_out) from error
+    if control.condition not in CONDITIONS:
+        raise ConfigError(f"{key}: {file} names the unknown condition {control.condition!r}.", way_out)
+    return control
+
+
+def load_controlnet(key: str, source: str, unet: Any) -> Any:
+    """The ControlNetModel of a folder or hub id, in fp32; without values where the UNet has none (a plan).
+
+    Raises:
+        ConfigError: it cannot be loaded, or is of another shape than the UNet; names the key.
+    """
+    from diffusers import ControlNetModel
+
+    path = resolve(source)
+    place = str(path) if path.exists() else source
+    try:
+        config: Any = ControlNetModel.load_config(place)
+        wrong = [name for name in _SHAPE if _plain(config.get(name)) != _plain(unet.config.get(name))]
+        if wrong:
+            here = ", ".join(f"{name} {unet.config.get(name)} and not {config.get(name)}" for name in wrong)
+            raise ValueError(f"the base has {here}")
+        if unet.device.type == "meta":
+            return ControlNetModel.from_config(config)
+        return ControlNetModel.from_pretrained(place)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise ConfigError(
+            f"{key}={source} cannot be loaded into this base: {reason}", "Was it trained on another model?"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """Lists and tuples alike: a config read from a file has lists."""
+    return list(value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,98 @@
+"""SDXL's parts without their weights, on the meta device: what a plan is made from."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from packshot.base.load import Parts
+from packshot.config.schema import ModelConfig
+from packshot.runs.files import resolve
+
+# The published shapes (Podell et al. 2023, arXiv 2307.01952, section 2.1 and table 1): nothing has to be fetched.
+UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+}
+TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+TEXT_2 = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+VISION = {  # CLIP-ViT-H/14, which SDXL's IP-Adapters read
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "projection_dim": 1024,
+    "hidden_act": "gelu",
+}
+
+
+def meta_parts(model: ModelConfig) -> Parts:
+    """The parts of a model config without weights: a local folder's shapes, else the published ones of SDXL.
+
+    Tokenizers, scheduler and feature extractor are absent.
+    """
+    folder = resolve(model.base)
+    with torch.device("meta"):
+        if folder.is_dir():
+            unet: Any = UNet2DConditionModel.load_config(folder, subfolder="unet")
+            vae: Any = AutoencoderKL.load_config(folder, subfolder="vae")
+            found: dict[str, Any] = {
+                "unet": UNet2DConditionModel.from_config(unet),
+                "vae": AutoencoderKL.from_config(vae),
+                "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")),
+                "text_encoder_2": CLIPTextModelWithProjection(
+                    CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder_2")
+                ),
+                "image_encoder": CLIPVisionModelWithProjection(
+                    CLIPVisionConfig.from_pretrained(folder, subfolder="image_encoder")
+                ),
+            }
+        else:
+            found = {
+                "unet": UNet2DConditionModel(**UNET),
+                "vae": AutoencoderKL(**VAE),
+                "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT)),  # type: ignore[arg-type]
+                "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_2)),  # type: ignore[arg-type]
+                "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION)),  # type: ignore[arg-type]
+            }
+    for module in found.values():
+        module.requires_grad_(False).eval()
+    return Parts(**{field.name: found.get(field.name) for field in fields(Parts)})

@@ -1,0 +1,1 @@
+"""Captioner families behind one interface."""

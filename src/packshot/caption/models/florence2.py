@@ -1,0 +1,175 @@
+"""Florence-2 as a captioner: the native transformers classes, our batches, our generation settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import AutoConfig, Florence2ForConditionalGeneration, Florence2Processor, GenerationConfig
+
+from packshot.caption.models import weights
+from packshot.caption.models.adapter import IGNORED
+from packshot.caption.target import mark
+from packshot.config.schema import CaptionerConfig, ModelConfig, ProductTarget, Tuning
+from packshot.errors import ConfigError
+from packshot.imaging.framing import location_tokens
+
+KIND = "florence2"
+KEY = "model.florence2"
+_HINT = f"{KEY} takes a folder or the id of a checkpoint in transformers' own Florence-2 format."
+PRESETS: dict[Tuning, Callable[[str], bool] | str] = {
+    Tuning.full: lambda name: True,
+    Tuning.frozen_vision: lambda name: "vision_tower." not in name,
+    # The projections of both BART stacks. Names alone would also reach the vision tower (fc1, fc2), and the output
+    # head is tied to the embedding: a LoRA on it changes both when it is merged.
+    Tuning.language_lora: r".*language_model\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
+}
+# Stochastic depth and dropout draw from the process's generator, so results would depend on the number of processes.
+_NO_DROPOUT = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0) | dict.fromkeys(
+    ("encoder_layerdrop", "decoder_layerdrop", "classifier_dropout"), 0.0
+)
+
+
+@dataclass
+class Florence2:
+    """A Florence-2 model with its processor; see :class:`packshot.caption.models.adapter.Adapter`.
+
+    asked: prompt (a task token, ``<CAPTION>``, or plain words) and how the product is pointed out.
+    """
+
+    model: Any
+    processor: Any  # Florence2Processor; its keyword arguments are not in its signature
+    asked: weights.Asked
+    max_new_tokens: int
+
+    @property
+    def tokenizer(self) -> Any:
+        """What the model writes with."""
+        return self.processor.tokenizer
+
+    def train_batch(
+        self, images: Sequence[Image], masks: Sequence[Image | None], captions: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """input_ids, attention_mask, pixel_values, decoder_input_ids (B, T) and labels (B, T).
+
+        The tokenizer, not the processor, writes the labels: the processor adds neither start nor end token to text
+        without an image. The decoder's inputs are the labels one place to the right; they are made here because
+        several transformers releases shifted twice or not at all.
+        """
+        batch = self.generate_batch(images, masks)
+        written = self.processor.tokenizer(list(captions), padding=True, padding_side="right", return_tensors="pt")
+        start = torch.full((len(captions), 1), self.model.config.text_config.decoder_start_token_id)
+        batch["decoder_input_ids"] = torch.cat([start, written.input_ids[:, :-1]], dim=1)
+        batch["labels"] = written.input_ids.masked_fill(written.attention_mask == 0, IGNORED)
+        return batch
+
+    def generate_batch(self, images: Sequence[Image], masks: Sequence[Image | None]) -> dict[str, Tensor]:
+        """input_ids and attention_mask (B, S), pixel_values (B, 3, H, W)."""
+        prompts, shown = [self._prompt(mask) for mask in masks], mark(images, masks, self.asked.product)
+        return dict(self.processor(images=shown, text=prompts, padding=True, return_tensors="pt"))
+
+    def lead(self, batch: dict[str, Tensor]) -> tuple[int, list[int]]:
+        """The decoder's start token is given; ``<s>`` is written before the caption, as in the labels."""
+        return 1, [self.tokenizer.bos_token_id]
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """logits_BTV for ``batch["labels"]``."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return self.model(**inputs, use_cache=False).logits
+
+    def caption_length(self, caption: str) -> int:
+        """Tokens of a caption with its start and end token."""
+        return len(self.processor.tokenizer(caption).input_ids)
+
+    def save(self, folder: Path) -> None:
+        """See :func:`packshot.caption.models.weights.save`."""
+        weights.save(self.model, self.processor, KIND, self.asked, folder)
+
+    def _prompt(self, mask: Image | None) -> str:
+        if self.asked.product is not ProductTarget.box or mask is None:
+            return self.asked.prompt
+        # The processor refuses words after a task token; the sentence that it stands for takes them.
+        instruction = self.processor.task_prompts_without_inputs.get(self.asked.prompt, self.asked.prompt)
+        return instruction + location_tokens(mask)
+
+
+def load(model: ModelConfig, captioner: CaptionerConfig, trainable: bool = False) -> Florence2:
+    """Florence-2 from ``captioner.adapter`` if set, else ``model.florence2``, on the CPU.
+
+    trainable: apply ``captioner.tuning``; otherwise all weights are frozen and a LoRA is merged.
+
+    Raises:
+        ConfigError: a folder is missing or holds no Florence-2, the settings do not fit the tokenizer, or the
+            captioner of ``captioner.adapter`` is of another kind.
+    """
+    source = weights.find(KIND, KEY, model.florence2, captioner)
+    try:
+        network = weights.load_network(
+            source, Florence2ForConditionalGeneration.from_pretrained, _config(source), captioner
+        )
+        processor = Florence2Processor.from_pretrained(source.processor)
+    except (OSError, ValueError) as error:
+        raise weights.loading_error(source, KEY, error, _HINT) from error
+    result = Florence2(network, processor, weights.asked(source, captioner), captioner.max_new_tokens)
+    _check(result, source.weights)
+    network.generation_config = _generation_config(result)
+    if trainable:
+        result.model = weights.apply_tuning(network, source, captioner, PRESETS)
+    return result
+
+
+def _config(source: weights.Source) -> Any:
+    config = AutoConfig.from_pretrained(source.weights)
+    if config.model_type != "florence2":
+        raise ConfigError(f"{source.weights} holds a model of type {config.model_type!r}, not florence2.", _HINT)
+    config.vision_config.drop_path_rate = 0.0
+    for name, value in _NO_DROPOUT.items():
+        setattr(config.text_config, name, value)
+    return config
+
+
+def _check(captioner: Florence2, name: str) -> None:
+    """Refuse what would train or generate wrongly without an error: ids that disagree, captions that cannot fit."""
+    config, tokenizer = captioner.model.config, captioner.processor.tokenizer
+    text = config.text_config
+    ids = {
+        token: (getattr(text, token), getattr(tokenizer, token))
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    ids["image_token_id"] = (config.image_token_id, captioner.processor.image_token_id)
+    for token, (models, tokenizers) in ids.items():
+        if models is None or models != tokenizers:
+            raise ConfigError(
+                f"{name}: {token} is {models} in the model but {tokenizers} in the tokenizer.",
+                "One of config.json and tokenizer_config.json is wrong.",
+            )
+    if captioner.max_new_tokens >= text.max_position_embeddings:
+        raise ConfigError(
+            f"captioner.max_new_tokens={captioner.max_new_tokens} is more than the model can write.",
+            f"{name} has {text.max_position_embeddings} positions, one of them for the start token.",
+        )
+    if captioner.asked.product is ProductTarget.box and "<loc_999>" not in tokenizer.get_vocab():
+        raise ConfigError("captioner.product=box needs <loc_…> tokens.", f"The tokenizer of {name} has none.")
+
+
+def _generation_config(captioner: Florence2) -> GenerationConfig:
+    """Greedy decoding to the end token.
+
+    It *replaces* the model's own: generate() fills what a passed config leaves open from the checkpoint's, and
+    Florence-2's three beams, n-gram ban and forced tokens break structured captions and hide truncation.
+    """
+    tokenizer = captioner.processor.tokenizer
+    return GenerationConfig(
+        max_new_tokens=captioner.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=captioner.model.config.text_config.decoder_start_token_id,
+    )

@@ -1,1 +1,0 @@
-"""What every stage shares: run folders, tracking, progress, files, errors."""

@@ -1,0 +1,49 @@
+"""The product over the generated background, on the output's pixel grid."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from packshot.generate.canvas import Canvas, Working, background_at
+from packshot.generate.color import ColourFit, fit_colour
+
+
+def blend(foreground_HW3: np.ndarray, matte_HW: np.ndarray, background_HW3: np.ndarray) -> np.ndarray:
+    """``round((a F + (255 - a) B) / 255)`` in integers; all uint8. Where a is 255 the result is F, byte for byte."""
+    alpha = matte_HW[..., None].astype(np.uint16)
+    mixed = alpha * foreground_HW3 + (255 - alpha) * background_HW3
+    return ((mixed + 127) // 255).astype(np.uint8)
+
+
+def calibrate(decoded_HW3: np.ndarray, working: Working) -> ColourFit:
+    """Colour drift of the decoder, from the cells that were held to the product. decoded_HW3: float in [0, 1]."""
+    inside = working.held_HW
+    truth = working.image_HW3[inside].astype(np.float64) / 255
+    return fit_colour(decoded_HW3[inside].astype(np.float64), truth)
+
+
+def compose(canvas: Canvas, working: Working, decoded_HW3: np.ndarray) -> tuple[np.ndarray, np.ndarray, ColourFit]:
+    """(picture, background, colour fit); the two pictures are uint8 (H, W, 3) at the canvas's size."""
+    fit = calibrate(decoded_HW3, working)
+    height, width = canvas.matte_HW.shape
+    background = background_at(fit.apply(decoded_HW3), working.frame, height, width)
+    return blend(canvas.foreground_HW3, canvas.matte_HW, background), background, fit
+
+
+def make_layers(
+    canvas: Canvas, working: Working, decoded_HW3: np.ndarray, background_HW3: np.ndarray
+) -> dict[str, Image.Image]:
+    """The parts of a result. ``blend(product's RGB, product's alpha, background)`` gives the picture again, exactly.
+
+    background: RGB, colour-corrected. product: RGBA, colours un-mixed from the old background. mask: L, the alpha.
+    raw: RGB, what the model drew (product included) at the working size, before any correction.
+    """
+    raw = np.rint(decoded_HW3[working.frame.content] * 255).astype(np.uint8)
+    product = np.dstack([canvas.foreground_HW3, canvas.matte_HW])
+    return {
+        "background": Image.fromarray(background_HW3),
+        "product": Image.fromarray(product),
+        "mask": Image.fromarray(canvas.matte_HW),
+        "raw": Image.fromarray(raw),
+    }

@@ -1,0 +1,187 @@
+"""A product photo made ready: decoded, its mask found and checked, its edge un-mixed from the old background."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from packshot.config.schema import MatteConfig
+from packshot.errors import ConfigError, PackshotError
+from packshot.imaging.decode import decode, flatten, normalize
+from packshot.imaging.depth import estimate_depth
+from packshot.imaging.files import IMAGE_SUFFIXES, is_image
+from packshot.imaging.masks import find_mask
+from packshot.imaging.matte import soften_hard_edge, unmix
+from packshot.runs.files import file_sha256, readable
+
+MIN_SIDE = 32
+_SQUARE = np.ones((3, 3), np.uint8)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A decoded picture (RGB or RGBA), the SHA-256 of its file (of its pixels, when it came from memory), and what
+    decoding did to its pixels, in words."""
+
+    image: Image.Image
+    sha256: str
+    decoding: tuple[str, ...] = ()
+
+
+Source = str | Path | Image.Image | Photo
+
+
+@dataclass(frozen=True)
+class Product:
+    """A photo with its product told apart.
+
+    rgb_HW3: the photo, uint8. alpha_HW: the mask as given or found, uint8, 255 = product.
+    matte_HW: the alpha that compositing uses: alpha_HW, with a one-pixel soft edge where the mask had none.
+    foreground_HW3: the product's own colours, uint8; equals the photo wherever matte_HW is 255.
+    method, confidence: where the mask came from (``file``, ``alpha``, ``onnx``, ``grabcut``) and how sure that is.
+    sha256, mask_sha256: of the files of the photo and, where one was given, of the mask (see :func:`open_image`).
+    decoding: what was done to the file's own pixels before, in words.
+    depth_HW: uint8 nearness, larger is nearer, in any scale; None where nothing asks for it.
+    """
+
+    name: str
+    rgb_HW3: np.ndarray
+    alpha_HW: np.ndarray
+    matte_HW: np.ndarray
+    foreground_HW3: np.ndarray
+    method: str
+    confidence: float
+    sha256: str
+    decoding: tuple[str, ...] = ()
+    depth_HW: np.ndarray | None = None
+    mask_sha256: str | None = None
+
+
+def open_image(key: str, source: Source) -> Photo:
+    """Decode a file, or bring a picture in memory to the same form; a Photo is returned as it is.
+
+    Raises:
+        ConfigError: names ``key`` when the file is missing, not readable or not an image.
+    """
+    if isinstance(source, Photo):
+        return source
+    try:
+        if isinstance(source, Image.Image):
+            image, steps = normalize(source, "the picture")
+            return Photo(image, hashlib.sha256(np.ascontiguousarray(source).tobytes()).hexdigest(), tuple(steps))
+        path = readable(key, source)
+        if path.is_dir():
+            raise ConfigError(f"{key}={source} is a folder, an image file is needed.")
+        image, steps = decode(path, str(source))
+        return Photo(image, file_sha256(path), tuple(steps))
+    except ConfigError:
+        raise
+    except PackshotError as error:
+        named = key if isinstance(source, Image.Image) else f"{key}={source}"
+        raise ConfigError(f"{named} is no usable image: {error.args[0]}", error.hint) from error
+
+
+def product_files(key: str, path: str) -> list[Path]:
+    """The file itself, or the images of a folder in the order of their names.
+
+    Raises:
+        ConfigError: the path does not exist or the folder has no images.
+    """
+    found = readable(key, path)
+    if found.is_file():
+        return [found]
+    files = sorted(file for file in found.iterdir() if is_image(file) and file.is_file())
+    if not files:
+        raise ConfigError(f"{key}={path} has no images.", f"Looked for {', '.join(IMAGE_SUFFIXES)}.")
+    return files
+
+
+def unique_names(files: list[Path]) -> Iterator[tuple[str, Path]]:
+    """(name, file): the stem, or the whole file name where two files share a stem."""
+    stems = [file.stem for file in files]
+    for file, stem in zip(files, stems, strict=True):
+        yield (stem if stems.count(stem) == 1 else file.name), file
+
+
+def prepare(
+    image: Source,
+    mask: Source | None = None,
+    matte: MatteConfig | None = None,
+    name: str = "product",
+    depth: Source | None = None,
+    depth_onnx: str | None = None,
+) -> Product:
+    """Decode, find or check the mask, un-mix the edge.
+
+    depth: a picture of the photo's size, near is bright. depth_onnx: a network that estimates it where it is not given.
+
+    Raises:
+        ConfigError: a file is missing or no image; the mask has another size, is empty or leaves no background.
+        PackshotError: no mask was given and no product is found.
+    """
+    opened = open_image("product", image)
+    photo = opened.image
+    if min(photo.size) < MIN_SIDE:
+        raise ConfigError(
+            f"product: {name} is {photo.width}x{photo.height} px.", f"Each side needs at least {MIN_SIDE} px."
+        )
+    given = None if mask is None else _open_alike("mask", mask, photo, name)
+    near = None if depth is None else _open_alike("depth", depth, photo, name).image
+    found = find_mask(photo, matte or MatteConfig(), given and given.image, name)
+    alpha = np.rint(np.clip(found.alpha_HW, 0, 1) * 255).astype(np.uint8)
+    _check_alpha(alpha, name, "file" if given is not None else found.method)
+    # Under a cut-out's own alpha lies what it was cut out of, which tells how its edge was mixed. Under a mask from
+    # elsewhere transparent pixels may count as product, and those have no colour but the white they are shown over.
+    rgb = np.ascontiguousarray(photo.convert("RGB") if found.method == "alpha" else flatten(photo))
+    soft = soften_hard_edge(alpha)
+    if near is None and depth_onnx:
+        near = estimate_depth(Image.fromarray(rgb), depth_onnx)
+    return Product(
+        name=name,
+        rgb_HW3=rgb,
+        alpha_HW=alpha,
+        matte_HW=soft,
+        foreground_HW3=unmix(rgb, soft),
+        method=found.method,
+        confidence=float(found.confidence),
+        sha256=opened.sha256,
+        mask_sha256=given.sha256 if given else None,
+        decoding=opened.decoding,
+        depth_HW=None if near is None else np.asarray(near.convert("L")),
+    )
+
+
+def _open_alike(key: str, source: Source, photo: Image.Image, name: str) -> Photo:
+    """A picture that belongs to the photo, pixel by pixel."""
+    opened = open_image(key, source)
+    picture = opened.image
+    if picture.size != photo.size:
+        raise ConfigError(
+            f"{key} is {picture.width}x{picture.height} px, the photo {name} is {photo.width}x{photo.height} px.",
+            f"Give a {key} of the photo's size; it is not resized, because that would move its edge.",
+        )
+    return opened
+
+
+def _check_alpha(alpha_HW: np.ndarray, name: str, method: str) -> None:
+    share = float((alpha_HW >= 128).mean())
+    kind = ConfigError if method == "file" else PackshotError
+    source = "the given mask" if method == "file" else f"the mask found ({method})"
+    if share == 0:
+        raise kind(f"product: {source} of {name} is empty (all black).", "White marks the product.")
+    if share > 0.995:
+        raise kind(
+            f"product: {source} of {name} covers the whole picture.",
+            "White marks the product, black the background that is replaced.",
+        )
+
+
+def core_of(alpha_HW: np.ndarray) -> np.ndarray:
+    """Bool (H, W): pixels with alpha 255 whose eight neighbours have it too. The picture's border does not erode."""
+    return cv2.erode((alpha_HW == 255).astype(np.uint8), _SQUARE).astype(bool)

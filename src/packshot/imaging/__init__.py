@@ -1,0 +1,1 @@
+"""Pictures as arrays: decoding, colour, framing, masks, depth and control maps."""

@@ -1,0 +1,202 @@
+"""Image files as people really have them -> 8-bit RGB or RGBA in sRGB, upright; or an error that says what is wrong."""
+
+from __future__ import annotations
+
+import io
+import threading
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, ImageOps
+
+from packshot.errors import PackshotError
+from packshot.runs.folder import log
+
+# Content decides, never the extension. Formats that run code (EPS), have no signature (TGA) or hold no photograph
+# (ICO, fonts) stay out: every decoder that can be reached is one that a stranger's file can attack.
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
+MAX_PIXELS = 120_000_000
+_OPENING = threading.Lock()
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+
+
+class DecodeError(PackshotError):
+    """A file is no usable image.
+
+    reason: short code for tables (``empty_file``, ``truncated``, ``not_an_image``, …).
+    measure: the value that decided, as text.
+    """
+
+    def __init__(self, message: str, reason: str, measure: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.reason = reason
+        self.measure = measure
+
+
+def decode_image(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture of :func:`decode` alone."""
+    return decode(source, name, max_pixels)[0]
+
+
+def decode(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, list[str]]:
+    """Decode a file or its bytes.
+
+    EXIF orientation is applied, embedded colour profiles other than sRGB (and CMYK) are converted to sRGB, 16-bit
+    samples are scaled to 8 bits, palettes and colour keys are resolved, animations give their first frame.
+
+    source: a path, or the content of a file.
+    name: how messages call it.
+    max_pixels: larger pictures are refused before their pixels are decompressed.
+    Returns: RGB, or RGBA when at least one pixel is not opaque, uint8; and what was done to the file's own pixels, in
+        words, nothing for a plain 8-bit sRGB picture.
+    Raises:
+        DecodeError: empty, unreadable, no image, an unsupported format, too large, truncated or damaged.
+    """
+    data = _read(source, name)
+    image = _open(data, name, max_pixels)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise DecodeError(
+            f"{name} has {width}x{height} pixels, more than {max_pixels}.",
+            "too_many_pixels",
+            f"{width}x{height}",
+            "Scale it down.",
+        )
+    try:
+        image.load()
+        return normalize(image, name)
+    except DecodeError:
+        raise
+    except Exception as error:  # decoders answer damaged input with a dozen exception types
+        reason = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "damaged"
+        raise DecodeError(f"{name} is {reason}: {error}.", reason, str(error), "Export the image again.") from error
+
+
+def normalize(image: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
+    """What :func:`decode` does to an open picture of any mode.
+
+    Raises:
+        DecodeError: its samples have no black and white.
+    """
+    steps: list[str] = []
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation in range(2, 9):
+        steps.append(f"turned upright (EXIF orientation {orientation})")
+    return _to_eight_bit(ImageOps.exif_transpose(image), name, steps), steps
+
+
+def open_up_to(max_pixels: int | None, data: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """``Image.open`` with a limit of one's own (None: none) in place of Pillow's, which is the process's and no larger
+    than 179 megapixels: beyond twice ``max_pixels`` it raises ``Image.DecompressionBombError``."""
+    with _OPENING:
+        usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+        try:
+            return Image.open(io.BytesIO(data), formats=formats)
+        finally:
+            Image.MAX_IMAGE_PIXELS = usual
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """RGB over white. Opaque pixels keep their bytes; colours hidden under alpha 0 vanish."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _read(source: Path | bytes, name: str) -> bytes:
+    if isinstance(source, Path):
+        try:
+            source = source.read_bytes()
+        except OSError as error:
+            raise DecodeError(f"{name} cannot be read: {error.strerror}.", "unreadable", str(error.strerror)) from error
+    if not source:
+        raise DecodeError(f"{name} is empty (0 bytes).", "empty_file", "0 bytes", "Copy or export it again.")
+    return source
+
+
+def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        raise DecodeError(
+            f"{name} is a HEIC/HEIF image, which is not supported.",
+            "unsupported_format",
+            "HEIC",
+            "Convert it to JPEG or PNG (heif-convert, or the camera's 'most compatible' setting).",
+        )
+    try:
+        return open_up_to(max_pixels, data, FORMATS)
+    except Image.DecompressionBombError as error:
+        raise DecodeError(
+            f"{name} has more than {max_pixels} pixels.", "too_many_pixels", str(error), "Scale it down."
+        ) from error
+    except Exception as error:  # an unknown signature, or a known one before a broken header
+        raise DecodeError(
+            f"{name} is not an image in a known format (it starts with {data[:12]!r}).",
+            "not_an_image",
+            repr(data[:12]),
+            f"Supported: {', '.join(FORMATS)}.",
+        ) from error
+
+
+def _to_eight_bit(image: Image.Image, name: str, steps: list[str]) -> Image.Image:
+    """RGB or RGBA; appends to ``steps`` what was done."""
+    if is_high_depth(image):
+        steps.append("16 bits to 8 per channel")
+        return Image.fromarray(high_depth_to_uint8(image, name)).convert("RGB")
+    profile = image.info.get("icc_profile")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        colour = _to_srgb(rgba.convert("RGB"), profile, name, steps)
+        if alpha.getextrema() == (255, 255):
+            return colour
+        colour.putalpha(alpha)
+        return colour
+    return _to_srgb(image if image.mode == "CMYK" else image.convert("RGB"), profile, name, steps)
+
+
+def is_high_depth(image: Image.Image) -> bool:
+    """Whether its samples have more than 8 bits. Pillow's own conversion of them clips at 255."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def high_depth_to_uint8(image: Image.Image, name: str) -> np.ndarray:
+    """(H, W) grey samples of 16 bits (whatever integer mode Pillow holds them in) as uint8.
+
+    Raises:
+        DecodeError: samples that are no whole numbers from 0 to 65535.
+    """
+    grey_HW = np.asarray(image)
+    if image.mode == "F" or grey_HW.min() < 0 or grey_HW.max() > 65535:
+        span = f"{image.mode}: {grey_HW.min():g} to {grey_HW.max():g}"
+        raise DecodeError(
+            f"{name} has samples that no rule maps to black and white ({span}).",
+            "unsupported_depth",
+            span,
+            "Export it with 8 or 16 bits per channel.",
+        )
+    return np.round(grey_HW.astype(np.float32) / 257.0).astype(np.uint8)
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None, name: str, steps: list[str]) -> Image.Image:
+    """Through the embedded profile if there is one that is not sRGB already; else the plain conversion to RGB."""
+    if not profile:
+        if image.mode != "RGB":
+            steps.append(f"{image.mode} to RGB without a colour profile")
+        return image.convert("RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    except OSError as error:
+        log.warning("%s: its colour profile is damaged (%s); read as sRGB", name, error)
+        return image.convert("RGB")
+    space = profile[16:20]  # the data colour space of an ICC header (ICC.1:2022, 7.2.8)
+    channels = {b"RGB ": "RGB", b"CMYK": "CMYK"}.get(space)
+    # Most files carry sRGB: leaving them alone keeps their bytes. A profile for another number of channels (a grey
+    # one left in an RGB file) says nothing about these pixels.
+    described = ImageCms.getProfileDescription(source).strip()
+    if channels != image.mode or "srgb" in described.lower():
+        return image.convert("RGB")
+    steps.append(f"from {described} to sRGB")
+    converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert converted is not None  # only None for inPlace=True
+    return converted

@@ -1,0 +1,1 @@
+"""Building a dataset from photographs or renders: sources, steps, quality, duplicates and the card."""

@@ -1,0 +1,39 @@
+"""Which images are worth training on: each check gives a reason and the value that decided."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from packshot.config.schema import QualityConfig
+from packshot.imaging.decode import flatten
+
+EMPTY_STD = 2.0  # of 255: less contrast than this is sensor noise or a blank page
+SHARPNESS_SIDE = 512  # px, longer side at which sharpness is measured, so that it does not depend on resolution
+
+
+def sharpness(image: Image.Image) -> float:
+    """Variance of the Laplacian over the variance of the grey values, at 512 px.
+
+    Dividing by the contrast keeps white products on white from counting as blurred. In-focus photographs have about
+    0.05 to 1, the same blurred with a sigma of 3 px about 0.002; rounding to 8 bits keeps it from falling much lower.
+    """
+    grey = image.convert("L")
+    grey.thumbnail((SHARPNESS_SIDE, SHARPNESS_SIDE), Image.Resampling.BOX)
+    grey_HW = np.asarray(grey, np.float64)
+    return float(cv2.Laplacian(grey_HW, cv2.CV_64F).var() / max(grey_HW.var(), 1e-6))
+
+
+def check(image: Image.Image, quality: QualityConfig) -> tuple[str, str] | None:
+    """(reason, measure) why an image is rejected, or None."""
+    if min(image.size) < quality.min_side:
+        return "too_small", f"{image.width}x{image.height}"
+    flat = flatten(image)
+    contrast = float(np.asarray(flat).std(axis=(0, 1)).max())
+    if contrast < EMPTY_STD:
+        return "empty", f"std {contrast:.2f}"
+    sharp = sharpness(flat)
+    if sharp < quality.min_sharpness:
+        return "blurred", f"sharpness {sharp:.5f}"
+    return None

@@ -1,0 +1,153 @@
+"""Files: where relative paths lead, and writes that are either whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from packshot.errors import ConfigError, PackshotError
+
+CHECKOUT = Path(__file__).resolve().parents[3]
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)  # it can only be read by setting it
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+
+
+def resolve(path: str | Path) -> Path:
+    """A path as the user means it: relative to the working folder, else (shipped data) to the checkout."""
+    given = Path(path).expanduser()
+    if given.is_absolute() or given.exists():
+        return given
+    shipped = CHECKOUT / given
+    return shipped if shipped.exists() else given
+
+
+def readable(key: str, path: str | Path) -> Path:
+    """The resolved path of a file or folder that the config names under ``key``.
+
+    Raises:
+        ConfigError: when it does not exist or may not be read.
+    """
+    found = resolve(path)
+    if not found.exists():
+        raise ConfigError(f"{key}={path}: no such file or folder.", f"Looked for {found.absolute()}.")
+    if not os.access(found, os.R_OK | (os.X_OK if found.is_dir() else 0)):
+        raise ConfigError(f"{key}={path} may not be read.", f"chmod u+r {found.absolute()}")
+    return found
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name that no other process writes to: folders may be shared by machines, whose process numbers meet."""
+    return path.with_name(f".{path.name}.{zlib.crc32(platform.node().encode())}{os.getpid()}.tmp")
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    try:
+        yield temporary
+        _settle(temporary)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``path`` when the block ends without an exception; an old ``path`` goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _settle(file)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what :func:`replacing_file` and :func:`replacing_folder` were writing in the folder when their process was
+    killed. Nobody else may be writing there."""
+    for found in list(folder.glob(".*.tmp")):
+        if _TEMPORARY.fullmatch(found.name):
+            shutil.rmtree(found, ignore_errors=True) if found.is_dir() else found.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(what: str, way_out: str) -> Iterator[None]:
+    """Files are written in this block; when that fails, mostly for lack of space, it ends with a sentence.
+
+    what: names it in the message, as the subject. way_out: what is safe, and how to go on.
+
+    Raises:
+        PackshotError: in place of what Python, safetensors and torch raise.
+    """
+    from safetensors import SafetensorError  # Blender's environment, where this module is read too, has none
+
+    try:
+        yield
+    except OSError as error:
+        reason, cause = error.strerror or str(error), error
+    except SafetensorError as error:
+        reason, cause = str(error), error
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # the writer of torch.save has no type and no reason for it
+            raise
+        reason, cause = "a file could not be written to its end, is the disk full?", error
+    else:
+        return
+    raise PackshotError(f"{what} cannot be written: {reason}.", way_out) from cause
+
+
+def _settle(path: Path) -> None:
+    """On disk, and as readable as other new files: safetensors writes for its user alone."""
+    path.chmod(path.stat().st_mode | (0o666 & ~_UMASK))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """The new name is on disk too when this returns: what it replaces may then be deleted."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest of bytes: the ``id`` of a sample."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_hash(folder: Path, pattern: str = "*") -> str:
+    """Digest over names and contents of a folder's files: identity of a dataset or of a model's weights."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob(pattern)):
+        if file.is_file():
+            digest.update(file.relative_to(folder).as_posix().encode())
+            digest.update(bytes.fromhex(file_sha256(file)))
+    return digest.hexdigest()

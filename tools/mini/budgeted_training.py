@@ -1,0 +1,180 @@
+"""One stretch of training under a budget of CPU time: resume, EMA, cosine schedule, metrics, for every stage."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+
+from packshot.errors import PackshotError
+
+Loss = Callable[[torch.Generator], tuple[torch.Tensor, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage asks of its stretch.
+
+    inputs: fingerprint of what the stage is trained on besides the renders (a UNet belongs to one VAE). A checkpoint
+        of other inputs is refused.
+    """
+
+    stage: str
+    folder: Path
+    minutes: float
+    learning_rate: float
+    batch_size: int
+    seed: int = 0
+    inputs: str = ""
+    warmup_steps: int = 100
+    ema_decay: float = 0.999
+    weight_decay: float = 0.01
+    checkpoint_seconds: float = 180.0
+    log_seconds: float = 20.0
+
+
+@dataclass
+class Progress:
+    """Optimizer steps done and the seconds of work they took, over all resumed runs."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+
+def _work_seconds() -> float:
+    """CPU time of this process per thread: wall time on an idle machine, and not thinned by a busy one's neighbours."""
+    return time.process_time() / torch.get_num_threads()
+
+
+def learning_rate_at(plan: Plan, progress: Progress) -> float:
+    """Linear warm-up in steps, then a cosine to 2 % over the time budget."""
+    done = min(progress.seconds / (60 * plan.minutes), 1.0)
+    cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+    return plan.learning_rate * cosine * min(1.0, (progress.step + 1) / plan.warmup_steps)
+
+
+def _restore(plan: Plan, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> Progress:
+    path = plan.folder / "checkpoint.pt"
+    if not path.exists():
+        return Progress()
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["inputs"] != plan.inputs:
+        raise PackshotError(
+            f"{path} was trained with other inputs ({state['inputs']}) than the present ones ({plan.inputs})",
+            hint=f"remove {plan.folder} to start this stage anew",
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    ema.load_state_dict(state["ema"])
+    return Progress(state["step"], state["seconds"])
+
+
+def _save(plan: Plan, progress: Progress, **parts: Any) -> None:
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    state = {name: part.state_dict() for name, part in parts.items()}
+    path = plan.folder / "checkpoint.pt"
+    partial = path.with_suffix(".partial")
+    torch.save({**state, "step": progress.step, "seconds": progress.seconds, "inputs": plan.inputs}, partial)
+    partial.replace(path)
+
+
+def _log(plan: Plan, progress: Progress, values: dict[str, float]) -> None:
+    line = {"step": progress.step, "seconds": round(progress.seconds, 1), **{k: round(v, 6) for k, v in values.items()}}
+    with (plan.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    left = max(0.0, plan.minutes - progress.seconds / 60)
+    numbers = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+    print(f"{plan.stage}  step {progress.step}  {numbers}  {left:.1f} min left", flush=True)
+
+
+def run_stretch(
+    plan: Plan,
+    model: torch.nn.Module,
+    loss_of: Loss,
+    preview: Callable[[Progress], None] | None = None,
+) -> Progress:
+    """Train ``model`` until the budget is spent; on return it holds the EMA weights, in eval mode.
+
+    loss_of: draws a batch with the generator it is given (seeded by (seed, step), so a resumed run draws what the
+        unbroken one would have) and returns the loss and further values to log.
+    preview: called with the EMA weights in place at every checkpoint and at the end.
+
+    Raises:
+        PackshotError: the loss stopped being finite, or the checkpoint belongs to other inputs.
+    """
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=plan.weight_decay, foreach=True
+    )
+    ema = EMAModel(parameters, decay=plan.ema_decay, foreach=True)
+    progress = _restore(plan, model, optimizer, ema)
+    saved_at = logged_at = progress.seconds
+    logged_step, sums = progress.step, {}
+    while progress.seconds < 60 * plan.minutes:
+        began = _work_seconds()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(plan, progress)
+        norm, values = _step(plan, progress, model, loss_of, optimizer, ema, parameters)
+        progress.step += 1
+        progress.seconds += _work_seconds() - began
+        for key, value in {**values, "grad_norm": norm}.items():
+            sums[key] = sums.get(key, 0.0) + value
+        finished = progress.seconds >= 60 * plan.minutes
+        if finished or progress.seconds - logged_at >= plan.log_seconds:
+            steps = progress.step - logged_step
+            rate = steps * plan.batch_size / (progress.seconds - logged_at)
+            means = {key: value / steps for key, value in sums.items()}
+            _log(plan, progress, {**means, "learning_rate": optimizer.param_groups[0]["lr"], "images_per_second": rate})
+            logged_at, logged_step, sums = progress.seconds, progress.step, {}
+        if finished or progress.seconds - saved_at >= plan.checkpoint_seconds:
+            saved_at = progress.seconds
+            _save(plan, progress, model=model, optimizer=optimizer, ema=ema)
+            if preview and not finished:
+                _with_ema(model, ema, parameters, lambda: preview(progress))
+    if progress.step:
+        ema.copy_to(parameters)
+    model.eval()
+    if preview:
+        preview(progress)
+    return progress
+
+
+def _step(
+    plan: Plan,
+    progress: Progress,
+    model: torch.nn.Module,
+    loss_of: Loss,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel,
+    parameters: Iterable[torch.nn.Parameter],
+) -> tuple[float, dict[str, float]]:
+    model.train()
+    key = plan.seed * 1_000_003 + progress.step
+    torch.manual_seed(key)  # for dropout inside the models, which takes no generator
+    loss, values = loss_of(torch.Generator().manual_seed(key))
+    if not torch.isfinite(loss):
+        raise PackshotError(f"{plan.stage}: the loss is {loss.item()} at step {progress.step}", hint="lower the rate")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    ema.step(parameters)
+    return float(norm), {"loss": loss.item(), **values}
+
+
+def _with_ema(model: torch.nn.Module, ema: EMAModel, parameters: list, action: Callable[[], None]) -> None:
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    model.eval()
+    try:
+        action()
+    finally:
+        ema.restore(parameters)

@@ -1,0 +1,266 @@
+"""Stage ``clip``: SDXL's two text encoders and the image encoder, trained together by contrast.
+
+A text names some slots of its scene; it matches every image in the batch whose scene agrees in those slots, so one
+embedding learns to hold surface, surroundings, background, light and mood side by side. A classifier of the
+vocabulary's phrases, one for images and texts alike and thrown away afterwards, brings both there much sooner.
+"""
+
+# diffusers annotates block tuples as one-element tuples and module attributes as optional.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from packshot.scene import Scene
+from packshot.scene.vocabulary import BACKGROUNDS, LIGHTING, MOODS, SURFACES, SURROUNDINGS
+from tools.mini.budgeted_training import Plan, Progress, run_stretch
+from tools.mini.data import (
+    Render,
+    Renders,
+    bare_phrases,
+    coarser,
+    loose_caption,
+    mirrored,
+    reframed,
+    sub_scene,
+    to_pixels,
+    without_product,
+)
+from tools.mini.folder import Family, Record, set_loading_dtype
+from tools.mini.vocabulary import VOCABULARY_SIZE
+
+PARTS = ("text_encoder", "text_encoder_2", "image_encoder")
+IMAGE_SIZE = 96
+EMBEDDING = 80  # of the space that images and texts share, and of SDXL's pooled text embedding
+PHRASES = {
+    "surface": SURFACES,
+    "surroundings": SURROUNDINGS,
+    "background": BACKGROUNDS,
+    "lighting": LIGHTING,
+    "mood": MOODS,
+}
+
+
+def _text_config(hidden: int, heads: int, activation: str) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        max_position_embeddings=77,
+        projection_dim=EMBEDDING,
+        hidden_act=activation,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=1,
+    )
+
+
+def build_encoders() -> torch.nn.ModuleDict:
+    """Untrained ``text_encoder`` (width 48), ``text_encoder_2`` (80), ``image_encoder``; parts only training needs.
+
+    The widths differ as SDXL's do, so that a mixed-up order fails instead of passing unseen.
+    """
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=16,
+        projection_dim=EMBEDDING,
+        hidden_act="gelu",
+    )
+    return torch.nn.ModuleDict(
+        {
+            "text_encoder": CLIPTextModel(_text_config(48, 4, "quick_gelu")),
+            "text_encoder_2": CLIPTextModelWithProjection(_text_config(80, 5, "gelu")),
+            "image_encoder": CLIPVisionModelWithProjection(vision),
+            "head": torch.nn.Linear(48, EMBEDDING, bias=False),
+            "phrases": torch.nn.Linear(EMBEDDING, sum(map(len, PHRASES.values())), bias=False),
+            "log_scale": torch.nn.ParameterDict({"value": torch.nn.Parameter(torch.tensor(2.5))}),
+        }
+    )
+
+
+def feature_extractor() -> CLIPImageProcessorPil:
+    """The image processor that belongs to ``image_encoder``."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
+
+
+def to_clip_pixels(images: list[np.ndarray]) -> torch.Tensor:
+    """What :func:`feature_extractor` makes of uint8 images, for whole batches of one shape."""
+    pixels = to_pixels(images).add(1).div(2)
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
+    mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (pixels - mean) / std
+
+
+def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """input_ids_B77 as SDXL pipelines make them."""
+    return tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+
+
+def _draw_slots(scene: Scene, rng: random.Random) -> set[str]:
+    """One slot, some, or all of the filled ones, at equal odds."""
+    filled = [slot for slot, values in scene.slots().items() if values]
+    return set(rng.sample(filled, rng.choice((1, 1, rng.randint(1, len(filled)), len(filled)))))
+
+
+def _draw_batch(
+    renders: Renders, generator: torch.Generator, count: int
+) -> tuple[list[np.ndarray], list[str], list[Scene], list[Scene]]:
+    """Images, texts, the scenes of the images, and what of them the texts say."""
+    rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+    images, scenes, texts, named = [], [], [], []
+    for render in renders.draw(generator, count):
+        flip = rng.random() < 0.5
+        image = reframed(without_product(render, rng), rng)
+        images.append(image[:, ::-1] if flip else image)
+        scenes.append(mirrored(render.scene) if flip else render.scene)
+        named.append(coarser(sub_scene(scenes[-1], _draw_slots(scenes[-1], rng)), rng, 0.6))
+        texts.append(named[-1].render() if rng.random() < 0.5 else loose_caption(named[-1], rng))
+    return images, texts, scenes, named
+
+
+def match_matrix(named: list[Scene], scenes: list[Scene]) -> torch.Tensor:
+    """matches_TI: row = text, column = image, 1 where the image shows all that the text says.
+
+    A phrase stays true when its end is left out: "lemons" of "lemons behind it", a podium without its table.
+    """
+
+    def shows(scene: Scene, asked: Scene) -> bool:
+        slots = scene.slots()
+        return all(
+            any(told == value or told.startswith(value + " ") for told in slots[slot])
+            for slot, values in asked.slots().items()
+            for value in values
+        )
+
+    return torch.tensor([[shows(scene, asked) for scene in scenes] for asked in named], dtype=torch.float32)
+
+
+def contrast(logits_TI: torch.Tensor, matches_TI: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy to all matches, from texts to images and back (Khosla et al. 2020, with soft targets)."""
+    to_images = matches_TI / matches_TI.sum(1, keepdim=True)
+    to_texts = (matches_TI / matches_TI.sum(0, keepdim=True)).T
+    return 0.5 * (F.cross_entropy(logits_TI, to_images) + F.cross_entropy(logits_TI.T, to_texts))
+
+
+def phrase_loss(logits_BP: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
+    """Cross-entropy per filled slot over the slot's phrases, evenly spread where a scene has several of them."""
+    losses, start = [], 0
+    for slot, phrases in PHRASES.items():
+        wanted = [bare_phrases(scene, slot) for scene in scenes]
+        target = torch.tensor([[float(phrase in values) for phrase in phrases] for values in wanted])
+        known = target.sum(1) > 0
+        if known.any():
+            logits = logits_BP[known, start : start + len(phrases)]
+            losses.append(F.cross_entropy(logits, target[known] / target[known].sum(1, keepdim=True)))
+        start += len(phrases)
+    return torch.stack(losses).mean()
+
+
+@torch.inference_mode()
+def text_embeddings(encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Unit vectors embeddings_BE."""
+    return F.normalize(encoder(token_ids(tokenizer, texts)).text_embeds, dim=-1)
+
+
+@torch.inference_mode()
+def image_embeddings(encoder: CLIPVisionModelWithProjection, images: list[np.ndarray]) -> torch.Tensor:
+    """Unit vectors embeddings_BE of uint8 images."""
+    batches = [images[i : i + 64] for i in range(0, len(images), 64)]
+    return torch.cat([F.normalize(encoder(to_clip_pixels(batch)).image_embeds, dim=-1) for batch in batches])
+
+
+def slot_accuracy(parts: dict, images: list[np.ndarray], scenes: list[Scene]) -> dict[str, float]:
+    """Per slot, how often the vocabulary phrase nearest to the image is one its scene has. Chance is 1 in 8 to 14."""
+    seen = image_embeddings(parts["image_encoder"], images)
+    result = {}
+    for slot, phrases in PHRASES.items():
+        texts = [sub_scene(Scene.from_dict({slot: _slot_value(slot, p)}), {slot}).render() for p in phrases]
+        said = text_embeddings(parts["text_encoder_2"], parts["tokenizer_2"], texts)
+        nearest = (seen @ said.T).argmax(dim=1).tolist()
+        wanted = [bare_phrases(scene, slot) for scene in scenes]
+        hits = [phrases[index] in values for index, values in zip(nearest, wanted, strict=True) if values]
+        if hits:
+            result[slot] = sum(hits) / len(hits)
+    return result
+
+
+def _slot_value(slot: str, phrase: str) -> str | list[str]:
+    return [phrase] if slot == "surroundings" else phrase
+
+
+def measure_clip(parts: dict, renders: list[Render]) -> dict[str, float]:
+    """Slot accuracies on images with and without their product."""
+    images = [image for render in renders for image in (render.image, render.plate)]
+    return slot_accuracy(parts, images, [render.scene for render in renders for _ in range(2)])
+
+
+def train_clip(renders: Renders, family: Family, folder: Path, minutes: float, seed: int) -> None:
+    """Train the three encoders and stage them with the feature extractor; the tokenizers must be staged."""
+    torch.manual_seed(seed)
+    model = build_encoders()
+    for part in PARTS:
+        family.begin(model[part], part)
+    tokenizers = {name: CLIPTokenizer.from_pretrained(family.staging / name) for name in ("tokenizer", "tokenizer_2")}
+    plan = Plan("clip", folder, minutes, learning_rate=1e-3, batch_size=64, seed=seed, weight_decay=0.05)
+
+    def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        images, texts, scenes, named = _draw_batch(renders, generator, plan.batch_size)
+        matches, scale = match_matrix(named, scenes), model["log_scale"]["value"].clamp(max=4.0).exp()
+        anchors = F.normalize(model["phrases"].weight, dim=-1)
+        seen = F.normalize(model["image_encoder"](to_clip_pixels(images)).image_embeds, dim=-1)
+        first = model["head"](model["text_encoder"](token_ids(tokenizers["tokenizer"], texts)).pooler_output)
+        second = model["text_encoder_2"](token_ids(tokenizers["tokenizer_2"], texts)).text_embeds
+        said = [F.normalize(embedding, dim=-1) for embedding in (first, second)]
+        contrasts = torch.stack([contrast(scale * text @ seen.T, matches) for text in said]).mean()
+        of_images = phrase_loss(scale * seen @ anchors.T, scenes)
+        of_texts = torch.stack([phrase_loss(scale * text @ anchors.T, named) for text in said]).mean()
+        values = {"contrast": contrasts.item(), "image_phrases": of_images.item(), "text_phrases": of_texts.item()}
+        return contrasts + of_images + of_texts, values
+
+    def preview(at: Progress) -> None:
+        print(f"clip  step {at.step}  held out {measure_clip({**model, **tokenizers}, renders.held_out)}", flush=True)
+
+    progress = run_stretch(plan, model, loss_of, preview)
+    measures = measure_clip({**model, **tokenizers}, renders.held_out)
+    parts = {name: model[name] for name in PARTS}
+
+    def write(staging: Path) -> None:
+        for name, part in parts.items():
+            part.half().save_pretrained(staging / name)
+            set_loading_dtype(staging / name)
+        feature_extractor().save_pretrained(staging / "feature_extractor")
+
+    record = Record(
+        score=sum(measures.values()) / len(measures),
+        measures=measures,
+        **family.effort("clip", progress),
+        scenes=len(renders.train),
+        held_out=renders.held_out_id,
+        parameters=sum(part.num_parameters() for part in parts.values()),
+    )
+    family.keep_if_better("clip", record, write)

@@ -1,0 +1,263 @@
+"""Rendered sets as training data: pixels, product masks, and captions in many wordings."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from packshot.dataset.rows import load_rows
+from packshot.errors import ConfigError
+from packshot.render.sample import design
+from packshot.scene import Scene
+from packshot.scene.vocabulary import ON, split_position
+
+SIZE = 128  # px; the family's native image size
+_LAYERS = ("image", "plate", "cutout")
+
+
+@dataclass(frozen=True)
+class Render:
+    """One scene: image and plate (the same without product) uint8 RGB (SIZE, SIZE, 3), cutout uint8 (SIZE, SIZE, 4).
+
+    product: the design behind ``product_id``, as the renderer was given it.
+    """
+
+    id: str
+    product_id: str
+    product: dict[str, object]
+    scene: Scene
+    image: np.ndarray
+    plate: np.ndarray
+    cutout: np.ndarray
+
+    @property
+    def alpha(self) -> np.ndarray:
+        """The product's share of every pixel, float32 (SIZE, SIZE) in [0, 1]."""
+        return self.cutout[..., 3].astype(np.float32) / 255
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Where the product is, bool (SIZE, SIZE)."""
+        return self.cutout[..., 3] > 127
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    array = np.array(image)
+    fits = array.shape[:2] == (SIZE, SIZE)
+    return array if fits else cv2.resize(array, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+
+
+def read_renders(key: str, path: str) -> Iterator[Render]:
+    """The scenes of a rendered set; ``key`` names it in messages. Raises ConfigError: it is none."""
+    rows = load_rows(key, path)
+    for index in range(len(rows)):
+        row = rows.read(index, _LAYERS)
+        missing = [name for name in (*_LAYERS, "product_id") if row.get(name) is None]
+        if missing:
+            raise ConfigError(
+                f"{key} {path}: sample {row['id']} lacks {', '.join(missing)}.",
+                "The mini family learns from rendered sets: build_data.py dataset=rendered writes them.",
+            )
+        image, plate, cutout = (_pixels(row[name]) for name in _LAYERS)
+        product = design(row["product_id"])
+        yield Render(row["id"], row["product_id"], product, row["scene"], image, plate, cutout)
+
+
+@dataclass(frozen=True)
+class Renders:
+    """The scenes of two rendered sets, decoded: one to learn from, one to measure on."""
+
+    train: list[Render]
+    held_out: list[Render]
+
+    @classmethod
+    def open(cls, train: str, held_out: str) -> Renders:
+        """Read both sets whole (about 0.1 MB per scene).
+
+        Raises:
+            ConfigError: a set is missing, empty, not Parquet, or not a rendered one; both show the same product.
+        """
+        renders = cls(list(read_renders("--train", train)), list(read_renders("--heldout", held_out)))
+        shared = {r.product_id for r in renders.train} & {r.product_id for r in renders.held_out}
+        if shared:
+            raise ConfigError(
+                f"--train {train} and --heldout {held_out} both show {', '.join(sorted(shared)[:3])}.",
+                "Scores on products that training has seen say nothing: give sets without common products.",
+            )
+        return renders
+
+    @property
+    def held_out_id(self) -> str:
+        """16 hex digits that stand for the held-out scenes."""
+        return hashlib.sha256("".join(render.id for render in self.held_out).encode()).hexdigest()[:16]
+
+    def draw(self, generator: torch.Generator, count: int) -> list[Render]:
+        """``count`` training scenes with replacement."""
+        return [self.train[i] for i in torch.randint(len(self.train), (count,), generator=generator).tolist()]
+
+
+def to_pixels(images: list[np.ndarray]) -> torch.Tensor:
+    """uint8 (H, W, 3) images to pixels_BCHW in [-1, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def to_images(pixels_BCHW: torch.Tensor) -> np.ndarray:
+    """Inverse of :func:`to_pixels`: uint8 (B, H, W, 3)."""
+    scaled = pixels_BCHW.float().add(1).mul(127.5).round().clamp(0, 255)
+    return scaled.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
+
+
+def without_product(render: Render, rng: random.Random) -> np.ndarray:
+    """The scene with its product, with the product painted grey, or without it, at equal odds."""
+    choice = rng.randrange(3)
+    if choice == 0:
+        return render.image
+    if choice == 1:
+        return render.plate
+    image = render.image.copy()
+    image[render.mask] = 128
+    return image
+
+
+def reframed(image: np.ndarray, rng: random.Random) -> np.ndarray:
+    """A random window of at least seven eighths of the side, at the image's size: few scenes pass for more."""
+    size = image.shape[0]
+    side = rng.randint(size * 7 // 8, size)
+    top, left = rng.randint(0, size - side), rng.randint(0, size - side)
+    window = np.ascontiguousarray(image[top : top + side, left : left + side])
+    return cv2.resize(window, (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+def mirrored(scene: Scene) -> Scene:
+    """The scene as its mirrored image shows it: left and right change places in every slot."""
+
+    def swap(text: str | None) -> str | None:
+        if text is None:
+            return None
+        return text.replace("left", "\0").replace("right", "left").replace("\0", "right")
+
+    return replace(
+        scene,
+        surface=swap(scene.surface) or "",
+        surroundings=tuple(swap(text) or "" for text in scene.surroundings),
+        background=swap(scene.background),
+        lighting=swap(scene.lighting),
+        style=tuple(swap(text) or "" for text in scene.style),
+    )
+
+
+def bare_phrases(scene: Scene, slot: str) -> tuple[str, ...]:
+    """The slot's phrases without where their things stand, as the vocabulary lists them."""
+    return tuple(split_position(value)[0] for value in scene.slots()[slot])
+
+
+def sub_scene(scene: Scene, slots: set[str]) -> Scene:
+    """The scene with only the named slots filled."""
+    return Scene(**{slot: getattr(scene, slot) for slot in slots})
+
+
+def thinned(scene: Scene, rng: random.Random, keep: float) -> Scene:
+    """Every slot stays with probability ``keep``; at least one stays."""
+    filled = [slot for slot, values in scene.slots().items() if values]
+    kept = {slot for slot in filled if rng.random() < keep} or {rng.choice(filled)}
+    return sub_scene(scene, kept)
+
+
+def coarser(scene: Scene, rng: random.Random, keep: float) -> Scene:
+    """The scene less closely described: where a thing stands, and the table under a podium, stay with odds ``keep``."""
+    surface = scene.surface if rng.random() < keep else scene.surface.partition(ON)[0]
+    around = (text if rng.random() < keep else split_position(text)[0] for text in scene.surroundings)
+    return replace(scene, surface=surface, surroundings=tuple(around))
+
+
+def loose_caption(scene: Scene, rng: random.Random) -> str:
+    """The scene's phrases as people prompt: any order, commas, with or without the words that join them."""
+    clauses = []
+    if scene.surface:
+        clauses.append(rng.choice(("on {}", "an object on {}", "{}", "a product standing on {}")).format(scene.surface))
+    if scene.surroundings:
+        around = " and ".join(scene.surroundings)
+        clauses.append(rng.choice(("surrounded by {}", "with {}", "{}", "next to {}")).format(around))
+    if scene.background:
+        clauses.append(rng.choice(("{} in the background", "{}", "in front of {}")).format(scene.background))
+    if scene.lighting:
+        clauses.append(scene.lighting)
+    if scene.mood:
+        clauses.append(rng.choice(("{} mood", "{}")).format(scene.mood))
+    clauses += scene.style
+    rng.shuffle(clauses)
+    return ", ".join(clauses)
+
+
+def prompt(scene: Scene, rng: random.Random, empty: bool) -> str:
+    """A training prompt: mostly the canonical caption, sometimes thinned, coarser or loosely worded.
+
+    empty: the picture shows the scene without a product. Most of its prompts then say so ("an empty place on ..."),
+        the rest keep "an object": the models that paint around a product start from the wording they will be given.
+    """
+    form = rng.random()
+    if form > 0.85:
+        text = loose_caption(thinned(coarser(scene, rng, 0.6), rng, 0.8), rng)
+    else:
+        text = (scene if form < 0.6 else thinned(coarser(scene, rng, 0.6), rng, 0.7)).render()
+    return text.replace("an object", "an empty place") if empty and rng.random() < 0.7 else text
+
+
+_NOUNS = {
+    "dropper": "dropper bottle",
+    "pump": "pump bottle",
+    "aerosol": "spray can",
+    "perfume": "perfume bottle",
+    "spray": "spray bottle",
+    "speaker-small": "small speaker",
+    "speaker-tall": "tall speaker",
+    "bread": "loaf of bread",
+    "boots": "pair of boots",
+    "slippers": "pair of slippers",
+    "headphones": "pair of headphones",
+}
+
+
+def product_words(product: dict[str, object]) -> str:
+    """A plain noun phrase for the product, article included: "an amber glass bottle"."""
+    name = str(product.get("model") or product["kind"])  # a modelled object, or a kind of package
+    noun = _NOUNS.get(name, name.replace("-", " "))
+    words = " ".join(str(word) for word in (product["palette"], product.get("finish"), noun) if word)
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def free_caption(render: Render, scene: Scene, rng: random.Random, detail: int) -> str:
+    """A caption as a general captioner writes it: full sentences that name the product.
+
+    detail: 0 one clause, 1 one sentence with surface and background, 2 a paragraph with every slot.
+    """
+    product = product_words(render.product)
+    stands = rng.choice(("standing on", "placed on", "on", "sitting on top of"))
+    subject = f"{product} {stands} {scene.surface}"
+    opening = rng.choice(("The image shows {}", "There is {}", "A photo of {}", "This is a picture of {}"))
+    sentence = opening.format(subject)
+    if detail == 0:
+        return sentence + "."
+    behind = rng.choice(("with {} in the background", "in front of {}", "and behind it there is {}"))
+    sentence += " " + behind.format(scene.background)
+    if detail == 1:
+        return sentence + "."
+    sentences = [sentence]
+    if scene.surroundings:
+        around = " and ".join(scene.surroundings)
+        forms = ("Around it there are {}", "It is surrounded by {}", "Next to it are {}")
+        sentences.append(rng.choice(forms).format(around))
+    if scene.lighting:
+        forms = ("The lighting is {}", "The scene has {}", "One can see {}")
+        sentences.append(rng.choice(forms).format(scene.lighting))
+    if scene.mood:
+        sentences.append(rng.choice(("The mood is {}", "The overall mood of the image is {}")).format(scene.mood))
+    sentences += [f"It has {style}" for style in scene.style]
+    return ". ".join(sentences) + "."
