@@ -44,6 +44,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=_minutes, default=MINUTES, help="CPU minutes per thread, vae=15,unet=40")
     parser.add_argument("--clip-bpe", type=Path, help="CLIP's merge table or a wheel that holds it (first run only)")
     parser.add_argument("--latent-channels", type=int, default=4)
+    parser.add_argument("--decoder-only", action="store_true", help="vae: keep the encoder, so that a UNet stays valid")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     return parser.parse_args(argv)
@@ -93,7 +94,9 @@ def run(args: argparse.Namespace) -> None:
     if "tokenizer" in args.stage and not (sdxl.staging / "tokenizer_2" / "merges.txt").exists():
         _stage_tokenizers(args.clip_bpe, sdxl)
     train = {
-        "vae": lambda *rest: train_vae(renders, sdxl, *rest, channels=args.latent_channels),
+        "vae": lambda *rest: train_vae(
+            renders, sdxl, *rest, channels=args.latent_channels, decoder_only=args.decoder_only
+        ),
         "clip": lambda *rest: train_clip(renders, sdxl, *rest),
         "unet": lambda *rest: train_unet(renders, sdxl, *rest),
         "florence2": lambda *rest: train_florence(renders, florence, *rest),

@@ -40,6 +40,16 @@ class Plan:
     log_seconds: float = 20.0
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively; where it does not, autocast is slower than single precision."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def fast_precision() -> torch.autocast:
+    """Runs a network in bfloat16 where the hardware has it; compute losses outside, in single precision."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16())
+
+
 @dataclass
 class Progress:
     """Optimizer steps done and the seconds of work they took, over all resumed runs."""

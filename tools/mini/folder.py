@@ -88,6 +88,16 @@ class Family:
             f"{part or self.start.name}: begins with {len(weights)} of {len(own)} tensors of {self.start}", flush=True
         )
 
+    def start_config(self, part: str) -> dict[str, Any]:
+        """The configuration of the earlier family's ``part``.
+
+        Raises:
+            PackshotError: training starts from nothing.
+        """
+        if self.start is None:
+            raise PackshotError(f"{part}: this needs the weights of an earlier family", hint="pass --start data/models")
+        return json.loads((self.start / part / "config.json").read_text(encoding="utf-8"))
+
     def rate(self, full: float) -> float:
         """Peak learning rate: less than ``full`` for weights that an earlier training has brought to rest."""
         return full if self.start is None else 0.4 * full
@@ -165,6 +175,15 @@ def fingerprint(*folders: Path) -> str:
         for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json")):
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def digest_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    """16 hex digits over tensors and their names, at half precision, in which weights are shipped."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().half().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

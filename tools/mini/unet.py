@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.training_utils import compute_snr
+from safetensors.torch import load_file
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextModel,
@@ -32,7 +34,7 @@ from tools.mini.budgeted_training import Plan, Progress, run_stretch
 from tools.mini.clip import slot_accuracy, token_ids
 from tools.mini.data import SIZE, Render, Renders, mirrored, prompt
 from tools.mini.folder import Family, Record, fingerprint
-from tools.mini.vae import encode
+from tools.mini.vae import encode, encoder_fingerprint
 
 LOADERS = {
     "vae": AutoencoderKL,
@@ -43,7 +45,6 @@ LOADERS = {
     "tokenizer_2": CLIPTokenizer,
     "feature_extractor": CLIPImageProcessorPil,
 }
-INPUT_PARTS = ("vae", "text_encoder", "text_encoder_2")
 SIDE = SIZE // 8
 DROP_TEXT = 0.1
 # Share of batches cut to each latent shape: the pipeline is also asked for portrait and landscape.
@@ -227,7 +228,7 @@ def train_unet(renders: Renders, family: Family, folder: Path, minutes: float, s
     unet = build_unet(parts["vae"].config.latent_channels, width, pooled).to(memory_format=torch.channels_last)
     family.begin(unet, "unet")
     noiser, cache = DDPMScheduler(**BETAS), LatentCache(parts["vae"])
-    inputs = fingerprint(*(family.staging / name for name in INPUT_PARTS))
+    inputs = _inputs(family)
     rate = family.rate(6e-4)
     plan = Plan("unet", folder, minutes, rate, batch_size=16, seed=seed, inputs=inputs, ema_decay=0.998)
 
@@ -269,7 +270,16 @@ def train_unet(renders: Renders, family: Family, folder: Path, minutes: float, s
     family.keep_if_better("unet", record, write)
 
 
+def _inputs(family: Family) -> str:
+    """What a UNet is trained on: the staged text encoders, and what makes latents. The VAE's decoder has no part."""
+    vae = family.staging / "vae"
+    config = json.loads((vae / "config.json").read_text(encoding="utf-8"))
+    weights = load_file(vae / "diffusion_pytorch_model.safetensors")
+    texts = fingerprint(family.staging / "text_encoder", family.staging / "text_encoder_2")
+    return f"{encoder_fingerprint(weights)} x {config['scaling_factor']}, {texts}"
+
+
 def fits(family: Family) -> bool:
     """Whether the staged UNet was trained on the staged autoencoder and text encoders."""
     record: Record | None = family.records.get("unet")
-    return record is not None and record.inputs == fingerprint(*(family.staging / name for name in INPUT_PARTS))
+    return record is not None and record.inputs == _inputs(family)

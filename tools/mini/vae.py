@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -17,14 +18,15 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 
-from tools.mini.budgeted_training import Plan, Progress, run_stretch
+from tools.mini.budgeted_training import Loss, Plan, Progress, fast_precision, run_stretch
 from tools.mini.data import SIZE, Render, Renders, to_images, to_pixels
-from tools.mini.folder import Family, Record
+from tools.mini.folder import Family, Record, digest_of_tensors
 
 # Side in px and number of the crops in a batch. Small ones show more scenes at the same cost; whole images show the
 # border and its padding as often as it will be met.
 CROPS = ((64, 8), (SIZE, 2))
 KL_WEIGHT = 1e-4  # on the KL per pixel: keeps latents near unit scale and the decoder tolerant of small errors
+CELL = 8  # px; side of what one latent stands for
 CARRIED = 12  # channels of the residual stream that carry the three colours at the start
 STREAM_CONSTANT = 4.0
 # ITU-R BT.601 luma and colour differences, rows Y, Cb, Cr.
@@ -122,19 +124,70 @@ def _edges(pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return pixels_BCHW.diff(dim=-1), pixels_BCHW.diff(dim=-2)
 
 
-def _draw_crops(renders: Renders, generator: torch.Generator) -> torch.Tensor:
-    """pixels_B3HW of images and plates, half of them mirrored; a quarter of all centre on the product."""
+@dataclass(frozen=True)
+class Crop:
+    """A square window of a render's image or plate, or of its mirrored view.
+
+    plate, flip: which view of the render. top, left, side: the window in that view, in pixels.
+    """
+
+    render: Render
+    plate: bool
+    flip: bool
+    top: int
+    left: int
+    side: int
+
+    def pixels(self) -> np.ndarray:
+        """uint8 (side, side, 3)."""
+        view = self.render.plate if self.plate else self.render.image
+        if self.flip:
+            view = view[:, ::-1]
+        return view[self.top : self.top + self.side, self.left : self.left + self.side]
+
+
+def _product_corner(render: Render, flip: bool, side: int) -> tuple[int, int]:
+    """Top and left of the window whose middle is the middle of the product, as far as the view allows."""
+    mask = render.mask[:, ::-1] if flip else render.mask
+    rows, columns = np.nonzero(mask)
+    top = np.clip(rows.mean() - side / 2, 0, SIZE - side)
+    left = np.clip(columns.mean() - side / 2, 0, SIZE - side)
+    return int(top), int(left)
+
+
+def _draw_crops(renders: Renders, generator: torch.Generator, cell: int) -> list[Crop]:
+    """Crops of images and plates, half of them mirrored; a quarter of all centre on the product.
+
+    cell: corners are multiples of this many pixels.
+    """
     side, count = CROPS[int(torch.randint(len(CROPS), (1,), generator=generator))]
     crops = []
     for render in renders.draw(generator, count):
         plate, flip, centred = (torch.rand(3, generator=generator) < torch.tensor([0.35, 0.5, 0.25])).tolist()
         top, left = torch.randint(SIZE - side + 1, (2,), generator=generator).tolist()
         if centred and render.mask.any():
-            rows, columns = np.nonzero(render.mask)
-            top, left = (int(np.clip(v.mean() - side / 2, 0, SIZE - side)) for v in (rows, columns))
-        crop = (render.plate if plate else render.image)[top : top + side, left : left + side]
-        crops.append(crop[:, ::-1] if flip else crop)
-    return to_pixels(crops).contiguous(memory_format=torch.channels_last)
+            top, left = _product_corner(render, flip, side)
+        crops.append(Crop(render, plate, flip, top - top % cell, left - left % cell, side))
+    return crops
+
+
+class PosteriorCache:
+    """What a frozen encoder makes of every view of a render. Encodes a render when it is first asked for."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        self._vae = vae
+        self._moments: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def moments(self, crop: Crop) -> torch.Tensor:
+        """Mean and log variance of the crop's latents, moments_(2C)HW, from an encoding of the whole view."""
+        key = crop.render.id
+        if key not in self._moments:
+            views = [crop.render.image, crop.render.plate]
+            views += [view[:, ::-1] for view in views]
+            self._moments[key] = self._vae.quant_conv(self._vae.encoder(to_pixels(views))).half()
+        top, left, side = crop.top // CELL, crop.left // CELL, crop.side // CELL
+        return self._moments[key][2 * crop.flip + crop.plate, :, top : top + side, left : left + side].float()
 
 
 def reconstruction_loss(output_BCHW: torch.Tensor, pixels_BCHW: torch.Tensor) -> torch.Tensor:
@@ -143,6 +196,12 @@ def reconstruction_loss(output_BCHW: torch.Tensor, pixels_BCHW: torch.Tensor) ->
     flat = F.l1_loss(output[:, :1], target[:, :1]) + 2.0 * F.l1_loss(output[:, 1:], target[:, 1:])
     edges = sum(F.l1_loss(a, b) for a, b in zip(_edges(output), _edges(target), strict=True))
     return flat + 0.5 * edges
+
+
+def encoder_fingerprint(weights: dict[str, torch.Tensor]) -> str:
+    """16 hex digits over the tensors that make latents, of an autoencoder's state dict at any precision."""
+    names = [name for name in weights if name.startswith(("encoder.", "quant_conv."))]
+    return digest_of_tensors({name: weights[name] for name in names})
 
 
 @torch.inference_mode()
@@ -178,28 +237,69 @@ def _preview(vae: AutoencoderKL, renders: Renders, path: Path, progress: Progres
     print(f"vae  step {progress.step}  held out {values}", flush=True)
 
 
-def train_vae(renders: Renders, family: Family, folder: Path, minutes: float, seed: int, channels: int) -> None:
-    """Train the autoencoder and stage it; its scaling factor is one over the latents' standard deviation."""
+def _draw_latents(mean: torch.Tensor, log_variance: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(mean.shape, generator=generator)
+    return mean + noise * (0.5 * log_variance).exp()
+
+
+def _whole_loss(vae: AutoencoderKL, renders: Renders) -> Loss:
+    """Reconstruction and divergence, for the encoder and the decoder together."""
+
+    def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        crops = _draw_crops(renders, generator, cell=1)
+        pixels = to_pixels([crop.pixels() for crop in crops]).contiguous(memory_format=torch.channels_last)
+        with fast_precision():
+            moments = vae.quant_conv(vae.encoder(pixels))
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        log_variance = log_variance.clamp(-30, 20)
+        with fast_precision():
+            output = vae.decode(_draw_latents(mean, log_variance, generator)).sample
+        divergence = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).sum() / pixels[:, 0].numel()
+        reconstruction = reconstruction_loss(output.float(), pixels)
+        return reconstruction + KL_WEIGHT * divergence, {"reconstruction": reconstruction.item()}
+
+    return loss_of
+
+
+def _decoder_loss(vae: AutoencoderKL, renders: Renders) -> Loss:
+    """Reconstruction alone, for the decoder behind a frozen encoder, whose output is computed once and kept."""
+    cache = PosteriorCache(vae)
+
+    def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        crops = _draw_crops(renders, generator, cell=CELL)
+        pixels = to_pixels([crop.pixels() for crop in crops])
+        mean, log_variance = torch.stack([cache.moments(crop) for crop in crops]).chunk(2, dim=1)
+        latents = _draw_latents(mean, log_variance, generator).contiguous(memory_format=torch.channels_last)
+        with fast_precision():
+            output = vae.decode(latents).sample
+        return reconstruction_loss(output.float(), pixels), {}
+
+    return loss_of
+
+
+def train_vae(
+    renders: Renders, family: Family, folder: Path, minutes: float, seed: int, channels: int, decoder_only: bool
+) -> None:
+    """Train the autoencoder and stage it; its scaling factor is one over the latents' standard deviation.
+
+    decoder_only: the encoder stays as it is, so that a UNet trained on its latents stays valid.
+    """
     torch.manual_seed(seed)
     vae = build_vae(channels).to(memory_format=torch.channels_last)
     family.begin(vae, "vae")
-    plan = Plan(
-        "vae", folder, minutes, learning_rate=family.rate(1e-3), batch_size=8, seed=seed, inputs=f"channels {channels}"
-    )
-
-    def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        pixels = _draw_crops(renders, generator)
-        mean, log_variance = vae.quant_conv(vae.encoder(pixels)).chunk(2, dim=1)
-        log_variance = log_variance.clamp(-30, 20)
-        noise = torch.randn(mean.shape, generator=generator)
-        output = vae.decode(mean + noise * (0.5 * log_variance).exp()).sample
-        divergence = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).sum() / pixels[:, 0].numel()
-        reconstruction = reconstruction_loss(output, pixels)
-        return reconstruction + KL_WEIGHT * divergence, {"reconstruction": reconstruction.item()}
-
+    inputs = f"channels {channels}"
+    if decoder_only:
+        inputs = f"encoder {encoder_fingerprint(vae.state_dict())}"
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    plan = Plan("vae", folder, minutes, learning_rate=family.rate(1e-3), batch_size=8, seed=seed, inputs=inputs)
+    loss_of = _decoder_loss(vae, renders) if decoder_only else _whole_loss(vae, renders)
     progress = run_stretch(plan, vae, loss_of, lambda at: _preview(vae, renders, folder / "preview.png", at))
     measures = measure_vae(vae, renders.held_out)
-    vae.register_to_config(scaling_factor=round(1 / measures["latent_std"], 5))
+    if decoder_only:
+        vae.register_to_config(scaling_factor=family.start_config("vae")["scaling_factor"])
+    else:
+        vae.register_to_config(scaling_factor=round(1 / measures["latent_std"], 5))
     record = Record(
         score=measures["psnr"],
         measures=measures,
