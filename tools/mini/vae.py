@@ -1,7 +1,7 @@
 """Stage ``vae``: SDXL's AutoencoderKL, narrow, with an 8x smaller latent."""
 
 # diffusers annotates block tuples as one-element tuples and module attributes as optional.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalCall=false, reportOptionalMemberAccess=false
 # pyright: reportOptionalSubscript=false, reportIndexIssue=false
 
 from __future__ import annotations
