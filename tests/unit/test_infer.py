@@ -137,6 +137,23 @@ def test_same_seed_gives_the_same_bytes_and_the_number_of_pictures_changes_none(
     assert three[0].png != three[1].png
 
 
+def test_on_step_counts_all_steps_and_its_error_ends_them(tool):
+    """A server cancels a request between denoising steps; the next one is drawn as if nothing had been."""
+    settings = replace(QUICK, num_inference_steps=3)
+    steps = []
+    tool.set_product(*photo_and_mask())
+    whole = tool.generate(SCENE, num_images=2, settings=settings, on_step=lambda: steps.append(len(steps)))
+    assert len(steps) == 6
+
+    def stop():
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        tool.generate(SCENE, num_images=2, settings=settings, on_step=stop)
+    again = tool.generate(SCENE, num_images=2, settings=settings)
+    assert [result.png for result in again] == [result.png for result in whole]
+
+
 def test_threads_with_different_products_do_not_mix(tool):
     products = [prepare(*photo_and_mask(96, height), name=str(height)) for height in (96, 128)]
     alone = [tool.with_product(p).generate(SCENE, 1, settings=QUICK)[0].png for p in products]
@@ -191,6 +208,9 @@ def test_every_adapter_changes_the_picture_and_is_named_with_its_hash(tool, expo
     [after] = adapted.set_product(*product).generate(SCENE, 1, reference=reference, settings=QUICK)
     assert np.abs(pixels(before) - pixels(after)).max() > 1
     [entry] = after.certificate["model"]["adapters"]
+    assert entry["name"] == kind
+    assert str(exports) not in json.dumps(after.certificate)
+    assert str(Path.cwd()) not in json.dumps(after.certificate)  # the base lies in the checkout
     file = next(name for name in entry["files"] if name.endswith(".safetensors"))
     assert entry["files"][file] == hashlib.sha256((exports / kind / file).read_bytes()).hexdigest()
 

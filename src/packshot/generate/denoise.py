@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from packshot.base.inpainting import ProductConv, product_channels
 from packshot.base.tokens import lost_words
 from packshot.config.schema import GenerateSettings
-from packshot.diffusion.hold_product import first_latents, hold_product
+from packshot.diffusion.hold_product import Callback, first_latents, hold_product
 from packshot.diffusion.latents import LatentScale
 from packshot.errors import PackshotError
 from packshot.generate.adapter_schedule import switching
@@ -22,6 +22,8 @@ from packshot.generate.controls import control_map
 from packshot.generate.load import Models
 from packshot.generate.references import Reference, image_embeds
 from packshot.runs.folder import log
+
+OnStep = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,26 @@ def _controls(models: Models, working: Working, light: tuple[float, float]) -> d
     }
 
 
+def notifying(callback: Callback, on_step: OnStep | None) -> Callback:
+    """``callback`` that calls ``on_step`` after every denoising step."""
+    if on_step is None:
+        return callback
+
+    def notified(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        on_step()
+        return callback(pipe, step, timestep, tensors)
+
+    return notified
+
+
 @torch.no_grad()
 def denoise(
-    models: Models, working: Working, conditioning: Conditioning, settings: GenerateSettings, seed: int
+    models: Models,
+    working: Working,
+    conditioning: Conditioning,
+    settings: GenerateSettings,
+    seed: int,
+    on_step: OnStep | None = None,
 ) -> np.ndarray:
     """One picture, decoded: float32 (H, W, 3) in [0, 1] at the working size.
 
@@ -117,6 +136,7 @@ def denoise(
     the number asked for, and no picture depends on its neighbours in a batch. Noise comes from a CPU generator.
     After every step the product's latents are put back (see ``diffusion.hold``), so the scene grows around the product
     with any base and any adapters; how the network sees it meanwhile is what the adapters were trained on.
+    An exception of ``on_step``, which is called after every step, ends the denoising and is passed on.
 
     Raises:
         PackshotError: the denoiser or the decoder produced NaN or infinity.
@@ -132,7 +152,8 @@ def denoise(
         pipe.unet.conv_in.show(_in_channels(vae, working).to(pipe.device))
     held = torch.from_numpy(working.held_HW[None, ::factor, ::factor].astype(np.float32)).to(pipe.device)
     steps, shown = settings.num_inference_steps, models.product_shown
-    with switching(models.switches, steps, hold_product(known, noise, held, shown)) as callback:
+    hold = notifying(hold_product(known, noise, held, shown), on_step)
+    with switching(models.switches, steps, hold) as callback:
         latents = pipe(
             **conditioning.arguments,
             **_controls(models, working, conditioning.light),

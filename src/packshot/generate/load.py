@@ -277,11 +277,20 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
 
 
+def certified_name(folder: Path) -> str:
+    """The name of a folder in certificates: its last part, and its parent's where that part is just ``export``.
+
+    Certificates are handed out, and the rest of a path would show them the machine. The hashes identify the content.
+    """
+    parts = folder.resolve().parts
+    return "/".join(parts[-2:]) if parts[-1] == "export" else parts[-1]
+
+
 def _source(value: str) -> dict[str, Any]:
     folder = model_folder(ModelConfig(base=value))
     if folder is not None:
         used = {n: h for n, h in file_hashes(folder).items() if n.endswith(".safetensors")}
-        return {"name": value, "files": used}
+        return {"name": certified_name(folder), "files": used}
     from huggingface_hub import snapshot_download
 
     # The snapshot's folder is named by its commit; it was downloaded a moment ago, so this asks nobody.
@@ -313,7 +322,7 @@ def _manifest(
         ("ip_adapter", [adapters.ip_adapter_scale], [(adapters.ip_adapter_start, adapters.ip_adapter_end)]),
     ):
         for number, folder in enumerate(folders[kind]):
-            entry = {"kind": kind.removesuffix("s"), "name": str(folder), "scale": weights[number]}
+            entry = {"kind": kind.removesuffix("s"), "name": certified_name(folder), "scale": weights[number]}
             entry |= {"steps": list(spans[number])}
             entry |= described[kind][number]
             entries.append({**entry, "files": file_hashes(folder)})

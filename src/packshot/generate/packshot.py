@@ -20,7 +20,7 @@ from packshot.errors import ConfigError
 from packshot.generate import certificate as certificates
 from packshot.generate.canvas import Canvas, Working, make_working, place, plan_frame
 from packshot.generate.composite import compose, make_layers
-from packshot.generate.denoise import denoise, encode
+from packshot.generate.denoise import OnStep, denoise, encode
 from packshot.generate.load import Models, load_models, refuse_light
 from packshot.generate.product import Product, Source, prepare
 from packshot.generate.references import Reference, open_references
@@ -116,18 +116,20 @@ class Packshot:
         reference: Source | Sequence[Source] | None = None,
         settings: GenerateSettings | None = None,
         reference_weights: Sequence[int] = (),
+        on_step: OnStep | None = None,
     ) -> list[Result]:
         """``num_images`` pictures, the k-th from ``seed + k``. Same inputs and machine: same bytes.
 
         scene: a Scene or free text; an empty one leaves all to the references. reference: the picture, or pictures,
         whose look the background takes (needs an IP-Adapter). reference_weights: how often each of several counts, at
-        most 64 together; default 1 each.
+        most 64 together; default 1 each. on_step: called after every denoising step of every picture; what it raises
+        ends the request, and the device is free again.
 
         Raises:
             ConfigError: no product is set, or a setting cannot work.
             PackshotError: the model failed (NaN).
         """
-        return list(self.stream(scene, num_images, seed, reference, settings, reference_weights))
+        return list(self.stream(scene, num_images, seed, reference, settings, reference_weights, on_step))
 
     def stream(
         self,
@@ -137,6 +139,7 @@ class Packshot:
         reference: Source | Sequence[Source] | None = None,
         settings: GenerateSettings | None = None,
         reference_weights: Sequence[int] = (),
+        on_step: OnStep | None = None,
     ) -> Iterator[Result]:
         """Like :meth:`generate`, one result as soon as it is there."""
         settings = settings or GenerateSettings()
@@ -154,7 +157,7 @@ class Packshot:
             conditioning = encode(self.models, asked["prompt"], settings, guides, asked["light_angle"])
         for k in range(num_images):
             with self._turn:
-                decoded = denoise(self.models, working, conditioning, settings, seed + k)
+                decoded = denoise(self.models, working, conditioning, settings, seed + k, on_step)
             yield self._finish(product, canvas, working, decoded, {**asked, "seed": seed + k}, conditioning.lost_words)
 
     def request(
