@@ -186,10 +186,10 @@ def generate(folder: Path) -> None:
         LoraMethod,
         ModelConfig,
     )
-    from packshot.generate import Packshot, pipeline
+    from packshot.generate import Packshot, load
     from packshot.methods import METHODS
 
-    pipeline.pick_device = lambda: (DEVICE, torch.float32)
+    load.pick_device = lambda: (DEVICE, torch.float32)
     methods = (LoraMethod(rank=4), ControlNetMethod(condition=Condition.light), IPAdapterMethod())
     for method in methods:
         (folder / type(method).__name__).mkdir()
