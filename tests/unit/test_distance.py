@@ -42,7 +42,7 @@ def test_it_is_symmetric_for_sets_of_unequal_size():
     assert cmmd(a, b) > 0
 
 
-def test_it_grows_with_the_shift_and_samples_of_one_source_are_nearest():
+def test_distance_grows_with_the_shift_between_two_sources():
     distances = [cmmd(cloud(200), cloud(200, shift, seed=1)) for shift in (0.0, 0.1, 0.3, 1.0)]
     assert distances == sorted(distances)
     assert distances[0] < 0.05 * distances[2]
@@ -59,7 +59,7 @@ def test_single_precision_is_not_subtracted_away():
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "said"),
+    ("a", "b", "message"),
     [
         (np.zeros((0, 4)), np.ones((2, 4)), "cannot be compared"),
         (np.ones((2, 3)), np.ones((2, 4)), "cannot be compared"),
@@ -68,6 +68,6 @@ def test_single_precision_is_not_subtracted_away():
         (np.array([[np.nan, 1.0]]), np.ones((2, 2)), "Embedding 0 of the first set"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(a, b, said):
-    with pytest.raises(PackshotError, match=said):
+def test_what_cannot_be_compared_is_refused(a, b, message):
+    with pytest.raises(PackshotError, match=message):
         cmmd(a, b)

@@ -43,7 +43,7 @@ def test_extension_is_unsigned_growth_does_not_pay_for_loss():
     assert scored["iou"] == pytest.approx(20 / 60)
 
 
-def test_extension_of_the_product_itself_is_zero_and_other_objects_do_not_count():
+def test_extension_ignores_the_product_and_other_objects():
     keep = keep_mask()
     other = keep.copy()
     other[5:15, 5:15] = True
@@ -62,7 +62,7 @@ def test_grabcut_sees_a_grown_product():
     assert extension_of(grabcut(grown, keep), keep)["extension"] == pytest.approx(7 * 40 / 1600, abs=0.03)
 
 
-def test_hard_paste_through_a_nearest_resized_mask_loses_product_pixels():
+def test_hard_paste_by_a_resized_mask_loses_product_pixels():
     mask = Image.new("L", (200, 200))
     ImageDraw.Draw(mask).ellipse((40, 40, 160, 160), fill=255)
     photo, wall = np.full((200, 200, 3), 50, np.uint8), np.full((200, 200, 3), 200, np.uint8)
@@ -87,7 +87,7 @@ def test_scene_baseline_is_other_requests_or_else_a_constant():
     assert baseline_scenes([a, a])[0].startswith("constant")
 
 
-def test_summary_takes_the_worst_identity_and_the_mean_of_the_rest():
+def test_summary_is_the_worst_identity_and_other_means():
     rows = [{"core_max_abs_diff": 0.0, "loss": 0.2}, {"core_max_abs_diff": 9.0, "loss": float("nan")}]
     assert summary(rows) == {"core_max_abs_diff": 9.0, "loss": 0.2}
     assert without_nan({"a": float("nan"), "b": {"c": 1.0}}) == {"a": None, "b": {"c": 1.0}}
@@ -109,20 +109,20 @@ def finished(tmp_path_factory):
     return root / "run"
 
 
-def test_preservation_finds_ours_identical_and_a_touched_core_not(finished):
+def test_preservation_sees_one_changed_core_pixel(finished):
     [run] = open_runs([str(finished)])
     sample = load_sample(run, "a-0")
     scored = preservation(sample, grabcut)
-    assert scored["ours"]["core_max_abs_diff"] == 0
-    assert scored["ours"]["core_identical_share"] == 1
-    assert scored["ours"]["edge_halo_p95"] < scored["hard_paste"]["edge_halo_p95"]
+    assert scored.ours["core_max_abs_diff"] == 0
+    assert scored.ours["core_identical_share"] == 1
+    assert scored.ours["edge_halo_p95"] < scored.hard_paste["edge_halo_p95"]
     touched = sample.picture_HW3.copy()
     touched[64, 48] ^= 255
     pixels = sample.core_HW.sum()
     assert core_identity(touched, sample)["core_identical_share"] == pytest.approx(1 - 1 / pixels)
 
 
-def test_report_holds_every_system_and_says_what_was_not_measured(finished, tmp_path):
+def test_report_holds_all_systems_and_unmeasured_scenes(finished, tmp_path):
     keys = [f"runs=[{finished}]", f"run.dir={tmp_path}/out", "captioner=none", "tracking=none"]
     evaluate(compose("evaluate", keys))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -219,7 +219,7 @@ def test_adherence_scores_captions_against_the_request(finished, monkeypatch):
     assert shuffled["baseline"]["scores"]["mean"] == 0
 
 
-def test_a_picture_that_was_not_captioned_is_reported_and_not_scored(finished, monkeypatch):
+def test_uncaptioned_pictures_are_reported_not_scored(finished, monkeypatch):
     captions = [Caption("Professional photo of an object on a white podium", False), Caption("", False, error="busy")]
     writer = SimpleNamespace(batch_size=2, write=lambda images, masks: captions)
     monkeypatch.setattr("packshot.evaluate.adherence.load_captioner", lambda *_: writer)
@@ -234,8 +234,8 @@ def test_a_picture_that_was_not_captioned_is_reported_and_not_scored(finished, m
     assert failed == {"measured": False, "reason": "no picture with a request was captioned: away"}
 
 
-def test_adherence_wants_what_the_prompt_said_not_what_was_asked_for(finished):
-    """A reference may speak alone: then the scene of the request reached no model, and there is nothing to score."""
+def test_adherence_scores_the_prompt_not_the_request(finished):
+    """With a reference the prompt may be empty: no model saw the requested scene, so there is nothing to score."""
     [run] = open_runs([str(finished)])
     silent = prompted(prompted(run, "a-0", ""), "a-1", "")
     assert silent.certificates["a-0"]["request"]["scene"]["surface"]

@@ -1,9 +1,8 @@
-"""Does the picture show the scene that was asked for: a captioner describes it, the grammar reads the caption."""
+"""Does the picture show the requested scene? A captioner describes it, and the scene grammar parses the caption."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -11,78 +10,106 @@ from packshot.caption.models.adapter import Caption
 from packshot.caption.models.captioner import Captioner, load_captioner
 from packshot.config.schema import CaptionerConfig, ModelConfig
 from packshot.errors import PackshotError
-from packshot.evaluate.samples import RunFolder, picture_and_matte
+from packshot.evaluate.samples import FinishedRun, Json, picture_and_matte
 from packshot.runs.folder import log
-from packshot.scene import SLOTS, Scene
+from packshot.scene import Scene
 from packshot.scene.scores import score
 
 CONSTANT = Scene(surface="a white table", background="a white wall", lighting="soft light", mood="calm")
 
 
-def slot_means(read: Sequence[Scene], wanted: Sequence[Scene]) -> dict[str, float]:
-    """Mean soft agreement in [0, 1] per slot, over the pictures whose request names that slot; ``mean`` over slots."""
+def names_a_slot(scene: Scene) -> bool:
+    """Whether the scene asks for anything that can be scored."""
+    return any(scene.slots().values())
+
+
+def slot_means(parsed: Sequence[Scene], requested: Sequence[Scene]) -> dict[str, float]:
+    """Mean soft agreement in [0, 1] per slot, over the pictures whose request names the slot; ``mean`` over slots."""
     values: dict[str, list[float]] = {}
-    for guess, truth in zip(read, wanted, strict=True):
-        scores, asked = score(guess, truth), truth.slots()
-        for slot in SLOTS:
-            if asked[slot]:
+    for guess, truth in zip(parsed, requested, strict=True):
+        scores = score(guess, truth)
+        for slot, texts in truth.slots().items():
+            if texts:
                 values.setdefault(slot, []).append(scores[slot].soft)
-    means = {slot: float(np.mean(found)) for slot, found in values.items()}
-    return {**means, "mean": float(np.mean(list(means.values())))} if means else {}
+    if not values:
+        return {}
+    means = {slot: float(np.mean(agreements)) for slot, agreements in values.items()}
+    return {**means, "mean": float(np.mean(list(means.values())))}
 
 
-def baseline_scenes(wanted: Sequence[Scene]) -> tuple[str, list[list[Scene]]]:
-    """What the score is worth: the captions of pictures with other requests, or one constant caption.
+def baseline_scenes(requested: Sequence[Scene]) -> tuple[str, list[list[Scene]]]:
+    """What a caption is scored against to find the score of an uninformed one: other requests, or one constant caption.
 
-    Returns a name and, per sample, the scenes that stand in for the caption's; see :func:`adherence`.
+    Returns the baseline's name and, per sample, the other scenes; no samples where all requests are the same.
     """
-    others = [[scene for scene in dict.fromkeys(wanted) if scene != own] for own in wanted]
-    if all(others):
-        return "shuffled: the same captions scored against the other requests' scenes", others
-    return "constant caption, for want of a second scene", []
+    distinct = list(dict.fromkeys(requested))
+    if len(distinct) < 2:
+        return "constant caption, because all requests are the same scene", []
+    others = []
+    for own in requested:
+        others.append([scene for scene in distinct if scene != own])
+    return "shuffled: the same captions scored against the other requests' scenes", others
 
 
-def describe(run: RunFolder, writer: Captioner) -> list[Caption]:
-    """One caption per picture. Only as many pictures are in memory as the captioner takes at once."""
+def baseline_means(parsed: Sequence[Scene], requested: Sequence[Scene]) -> Json:
+    """The baseline's kind and its :func:`slot_means`."""
+    kind, others = baseline_scenes(requested)
+    if not others:
+        return {"kind": kind, "scores": slot_means([CONSTANT] * len(requested), requested)}
+    guesses: list[Scene] = []
+    truths: list[Scene] = []
+    for guess, scenes in zip(parsed, others, strict=True):
+        guesses += [guess] * len(scenes)
+        truths += scenes
+    return {"kind": kind, "scores": slot_means(guesses, truths)}
+
+
+def describe(run: FinishedRun, writer: Captioner) -> list[Caption]:
+    """One caption per picture. Only as many pictures are in memory as the captioner takes in one batch."""
     captions: list[Caption] = []
     stems = list(run.certificates)
     for start in range(0, len(stems), writer.batch_size):
-        pairs = [picture_and_matte(run, stem) for stem in stems[start : start + writer.batch_size]]
-        captions += writer.write([picture for picture, _ in pairs], [matte for _, matte in pairs])
+        batch = stems[start : start + writer.batch_size]
+        pictures, mattes = zip(*(picture_and_matte(run, stem) for stem in batch), strict=True)
+        captions += writer.write(pictures, mattes)
     return captions
 
 
-def adherence(run: RunFolder, model: ModelConfig, captioner: CaptionerConfig) -> dict[str, Any]:
-    """Slot scores of a run's pictures with their baseline, or ``{"measured": False, "reason": ...}``."""
-    # The prompt is what the model was shown; beside a reference it may be empty.
-    wanted = [Scene.parse(certificate["request"]["prompt"]).scene for certificate in run.certificates.values()]
-    if not any(any(scene.slots().values()) for scene in wanted):
-        return {"measured": False, "reason": "no prompt names a slot of a scene"}
+def not_measured(reason: str) -> Json:
+    """The entry of a report for a run whose scene cannot be scored."""
+    return {"measured": False, "reason": reason}
+
+
+def adherence(run: FinishedRun, model: ModelConfig, captioner: CaptionerConfig) -> Json:
+    """Slot scores of a run's pictures with their baseline, or the reason why there are none."""
+    requested: dict[str, Scene] = {}
+    for stem, certificate in run.certificates.items():
+        # The prompt is what the model was given. It may be empty where a reference guides the scene.
+        requested[stem] = Scene.parse(certificate["request"]["prompt"]).scene
+    if not any(map(names_a_slot, requested.values())):
+        return not_measured("no prompt names a slot of a scene")
     try:
         writer = load_captioner(model, captioner)
     except PackshotError as error:
-        return {"measured": False, "reason": f"no captioner: {error.args[0]}"}
-    captions = dict(zip(run.certificates, describe(run, writer), strict=True))
-    errors = {stem: caption.error for stem, caption in captions.items() if caption.error is not None}
-    texts = {stem: caption.text for stem, caption in captions.items() if caption.error is None}
+        return not_measured(f"no captioner: {error.args[0]}")
+    texts: dict[str, str] = {}
+    errors: dict[str, str] = {}
+    for stem, caption in zip(run.certificates, describe(run, writer), strict=True):
+        if caption.error is None:
+            texts[stem] = caption.text
+        else:
+            errors[stem] = caption.error
+    first_error = next(iter(errors.values()), "")
     if errors:
-        log.warning(
-            "%d pictures have no caption and are not scored; the first: %s", len(errors), next(iter(errors.values()))
-        )
-    wanted = [scene for stem, scene in zip(captions, wanted, strict=True) if stem in texts]
-    if not any(any(scene.slots().values()) for scene in wanted):
-        return {"measured": False, "reason": f"no picture with a request was captioned: {next(iter(errors.values()))}"}
-    read = [Scene.parse(text).scene for text in texts.values()]
-    name, others = baseline_scenes(wanted)
-    if others:
-        pairs = [(guess, other) for guess, scenes in zip(read, others, strict=True) for other in scenes]
-        baseline = slot_means([guess for guess, _ in pairs], [other for _, other in pairs])
-    else:
-        baseline = slot_means([CONSTANT] * len(wanted), wanted)
+        log.warning("%d pictures have no caption and are not scored; the first: %s", len(errors), first_error)
+    captioned = [requested[stem] for stem in texts]
+    if not any(map(names_a_slot, captioned)):
+        return not_measured(f"no picture with a request was captioned: {first_error}")
+    parsed = [Scene.parse(text).scene for text in texts.values()]
     return {
         "measured": True,
-        "scores": slot_means(read, wanted),
-        "baseline": {"kind": name, "scores": baseline},
+        "scores": slot_means(parsed, captioned),
+        "baseline": baseline_means(parsed, captioned),
         "captions": texts,
         "errors": errors,
     }

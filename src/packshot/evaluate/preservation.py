@@ -1,9 +1,8 @@
-"""Did the product stay what it is: its core, its edge, and its outline."""
+"""Is the product unchanged: its core, its edge, and its outline."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -20,7 +19,7 @@ from packshot.imaging.outline import Segment, compare_size, grabcut, is_extended
 
 
 def hard_mask(matte_HW: np.ndarray, working_size: tuple[int, int]) -> np.ndarray:
-    """Bool (H, W): the mask binarised, taken to the working size (width, height) and back by nearest neighbour."""
+    """The mask binarised, resized to the working size (width, height) and back by nearest neighbour; bool (H, W)."""
     binary = np.where(matte_HW >= 128, np.uint8(255), np.uint8(0))
     small = cv2.resize(binary, working_size, interpolation=cv2.INTER_NEAREST)
     return cv2.resize(small, binary.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
@@ -29,7 +28,7 @@ def hard_mask(matte_HW: np.ndarray, working_size: tuple[int, int]) -> np.ndarray
 def hard_paste(
     photo_HW3: np.ndarray, matte_HW: np.ndarray, background_HW3: np.ndarray, raw_HW3: np.ndarray
 ) -> np.ndarray:
-    """What pasting through a binarised, nearest-resized mask makes of the same layers: no matting, no un-mixing."""
+    """The same layers pasted through a binarised, nearest-resized mask, without matting and un-mixing."""
     mask = hard_mask(matte_HW, (raw_HW3.shape[1], raw_HW3.shape[0]))
     return np.where(mask[..., None], photo_HW3, background_HW3)
 
@@ -45,9 +44,9 @@ def core_identity(picture_HW3: np.ndarray, sample: Sample) -> dict[str, float]:
 def edge_halo(sample: Sample) -> dict[str, dict[str, float]]:
     """CIEDE2000 on the soft edge against a composite whose truth is known: {"matted": ..., "hard_paste": ...}.
 
-    The run's own layers give the truth: cut-out over new background. A photo of the same cut-out before a plain wall
-    of the opposite colour is made up, and both ways of compositing must get rid of that wall given the right alpha.
-    It measures un-mixing and pasting, not whether the mask itself is right.
+    The run's own layers give the truth: the cut-out over the new background. A synthetic photo shows the same cut-out
+    in front of a plain wall of the opposite colour. Both ways of compositing get this photo and the right alpha, and
+    have to remove the wall. This measures un-mixing and pasting, and not whether the mask itself is right.
     """
     band = (sample.matte_HW > 0) & (sample.matte_HW < 255)
     if not band.any():
@@ -56,20 +55,24 @@ def edge_halo(sample: Sample) -> dict[str, dict[str, float]]:
     wall[:] = 255 - sample.foreground_HW3[band].mean(axis=0)
     truth = blend(sample.foreground_HW3, sample.matte_HW, sample.background_HW3)
     photo = blend(sample.foreground_HW3, sample.matte_HW, wall)
-    ways = {
-        "matted": blend(unmix(photo, sample.matte_HW), sample.matte_HW, sample.background_HW3),
-        "hard_paste": hard_paste(photo, sample.matte_HW, sample.background_HW3, sample.raw_HW3),
+    matted = blend(unmix(photo, sample.matte_HW), sample.matte_HW, sample.background_HW3)
+    pasted = hard_paste(photo, sample.matte_HW, sample.background_HW3, sample.raw_HW3)
+    return {
+        "matted": halo_percentiles(delta_e(matted[band], truth[band])),
+        "hard_paste": halo_percentiles(delta_e(pasted[band], truth[band])),
     }
-    return {name: _percentiles(delta_e(made[band], truth[band])) for name, made in ways.items()}
 
 
-def _percentiles(values: np.ndarray) -> dict[str, float]:
+def halo_percentiles(values: np.ndarray) -> dict[str, float]:
+    """Median and 95th percentile of colour differences."""
     return {"edge_halo_p50": float(np.percentile(values, 50)), "edge_halo_p95": float(np.percentile(values, 95))}
 
 
 def segmenter(matte: MatteConfig) -> Segment:
-    """The object in a picture, near where it should be: by ``matte.onnx`` if it is set, else GrabCut, which the keep
-    mask guides better than ``matte.network`` could."""
+    """The function that finds the object in a picture near its known place: ``matte.onnx`` if it is set, else GrabCut.
+
+    GrabCut can be seeded with the keep mask, which makes it better here than ``matte.network``.
+    """
     if not matte.onnx:
         return grabcut
     certain = replace(matte, min_confidence=0.0)
@@ -78,7 +81,7 @@ def segmenter(matte: MatteConfig) -> Segment:
         try:
             return find_mask(Image.fromarray(image_HW3), certain).alpha_HW >= 0.5
         except PackshotError:
-            return np.zeros_like(keep_HW)  # an object that no network finds is a lost one: L_obj says 1
+            return np.zeros_like(keep_HW)  # an object that the network does not find is lost: L_obj is 1
 
     return network
 
@@ -86,22 +89,39 @@ def segmenter(matte: MatteConfig) -> Segment:
 def noise_floor(sample: Sample, segment: Segment) -> dict[str, float]:
     """The same measure where the truth is 0: the unedited photo, or, for a moved product, the product on plain grey."""
     if sample.certificate["transform"]["resampling"] == "none":
-        return measure_extension(sample.photo_HW3, sample.matte_HW, segment, compare_size(*sample.raw_HW3.shape[:2]))
-    grey = np.full_like(sample.foreground_HW3, 127)
-    plain = blend(sample.foreground_HW3, sample.matte_HW, grey)
+        plain = sample.photo_HW3
+    else:
+        grey = np.full_like(sample.foreground_HW3, 127)
+        plain = blend(sample.foreground_HW3, sample.matte_HW, grey)
     return measure_extension(plain, sample.matte_HW, segment, compare_size(*sample.raw_HW3.shape[:2]))
 
 
-def preservation(sample: Sample, segment: Segment) -> dict[str, Any]:
-    """All measures of one picture: for the system (``ours``), its raw decode, and the hard paste of its layers."""
-    pasted = hard_paste(sample.photo_HW3, sample.matte_HW, sample.background_HW3, sample.raw_HW3)
-    halo, size = edge_halo(sample), compare_size(*sample.raw_HW3.shape[:2])
+@dataclass(frozen=True)
+class Preservation:
+    """All measures of one picture by name, for each system, and the picture that the hard paste made."""
+
+    ours: dict[str, float]
+    raw: dict[str, float]
+    hard_paste: dict[str, float]
+    noise_floor: dict[str, float]
+    hard_paste_HW3: np.ndarray
+
+
+def preservation(sample: Sample, segment: Segment) -> Preservation:
+    """Measure one picture for the system (``ours``), its raw decode, and the hard paste of its layers."""
+    size = compare_size(*sample.raw_HW3.shape[:2])
     floor = noise_floor(sample, segment)
-    raw = measure_extension(sample.raw_HW3, sample.matte_HW, segment, size)
-    rows = {}
-    for name, picture, way in (("ours", sample.picture_HW3, "matted"), ("hard_paste", pasted, "hard_paste")):
-        final = measure_extension(picture, sample.matte_HW, segment, size)
-        rows[name] = {**core_identity(picture, sample), **halo.get(way, {}), **final}
-        rows[name]["extended"] = is_extended(final["extension"], floor["extension"])
-    raw["extended"] = is_extended(raw["extension"], floor["extension"])
-    return {**rows, "raw": raw, "noise_floor": floor, "hard_paste_picture": pasted}
+
+    def outline(picture_HW3: np.ndarray) -> dict[str, float]:
+        measured = measure_extension(picture_HW3, sample.matte_HW, segment, size)
+        return {**measured, "extended": is_extended(measured["extension"], floor["extension"])}
+
+    pasted = hard_paste(sample.photo_HW3, sample.matte_HW, sample.background_HW3, sample.raw_HW3)
+    halo = edge_halo(sample)
+    return Preservation(
+        ours=core_identity(sample.picture_HW3, sample) | halo.get("matted", {}) | outline(sample.picture_HW3),
+        raw=outline(sample.raw_HW3),
+        hard_paste=core_identity(pasted, sample) | halo.get("hard_paste", {}) | outline(pasted),
+        noise_floor=floor,
+        hard_paste_HW3=pasted,
+    )

@@ -1,4 +1,4 @@
-"""evaluate.py: one or two generate.py runs, and the hard paste of the same layers, side by side."""
+"""evaluate.py: compares one or two generate.py runs with the hard paste of the same layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from packshot.config.schema import Evaluate, Generate, SceneConfig, Suite, Track
 from packshot.evaluate.adherence import adherence
 from packshot.evaluate.preservation import preservation, segmenter
 from packshot.evaluate.report import write_report
-from packshot.evaluate.samples import HARD_PASTE, NOISE_FLOOR, RunFolder, load_sample, open_runs
+from packshot.evaluate.samples import HARD_PASTE, NOISE_FLOOR, FinishedRun, Json, load_sample, open_runs
 from packshot.generate.run import generate
 from packshot.imaging.outline import EXTENSION_TOLERANCE
 from packshot.runs.files import replacing_file
@@ -27,41 +27,44 @@ from packshot.runs.tracking import open_tracker
 DEFINITIONS = {
     "core_max_abs_diff": "Largest RGB difference to the photo on the core (matte 255, eroded by 1 px); 0 is identity.",
     "core_identical_share": "Share of core pixels that equal the photo byte for byte; the lowest picture counts.",
-    "edge_halo_p50": "Median CIEDE2000 on the soft edge (0 < alpha < 1) of a made-up photo whose true composite is "
-    "known, the right alpha given; lower is better.",
+    "edge_halo_p50": "Median CIEDE2000 on the soft edge (0 < alpha < 1) of a synthetic photo whose true composite is "
+    "known, with the right alpha; lower is better.",
     "edge_halo_p95": "95th percentile of the same.",
     "extension": "E_obj: area of the object found outside the dilated keep mask, relative to the product's area.",
     "loss": "L_obj: product area, less a rim, where no object is found, relative to the product's area; "
-    "GrabCut is told the inner part, so with it only losses near the outline can show.",
+    "GrabCut is seeded with the inner part, so it can only find losses near the outline.",
     "expansion": "Published formula, unsigned: area(object ∪ keep mask) - area(keep mask), as a share of the picture.",
     "iou": "Overlap of the object found and the keep mask, as a share of their union; 1 is the product as it is.",
     "extended": f"Extension rate: share of pictures whose E_obj exceeds its noise floor by {EXTENSION_TOLERANCE:g}.",
 }
 # What is drawn when no runs are named.
-BASE, BASE_PRODUCTS = "base", "data/products"
+BASE = "base"
+BASE_PRODUCTS = "data/products"
 BASE_SCENE = SceneConfig(
     surface="a white marble table", background="a pink wall", lighting="soft light from the left side"
 )
-# The worst picture counts for identity, the mean for everything else.
-_WORST: dict[str, Callable[[list[float]], float]] = {"core_max_abs_diff": max, "core_identical_share": min}
+# How a measure is combined over pictures; the others by their mean. For identity the worst picture counts.
+COMBINE: dict[str, Callable[[list[float]], float]] = {"core_max_abs_diff": max, "core_identical_share": min}
 
 
 def evaluate(config: Evaluate) -> None:
-    """Write ``report.json`` and ``report.html``. Without ``runs``, the base's pictures of the shipped products count.
+    """Write ``report.json`` and ``report.html``. Without ``runs``, the base draws the shipped products first.
 
     Raises:
-        ConfigError: a folder in ``runs`` is none that generate.py wrote.
+        ConfigError: generate.py did not write a folder in ``runs``.
         PackshotError: a file of a run is missing or damaged.
     """
     runs = open_runs(config.runs) if config.runs else []
     run = open_run("evaluate", config)
     runs = runs or open_runs([draw_base(config, run)])
     tracker = open_tracker(run, config, "evaluate")
-    report: dict[str, Any] = {"runs": {r.name: str(r.path) for r in runs}, "definitions": DEFINITIONS}
+    report: Json = {"runs": {finished.name: str(finished.path) for finished in runs}, "definitions": DEFINITIONS}
     if config.suite in (Suite.full, Suite.preservation):
         report["preservation"] = score_preservation(config, runs, run.path)
     if config.suite in (Suite.full, Suite.scene):
-        report["scene"] = {r.name: adherence(r, config.model, config.captioner) for r in runs}
+        report["scene"] = {}
+        for finished in runs:
+            report["scene"][finished.name] = adherence(finished, config.model, config.captioner)
     with replacing_file(run.path / "report.json") as file:
         file.write_text(json.dumps(without_nan(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_report(run.path, report, runs)
@@ -73,9 +76,9 @@ def evaluate(config: Evaluate) -> None:
 
 
 def draw_base(config: Evaluate, run: Run) -> str:
-    """Draw the shipped products by the base alone, into ``base`` of the run folder; returns that folder.
+    """Draw the shipped products with the base alone, into ``base`` of the run folder; returns that folder.
 
-    It is what a first run has to be compared with, and needs nothing that is not shipped.
+    A first adapter is compared with these pictures, and they need nothing that is not shipped.
     """
     folder = run.path / BASE
     log.info("runs is empty: the base draws the shipped products; 'runs=[<folder>]' scores pictures of your own")
@@ -90,54 +93,64 @@ def draw_base(config: Evaluate, run: Run) -> str:
         num_inference_steps=15,
     )
     generate(request)
-    start_log(run.path / "log.txt")  # the drawing kept a log of its own
+    start_log(run.path / "log.txt")  # generate() has moved the log to its own folder
     return str(folder)
 
 
-def score_preservation(config: Evaluate, runs: list[RunFolder], folder: Path) -> dict[str, Any]:
-    """Tables per system, with the raw decodes and the noise floor apart. The hard paste is made of the first run."""
+def score_preservation(config: Evaluate, runs: list[FinishedRun], folder: Path) -> Json:
+    """Tables per system, with the raw decodes and the noise floor apart.
+
+    The hard paste and the noise floor are made from the layers of the first run.
+    """
     segment = segmenter(config.matte)
     pictures: dict[str, dict[str, dict[str, float]]] = {}
-    with progress("pictures", total=sum(len(r.certificates) for r in runs)) as advance:
-        for number, source in enumerate(runs):
-            for stem in source.certificates:
-                sample = load_sample(source, stem)
-                measured = preservation(sample, segment)
-                pictures.setdefault(source.name, {})[stem] = measured["ours"]
-                pictures.setdefault(f"{source.name}, raw decode", {})[stem] = measured["raw"]
-                if number == 0:
-                    pictures.setdefault(HARD_PASTE, {})[stem] = measured["hard_paste"]
-                    pictures.setdefault(NOISE_FLOOR, {})[stem] = measured["noise_floor"]
-                    Image.fromarray(measured["hard_paste_picture"]).save(folder / f"hard-paste-{stem}.png")
+    for finished in runs:
+        with progress(f"pictures of {finished.name}", total=len(finished.certificates)) as advance:
+            for stem in finished.certificates:
+                measured = preservation(load_sample(finished, stem), segment)
+                rows = {finished.name: measured.ours, f"{finished.name}, raw decode": measured.raw}
+                if finished is runs[0]:
+                    rows |= {HARD_PASTE: measured.hard_paste, NOISE_FLOOR: measured.noise_floor}
+                    Image.fromarray(measured.hard_paste_HW3).save(folder / f"hard-paste-{stem}.png")
+                for system, row in rows.items():
+                    pictures.setdefault(system, {})[stem] = row
                 advance()
     return {
         "segmenter": config.matte.onnx or "GrabCut seeded by the keep mask",
-        "systems": {name: summary(list(rows.values())) for name, rows in pictures.items()},
+        "systems": {system: summary(list(rows.values())) for system, rows in pictures.items()},
         "pictures": pictures,
     }
 
 
 def summary(rows: list[dict[str, float]]) -> dict[str, float]:
-    """One number per measure over pictures; pictures where it is undefined are left out."""
-    result = {}
-    for key in dict.fromkeys(key for row in rows for key in row):
-        values = [row[key] for row in rows if key in row and math.isfinite(row[key])]
-        result[key] = float(_WORST.get(key, np.mean)(values)) if values else float("nan")
+    """One number per measure over pictures; pictures for which it is undefined are left out."""
+    defined: dict[str, list[float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            values = defined.setdefault(key, [])
+            if math.isfinite(value):
+                values.append(value)
+    result: dict[str, float] = {}
+    for key, values in defined.items():
+        combine = COMBINE.get(key, np.mean)
+        result[key] = float(combine(values)) if values else math.nan
     return result
 
 
 def without_nan(value: Any) -> Any:
-    """JSON knows no NaN: an undefined number becomes null."""
+    """The value with null in place of every undefined number, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def flat_figures(report: dict[str, Any]) -> dict[str, float]:
+def flat_figures(report: Json) -> dict[str, float]:
     """The tables as ``{"preservation/<system>/<measure>": number, "scene/<run>/<slot>": number}``."""
-    figures = {}
+    figures: dict[str, float] = {}
     for system, row in report.get("preservation", {}).get("systems", {}).items():
-        figures |= {f"preservation/{system}/{key}": value for key, value in row.items()}
+        for key, value in row.items():
+            figures[f"preservation/{system}/{key}"] = value
     for name, scored in report.get("scene", {}).items():
-        figures |= {f"scene/{name}/{slot}": value for slot, value in scored.get("scores", {}).items()}
+        for slot, value in scored.get("scores", {}).items():
+            figures[f"scene/{name}/{slot}"] = value
     return figures

@@ -1,8 +1,9 @@
-"""Pictures of a generate.py run with everything that is known of them."""
+"""The pictures of a finished generate.py run, with everything that is known about them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,23 @@ from packshot.generate.product import core_of
 from packshot.imaging.decode import decode_image
 from packshot.runs.files import readable
 
-# Rows of the tables beside the runs' own.
-HARD_PASTE, NOISE_FLOOR = "hard paste", "noise floor"
+Json = dict[str, Any]
+
+# Rows of the tables that are not runs.
+HARD_PASTE = "hard paste"
+NOISE_FLOOR = "noise floor"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture. All arrays uint8 on the picture's pixel grid (H, W[, 3]), but raw_HW3, the model's own drawing.
+    """One picture. All arrays are uint8 on the picture's pixel grid (H, W[, 3]), except raw_HW3, the model's drawing.
 
-    photo_HW3: the input photo, brought here by the transform that the certificate states (zero outside).
-    matte_HW, foreground_HW3, background_HW3: the layers. core_HW: bool, matte 255 less one pixel.
+    photo_HW3: the input photo, placed by the transform in the certificate (zero outside).
+    matte_HW, foreground_HW3, background_HW3: the layers. core_HW: bool, where the matte is 255, eroded by one pixel.
     """
 
     stem: str
-    certificate: dict[str, Any]
+    certificate: Json
     picture_HW3: np.ndarray
     photo_HW3: np.ndarray
     matte_HW: np.ndarray
@@ -39,86 +43,94 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """A finished run: its name for tables, its folder, and certificates by ``<product>-<k>``."""
+class FinishedRun:
+    """A finished run: its name for tables, its folder, and its certificates by ``<product>-<k>``."""
 
     name: str
     path: Path
-    certificates: dict[str, dict[str, Any]]
+    certificates: dict[str, Json]
 
 
-def open_runs(paths: list[str]) -> list[RunFolder]:
-    """One or two run folders.
+def open_runs(paths: list[str]) -> list[FinishedRun]:
+    """One or two finished runs.
 
     Raises:
-        ConfigError: too many, the same one twice, or a folder that generate.py did not write.
+        ConfigError: there are too many folders, one is named twice, or generate.py did not write one of them.
     """
     if len(paths) > 2:
-        raise ConfigError(f"runs has {len(paths)} folders.", "Two can be laid side by side.")
+        raise ConfigError(f"runs has {len(paths)} folders.", "At most two runs can be compared.")
     folders = [readable("runs", path) for path in paths]
-    named = zip(_names(folders), folders, strict=True)
-    runs = [RunFolder(name, folder, load_certificates(folder)) for name, folder in named]
-    for run in runs:
-        if not run.certificates or not (run.path / LAYERS).is_dir():
-            raise ConfigError(f"runs: {run.path} has no finished pictures.", "Name a folder that generate.py wrote.")
+    runs = []
+    for name, folder in zip(distinct_names(folders), folders, strict=True):
+        run = FinishedRun(name, folder, load_certificates(folder))
+        if not run.certificates or not (folder / LAYERS).is_dir():
+            raise ConfigError(f"runs: {folder} has no finished pictures.", "Name a folder that generate.py wrote.")
+        runs.append(run)
     return runs
 
 
-def _names(folders: list[Path]) -> list[str]:
-    """As many of the last parts of each path as it takes to tell them apart, and from the other rows of the tables.
+def distinct_names(folders: list[Path]) -> list[str]:
+    """The last parts of each path, as many as are needed to tell the runs and the other rows of the tables apart.
 
     Raises:
         ConfigError: a folder is named twice.
     """
-    paths = [folder.resolve() for folder in folders]
+    paths = list(map(Path.resolve, folders))
     if len(set(paths)) < len(paths):
-        raise ConfigError(f"runs names {paths[0]} twice.", "Name two runs, or one alone.")
-    names: list[str] = []
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        raise ConfigError(f"runs names {paths[0]} twice.", "Name two different runs, or only one.")
+    for depth in count(1):  # whole paths differ, so this ends
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len({HARD_PASTE, NOISE_FLOOR, *names}) == 2 + len(names):
-            break
-    return names
+            return names
+    raise AssertionError
 
 
-def load_sample(run: RunFolder, stem: str) -> Sample:
+def load_sample(run: FinishedRun, stem: str) -> Sample:
     """Read one picture and its layers.
 
     Raises:
         PackshotError: a file of the run is missing or damaged.
     """
-    certificate, layers = run.certificates[stem], run.path / LAYERS
-    name = stem.rsplit("-", 1)[0]
-    inputs = [file for file in layers.iterdir() if file.stem == f"{name}-input"]
-    if not inputs:
-        raise PackshotError(f"{layers} has no {name}-input picture.", "Make the run again.")
-    product = _pixels(layers / f"{stem}-product.png", "RGBA")
+    certificate = run.certificates[stem]
+    layers = run.path / LAYERS
+    photo = decode_image(input_file(layers, stem), stem).convert("RGB")
+    product = read_pixels(layers / f"{stem}-product.png", "RGBA")
     matte = product[..., 3]
     return Sample(
         stem=stem,
         certificate=certificate,
-        picture_HW3=_pixels(run.path / f"{stem}.png", "RGB"),
-        photo_HW3=place_photo(decode_image(inputs[0], inputs[0].name).convert("RGB"), certificate["transform"]),
+        picture_HW3=read_pixels(run.path / f"{stem}.png", "RGB"),
+        photo_HW3=place_photo(photo, certificate["transform"]),
         matte_HW=matte,
         foreground_HW3=product[..., :3],
-        background_HW3=_pixels(layers / f"{stem}-background.png", "RGB"),
-        raw_HW3=_pixels(layers / f"{stem}-raw.png", "RGB"),
+        background_HW3=read_pixels(layers / f"{stem}-background.png", "RGB"),
+        raw_HW3=read_pixels(layers / f"{stem}-raw.png", "RGB"),
         core_HW=core_of(matte),
     )
 
 
-def picture_and_matte(run: RunFolder, stem: str) -> tuple[Image.Image, Image.Image]:
+def input_file(layers: Path, stem: str) -> Path:
+    """The run's own copy of the product photo that the picture ``stem`` was made from."""
+    name = stem.rsplit("-", 1)[0]
+    for file in layers.iterdir():
+        if file.stem == f"{name}-input":  # the extension is the photo's own
+            return file
+    raise PackshotError(f"{layers} has no {name}-input picture.", "Make the run again.")
+
+
+def picture_and_matte(run: FinishedRun, stem: str) -> tuple[Image.Image, Image.Image]:
     """One picture (RGB) and its product's matte (L).
 
     Raises:
         PackshotError: a file of the run is missing or damaged.
     """
-    picture = _pixels(run.path / f"{stem}.png", "RGB")
-    product = _pixels(run.path / LAYERS / f"{stem}-product.png", "RGBA")
+    picture = read_pixels(run.path / f"{stem}.png", "RGB")
+    product = read_pixels(run.path / LAYERS / f"{stem}-product.png", "RGBA")
     return Image.fromarray(picture), Image.fromarray(product[..., 3])
 
 
-def _pixels(file: Path, mode: str) -> np.ndarray:
+def read_pixels(file: Path, mode: str) -> np.ndarray:
+    """A picture file as uint8 (H, W[, C]) in a Pillow mode; raises PackshotError where it cannot be read."""
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert(mode))
@@ -126,8 +138,8 @@ def _pixels(file: Path, mode: str) -> np.ndarray:
         raise PackshotError(f"{file} cannot be read ({error}).", "Make the run again.") from error
 
 
-def place_photo(photo: Image.Image, transform: dict[str, Any]) -> np.ndarray:
-    """The photo on the output's grid, from the certificate's words alone: this is what makes it checkable."""
+def place_photo(photo: Image.Image, transform: Json) -> np.ndarray:
+    """The photo on the output's grid. Only the certificate's transform is used, so this checks the certificate."""
     if transform["resampling"] == "none":
         return np.asarray(photo)
     method = Image.Resampling[transform["resampling"].removeprefix("pillow ").upper()]
