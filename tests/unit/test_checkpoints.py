@@ -90,15 +90,16 @@ def made(script="train_lora", *overrides, processes=1, rows=ROWS):
 def test_every_difference_is_named_with_its_old_and_its_new_value():
     then = made("train_lora", "train.lr_schedule=constant")
     now = made(
-        "train_lora", "train.lr_schedule=constant", "method.rank=32", "optim=lion", "objective.snr_gamma=5.0",
+        "train_lora", "train.lr_schedule=constant", "method.rank=32", "optim=lion", "objective.loss_weighting=min_snr",
         "run.seed=1", "model.resolution=256", "train.max_grad_norm=0.5", "method.text_encoder=true",
     )  # fmt: skip
     with pytest.raises(PackshotError) as caught:
         check(then, now, 50)
     lines = {line.strip() for line in str(caught.value).splitlines()}
     assert {
-        "method.rank: 16 -> 32", "optim.kind: adamw -> lion", "objective.snr_gamma: null -> 5.0", "run.seed: 0 -> 1",
-        "model.resolution: 128 -> 256", "train.max_grad_norm: 1.0 -> 0.5", "method.text_encoder: false -> true",
+        "method.rank: 16 -> 32", "optim.kind: adamw -> lion", "objective.loss_weighting: none -> min_snr",
+        "run.seed: 0 -> 1", "model.resolution: 128 -> 256", "train.max_grad_norm: 1.0 -> 0.5",
+        "method.text_encoder: false -> true",
         "Keep the old settings, or start a new run with another run.dir.",
     } <= lines  # fmt: skip
     assert "step 50" in str(caught.value)
@@ -169,6 +170,23 @@ def test_the_data_may_move_but_not_change(said):
     assert "data.train: /old -> /new" in said()
     with pytest.raises(PackshotError, match=r"data\.train: 7 samples .* -> 6 samples"):
         check(then, made("train_lora", "data.train=/old", rows=ROWS[:6]), 50)
+
+
+def old_names(then):
+    """The same, as a version with the old keys of the loss weighting kept it."""
+    objective = dict(then.config["objective"])
+    weighting, gamma = objective.pop("loss_weighting"), objective.pop("min_snr_gamma")
+    objective |= {"debiased": weighting == "debiased", "snr_gamma": gamma if weighting == "min_snr" else None}
+    return replace(then, config={**then.config, "objective": objective})
+
+
+def test_renamed_keys_of_a_checkpoint_are_translated(said):
+    """A resumed run compares the values of renamed keys, and reports none of them when they are equal."""
+    then = made("train_lora", "objective.loss_weighting=debiased")
+    check(old_names(then), then, 50)
+    assert not said()
+    with pytest.raises(PackshotError, match=r"objective\.loss_weighting: debiased -> none"):
+        check(old_names(then), made("train_lora"), 50)
 
 
 def test_a_key_that_one_version_does_not_know_is_reported(said):

@@ -10,7 +10,9 @@ from hypothesis import assume, given
 from hypothesis.strategies import text
 
 from packshot.config import compose as composing
+from packshot.config.checks import fields
 from packshot.config.compose import _QUOTED, _quoted, compose, to_plain, to_yaml
+from packshot.config.renamed import RENAMED, translate
 from packshot.config.schema import SCRIPTS, Mode
 from packshot.errors import ConfigError
 
@@ -116,19 +118,28 @@ def test_exit_code_of_a_wrong_key():
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["objective.snr_gamma=5", "objective.debiased=true"], "Choose one"),
+        (["objective.min_snr_gamma=4"], "no effect with objective.loss_weighting=none"),
+        (["objective.loss_weighting=debiased", "objective.min_snr_gamma=4"], "no effect"),
         (
-            ["objective.zero_terminal_snr=true", "objective.prediction_type=epsilon", "objective.snr_gamma=5"],
+            [
+                "objective.zero_terminal_snr=true",
+                "objective.prediction_type=epsilon",
+                "objective.loss_weighting=min_snr",
+            ],
             "divide by zero",
         ),
         (
-            ["objective.zero_terminal_snr=true", "objective.prediction_type=epsilon", "objective.debiased=true"],
+            [
+                "objective.zero_terminal_snr=true",
+                "objective.prediction_type=epsilon",
+                "objective.loss_weighting=debiased",
+            ],
             "divide by zero",
         ),
         (["objective.zero_terminal_snr=true", "objective.prediction_type=epsilon"], "input is the answer"),
         (["objective.logit_normal_scale=0"], "out of range"),
         (["objective.min_timestep=-1"], "out of range"),
-        (["objective.snr_gamma=0"], "out of range"),
+        (["objective.min_snr_gamma=0"], "out of range"),
         (["objective.input_perturbation=2"], "out of range"),
         (["objective.timestep_sampling=cubix"], "uniform . logit_normal . cubic"),
         (["objective.min_timestep=500", "objective.max_timestep=500"], "not above"),
@@ -137,14 +148,6 @@ def test_exit_code_of_a_wrong_key():
 def test_objectives_without_meaning_are_refused_before_a_model_loads(overrides, says):
     with pytest.raises(ConfigError, match=says):
         compose("train_lora", overrides)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "weighting"),
-    [([], "none"), (["objective.snr_gamma=5"], "min_snr"), (["objective.debiased=true"], "debiased")],
-)
-def test_the_loss_weighting_follows_from_its_two_keys(overrides, weighting):
-    assert compose("train_lora", overrides).objective.loss_weighting.name == weighting
 
 
 def test_timesteps_beyond_the_schedule_of_the_base_are_refused():
@@ -217,3 +220,48 @@ def test_a_seed_that_generators_cannot_take_is_refused():
 def test_what_wandb_would_not_take_is_refused(override):
     with pytest.raises(ConfigError, match=r"tracking\.(project|tags)"):
         compose("train_lora", [override])
+
+
+def renamed_keys():
+    """(script, row) for every renamed key and every script that has its new name."""
+    keys = {script: {key for key, _, _ in fields(schema)} for script, schema in SCRIPTS.items()}
+    return [(script, row) for row in RENAMED for script in SCRIPTS if row.new in keys[script]]
+
+
+@pytest.mark.parametrize(("script", "row"), renamed_keys())
+def test_an_override_with_a_renamed_key_names_the_new_one(script, row):
+    with pytest.raises(ConfigError, match=f"{row.old} is now called {row.new}") as caught:
+        compose(script, [f"{row.old}=1"])
+    assert row.new.partition(".")[0] in caught.value.hint
+
+
+@pytest.mark.parametrize(("script", "row"), renamed_keys())
+def test_a_yaml_file_with_a_renamed_key_names_the_new_one(script, row, tmp_path, monkeypatch):
+    import shutil
+
+    conf = tmp_path / "conf"
+    shutil.copytree(composing.CONF, conf)
+    group, name = row.old.split(".")
+    (conf / "experiment" / "old.yaml").write_text(f"# @package _global_\n{group}:\n  {name}: 1\n")
+    monkeypatch.setattr(composing, "CONF", conf)
+    with pytest.raises(ConfigError, match=f"{row.old} is now called {row.new}"):
+        compose(script, ["experiment=old"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"snr_gamma": None, "debiased": False}, {"loss_weighting": "none", "min_snr_gamma": 5.0}),
+        ({"snr_gamma": None, "debiased": True}, {"loss_weighting": "debiased", "min_snr_gamma": 5.0}),
+        ({"snr_gamma": 3.0, "debiased": False}, {"loss_weighting": "min_snr", "min_snr_gamma": 3.0}),
+    ],
+)
+def test_a_finished_config_of_an_older_version_is_translated(old, new):
+    config = {"objective": {**old, "noise_offset": 0.1}, "run": {"seed": 0}}
+    assert translate(config) == {"objective": {**new, "noise_offset": 0.1}, "run": {"seed": 0}}
+    assert set(config["objective"]) == {*old, "noise_offset"}
+
+
+def test_a_config_with_today_s_keys_is_left_alone():
+    today = to_plain(compose("train_lora", ["objective.loss_weighting=min_snr", "objective.min_snr_gamma=4"]))
+    assert translate(today) == today

@@ -181,16 +181,20 @@ def check_objective(objective: schema.ObjectiveConfig, prediction_type: str, num
     length of the base's schedule, once it is known.
 
     Raises:
-        ConfigError: two SNR weights; zero terminal SNR with epsilon; a prediction type that has no target; timesteps
-            that are an empty range or leave the schedule.
+        ConfigError: a gamma without min-SNR; zero terminal SNR with epsilon; a prediction type that has no target;
+            timesteps that are an empty range or leave the schedule.
     """
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ConfigError(
             f"The base predicts {prediction_type!r}; only epsilon and v_prediction can be trained.",
             "Choose another model.base, or set objective.prediction_type.",
         )
-    if objective.snr_gamma is not None and objective.debiased:
-        raise ConfigError("objective.snr_gamma and objective.debiased both weigh the loss by SNR.", "Choose one.")
+    gamma, default = objective.min_snr_gamma, schema.ObjectiveConfig.min_snr_gamma
+    if gamma != default and objective.loss_weighting is not schema.LossWeighting.min_snr:
+        raise ConfigError(
+            f"objective.min_snr_gamma={gamma} has no effect with objective.loss_weighting={objective.loss_weighting}.",
+            "Add objective.loss_weighting=min_snr, or leave it out.",
+        )
     if objective.zero_terminal_snr and prediction_type == "epsilon":
         raise ConfigError(
             "Zero terminal SNR (objective.zero_terminal_snr, or the base's own schedule) cannot be trained with "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from packshot.config.checks import describe, fields, nearest, validate
+from packshot.config.renamed import refuse_renamed
 from packshot.config.schema import SCRIPTS
 from packshot.errors import ConfigError
 
@@ -45,6 +46,7 @@ def _check_override(override: str, keys: dict[str, str]) -> None:
         return
     if key in keys or key in _nodes(list(keys)):
         return
+    refuse_renamed(key, keys, value)
     close = nearest(key, [*keys, *groups()])
     raise ConfigError(
         f"There is no key {key!r}.",
@@ -92,6 +94,7 @@ def _translate(error: Exception, keys: dict[str, str]) -> ConfigError:
         shown = next((group for group in value.groups() if group is not None), "?") if value else "?"
         return ConfigError(f"{plain}={shown} has the wrong type.", f"{plain} takes {keys[plain]}.")
     if key:
+        refuse_renamed(key, keys)
         close = nearest(key, list(keys))
         return ConfigError(f"There is no key {key!r}.", f"Did you mean {close}?" if close else "--help lists the keys.")
     way_out = "Overrides are key=value; --help lists the keys."

@@ -170,8 +170,12 @@ class ObjectiveConfig:
         PredictionType.base, "what the network predicts; base: as the base was trained"
     )
     zero_terminal_snr: bool = opt(False, "let the last step be pure noise (needs v_prediction)")
-    snr_gamma: float | None = opt(None, "min-SNR loss weighting (5.0 is usual); null switches it off", min=1e-3)
-    debiased: bool = opt(False, "weight the loss by 1/sqrt(SNR) instead: errors count as they disturb the picture")
+    loss_weighting: LossWeighting = opt(
+        LossWeighting.none,
+        "weight of a timestep in the loss: none; min_snr (Hang et al. 2023); debiased (1/sqrt(SNR), so that errors "
+        "count as they disturb the picture)",
+    )
+    min_snr_gamma: float = opt(5.0, "the SNR at which loss_weighting=min_snr cuts the weight off", min=1e-3)
     timestep_sampling: TimestepSampling = opt(
         TimestepSampling.uniform, "how often a timestep comes: logit_normal prefers the middle, cubic the noisy end"
     )
@@ -196,13 +200,6 @@ class ObjectiveConfig:
         "how the network sees the product: noised as the rest; clean at every timestep (learn to fill in around it); "
         "channels: in five more input channels, mask and latents, as inpainting models do (train_lora.py)",
     )
-
-    @property
-    def loss_weighting(self) -> LossWeighting:
-        """What snr_gamma and debiased ask for; ``validate`` refuses both at once."""
-        if self.snr_gamma is not None:
-            return LossWeighting.min_snr
-        return LossWeighting.debiased if self.debiased else LossWeighting.none
 
 
 @dataclass

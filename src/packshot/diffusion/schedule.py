@@ -102,7 +102,7 @@ def debiased_weight(timesteps_B: Tensor, alphas_cumprod_T: Tensor, limit: float,
     }[prediction_type]
 
 
-# By ``objective.loss_weighting``: (timesteps, alphas_cumprod, snr_gamma, prediction_type) -> weight per sample, (B,).
+# By ``objective.loss_weighting``: (timesteps, alphas_cumprod, gamma, prediction_type) -> weight per sample, (B,).
 LOSS_WEIGHTS: dict[str, Callable[[Tensor, Tensor, Any, str], Tensor]] = {
     "none": unweighted,
     "min_snr": min_snr_weight,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
 from packshot.config.compose import to_plain
+from packshot.config.renamed import translate
 from packshot.config.schema import LRSchedule, TrainConfig
 from packshot.engine.optimizers import learning_rate
 from packshot.errors import PackshotError
@@ -57,6 +58,7 @@ def check(then: MadeWith, now: MadeWith, steps: int) -> None:
     Raises:
         PackshotError: another difference exists; names each with its old and its new value.
     """
+    then = replace(then, config=translate(then.config))
     refused = [*_effects(then, now)]
     other_rates = _other_rates(then, now, steps)
     for key, old, new in _differences(then.config, now.config):

@@ -138,7 +138,7 @@ class DiffusionTask(nn.Module):
         loss = schedule.masked_mse(prediction, target, batch["weight"])
         objective = self.config.objective
         weight = schedule.LOSS_WEIGHTS[objective.loss_weighting.name]
-        return loss * weight(timesteps, schedule_T, objective.snr_gamma, self.prediction_type)
+        return loss * weight(timesteps, schedule_T, objective.min_snr_gamma, self.prediction_type)
 
     def show_product(self, product_B5HW: Tensor | None) -> None:
         """Hand the UNet what it reads of the product besides the noisy latents, if it does."""
