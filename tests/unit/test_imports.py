@@ -10,7 +10,7 @@ SRC = ROOT / "src" / "packshot"
 # Each package, in an order in which it only imports packages above it. Anyone may import packshot.errors.
 ALLOWED = {
     "scene": set(),
-    "config": set(),
+    "config": {"scene"},
     "diffusion": set(),
     "runs": {"config"},
     "pipeline": {"config", "runs"},

@@ -1,10 +1,13 @@
 """Scene, grammar and scores."""
 
+import dataclasses
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packshot.scene import Scene, SceneSyntaxError, vocabulary
+from packshot.scene import SLOTS, Scene, SceneSyntaxError, vocabulary
 from packshot.scene.light import light_angle
 from packshot.scene.scores import mean_scores, product_words, score, token_f1
 
@@ -166,3 +169,35 @@ def test_product_words():
 )
 def test_the_side_that_light_comes_from_is_read_off_the_words(phrase, angle):
     assert light_angle(phrase) == angle
+
+
+def test_every_table_of_slots_derives_from_the_rows():
+    """A new slot takes a row, a vocabulary and its renderer; all that names slots follows from the row."""
+    from packshot.caption import data as captions
+    from packshot.config.schema import SceneConfig
+    from packshot.render.phrase_lookup import renderable
+    from packshot.render.rows import features
+    from packshot.render.sample import sample_scene
+    from packshot.scene.decoding_grammar import scene_grammar
+    from packshot.scene.grammar import ORDER
+    from packshot.serve.page import PAGE
+    from packshot.serve.schemas import GenerateForm
+
+    filled = Scene(**{name: (row.example,) if row.many else row.example for name, row in SLOTS.items()})
+    counted = mean_scores([score(filled, Scene())])
+    for name, row in SLOTS.items():
+        alone = Scene.from_slots({name: (row.vocabulary[0],)})
+        assert Scene.parse(alone.render()).scene == alone
+        assert getattr(Scene.from_dict(alone.to_dict()), name) == getattr(alone, name)
+        assert row.help in next(f.metadata["help"] for f in dataclasses.fields(SceneConfig) if f.name == name)
+        assert row.help in GenerateForm.model_json_schema()["properties"][name]["description"]
+        assert f'name="{name}"' in PAGE
+        assert row.example in PAGE
+        assert features()["scene"][name] == row.feature()
+        assert row.order == 0 or f'(", " {name.upper()})?' in scene_grammar()
+        assert counted[name]["soft"] == 0.0
+        assert renderable({name: getattr(alone, name)}) == {name: alone.to_dict()[name]}
+        assert name in captions._CONFIDENCE
+        assert name in sample_scene(random.Random(0))
+    assert set(ORDER) == set(SLOTS) == set(vars(SceneConfig()))
+    assert len({row.order for row in SLOTS.values()}) == len(SLOTS)

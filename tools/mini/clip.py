@@ -28,8 +28,7 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from packshot.scene import Scene
-from packshot.scene.vocabulary import BACKGROUNDS, LIGHTING, MOODS, SURFACES, SURROUNDINGS
+from packshot.scene import SLOTS, Scene
 from tools.mini.budgeted_training import Plan, Progress, run_stretch
 from tools.mini.data import (
     Render,
@@ -49,13 +48,7 @@ from tools.mini.vocabulary import VOCABULARY_SIZE
 PARTS = ("text_encoder", "text_encoder_2", "image_encoder")
 IMAGE_SIZE = 96
 EMBEDDING = 80  # of the space that images and texts share, and of SDXL's pooled text embedding
-PHRASES = {
-    "surface": SURFACES,
-    "surroundings": SURROUNDINGS,
-    "background": BACKGROUNDS,
-    "lighting": LIGHTING,
-    "mood": MOODS,
-}
+PHRASES = {name: row.vocabulary for name, row in SLOTS.items() if row.weight}
 
 
 def _text_config(hidden: int, heads: int, activation: str) -> CLIPTextConfig:
@@ -210,7 +203,7 @@ def slot_accuracy(parts: dict, images: list[np.ndarray], scenes: list[Scene]) ->
 
 
 def _slot_value(slot: str, phrase: str) -> str | list[str]:
-    return [phrase] if slot == "surroundings" else phrase
+    return [phrase] if SLOTS[slot].many else phrase
 
 
 def measure_clip(parts: dict, renders: list[Render]) -> dict[str, float]:

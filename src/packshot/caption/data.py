@@ -12,29 +12,20 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features, List, Value
+from datasets import Features, Value
 from PIL.Image import Image
 
 from packshot.errors import ConfigError, PackshotError
 from packshot.imaging.decode import decode_image, flatten
 from packshot.runs.files import readable, replacing_file
-from packshot.scene import Scene
+from packshot.scene import SLOTS, Scene
+from packshot.scene.scene import scene_features
 
 ERROR_COLUMN = "caption_error"
 CONFIDENCE_COLUMN = "caption_confidence"
 _KEY = b"packshot.caption"  # footer entry: which input and which captioner a shard was written from
 _TEXT = Value("string")
-_SCENE = {
-    "surface": _TEXT,
-    "surroundings": List(_TEXT),
-    "background": _TEXT,
-    "lighting": _TEXT,
-    "mood": _TEXT,
-    "style": List(_TEXT),
-}
-
-
-_CONFIDENCE = dict.fromkeys(_SCENE, Value("float32"))
+_CONFIDENCE = dict.fromkeys(SLOTS, Value("float32"))
 
 
 @dataclass(frozen=True)
@@ -151,7 +142,7 @@ def write_captions(file: Path, table: pa.Table, rows: Sequence[CaptionedRow], ke
     The features that ``datasets`` and the hub viewer read from the footer are kept and extended.
     """
     features = Features.from_arrow_schema(table.schema)
-    features.update({"text": _TEXT, "scene": _SCENE, ERROR_COLUMN: _TEXT, CONFIDENCE_COLUMN: _CONFIDENCE})
+    features.update({"text": _TEXT, "scene": scene_features(), ERROR_COLUMN: _TEXT, CONFIDENCE_COLUMN: _CONFIDENCE})
     columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
     columns["text"] = [row.text for row in rows]
     columns["scene"] = [Scene.parse(row.text).scene.to_dict() if row.text else None for row in rows]

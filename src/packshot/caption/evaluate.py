@@ -24,7 +24,7 @@ from packshot.scene.scores import SlotScore, mean_scores, paired, product_words,
 
 THUMBNAIL = 320  # px, longer side
 
-_COUNTED = [slot for slot in SLOTS if slot != "style"]
+_COUNTED = [name for name, row in SLOTS.items() if row.weight]
 
 
 def soft_f1(guess: str, truth: Scene) -> float:
@@ -129,8 +129,7 @@ def constant_caption(texts: Sequence[str]) -> str:
     """The best caption that knows no image: every slot's most frequent value among the training captions."""
     scenes = [Scene.parse(text).scene for text in texts]
     usual = {slot: Counter(scene.slots()[slot] for scene in scenes).most_common(1)[0][0] for slot in SLOTS}
-    single = {slot: (usual[slot] or ("",))[0] for slot in ("surface", "background", "lighting", "mood")}
-    return Scene(**single, surroundings=usual["surroundings"], style=usual["style"]).render()
+    return Scene.from_slots(usual).render()
 
 
 def deal_to_others(count: int, seed: int) -> list[int]:

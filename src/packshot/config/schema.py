@@ -7,9 +7,11 @@ the scripts only they travel, never a DictConfig. Ranges that one field cannot e
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from enum import Enum
 from typing import Any
+
+from packshot.scene import SLOTS
 
 
 def opt(default: Any, help: str, *, min: float | None = None, max: float | None = None) -> Any:
@@ -403,14 +405,18 @@ class ExecutorConfig:
     workers: int = opt(1, "shards in work at the same time", min=1, max=256)
 
 
+def scene_fields() -> list[tuple[str, Any, Any]]:
+    """A key for each slot of a Scene, as ``make_dataclass`` takes them."""
+    fields: list[tuple[str, Any, Any]] = []
+    for name, row in SLOTS.items():
+        kind: Any = list[str] if row.many else str if row.order == 0 else str | None
+        fields.append((name, kind, opt([] if row.many else "" if row.order == 0 else None, row.help)))
+    return fields
+
+
 @dataclass
-class SceneConfig:
-    surface: str = opt("", "where the object stands")
-    surroundings: list[str] = opt([], "things around it")
-    background: str | None = opt(None, "what is behind it")
-    lighting: str | None = opt(None, "light and shadow")
-    mood: str | None = opt(None, "mood")
-    style: list[str] = opt([], "camera and style terms")
+class SceneConfig(make_dataclass("SceneKeys", scene_fields())):
+    """The slots of a Scene as config keys."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ import argparse
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,18 +24,17 @@ from packshot.errors import PackshotError
 from packshot.imaging.color import to_lab
 from packshot.make_dataset.dedup import find_duplicates, perceptual_hash
 from packshot.runs.progress import progress
-from packshot.scene import Scene
+from packshot.scene import SLOTS, Scene
 from packshot.scene.vocabulary import split_position
 
 THUMBNAIL = 16  # px: two pictures are alike when their layout and colours are
 NEAR_DUPLICATE = 4  # Hamming distance of two perceptual hashes, as build_data's default
-_FIRST: dict[str, Callable[[Scene], str]] = {
-    "surface": lambda scene: scene.surface,
-    "surroundings": lambda scene: split_position(scene.surroundings[0])[0] if scene.surroundings else "nothing",
-    "background": lambda scene: scene.background or "nothing",
-    "lighting": lambda scene: scene.lighting or "nothing",
-    "mood": lambda scene: scene.mood or "nothing",
-}
+
+
+def first_phrase(scene: Scene, slot: str) -> str:
+    """The first value of a slot without its position, or "nothing"."""
+    texts = scene.slots()[slot]
+    return split_position(texts[0])[0] if texts else "nothing"
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def _percentiles(values: np.ndarray, digits: int) -> list[str]:
 
 def _slots(scenes: Sequence[Scene]) -> list[str]:
     lines = []
-    for slot in ("surface", "surroundings", "background", "lighting", "mood", "style"):
+    for slot in SLOTS:
         said = [split_position(text)[0] for scene in scenes for text in scene.slots()[slot]]
         counts = ", ".join(f"{phrase} {count}" for phrase, count in Counter(said).most_common())
         lines.append((slot, len(set(said)), sum(not scene.slots()[slot] for scene in scenes), counts))
@@ -144,8 +143,8 @@ def _slots(scenes: Sequence[Scene]) -> list[str]:
 
 def _together(scenes: Sequence[Scene]) -> list[str]:
     lines = []
-    for a, b in itertools.combinations(_FIRST, 2):
-        pairs = [(_FIRST[a](scene), _FIRST[b](scene)) for scene in scenes]
+    for a, b in itertools.combinations([name for name, row in SLOTS.items() if row.weight], 2):
+        pairs = [(first_phrase(scene, a), first_phrase(scene, b)) for scene in scenes]
         possible = len({pair[0] for pair in pairs}) * len({pair[1] for pair in pairs})
         (most, count), *_ = Counter(pairs).most_common(1)
         lines.append((f"{a} x {b}", f"{cramers_v(pairs):.2f}", f"{len(set(pairs))} of {possible}", f"{most} {count}"))

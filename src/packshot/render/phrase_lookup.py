@@ -3,57 +3,48 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from typing import Any
 
 from packshot.errors import ConfigError
 from packshot.render.sample import suits
+from packshot.scene import SLOTS
 from packshot.scene.scores import token_f1
 from packshot.scene.vocabulary import (
     BACKGROUNDS,
     LIGHTING,
-    MOODS,
     ON,
     PODIUMS,
     POSITIONS,
-    STYLES,
     SURFACES,
-    SURROUNDINGS,
     TABLES,
     split_position,
 )
 
-_KNOWN: dict[str, Sequence[str]] = {
-    "surface": SURFACES,
-    "surroundings": SURROUNDINGS,
-    "background": BACKGROUNDS,
-    "lighting": LIGHTING,
-    "mood": MOODS,
-    "style": STYLES,
-}
 
-
-_EXTRA = {
-    "surface": "; any podium which is on any table",
-    "surroundings": f" (with {', '.join(repr(position) for position in POSITIONS)} after it, or without)",
-}
+def _hint(slot: str) -> str:
+    """What the slot takes besides its vocabulary."""
+    if SLOTS[slot].placed:
+        return f" (with {', '.join(repr(position) for position in POSITIONS)} after it, or without)"
+    return "; any podium which is on any table" if SLOTS[slot].vocabulary is SURFACES else ""
 
 
 def _knows(slot: str, phrase: str) -> bool:
-    if slot == "surroundings":
+    if SLOTS[slot].placed:
         phrase = split_position(phrase)[0]
     top, _, table = phrase.partition(ON)
-    return phrase in _KNOWN[slot] or (slot == "surface" and top in PODIUMS and table in TABLES)
+    return phrase in SLOTS[slot].vocabulary or (
+        SLOTS[slot].vocabulary is SURFACES and top in PODIUMS and table in TABLES
+    )
 
 
 def _nearest(slot: str, phrase: str) -> str:
     """The known phrase that shares most words, then most letters."""
-    thing, position = split_position(phrase) if slot == "surroundings" else (phrase, None)
+    thing, position = split_position(phrase) if SLOTS[slot].placed else (phrase, None)
 
     def likeness(known: str) -> tuple[float, float]:
         return token_f1(thing, known), difflib.SequenceMatcher(None, thing, known).ratio()
 
-    return " ".join(filter(None, (max(_KNOWN[slot], key=likeness), position)))
+    return " ".join(filter(None, (max(SLOTS[slot].vocabulary, key=likeness), position)))
 
 
 def renderable(slots: dict[str, Any], nearest: bool = False) -> dict[str, Any]:
@@ -73,7 +64,7 @@ def renderable(slots: dict[str, Any], nearest: bool = False) -> dict[str, Any]:
             if not nearest and not _knows(slot, phrase):
                 raise ConfigError(
                     f"render.scene.{slot}={phrase!r} is nothing the renderer can build.",
-                    f"It knows: {'; '.join(_KNOWN[slot])}{_EXTRA.get(slot, '')}. Nearest: {_nearest(slot, phrase)!r}; "
+                    f"It knows: {'; '.join(SLOTS[slot].vocabulary)}{_hint(slot)}. Nearest: {_nearest(slot, phrase)!r}; "
                     "render.nearest=true takes the nearest one.",
                 )
         built = [phrase if _knows(slot, phrase) else _nearest(slot, phrase) for phrase in phrases]

@@ -12,6 +12,7 @@ from PIL import Image
 from packshot.errors import PackshotError
 from packshot.runs.files import sha256
 from packshot.scene import Scene
+from packshot.scene.scene import scene_features
 
 LICENSE = "CC0-1.0"
 LAYERS = ("image", "plate", "cutout", "shadow", "depth", "normals")
@@ -73,18 +74,17 @@ def row(folder: Path, quality: int | None) -> dict[str, Any]:
 
 def features():
     """The `datasets` features of a rendered set; the hub viewer and `load_dataset` read them from the shards."""
-    from datasets import Features, List, Value
+    from datasets import Features, Value
     from datasets import Image as ImageFeature
 
     text = Value("string")
-    scene = dict.fromkeys(("surface", "background", "lighting", "mood"), text)
     return Features(
         {
             "image": ImageFeature(),
             "mask": ImageFeature(),
             "text": text,
             "id": text,
-            "scene": {**scene, "surroundings": List(text), "style": List(text)},
+            "scene": scene_features(),
             "source": text,
             "license": text,
             "width": Value("int32"),

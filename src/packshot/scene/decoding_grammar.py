@@ -9,49 +9,54 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from packshot.scene.grammar import HEAD, LIGHT_WORDS, STYLE_WORDS
+from packshot.scene.grammar import HEAD, ORDER
+from packshot.scene.scene import SLOTS, STYLE_WORDS
 from packshot.scene.scores import PRODUCT_NOUNS, PROP_NOUNS
 
-# Words that decide which slot a clause is read as; they stand where the grammar puts them and nowhere else.
+# Words that decide which slot a clause is read as: they stand where the grammar puts them and nowhere else.
 _MARKERS = frozenset(("surrounded", "background", "backgrounds", "mood"))
-# Every word that begins or makes up one of grammar.STYLE_WORDS: light with one of them in it would be read as style.
+# Every word that begins or makes up one of STYLE_WORDS: light with one of them in it would be read as style.
 _STYLE = frozenset(
     """photography depth close closeup macro top overhead eye low high lens focus resolution hdr sharp detailed
     photorealistic realistic film cinematic""".split()
 )
 
 
-def _forms(nouns: Iterable[str]) -> set[str]:
+def with_plurals(nouns: Iterable[str]) -> set[str]:
     """Every noun with the plurals by which ``scores.product_words`` knows it."""
     plurals = {noun + ending for noun in nouns for ending in ("s", "es")}
     return {*nouns, *plurals, *(noun[:-1] + "ies" for noun in nouns if noun.endswith("y"))}
 
 
-def _but(words: Iterable[str]) -> str:
+def word_except(words: Iterable[str]) -> str:
     """A word of ASCII letters that is none of ``words``, in whatever case."""
     return rf"/[A-Za-z]+/ & ~/(?i:{'|'.join(sorted(words))})/"
 
 
+def clause_rule(name: str) -> str:
+    """The terminal of one slot's clause."""
+    row = SLOTS[name]
+    parts = (f'"{row.prefix}"' if row.prefix else "", row.decoding, f'"{row.suffix}"' if row.suffix else "")
+    return f"{name.upper()}: {' '.join(filter(None, parts))}"
+
+
 def scene_grammar() -> str:
     """The grammar's text. It is one terminal, hence a regular expression: nothing depends on how a lexer cuts it."""
-    products = _forms(PRODUCT_NOUNS) | _MARKERS
-    props = _forms(PROP_NOUNS) - (PRODUCT_NOUNS - PROP_NOUNS)  # "glasses" are no plural of the prop
-    optional = "".join(f'(", " {clause})?' for clause in ("AROUND", "BACKGROUND", "LIGHTING", "STYLES", "MOOD"))
+    products = with_plurals(PRODUCT_NOUNS) | _MARKERS
+    props = with_plurals(PROP_NOUNS) - (PRODUCT_NOUNS - PROP_NOUNS)  # "glasses" are no plural of the prop
+    optional = "".join(f'(", " {name.upper()})?' for name in ORDER[1:])
+    clauses = "\n".join(clause_rule(name) for name in ORDER[1:])
     return rf"""
 start: CAPTION
 CAPTION: "{HEAD} on " PHRASE {optional}
 
-WORD: {_but(products)}
-THING: {_but(products - props)}
-OF_LIGHT: {_but(products | _STYLE)}
+WORD: {word_except(products)}
+THING: {word_except(products - props)}
+OF_LIGHT: {word_except(products | _STYLE)}
 BREAK: /[ '-]/
 ASCII: /[ -~]+/
 PHRASE: WORD (BREAK WORD)*
 
-AROUND: "surrounded by " THING (BREAK THING)*
-BACKGROUND: PHRASE " in the background"
-LIGHTING: (OF_LIGHT BREAK)* (OF_LIGHT & /(?i:{LIGHT_WORDS})/) (BREAK OF_LIGHT)*
-STYLES: STYLE (", " STYLE)*
-STYLE: (WORD BREAK)* (/(?i:product photography|{STYLE_WORDS})/ & ASCII) (BREAK WORD)*
-MOOD: PHRASE " mood"
+{clauses}
+STYLE_TERM: (WORD BREAK)* (/(?i:product photography|{STYLE_WORDS})/ & ASCII) (BREAK WORD)*
 """

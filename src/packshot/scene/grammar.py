@@ -13,28 +13,23 @@ give back (it contains a comma, say, or lighting without a word of light) is wri
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from packshot.scene.scene import Scene
+from packshot.scene.scene import SLOTS, Scene
+from packshot.scene.slots import Slot
 
 HEAD = "Professional photo of an object"
+# Slots in the order of the caption.
+ORDER = tuple(sorted(SLOTS, key=lambda name: SLOTS[name].order))
+# In this order free clauses are tried: single texts first, since "with a wall in the background" is a background.
+_FREE_ORDER = sorted(SLOTS, key=lambda name: SLOTS[name].many)
+# Style before light: "cinematic light" is style.
+_BY_WORDS = [name for name in reversed(ORDER) if SLOTS[name].words]
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
-_TAGGED = re.compile(rf"(surface|surroundings|background|lighting|mood|style)((?: {_QUOTED})+)", re.DOTALL)
+_TAGGED = re.compile(rf"({'|'.join(SLOTS)})((?: {_QUOTED})+)", re.DOTALL)
 _CLAUSE = re.compile(rf"(?:{_QUOTED}|[^,])+", re.DOTALL)
-# Words by which a clause is known for light or style; scene/lark.py writes the same lists into the decoding grammar.
-LIGHT_WORDS = (
-    r"light\w*|\w*light|lit|\w*lit|shadows?|sun|sunny|sunshine|sunset|sunrise|golden hour|blue hour|glow\w*|neon|"
-    r"illuminat\w*|bright|dim|rays?"
-)
-STYLE_WORDS = (
-    r"photography|depth of field|close-?up|macro|top view|overhead|eye[- ]level|low angle|high angle|lens|"
-    r"focus|resolution|[0-9]+k|[0-9]+ ?mm|hdr|sharp|detailed|photorealistic|realistic|film grain|cinematic"
-)
-_LIGHT = re.compile(rf"\b({LIGHT_WORDS})\b", re.IGNORECASE)
-_STYLE = re.compile(rf"\b({STYLE_WORDS})\b", re.IGNORECASE)
-_AROUND = re.compile(r"^(?:and )?(surrounded by|with|next to|beside|among|amid)\s+", re.IGNORECASE)
 _FREE_HEAD = re.compile(
     r"^(?:an? |the )?(?:\w+ ){0,3}?(?:photo(?:graph)?|image|picture|shot)?(?: of)? ?"
     r"(?:an? |the )?(?:object|product)?\s*(?:\b(?:placed|standing|sitting|displayed|resting|lying)\s+)?"
@@ -64,35 +59,28 @@ class Parsed:
     leftover: tuple[str, ...] = field(default=())
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
+    """A value in double quotes, escaped with backslashes."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
 
 
-def _unquote_all(text: str) -> tuple[str, ...]:
+def unquote_all(text: str) -> tuple[str, ...]:
+    """The quoted values of a tagged clause."""
     return tuple(re.sub(r"\\(.)", r"\1", item[1:-1], flags=re.DOTALL) for item in re.findall(_QUOTED, text, re.DOTALL))
 
 
-def _background_clause(value: str) -> str:
-    return value if value.lower().endswith("background") else f"{value} in the background"
+def needs_quotes(values: tuple[str, ...]) -> bool:
+    """Whether a value has a character that ends or escapes a clause."""
+    return any(char in "".join(values) for char in ',"\\')
 
 
-# In the order of the caption: how a slot's values become clauses when nothing has to be escaped.
-_PLAIN: dict[str, Callable[[tuple[str, ...]], list[str]]] = {
-    "surroundings": lambda values: ["surrounded by " + " and ".join(values)],
-    "background": lambda values: [_background_clause(values[0])],
-    "lighting": lambda values: list(values),
-    "style": lambda values: list(values),
-    "mood": lambda values: [f"{values[0]} mood"],
-}
-
-
-def _survives(slot: str, values: tuple[str, ...]) -> bool:
+def survives(slot: str, values: tuple[str, ...]) -> bool:
     """Whether the plain clauses of one slot are read back as that slot and nothing else."""
-    if any(char in "".join(values) for char in ',"\\'):
+    if needs_quotes(values):
         return False
     try:
-        scene = parse_strict(", ".join([HEAD, *_PLAIN[slot](values)]))
+        scene = parse_strict(", ".join([HEAD, *SLOTS[slot].clauses(values)]))
     except SceneSyntaxError:
         return False
     return {key: found for key, found in scene.slots().items() if found} == {slot: values}
@@ -100,23 +88,22 @@ def _survives(slot: str, values: tuple[str, ...]) -> bool:
 
 def render(scene: Scene) -> str:
     """The caption of a scene. ``parse_strict(render(scene)) == scene`` for every Scene."""
-    slots = scene.slots()
-    head, tagged_surface = HEAD, []
-    if scene.surface:
-        if any(char in scene.surface for char in ',"\\'):
-            tagged_surface = ["surface " + _quote(scene.surface)]
-        else:
-            head = f"{HEAD} on {scene.surface}"
-    clauses = [head, *tagged_surface]
-    for slot, plain in _PLAIN.items():
-        values = slots[slot]
+    clauses = [HEAD]
+    for name in ORDER:
+        row = SLOTS[name]
+        values = scene.slots()[name]
         if not values:
             continue
-        clauses += plain(values) if _survives(slot, values) else [" ".join([slot, *map(_quote, values)])]
+        if row.order == 0 and not needs_quotes(values):
+            clauses = [HEAD + row.clauses(values)[0]]
+        elif row.order > 0 and survives(name, values):
+            clauses += row.clauses(values)
+        else:
+            clauses.append(" ".join([name, *map(quote, values)]))
     return ", ".join(clauses)
 
 
-def _clauses(text: str) -> Iterator[tuple[int, str]]:
+def split_clauses(text: str) -> Iterator[tuple[int, str]]:
     """Position and text of every comma-separated clause; commas inside quotes do not separate."""
     for match in _CLAUSE.finditer(text):
         clause = match.group()
@@ -125,22 +112,21 @@ def _clauses(text: str) -> Iterator[tuple[int, str]]:
             yield match.start() + clause.index(stripped), stripped
 
 
-def _classify(clause: str) -> tuple[str, tuple[str, ...]] | None:
+def classify(clause: str) -> tuple[str, tuple[str, ...]] | None:
     """Slot and values of a clause in canonical form, or None."""
     if tagged := _TAGGED.fullmatch(clause):
-        return tagged.group(1), _unquote_all(tagged.group(2))
-    if clause.startswith("surrounded by "):
-        return "surroundings", tuple(clause.removeprefix("surrounded by ").split(" and "))
-    if clause.endswith(" in the background"):
-        return "background", (clause.removesuffix(" in the background"),)
-    if clause.endswith("background"):
-        return "background", (clause,)
-    if clause.endswith(" mood"):
-        return "mood", (clause.removesuffix(" mood"),)
-    if _STYLE.search(clause):
-        return "style", (clause,)
-    if _LIGHT.search(clause):
-        return "lighting", (clause,)
+        return tagged.group(1), unquote_all(tagged.group(2))
+    for name in ORDER[1:]:
+        if (values := SLOTS[name].read_clause(clause)) is not None:
+            return name, values
+    return by_words(clause)
+
+
+def by_words(clause: str) -> tuple[str, tuple[str, ...]] | None:
+    """Slot and value of a clause that is known by one of its words."""
+    for name in _BY_WORDS:
+        if re.search(rf"\b({SLOTS[name].words})\b", clause, re.IGNORECASE):
+            return name, (clause,)
     return None
 
 
@@ -149,15 +135,12 @@ def slot_spans(text: str) -> list[tuple[str, int, int]]:
     with suppress(SceneSyntaxError):
         parse_strict(text)
         spans = []
-        for number, (begin, clause) in enumerate(_clauses(text)):
-            placed = _classify(clause) if number else ("surface", ())
+        for number, (begin, clause) in enumerate(split_clauses(text)):
+            placed = classify(clause) if number else ("surface", ())
             if placed and clause != HEAD:
                 spans.append((placed[0], begin + (len(HEAD) if number == 0 else 0), begin + len(clause)))
         return spans
     return []
-
-
-_ORDER = ("surface", *_PLAIN)
 
 
 def parse_strict(text: str) -> Scene:
@@ -167,7 +150,7 @@ def parse_strict(text: str) -> Scene:
         raise SceneSyntaxError(f"a caption starts with {HEAD!r}; it differs", text, at)
     found: dict[str, tuple[str, ...]] = {}
     last = -1
-    for number, (position, clause) in enumerate(_clauses(text)):
+    for number, (position, clause) in enumerate(split_clauses(text)):
         if number == 0:
             if clause == HEAD:
                 continue
@@ -175,57 +158,41 @@ def parse_strict(text: str) -> Scene:
                 raise SceneSyntaxError("expected ' on <surface>' or a comma", text, len(HEAD))
             slot, values = "surface", (clause.removeprefix(f"{HEAD} on "),)
         else:
-            placed = _classify(clause)
+            placed = classify(clause)
             if placed is None:
                 raise SceneSyntaxError("this clause belongs to no slot", text, position)
             slot, values = placed
-        rank = _ORDER.index(slot)
-        if slot in found and slot != "style":
+        rank = ORDER.index(slot)
+        if slot in found and (not SLOTS[slot].many or SLOTS[slot].joiner):
             raise SceneSyntaxError(f"a second {slot}", text, position)
         if rank < last:
-            raise SceneSyntaxError(f"{slot} must come before {_ORDER[last]}", text, position)
+            raise SceneSyntaxError(f"{slot} must come before {ORDER[last]}", text, position)
         last = rank
         found[slot] = found.get(slot, ()) + values
-    scene = _build(found)
+    scene = Scene.from_slots(found)
     if {slot: values for slot, values in scene.slots().items() if values} != found:
         raise SceneSyntaxError("a value is not in its normal form (blank, or doubled words)", text, 0)
     return scene
 
 
-def _build(found: dict[str, tuple[str, ...]]) -> Scene:
-    single = {slot: found[slot][0] for slot in ("surface", "background", "lighting", "mood") if found.get(slot)}
-    many = {slot: found[slot] for slot in ("surroundings", "style") if found.get(slot)}
-    return Scene(**single, **many)  # type: ignore[arg-type]
-
-
-def _classify_free(clause: str) -> tuple[str, tuple[str, ...]] | None:
-    """Like :func:`_classify` for the wording captioners and people use."""
+def classify_free(clause: str) -> tuple[str, tuple[str, ...]] | None:
+    """Like :func:`classify` for the wording captioners and people use."""
     bare = clause.rstrip(" .;!").strip()
-    lowered = bare.lower()
     if tagged := _TAGGED.fullmatch(bare):
-        return tagged.group(1), _unquote_all(tagged.group(2))
-    for lead in ("in the background is ", "in the background, ", "the background is ", "the background features "):
-        if lowered.startswith(lead):
-            return "background", (bare[len(lead) :],)
-    if lowered.endswith(" in the background"):
-        return "background", (_AROUND.sub("", bare[: -len(" in the background")]),)
-    if lowered.startswith(("against ", "in front of ")):
-        return "background", (re.sub(r"^(against|in front of)\s+", "", bare, flags=re.IGNORECASE),)
-    if lowered.endswith("background"):
-        return "background", (bare,)
-    if lowered.endswith((" mood", " atmosphere")):
-        return "mood", (re.sub(r" (mood|atmosphere)$", "", bare, flags=re.IGNORECASE),)
-    if around := _AROUND.match(bare):
-        rest = bare[around.end() :]
-        # "with a shadow", "with soft light": the light, not a thing beside the object
-        if around.group(1).lower() == "with" and _LIGHT.search(rest) and " lights" not in lowered:
-            return "lighting", (rest,)
-        return "surroundings", tuple(item for item in re.split(r"\s+and\s+", rest) if item)
-    if _STYLE.search(bare):
-        return "style", (bare,)
-    if _LIGHT.search(bare):
-        return "lighting", (bare,)
-    return None
+        return tagged.group(1), unquote_all(tagged.group(2))
+    for name in _FREE_ORDER:
+        for pattern in SLOTS[name].free:
+            if found := re.fullmatch(pattern, bare, re.IGNORECASE | re.DOTALL):
+                value = found.group("value")
+                return name, free_values(SLOTS[name], value)
+    return by_words(bare)
+
+
+def free_values(row: Slot, value: str) -> tuple[str, ...]:
+    """The values of a free clause: cut at the slot's joiner, whatever white space stands around it."""
+    if row.joiner is None:
+        return (value,)
+    return tuple(item for item in re.split(rf"\s+{row.joiner.strip()}\s+", value) if item)
 
 
 def parse(text: str) -> Parsed:
@@ -240,12 +207,12 @@ def parse(text: str) -> Parsed:
     leftover: list[str] = []
     previous = ""
     sentences = re.sub(r"\.\s+(?=[A-Z])", ", ", text)
-    for number, (_, clause) in enumerate(_clauses(sentences)):
-        placed = _classify_free(clause)
+    for number, (_, clause) in enumerate(split_clauses(sentences)):
+        placed = classify_free(clause)
         head = _FREE_HEAD.match(clause) if number == 0 else None
         if head and clause[head.end() :].strip():
             placed = "surface", (clause[head.end() :].rstrip(" ."),)
-            leftover += _named(head.group())
+            leftover += named(head.group())
         elif placed is None and previous == "surroundings" and len(clause.split()) <= 5:
             placed = "surroundings", (re.sub(r"^and\s+", "", clause.rstrip(" .")),)
         elif number == 0 and placed and placed[0] not in ("background", "surroundings"):
@@ -255,20 +222,20 @@ def parse(text: str) -> Parsed:
             continue
         slot, values = placed
         previous = slot
-        if slot in found and slot not in ("style", "surroundings"):
+        if slot in found and not SLOTS[slot].many:
             leftover.append(clause)
         else:
             found[slot] = found.get(slot, ()) + values
-    return Parsed(_split_surface(_build(found)), tuple(leftover))
+    return Parsed(split_surface(Scene.from_slots(found)), tuple(leftover))
 
 
-def _named(head: str) -> list[str]:
+def named(head: str) -> list[str]:
     """What the head of a free caption says besides "photo of an object on": usually the product's name."""
     words = [word for word in re.findall(r"[\w-]+", head) if word.lower() not in _HEAD_WORDS]
     return [" ".join(words)] if words else []
 
 
-def _split_surface(scene: Scene) -> Scene:
+def split_surface(scene: Scene) -> Scene:
     """Free captions run on: "on a table surrounded by leaves", "on a table with a box"."""
     match = re.match(r"(.+?)\s+(?:surrounded by|with)\s+(.+)", scene.surface, re.IGNORECASE)
     if not match or scene.surroundings:

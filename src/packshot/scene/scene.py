@@ -1,66 +1,111 @@
-"""The Scene: five slots that describe everything around a product, and never the product itself."""
+"""The Scene: its slots describe everything around a product, and never the product itself."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
+
+from packshot.scene import vocabulary
+from packshot.scene.slots import Slot, as_texts, slot
 
 if TYPE_CHECKING:
     from packshot.scene.grammar import Parsed
 
 
-def _clean(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def _without_suffix(text: str, suffix: str) -> str:
-    while text.lower().endswith(suffix):
-        text = text[: -len(suffix)].rstrip(" ,")
-    return text
-
-
-def _texts(name: str, value: Any) -> tuple[str, ...]:
-    values = (value,) if isinstance(value, str) else tuple(value or ())
-    if not all(isinstance(item, str) for item in values):
-        raise TypeError(f"Scene.{name} takes a text or a sequence of texts, not {value!r}")
-    return tuple(text for text in map(_clean, values) if text)
+# Words that mark a clause as light or as style; the decoding grammar uses the same lists.
+LIGHT_WORDS = (
+    r"light\w*|\w*light|lit|\w*lit|shadows?|sun|sunny|sunshine|sunset|sunrise|golden hour|blue hour|glow\w*|neon|"
+    r"illuminat\w*|bright|dim|rays?"
+)
+STYLE_WORDS = (
+    r"photography|depth of field|close-?up|macro|top view|overhead|eye[- ]level|low angle|high angle|lens|"
+    r"focus|resolution|[0-9]+k|[0-9]+ ?mm|hdr|sharp|detailed|photorealistic|realistic|film grain|cinematic"
+)
+_AROUND = r"(?:and )?(?:surrounded by|with|next to|beside|among|amid)\s+"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What surrounds "an object" in a photograph.
+    """What surrounds "an object" in a photograph. A field's metadata is the row of its slot.
 
-    surface: where the object stands ("a stone podium which is on a marble table"); "" when unknown.
-    surroundings: things around it, in order of mention.
-    background, lighting, mood: optional text. ``mood="calm mood"`` and ``background="a wall in the background"``
-        are stored without the words that the caption adds again.
-    style: camera and style terms ("shallow depth of field").
-
-    Values are normalised on construction (white space; blank text becomes None), so that equal scenes compare equal
-    and ``Scene.parse(scene.render()).scene == scene`` holds for every Scene.
+    Values are normalised on construction (white space; blank text becomes None; ``mood="calm mood"`` is stored
+    without the word that the caption adds again), so that equal scenes compare equal and
+    ``Scene.parse(scene.render()).scene == scene`` holds for every Scene.
     """
 
-    surface: str = ""
-    surroundings: tuple[str, ...] = ()
-    background: str | None = None
-    lighting: str | None = None
-    mood: str | None = None
-    style: tuple[str, ...] = ()
+    surface: str = slot(
+        "",
+        help="where the object stands",
+        vocabulary=vocabulary.SURFACES,
+        order=0,
+        example="a white marble table",
+        prefix=" on ",
+    )
+    surroundings: tuple[str, ...] = slot(
+        (),
+        help="things around it",
+        vocabulary=vocabulary.SURROUNDINGS,
+        order=1,
+        example="palm leaves",
+        many=True,
+        placed=True,
+        prefix="surrounded by ",
+        joiner=" and ",
+        free=(rf"{_AROUND}(?P<value>.*)",),
+        decoding="THING (BREAK THING)*",
+    )
+    background: str | None = slot(
+        None,
+        help="what is behind it",
+        vocabulary=vocabulary.BACKGROUNDS,
+        order=2,
+        example="a pink wall",
+        suffix=" in the background",
+        ending="background",
+        free=(
+            r"(?:in the background is |in the background, |the background is |the background features )(?P<value>.*)",
+            rf"(?:{_AROUND})?(?P<value>.*) in the background",
+            r"(?:against|in front of)\s+(?P<value>.*)",
+            r"(?P<value>.*background)",
+        ),
+    )
+    lighting: str | None = slot(
+        None,
+        help="light and shadow",
+        vocabulary=vocabulary.LIGHTING,
+        order=3,
+        example="soft light from the left side",
+        words=LIGHT_WORDS,
+        # "with a shadow", "with soft light": the light, not a thing around the object
+        free=(rf"(?!.* lights)(?!.* (?:mood|atmosphere)$)(?:and )?with\s+(?P<value>(?=.*\b(?:{LIGHT_WORDS})\b).*)",),
+        decoding=f"(OF_LIGHT BREAK)* (OF_LIGHT & /(?i:{LIGHT_WORDS})/) (BREAK OF_LIGHT)*",
+    )
+    mood: str | None = slot(
+        None,
+        help="mood",
+        vocabulary=vocabulary.MOODS,
+        order=5,
+        example="fresh",
+        suffix=" mood",
+        free=(r"(?P<value>.*) (?:mood|atmosphere)",),
+    )
+    style: tuple[str, ...] = slot(
+        (),
+        help="camera and style terms",
+        vocabulary=vocabulary.STYLES,
+        order=4,
+        example="shallow depth of field",
+        many=True,
+        weight=0.0,  # it is reported, and does not count in the mean
+        words=STYLE_WORDS,
+        decoding='STYLE_TERM (", " STYLE_TERM)*',
+    )
 
     def __post_init__(self) -> None:
-        for name in ("surface", "background", "lighting", "mood"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise TypeError(f"Scene.{name} takes text, not {value!r}")
-        set_ = object.__setattr__
-        set_(self, "surface", _clean(self.surface or ""))
-        set_(self, "surroundings", _texts("surroundings", self.surroundings))
-        set_(self, "background", _without_suffix(_clean(self.background or ""), " in the background") or None)
-        set_(self, "lighting", _clean(self.lighting or "") or None)
-        set_(self, "mood", _without_suffix(_clean(self.mood or ""), " mood") or None)
-        set_(self, "style", _texts("style", self.style))
+        for key in fields(self):
+            value = key.metadata["slot"].normalized(key.name, getattr(self, key.name), key.default)
+            object.__setattr__(self, key.name, value)
 
     def render(self) -> str:
         """The caption: what a captioner is taught to write and what SDXL is prompted with."""
@@ -98,11 +143,19 @@ class Scene:
 
     def slots(self) -> dict[str, tuple[str, ...]]:
         """Every slot as a tuple of texts, empty when absent: the common form for scores and tables."""
+        return {name: as_texts(getattr(self, name)) for name in SLOTS}
 
-        def as_tuple(value: str | Iterable[str] | None) -> tuple[str, ...]:
-            return ((value,) if value else ()) if isinstance(value, str) or value is None else tuple(value)
+    @classmethod
+    def from_slots(cls, found: Mapping[str, Sequence[str]]) -> Scene:
+        """Inverse of :meth:`slots`; a slot that holds one text takes the first."""
+        values = {name: tuple(texts) if SLOTS[name].many else texts[0] for name, texts in found.items() if texts}
+        return cls(**values)  # type: ignore[arg-type]
 
-        return {key: as_tuple(getattr(self, key)) for key in SLOTS}
+
+SLOTS: dict[str, Slot] = {key.name: key.metadata["slot"] for key in fields(Scene)}
 
 
-SLOTS = ("surface", "surroundings", "background", "lighting", "mood", "style")
+def scene_features() -> dict[str, Any]:
+    """The struct of a dataset's ``scene`` column, as types of ``datasets``: single texts first, then lists."""
+    names = sorted(SLOTS, key=lambda name: SLOTS[name].many)
+    return {name: SLOTS[name].feature() for name in names}

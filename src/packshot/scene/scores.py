@@ -27,13 +27,14 @@ PRODUCT_NOUNS = frozenset(
 PROP_NOUNS = frozenset("box candle book vase bowl plate glass cup mug gift".split())
 
 
-def _tokens(text: str) -> list[str]:
+def content_words(text: str) -> list[str]:
+    """The lower-case words of a text that carry meaning."""
     return [word for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in _STOP]
 
 
 def token_f1(guess: str, truth: str) -> float:
     """F1 over content words, in [0, 1]; 0 when the two name opposites (left/right, soft/harsh)."""
-    a, b = _tokens(guess), _tokens(truth)
+    a, b = content_words(guess), content_words(truth)
     if not a or not b:
         return float(a == b)
     for pair in _OPPOSITES:
@@ -83,21 +84,21 @@ def score(guess: Scene, truth: Scene) -> dict[str, SlotScore]:
 def mean_scores(scores: Iterable[dict[str, SlotScore]]) -> dict[str, dict[str, float]]:
     """Average over samples: ``{slot: {"exact": …, "soft": …}}`` plus the macro average under ``"mean"``.
 
-    The macro average covers the five slots of the caption; style is reported but does not count.
+    The macro average counts a slot by the weight of its row; style is reported but does not count.
     """
     rows = list(scores)
     if not rows:
         raise ValueError("no scores to average")
-    table = {
-        slot: {kind: float(np.mean([getattr(row[slot], kind) for row in rows])) for kind in ("exact", "soft")}
-        for slot in SLOTS
-    }
-    counted = [slot for slot in SLOTS if slot != "style"]
-    table["mean"] = {kind: float(np.mean([table[slot][kind] for slot in counted])) for kind in ("exact", "soft")}
+    table: dict[str, dict[str, float]] = {name: {} for name in (*SLOTS, "mean")}
+    weights = [row.weight for row in SLOTS.values()]
+    for kind in ("exact", "soft"):
+        for name in SLOTS:
+            table[name][kind] = float(np.mean([getattr(row[name], kind) for row in rows]))
+        table["mean"][kind] = float(np.average([table[name][kind] for name in SLOTS], weights=weights))
     return table
 
 
-def _singular(word: str) -> str:
+def singular(word: str) -> str:
     if word in PRODUCT_NOUNS:
         return word
     for ending, repl in (("ies", "y"), ("es", ""), ("s", "")):
@@ -113,7 +114,7 @@ def product_words(caption: str | Scene, product: Iterable[str] = ()) -> list[str
     refused everywhere, props included: the known category or title of this very product.
     """
     scene, loose = (caption, "") if isinstance(caption, Scene) else _parsed(caption)
-    own = {_singular(word) for name in product for word in re.findall(r"[a-z]+", name.lower())} - {"object"}
+    own = {singular(word) for name in product for word in re.findall(r"[a-z]+", name.lower())} - {"object"}
     hits = []
     for slot, texts in (*scene.slots().items(), ("leftover", (loose,))):
         allowed = PROP_NOUNS if slot == "surroundings" else frozenset()
@@ -121,7 +122,7 @@ def product_words(caption: str | Scene, product: Iterable[str] = ()) -> list[str
             if slot == "style":
                 text = re.sub(r"\bproduct (?=photo|shot|photography)", "", text, flags=re.IGNORECASE)
             for word in re.findall(r"[a-z]+", text.lower()):
-                noun = _singular(word)
+                noun = singular(word)
                 if noun in own or (noun in PRODUCT_NOUNS and noun not in allowed):
                     hits.append(word)
     return hits

@@ -7,7 +7,24 @@ import hashlib
 import re
 from importlib.resources import files
 
-PAGE = files("packshot.serve").joinpath("page.html").read_text(encoding="utf-8")
+from packshot.scene import SLOTS
+from packshot.scene.slots import Slot
+
+
+def slot_control(name: str, row: Slot) -> str:
+    """Label and input of one slot: a line of text, or a text per line for a slot that takes many."""
+    label = f'<label for="{name}">{name.capitalize()}: {row.help}{", one a line" if row.many else ""}</label>\n'
+    if row.many:
+        return f'{label}<textarea id="{name}" name="{name}" rows="2" data-lines placeholder="{row.example}"></textarea>'
+    return f'{label}<input id="{name}" name="{name}" maxlength="2000" placeholder="{row.example}">'
+
+
+PAGE = (
+    files("packshot.serve")
+    .joinpath("page.html")
+    .read_text(encoding="utf-8")
+    .replace("<!-- the slots of the scene -->", "\n".join(slot_control(name, row) for name, row in SLOTS.items()))
+)
 
 
 def _hashes(tag: str, page: str) -> str:

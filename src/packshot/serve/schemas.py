@@ -6,10 +6,12 @@ import dataclasses
 from typing import Annotated, Any
 
 from fastapi import HTTPException, UploadFile
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model
 
 from packshot.config.checks import nearest
 from packshot.config.schema import GenerateSettings, Placement
+from packshot.scene import SLOTS
+from packshot.scene.slots import Slot
 
 MAX_IMAGES = 8
 
@@ -41,9 +43,22 @@ PlacementName = Annotated[
     Placement, BeforeValidator(_placement), WithJsonSchema({"type": "string", "enum": list(Placement.__members__)})
 ]
 Text = Annotated[str, Field(max_length=2000)]
+OptionalText = Annotated[str | None, Field(max_length=2000)]
 
 
-class GenerateForm(BaseModel):
+def _slot_field(row: Slot) -> Any:
+    """Type and field of a scene's slot in the form."""
+    if row.many:
+        return list[Text], Field([], max_length=16, description=f"{row.help}; repeat the field for more")
+    if row.order == 0:
+        return Text, Field("", description=row.help)
+    return OptionalText, Field(None, description=row.help)
+
+
+SceneForm = create_model("SceneForm", **{name: _slot_field(row) for name, row in SLOTS.items()})
+
+
+class GenerateForm(SceneForm):
     """The multipart fields of ``POST /generate``. Say what to show by `prompt` or by the scene's slots, not both."""
 
     model_config = ConfigDict(extra="forbid")
@@ -52,12 +67,6 @@ class GenerateForm(BaseModel):
     mask_file: UploadFile | None = Field(None, description="white = product; default: found from alpha or segmentation")
     reference_file: UploadFile | None = Field(None, description="image whose look is taken (needs an IP-Adapter)")
     prompt: Text | None = Field(None, description="free text")
-    surface: Text = Field("", description="where the object stands")
-    surroundings: list[Text] = Field([], max_length=16, description="a thing around it; repeat the field for more")
-    background: Text | None = Field(None, description="what is behind it")
-    lighting: Text | None = Field(None, description="light and shadow")
-    mood: Text | None = None
-    style: list[Text] = Field([], max_length=16, description="camera or style term; repeat the field for more")
     seed: int | None = Field(None, ge=0, lt=2**32, description="same seed, same answer; default: the server's run.seed")
     num_images: int = Field(1, ge=1, le=MAX_IMAGES)
     negative_prompt: Text | None = _setting("negative_prompt")
