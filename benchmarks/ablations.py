@@ -25,7 +25,7 @@ from composition import together
 from extension import draw, figures, line, shown_as
 from PIL import Image
 
-from packshot.config.schema import GenerateSettings, ProductShown
+from packshot.config.schema import GenerateSettings, ProductConditioning
 from packshot.dataset.rows import Rows, load_rows
 from packshot.generate import Packshot
 from packshot.runs.files import replacing_file
@@ -59,7 +59,7 @@ def train(script: str, experiment: str, seed: int, out: Path, overrides: list[st
 
 def tools(seeds: int, only: str, out: Path, overrides: list[str]) -> Iterator[tuple[str, int, Packshot]]:
     """Every variant whose name contains ``only`` with every seed, the base alone first: (name, seed, loaded tool)."""
-    for shown in (ProductShown.noised, ProductShown.clean):
+    for shown in (ProductConditioning.noised, ProductConditioning.clean):
         yield f"base alone, product {shown}", 0, shown_as(Packshot.load("mini"), shown)
     for seed in range(seeds):
         for name, experiments in VARIANTS.items():

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from packshot.config.schema import AdaptersConfig, GenerateSettings, ProductShown
+from packshot.config.schema import AdaptersConfig, GenerateSettings, ProductConditioning
 from packshot.dataset.rows import Rows, load_rows
 from packshot.generate import Packshot
 from packshot.generate.color import delta_e
@@ -51,19 +51,19 @@ def adapters_of(folder: Path) -> AdaptersConfig:
     return AdaptersConfig(controlnets=[str(folder)])
 
 
-def shown_as(tool: Packshot, shown: ProductShown) -> Packshot:
+def shown_as(tool: Packshot, shown: ProductConditioning) -> Packshot:
     """The same tool, the product shown to its network in another way."""
-    return replace(tool, models=replace(tool.models, product_shown=shown.name))
+    return replace(tool, models=replace(tool.models, product_conditioning=shown.name))
 
 
 def tools(model: str, folders: list[Path]) -> Iterator[tuple[str, Packshot]]:
     """The sets of pictures by name, each with what draws it; one base in memory at a time."""
-    for shown in (ProductShown.noised, ProductShown.clean):
+    for shown in (ProductConditioning.noised, ProductConditioning.clean):
         yield f"base alone, product {shown}", shown_as(Packshot.load(model), shown)
     for folder in folders:
         tool = Packshot.load(model, adapters=adapters_of(folder))
         name = folder.parent.name if folder.name == "export" else folder.name
-        yield f"{name}, product {tool.models.product_shown}", tool
+        yield f"{name}, product {tool.models.product_conditioning}", tool
 
 
 def draw(tool: Packshot, rows: Rows, index: int, shot: int, settings: GenerateSettings, file: Path) -> Image.Image:

@@ -151,7 +151,7 @@ def train(folder: Path) -> None:
     save = torch.save
     torch.save = lambda state, file: save(tree_map(held, state), file)
     settings = {
-        "train_lora": ["objective.product_shown=channels", "method.text_encoder=true", "train.ema_decay=0.9"],
+        "train_lora": ["objective.product_conditioning=channels", "method.text_encoder=true", "train.ema_decay=0.9"],
         "train_controlnet": ["method.condition=light", "method.mask_jitter=2"],
         "train_ip_adapter": ["method.variant=plus", "method.num_tokens=4"],
     }

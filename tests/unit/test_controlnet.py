@@ -145,7 +145,10 @@ def test_training_starts_from_a_controlnet_that_is_named(exports, row):
 def test_a_controlnet_of_another_base_is_refused_with_what_differs(exports, tmp_path, parts):
     file = exports[0] / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "cross_attention_dim": 2048}))
-    for key, settings in (("method.init", {"init": str(exports[0])}), ("method.beside", {"beside": [str(exports[0])]})):
+    for key, settings in (
+        ("method.init", {"init": str(exports[0])}),
+        ("method.extra_controlnets", {"extra_controlnets": [str(exports[0])]}),
+    ):
         with pytest.raises(ConfigError, match=rf"{key}=.*cross_attention_dim 128 and not 2048"):
             build(parts, **settings)
     with pytest.raises(ConfigError, match=r"method\.init=.*cannot be loaded"):
@@ -176,11 +179,11 @@ def test_at_sdxls_size_keys_and_shapes_are_those_of_published_controlnets():
 
 def test_a_plan_needs_no_values_of_the_controlnets_it_names(exports):
     alone = make_plan(compose("train_controlnet", []), samples=10)
-    named = compose("train_controlnet", [f"method.init={exports[0]}", f"method.beside=[{exports[1]}]"])
+    named = compose("train_controlnet", [f"method.init={exports[0]}", f"method.extra_controlnets=[{exports[1]}]"])
     plan = make_plan(named, samples=10)
     assert plan.trained_parameters == alone.trained_parameters
     assert plan.frozen_parameters == alone.frozen_parameters + alone.trained_parameters
-    named.method.joint = True
+    named.method.train_extras = True
     assert make_plan(named, samples=10).trained_parameters == 2 * alone.trained_parameters
 
 
@@ -190,7 +193,7 @@ def test_a_plan_needs_no_values_of_the_controlnets_it_names(exports):
 def test_those_beside_add_their_residuals_and_stay_as_they_are(exports, row):
     parts = load_parts(ModelConfig())
     alone = predict(parts, build(parts, init=str(exports[1]), condition=Condition.depth, mask_grow=-1), row)
-    beside = build(parts, beside=[str(exports[1])])
+    beside = build(parts, extra_controlnets=[str(exports[1])])
     # a new ControlNet adds nothing yet
     torch.testing.assert_close(predict(parts, beside, row), alone, rtol=1e-5, atol=1e-6)
     assert beside.controls == [Control("inpaint"), Control("depth", -1.0)]
@@ -204,7 +207,7 @@ def test_those_beside_add_their_residuals_and_stay_as_they_are(exports, row):
 def test_training_sees_what_stock_controlnets_do_at_full_weight(exports, row):
     """As generate.py draws with them by default; a weight of training's own would not travel with the export."""
     parts = load_parts(ModelConfig())
-    method = build(parts, init=str(exports[0]), beside=[str(exports[1])], mask_grow=-1)
+    method = build(parts, init=str(exports[0]), extra_controlnets=[str(exports[1])], mask_grow=-1)
     noisy, timesteps, batch = inputs(parts, method, row)
     given = {
         "encoder_hidden_states": batch["prompt_embeds"],
@@ -224,7 +227,7 @@ def test_training_sees_what_stock_controlnets_do_at_full_weight(exports, row):
 def test_only_joint_training_trains_and_exports_all_of_them(exports, row, tmp_path):
     parts = load_parts(ModelConfig())
     for joint in (False, True):
-        method = build(parts, beside=[str(exports[1])], joint=joint)
+        method = build(parts, extra_controlnets=[str(exports[1])], train_extras=joint)
         loss = method.predict(*inputs(parts, method, row)).square().mean()
         loss.backward()
         assert any(p.grad is not None for p in method.beside.parameters()) == joint

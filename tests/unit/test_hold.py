@@ -19,20 +19,32 @@ from diffusers import (
 )
 from PIL import Image, ImageDraw
 
+from packshot.base.adapter_metadata import (
+    AdapterMetadata,
+    common_metadata,
+    objective_metadata,
+    read_metadata,
+    write_metadata,
+)
 from packshot.base.load import load_parts
 from packshot.config.compose import compose
-from packshot.config.schema import AdaptersConfig, DepthConfig, GenerateSettings, LoraMethod, ModelConfig
+from packshot.config.schema import (
+    AdaptersConfig,
+    ControlNetMethod,
+    DepthConfig,
+    GenerateSettings,
+    LoraMethod,
+    ModelConfig,
+)
 from packshot.diffusion.hold_product import INPUT_SCALES, first_latents, hold_product, inner_cells
 from packshot.engine.keyed_random import SampleKey
 from packshot.errors import ConfigError, PackshotError
 from packshot.generate import Packshot
-from packshot.generate.adapter_metadata import Usage, common_usage
 from packshot.generate.canvas import make_working, plan_frame
 from packshot.generate.denoise import _pixels, _to_latents, denoise, encode
 from packshot.generate.load import check_adapters, load_models
 from packshot.imaging.matte import held_cells, soften_hard_edge
 from packshot.methods import METHODS
-from packshot.train.card import write_usage
 from packshot.train.run import build_task
 
 SCHEDULERS = (
@@ -200,7 +212,9 @@ class Told(torch.nn.Module):
 def test_every_method_sees_the_product_clean_and_its_loss_does_not_depend_on_what_is_said_there(rows, script):
     weights = ("objective.product_weight=5", "objective.boundary_weight=3")
     noised, others = task_of(rows, load_parts(ModelConfig()), *weights, script=script)
-    clean, examples = task_of(rows, load_parts(ModelConfig()), *weights, "objective.product_shown=clean", script=script)
+    clean, examples = task_of(
+        rows, load_parts(ModelConfig()), *weights, "objective.product_conditioning=clean", script=script
+    )
     plain, batch = batch_of(noised, others), batch_of(clean, examples)
     held = batch.pop("held")
     inside = (held > 0).expand_as(batch["latents"])
@@ -228,13 +242,13 @@ def test_every_method_sees_the_product_clean_and_its_loss_does_not_depend_on_wha
 
 
 def test_gradients_reach_a_lora_that_sees_a_clean_product(rows, parts):
-    task, examples = task_of(rows, parts, "objective.product_shown=clean")
+    task, examples = task_of(rows, parts, "objective.product_conditioning=clean")
     task(batch_of(task, examples)).mean().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in task.parameters())
 
 
 def test_a_clean_product_needs_masks(rows, parts):
-    task, examples = task_of(rows, parts, "objective.product_shown=clean")
+    task, examples = task_of(rows, parts, "objective.product_conditioning=clean")
     sample = examples[0]
     bare = {**sample, "alpha": torch.zeros_like(sample["alpha"])}
     with pytest.raises(PackshotError, match=f"sample {sample['id']} has no product"):
@@ -258,13 +272,19 @@ def lora(tmp_path_factory):
     return folder
 
 
-def test_exports_say_how_the_product_was_shown_beside_what_the_method_says(tmp_path):
-    config = compose("train_controlnet", ["objective.product_shown=clean"])
-    write_usage(said(tmp_path, condition="inpaint"), config)
-    assert json.loads((tmp_path / "packshot.json").read_text()) == {"condition": "inpaint", "product_shown": "clean"}
-    (tmp_path / "bare").mkdir()
-    write_usage(tmp_path / "bare", compose("train_lora", []))
-    assert json.loads((tmp_path / "bare" / "packshot.json").read_text()) == {"product_shown": "noised"}
+def test_an_export_names_condition_and_product_conditioning(tmp_path):
+    config = compose("train_controlnet", ["objective.product_conditioning=clean"])
+    method = METHODS[ControlNetMethod](load_parts(ModelConfig()), config.method)
+    method.export(tmp_path, objective_metadata(config.objective))
+    written = json.loads((tmp_path / "packshot.json").read_text())
+    assert written.items() >= {"condition": "inpaint", "product_conditioning": "clean"}.items()
+    plain = compose("train_lora", []).objective
+    assert objective_metadata(plain) == {"product_conditioning": "noised"}
+
+
+def test_exports_of_earlier_versions_are_read_with_their_names(tmp_path):
+    folder = said(tmp_path, product_shown="clean", prediction_type="v_prediction")
+    assert read_metadata("adapters.lora", folder) == AdapterMetadata("clean", "v_prediction")
 
 
 def working_copy(tool):
@@ -281,10 +301,10 @@ def network_inputs(monkeypatch, pipe):
 
 
 def test_an_adapter_trained_on_clean_products_is_shown_them_clean(lora, tmp_path, monkeypatch):
-    export = said(tmp_path / "clean", product_shown="clean")
+    export = said(tmp_path / "clean", product_conditioning="clean")
     (export / "pytorch_lora_weights.safetensors").write_bytes((lora / "pytorch_lora_weights.safetensors").read_bytes())
     tool = Packshot.load(lora=str(export))
-    assert tool.models.product_shown == tool.models.manifest["product_shown"] == "clean"
+    assert tool.models.product_conditioning == tool.models.manifest["product_shown"] == "clean"
     working = working_copy(tool)
     seen = network_inputs(monkeypatch, tool.models.pipe)
     denoise(tool.models, working, encode(tool.models, "an object on a table", SETTINGS), SETTINGS, seed=0)
@@ -311,7 +331,7 @@ def blended(pipe, known, noise, held):
 def test_without_such_an_adapter_pictures_are_those_of_blended_latent_diffusion(lora):
     tool = Packshot.load(lora=str(lora))
     pipe = tool.models.pipe
-    assert tool.models.product_shown == "noised"
+    assert tool.models.product_conditioning == "noised"
     working = working_copy(tool)
     conditioning = encode(tool.models, "an object on a table", SETTINGS)
     ours = denoise(tool.models, working, conditioning, SETTINGS, seed=3)
@@ -329,17 +349,17 @@ def test_without_such_an_adapter_pictures_are_those_of_blended_latent_diffusion(
 
 
 def test_one_adapter_of_several_is_enough_and_the_disagreement_is_logged(lora, tmp_path, monkeypatch, caplog):
-    export = said(tmp_path / "net", condition="inpaint", product_shown="clean")
+    export = said(tmp_path / "net", condition="inpaint", product_conditioning="clean")
     (export / "config.json").write_text("{}")
     adapters = AdaptersConfig(lora=str(lora), controlnets=[str(export)])
-    monkeypatch.setattr("packshot.generate.adapter_metadata.log.propagate", True)
+    monkeypatch.setattr("packshot.base.adapter_metadata.log.propagate", True)
     with caplog.at_level(logging.WARNING):
         check_adapters(adapters, DepthConfig())
-    assert "it is shown clean" in caplog.text
+    assert "clean is used" in caplog.text
     assert f"{lora}: noised" in caplog.text
     assert f"{export}: clean" in caplog.text
-    assert common_usage({"lora": [lora], "controlnets": [export], "ip_adapter": []}).product_shown == "clean"
-    assert common_usage({"lora": [lora], "controlnets": [], "ip_adapter": []}) == Usage()
+    assert common_metadata({"lora": [lora], "controlnets": [export], "ip_adapter": []}).product_conditioning == "clean"
+    assert common_metadata({"lora": [lora], "controlnets": [], "ip_adapter": []}) == AdapterMetadata()
     caplog.clear()
     check_adapters(replace(adapters, lora=None), DepthConfig())
     assert not caplog.text
@@ -351,7 +371,7 @@ TERMINAL = ("objective.prediction_type=v_prediction", "objective.zero_terminal_s
 def test_inference_samples_as_the_adapter_was_trained(lora, rows, tmp_path):
     export = shutil.copytree(lora, tmp_path / "export")
     config = compose("train_lora", [*TERMINAL, "objective.unconditional=empty"])
-    write_usage(export, config)
+    write_metadata(export, objective_metadata(config.objective))
     parts = load_parts(config.model)
     base = dict(parts.scheduler.config)
     task_of(rows, parts, *TERMINAL)
@@ -372,15 +392,18 @@ def test_adapters_that_predict_different_things_are_not_used_together(lora, tmp_
     folders = []
     for name, keys in (("plain", ()), ("terminal", TERMINAL)):
         folders.append(shutil.copytree(lora, tmp_path / name))
-        write_usage(folders[-1], compose("train_lora", list(keys)))
+        objective = compose("train_lora", list(keys)).objective
+        write_metadata(folders[-1], objective_metadata(objective))
     with pytest.raises(ConfigError, match="prediction_type differed"):
-        common_usage({"lora": folders[:1], "controlnets": folders[1:]})
-    assert common_usage({"lora": [lora], "controlnets": folders[1:]}).zero_terminal_snr  # others' exports say nothing
+        common_metadata({"lora": folders[:1], "controlnets": folders[1:]})
+    assert common_metadata(
+        {"lora": [lora], "controlnets": folders[1:]}
+    ).zero_terminal_snr  # others' exports say nothing
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"product_shown": "blurred"}', '{"product_shown": 1}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"product_conditioning": "blurred"}', '{"product_conditioning": 1}'])
 def test_an_export_that_says_nonsense_is_refused(lora, tmp_path, content):
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
     (tmp_path / "packshot.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"adapters.lora: .*packshot.json does not say how the product is shown"):
+    with pytest.raises(ConfigError, match=r"adapters.lora: .*packshot.json does not name how the adapter was trained"):
         check_adapters(AdaptersConfig(lora=str(tmp_path)), DepthConfig())

@@ -11,22 +11,22 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from packshot.base.adapter_metadata import objective_metadata
 from packshot.base.inpainting import CONV_FILE, ProductConv, prepare_unet, product_channels, take_apart
 from packshot.base.load import load_parts
 from packshot.config.compose import compose
-from packshot.config.schema import AdaptersConfig, GenerateSettings, LoraMethod, ModelConfig, ProductShown
+from packshot.config.schema import AdaptersConfig, GenerateSettings, LoraMethod, ModelConfig, ProductConditioning
 from packshot.engine.keyed_random import SampleKey
 from packshot.errors import ConfigError, PackshotError
 from packshot.generate import Packshot
 from packshot.methods import METHODS
 from packshot.runs.files import resolve
-from packshot.train.card import write_usage
 from packshot.train.plan import make_plan
 from packshot.train.run import build_task
 
 BASE = resolve("data/models/sdxl")
 QUICK = GenerateSettings(num_inference_steps=2, guidance_scale=2.0)
-CHANNELS = ["objective.product_shown=channels", "method.rank=4", "data.cache=false", "train.validation_steps=0"]
+CHANNELS = ["objective.product_conditioning=channels", "method.rank=4", "data.cache=false", "train.validation_steps=0"]
 
 
 def inputs(unet, batch=1):
@@ -145,27 +145,27 @@ def test_what_is_cached_of_the_product_is_what_is_encoded_on_the_fly(rows, tmp_p
 
 def test_a_plan_counts_the_new_channels():
     plain = make_plan(compose("train_lora", []), samples=10)
-    more = make_plan(compose("train_lora", ["objective.product_shown=channels"]), samples=10)
+    more = make_plan(compose("train_lora", ["objective.product_conditioning=channels"]), samples=10)
     assert more.trained_parameters - plain.trained_parameters == 5 * 9 * 64
 
 
 def test_samples_without_a_product_are_refused(rows):
     task, examples = task_of(rows)
     sample = {**examples[0], "alpha": torch.zeros(1, 16, 16)}
-    with pytest.raises(PackshotError, match="product_shown=channels needs masks"):
+    with pytest.raises(PackshotError, match="product_conditioning=channels needs masks"):
         task.collate([sample], [SampleKey(0, 0, "x")])
 
 
 def test_other_methods_other_ways_and_an_adapted_first_layer_are_refused():
     for script in ("train_controlnet", "train_ip_adapter"):
-        with pytest.raises(ConfigError, match=r"product_shown=channels changes the UNet's first layer"):
-            compose(script, ["objective.product_shown=channels"])
+        with pytest.raises(ConfigError, match=r"product_conditioning=channels changes the UNet's first layer"):
+            compose(script, ["objective.product_conditioning=channels"])
     with pytest.raises(ConfigError, match=r"inpainting model: its UNet has 9 input channels"):
-        prepare_unet(nine_channels(), ProductShown.noised)
+        prepare_unet(nine_channels(), ProductConditioning.noised)
     parts = load_parts(ModelConfig())
     METHODS[LoraMethod](parts, LoraMethod(rank=2, target_modules="conv_in"))
     with pytest.raises(ConfigError, match="adapts conv_in"):
-        prepare_unet(parts.unet, ProductShown.channels)
+        prepare_unet(parts.unet, ProductConditioning.channels)
 
 
 # ---- export and inference ----
@@ -181,8 +181,7 @@ def export(rows, tmp_path_factory):
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=g))
     folder = tmp_path_factory.mktemp("export")
-    task.method.export(folder)
-    write_usage(folder, task.config)
+    task.method.export(folder, objective_metadata(task.config.objective))
     return folder, task
 
 
@@ -248,13 +247,13 @@ def test_an_inpainting_base_is_drawn_with_as_it_is_and_a_plain_one_needs_the_fil
             (base / part.name).symlink_to(part.absolute())
     nine_channels().save_pretrained(base / "unet")
     tool = Packshot.load(model=ModelConfig(base=str(base)))
-    assert tool.models.product_shown == "channels"
+    assert tool.models.product_conditioning == "channels"
     held(tool).generate("a table", 1, settings=QUICK)
     lora = tmp_path / "lora"
     lora.mkdir()
     for file in ("pytorch_lora_weights.safetensors", "packshot.json"):
         (lora / file).write_bytes((folder / file).read_bytes())
-    assert json.loads((lora / "packshot.json").read_text())["product_shown"] == "channels"
+    assert json.loads((lora / "packshot.json").read_text())["product_conditioning"] == "channels"
     Packshot.load(model=ModelConfig(base=str(base)), lora=str(lora))
     with pytest.raises(ConfigError, match=rf"has no {CONV_FILE}, and the base is no inpainting model"):
         Packshot.load(lora=str(lora))

@@ -64,7 +64,7 @@ def alike(rows):
 
 def make_task(rows, folder=None, **settings):
     """The task of an IP-Adapter and its samples; without a folder they are encoded at each access."""
-    config = TrainIPAdapter(method=IPAdapterMethod(**{"image_dropout": 0, "lent_share": 1, **settings}))
+    config = TrainIPAdapter(method=IPAdapterMethod(**{"image_dropout": 0, "peer_reference_prob": 1, **settings}))
     parts = load_parts(config.model)
     method = METHODS[IPAdapterMethod](parts, config.method)
     examples = Examples(rows, Encoder(parts, method, 128, config.data), folder)
@@ -144,7 +144,7 @@ def test_a_drawn_reference_does_not_depend_on_the_order_of_the_set(alike, rows):
 
 def test_another_reference_is_lent_as_often_as_asked_for(alike):
     for share, expected in ((0.0, 0), (0.5, 20), (1.0, 40)):
-        task, examples = make_task(alike, lent_share=share)
+        task, examples = make_task(alike, peer_reference_prob=share)
         encoded = list(examples[0]["encoded"])
         keys = [SampleKey(0, epoch, alike.ids[0]) for epoch in range(40)]
         drawn = [task.method.condition(None, encoded, key)["reference"] for key in keys]

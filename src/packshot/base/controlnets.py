@@ -1,16 +1,15 @@
-"""ControlNets as they lie on disk: a diffusers folder, and ``packshot.json`` beside it that says what it is shown."""
+"""Reading ControlNets: a diffusers folder, and its ``packshot.json``, which names the control map."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from packshot.base.adapter_metadata import METADATA_FILE, read_entries
 from packshot.errors import ConfigError
 from packshot.imaging.control_maps import CONDITIONS, Control
 from packshot.runs.files import resolve
 
-USAGE = "packshot.json"
 # What has to agree with the base for residuals to fit; other entries may differ.
 _SHAPE = ("block_out_channels", "layers_per_block", "cross_attention_dim", "transformer_layers_per_block")
 
@@ -21,14 +20,15 @@ def read_control(key: str, folder: Path) -> Control:
     Raises:
         ConfigError: ``packshot.json`` is missing, broken, or names a condition that does not exist.
     """
-    file = folder / USAGE
+    file = folder / METADATA_FILE
     way_out = f'Write {{"condition": "{"|".join(CONDITIONS)}"}} to {file}: the map it was trained on.'
     try:
-        said = json.loads(file.read_text())
-        control = Control(said["condition"], float(said.get("mask_grow", 0.0)), float(said.get("mask_feather", 0.0)))
+        entries = read_entries(folder)
+        grow, feather = entries.get("mask_grow", 0.0), entries.get("mask_feather", 0.0)
+        control = Control(entries["condition"], float(grow), float(feather))
     except FileNotFoundError as error:
-        raise ConfigError(f"{key}: {folder} has no {USAGE}.", way_out) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{key}: {folder} has no {METADATA_FILE}.", way_out) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{key}: {file} names no condition ({error}).", way_out) from error
     if control.condition not in CONDITIONS:
         raise ConfigError(f"{key}: {file} names the unknown condition {control.condition!r}.", way_out)

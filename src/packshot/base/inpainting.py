@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from packshot.config.schema import ProductShown
+from packshot.config.schema import ProductConditioning
 from packshot.errors import ConfigError
 
 LATENT_CHANNELS, PRODUCT_CHANNELS = 4, 5
@@ -70,25 +70,26 @@ def take_apart(unet: Any) -> ProductConv:
     return unet.conv_in
 
 
-def prepare_unet(unet: Any, shown: ProductShown) -> None:
-    """Give the UNet the first convolution that ``objective.product_shown`` asks for. Call it when the adapters are in
-    place: peft freezes whatever else it finds.
+def prepare_unet(unet: Any, shown: ProductConditioning) -> None:
+    """Give the UNet the first convolution that ``objective.product_conditioning`` asks for.
+
+    Call it after the adapters are in place: peft freezes every other parameter.
 
     Raises:
         ConfigError: an inpainting base, and the product is to be shown in another way; or an adapter sits on the layer.
     """
-    if shown is ProductShown.channels:
+    if shown is ProductConditioning.channels:
         if type(unet.conv_in) is not nn.Conv2d:
             raise ConfigError(
-                "method.target_modules adapts conv_in, which objective.product_shown=channels replaces and trains.",
+                "method.target_modules adapts conv_in, which objective.product_conditioning=channels replaces.",
                 "Leave conv_in out of it.",
             )
         take_apart(unet)
     elif reads_product(unet):
         raise ConfigError(
             f"model.base is an inpainting model: its UNet has {unet.config.in_channels} input channels, and "
-            f"objective.product_shown={shown} fills {LATENT_CHANNELS}.",
-            "Set objective.product_shown=channels (train_lora.py), or choose another base.",
+            f"objective.product_conditioning={shown} fills {LATENT_CHANNELS}.",
+            "Set objective.product_conditioning=channels (train_lora.py), or choose another base.",
         )
 
 

@@ -223,10 +223,10 @@ def _objective(config: schema.TrainScript) -> None:
 
 
 def _channels(config: schema.TrainScript) -> None:
-    if config.objective.product_shown is schema.ProductShown.channels:
+    if config.objective.product_conditioning is schema.ProductConditioning.channels:
         raise ConfigError(
-            "objective.product_shown=channels changes the UNet's first layer, which only train_lora.py trains.",
-            "Set objective.product_shown=noised or clean.",
+            "objective.product_conditioning=channels changes the UNet's first layer, which only train_lora.py trains.",
+            "Set objective.product_conditioning=noised or clean.",
         )
 
 

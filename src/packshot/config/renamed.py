@@ -51,6 +51,10 @@ RENAMED = (
         min_snr_gamma,
         "Write objective.loss_weighting=min_snr, and objective.min_snr_gamma=<value> if it is not 5.",
     ),
+    Renamed("objective.product_shown", "objective.product_conditioning"),
+    Renamed("method.lent_share", "method.peer_reference_prob"),
+    Renamed("method.beside", "method.extra_controlnets"),
+    Renamed("method.joint", "method.train_extras"),
 )
 
 

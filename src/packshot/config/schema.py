@@ -48,7 +48,7 @@ PredictionType = Names("PredictionType", ["base", "epsilon", "v_prediction"])
 LossWeighting = Names("LossWeighting", ["none", "min_snr", "debiased"])
 TimestepSampling = Names("TimestepSampling", ["uniform", "logit_normal", "cubic"])
 Unconditional = Names("Unconditional", ["zeros", "empty"])
-ProductShown = Names("ProductShown", ["noised", "clean", "channels"])
+ProductConditioning = Names("ProductConditioning", ["noised", "clean", "channels"])
 DatasetKind = Names("DatasetKind", ["background", "product", "rendered"])
 RenderSplit = Names("RenderSplit", ["all", "train", "heldout"])
 CaptionerKind = Names("CaptionerKind", ["none", "florence2", "llama32_vision", "endpoint"])
@@ -197,8 +197,8 @@ class ObjectiveConfig:
     product_weight: float = opt(1.0, "loss weight of product pixels where a product mask exists", min=0)
     boundary_weight: float = opt(1.0, "further weight of a ring around the product, where it would grow", min=0)
     boundary_width: int = opt(2, "width of that ring, latent cells (8 px each)", min=0, max=32)
-    product_shown: ProductShown = opt(
-        ProductShown.noised,
+    product_conditioning: ProductConditioning = opt(
+        ProductConditioning.noised,
         "how the network sees the product: noised as the rest; clean at every timestep (learn to fill in around it); "
         "channels: in five more input channels, mask and latents, as inpainting models do (train_lora.py)",
     )
@@ -235,10 +235,10 @@ class IPAdapterMethod:
     reference: ReferenceSource = opt(
         ReferenceSource.look,
         "the picture a sample is trained with: self, its own without the product; or, so that a reference's content is "
-        "not learnt, in lent_share of the cases another sample's: with its surface and mood (look), or surface and "
-        "background (place)",
+        "not learnt, with probability peer_reference_prob another sample's: with its surface and mood (look), or "
+        "surface and background (place)",
     )
-    lent_share: float = opt(
+    peer_reference_prob: float = opt(
         0.5,
         "share of samples that are trained with another's reference, where reference=look|place finds one; the others "
         "with their own, which says more",
@@ -264,8 +264,12 @@ class ControlNetMethod:
         "depth (its relief) or light (which side the scene's light comes from)",
     )
     init: str | None = opt(None, "ControlNet to start from, folder or hub id; null: a copy of the UNet's encoder")
-    beside: list[str] = opt([], "export/ folders of ControlNets that work along, frozen unless method.joint=true")
-    joint: bool = opt(False, "also train those of method.beside; they are exported to export/beside-<k>")
+    extra_controlnets: list[str] = opt(
+        [], "export/ folders of ControlNets that work along, frozen unless method.train_extras=true"
+    )
+    train_extras: bool = opt(
+        False, "also train those of method.extra_controlnets; they are exported to export/beside-<k>"
+    )
     mask_grow: float = opt(0.0, "px by which the product's mask is grown for the map, here and later", min=-64, max=64)
     mask_feather: float = opt(0.0, "px over which the mask fades, here and later (inpaint)", min=0, max=64)
     mask_jitter: float = opt(0.0, "px by which the mask is grown or shrunk at random in training", min=0, max=64)

@@ -1,6 +1,6 @@
 """The product held in place while a scene is denoised around it, and how the network is shown it meanwhile.
 
-Three rules, by the name of ``objective.product_shown``:
+Three rules, by the name of ``objective.product_conditioning``:
 
 - ``noised``: the product carries as much noise as the rest (blended latent diffusion, Avrahami et al. 2022, arXiv
   2206.02779). Any base does it untrained, but at the noisiest steps, where the layout is decided, it sees no product.

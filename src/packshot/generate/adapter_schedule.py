@@ -17,10 +17,13 @@ ALWAYS: Span = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class Switch:
-    """An adapter that works in a part of the steps only. weigh: sets its weight to this share of what was asked for."""
+    """An adapter that works in a part of the steps only.
+
+    set_weight: sets its weight to this share of the configured one.
+    """
 
     span: Span
-    weigh: Callable[[float], Any]
+    set_weight: Callable[[float], Any]
 
 
 def counts(span: Span, step: int, steps: int) -> bool:
@@ -31,7 +34,7 @@ def counts(span: Span, step: int, steps: int) -> bool:
 
 def _set(switches: Sequence[Switch], step: int, steps: int) -> None:
     for switch in switches:
-        switch.weigh(float(counts(switch.span, step, steps)))
+        switch.set_weight(float(counts(switch.span, step, steps)))
 
 
 @contextmanager
@@ -48,4 +51,4 @@ def switching(switches: Sequence[Switch], steps: int, callback: Callback) -> Ite
         yield switched
     finally:
         for switch in switches:
-            switch.weigh(1.0)
+            switch.set_weight(1.0)

@@ -151,7 +151,7 @@ def denoise(
     if isinstance(pipe.unet.conv_in, ProductConv):
         pipe.unet.conv_in.show(_in_channels(vae, working).to(pipe.device))
     held = torch.from_numpy(working.held_HW[None, ::factor, ::factor].astype(np.float32)).to(pipe.device)
-    steps, shown = settings.num_inference_steps, models.product_shown
+    steps, shown = settings.num_inference_steps, models.product_conditioning
     hold = notifying(hold_product(known, noise, held, shown), on_step)
     with switching(models.switches, steps, hold) as callback:
         latents = pipe(

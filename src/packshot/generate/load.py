@@ -16,6 +16,7 @@ from diffusers import (
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from packshot.base.adapter_metadata import common_metadata
 from packshot.base.controlnets import load_controlnet, read_control
 from packshot.base.inpainting import CONV_FILE, load_conv, reads_product, take_apart
 from packshot.base.load import load_parts, model_folder, trained_scheduler
@@ -24,11 +25,10 @@ from packshot.config.schema import (
     DepthConfig,
     IPAdapterLayers,
     ModelConfig,
-    ProductShown,
+    ProductConditioning,
     Unconditional,
 )
 from packshot.errors import ConfigError
-from packshot.generate.adapter_metadata import common_usage
 from packshot.generate.adapter_schedule import ALWAYS, Span, Switch
 from packshot.imaging.control_maps import Control
 from packshot.imaging.onnx import load_session
@@ -48,7 +48,7 @@ class Models:
         steps between which it counts; in the pipeline's order.
     switches: the other adapters that do not count at every step.
     has_ip_adapter: every call must then bring image embeddings.
-    product_shown: how the network sees the product while the scene is denoised; a key of ``ProductShown``.
+    product_conditioning: how the network sees the product during denoising; a name of ``ProductConditioning``.
     unit: sides of the working copy are multiples of this, px.
     resolution: side of the square the base was trained on, px.
     manifest: names and SHA-256 of everything that was loaded, for certificates.
@@ -60,7 +60,7 @@ class Models:
     controlnet_spans: tuple[Span, ...]
     switches: tuple[Switch, ...]
     has_ip_adapter: bool
-    product_shown: str
+    product_conditioning: str
     unit: int
     resolution: int
     manifest: dict[str, Any]
@@ -82,12 +82,12 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
     adapters = adapters or AdaptersConfig()
     folders = _adapter_folders(adapters)
     controls = tuple(read_control("adapters.controlnets", folder) for folder in folders["controlnets"])
-    usage = common_usage(folders)
+    metadata = common_metadata(folders)
     scales = tuple(adapters.controlnet_scales or [1.0] * len(controls))
     device, dtype = pick_device()
     parts = load_parts(model).to(device, dtype)
-    parts.scheduler = trained_scheduler(parts.scheduler, usage.prediction_type, usage.zero_terminal_snr)
-    shown = _show_product(parts.unet, folders["lora"], usage.product_shown)
+    parts.scheduler = trained_scheduler(parts.scheduler, metadata.prediction_type, metadata.zero_terminal_snr)
+    shown = _show_product(parts.unet, folders["lora"], metadata.product_conditioning)
     components = parts.pipeline_components(references=bool(folders["ip_adapter"]))
     pipe: Any
     if controls:
@@ -102,7 +102,7 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
         *(_add_ip_adapter(pipe, folder, adapters) for folder in folders["ip_adapter"]),
     ]
     pipe.set_progress_bar_config(disable=True)
-    if usage.unconditional == Unconditional.empty.name:  # the encoded '' instead of the zeros that SDXL's base has
+    if metadata.unconditional == Unconditional.empty.name:  # the encoded '' instead of the zeros that SDXL's base has
         pipe.register_to_config(force_zeros_for_empty_prompt=False)
     manifest = _manifest(model, adapters, folders, controls, scales, device, dtype)
     return Models(
@@ -112,7 +112,7 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
         controlnet_spans=tuple(adapters.controlnet_spans()),
         switches=tuple(switch for switch in switches if switch.span != ALWAYS),
         has_ip_adapter=bool(folders["ip_adapter"]),
-        product_shown=shown,
+        product_conditioning=shown,
         unit=pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1),
         resolution=model.resolution,
         manifest={**manifest, "product_shown": shown, "prediction_type": pipe.scheduler.config.prediction_type},
@@ -138,7 +138,7 @@ def check_adapters(adapters: AdaptersConfig, depth: DepthConfig, light_angle: fl
             reads ``light_angle``.
     """
     folders = _adapter_folders(adapters)
-    common_usage(folders)
+    common_metadata(folders)
     refuse_light(light_angle, (read_control("adapters.controlnets", folder) for folder in folders["controlnets"]))
     readers = [f for f in folders["controlnets"] if read_control("adapters.controlnets", f).needs == "depth_HW"]
     if not readers:
@@ -154,7 +154,7 @@ def check_adapters(adapters: AdaptersConfig, depth: DepthConfig, light_angle: fl
 
 def _show_product(unet: Any, loras: list[Path], shown: str) -> str:
     """Give the UNet the input channels in which it reads the product, if it does; returns how the product is shown."""
-    channels = ProductShown.channels.name
+    channels = ProductConditioning.channels.name
     if shown == channels:
         for folder in loras:
             try:
@@ -199,7 +199,7 @@ def _add_lora(pipe: Any, folder: Path, adapters: AdaptersConfig) -> Switch:
             "Leave out adapters.lora_start and adapters.lora_end, or train method.kind=lora, dora or rslora.",
         )
 
-    def weigh(weight: float) -> None:
+    def set_weight(weight: float) -> None:
         if not merged:
             pipe.set_adapters(["lora"], [scale * weight])
         if own_channels:
@@ -210,10 +210,10 @@ def _add_lora(pipe: Any, folder: Path, adapters: AdaptersConfig) -> Switch:
             _merge_peft(pipe.unet, folder, scale)
         else:
             pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="lora")
-        weigh(1.0)
+        set_weight(1.0)
     except _LOAD_ERRORS as error:
         raise _refusal("adapters.lora", folder, error) from error
-    return Switch(span, weigh)
+    return Switch(span, set_weight)
 
 
 def _merge_peft(unet: Any, folder: Path, scale: float) -> None:
@@ -259,16 +259,16 @@ def _attentions(blocks: Any) -> list[tuple[int, int]]:
 
 
 def _add_ip_adapter(pipe: Any, folder: Path, adapters: AdaptersConfig) -> Switch:
-    def weigh(weight: float) -> None:
+    def set_weight(weight: float) -> None:
         scale = adapters.ip_adapter_scale * weight
         pipe.set_ip_adapter_scale(ip_adapter_scales(pipe.unet, adapters.ip_adapter_layers, scale))
 
     try:
         pipe.load_ip_adapter(str(folder), subfolder="", weight_name=IP_ADAPTER_FILE, image_encoder_folder=None)
-        weigh(1.0)
+        set_weight(1.0)
     except _LOAD_ERRORS as error:
         raise _refusal("adapters.ip_adapter", folder, error) from error
-    return Switch((adapters.ip_adapter_start, adapters.ip_adapter_end), weigh)
+    return Switch((adapters.ip_adapter_start, adapters.ip_adapter_end), set_weight)
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
+from packshot.base.adapter_metadata import NO_METADATA
 from packshot.engine.keyed_random import SampleKey
 
 if TYPE_CHECKING:  # pipelines cost a second of imports, and a run may never draw
@@ -57,8 +58,8 @@ class Method(Protocol):
         """Extra call arguments of that pipeline for one validation sample; arguments as of ``condition``."""
         ...
 
-    def export(self, folder: Path) -> None:
-        """Write the adapter in the format stock tools load."""
+    def export(self, folder: Path, metadata: Mapping[str, object] = NO_METADATA) -> None:
+        """Write the adapter in the format stock tools load, with ``metadata`` in its ``packshot.json``."""
         ...
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from packshot.base.controlnets import USAGE, load_controlnet, read_control
+from packshot.base.adapter_metadata import NO_METADATA, write_metadata
+from packshot.base.controlnets import load_controlnet, read_control
 from packshot.base.load import Parts
 from packshot.config.schema import ControlNetMethod
 from packshot.engine.keyed_random import SampleKey
@@ -30,11 +30,11 @@ if TYPE_CHECKING:  # imported where one is built
 class ControlNet(nn.Module):
     """Zero-initialised residuals from a control map (Zhang et al. 2023, arXiv 2302.05543); the UNet stays frozen.
 
-    ``method.beside`` names ControlNets that work along, each with its own map; their residuals are added up, as at
-    inference. They are frozen (training one after the other), or trained too with ``method.joint``.
+    ``method.extra_controlnets`` names further ControlNets, each with its own map; all residuals are added up, as at
+    inference. The further ones are frozen, or trained too with ``method.train_extras``.
 
     Raises:
-        ConfigError: ``method.init`` or one of ``method.beside`` cannot be loaded or does not fit the base.
+        ConfigError: ``method.init`` or one of ``method.extra_controlnets`` cannot be loaded or does not fit the base.
     """
 
     trains_text = False
@@ -46,16 +46,18 @@ class ControlNet(nn.Module):
         super().__init__()
         self.config, self._parts = config, parts
         self.unet = parts.unet
-        init, folders = config.init, [readable("method.beside", path) for path in config.beside]
+        init, folders = config.init, [readable("method.extra_controlnets", path) for path in config.extra_controlnets]
         fresh = ControlNetModel.from_unet
         self.controlnet: Any = load_controlnet("method.init", init, self.unet) if init else fresh(self.unet)
-        self.beside = nn.ModuleList(load_controlnet("method.beside", str(folder), self.unet) for folder in folders)
+        self.beside = nn.ModuleList(
+            load_controlnet("method.extra_controlnets", str(folder), self.unet) for folder in folders
+        )
         self.controls = [
             Control(config.condition.name, config.mask_grow, config.mask_feather),
-            *(read_control("method.beside", folder) for folder in folders),
+            *(read_control("method.extra_controlnets", folder) for folder in folders),
         ]
         self.controlnet.requires_grad_(True).train()
-        self.beside.requires_grad_(config.joint).train(config.joint)
+        self.beside.requires_grad_(config.train_extras).train(config.train_extras)
         for net in self._nets():
             trainable_fp32(net)
         self._needs = sorted({control.needs for control in self.controls if control.needs})
@@ -119,14 +121,16 @@ class ControlNet(nn.Module):
         """The control maps of the sample."""
         return {"image": [control[None] for control in self._control_maps(sample)]}
 
-    def export(self, folder: Path) -> None:
-        """A folder for ``ControlNetModel.from_pretrained``, and ``packshot.json`` that names its condition; with
-        ``method.joint`` those of ``method.beside`` in ``beside-1`` and so on."""
-        trained = self._nets() if self.config.joint else [self.controlnet]
+    def export(self, folder: Path, metadata: Mapping[str, object] = NO_METADATA) -> None:
+        """A folder for ``ControlNetModel.from_pretrained``, and ``packshot.json`` that names its condition.
+
+        With ``method.train_extras``, the other ControlNets lie in ``beside-1`` and so on.
+        """
+        trained = self._nets() if self.config.train_extras else [self.controlnet]
         for number, net in enumerate(trained):
             place = folder / f"beside-{number}" if number else folder
             net.save_pretrained(place)
-            (place / USAGE).write_text(json.dumps(asdict(self.controls[number]), indent=2) + "\n")
+            write_metadata(place, {**asdict(self.controls[number]), **metadata})
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from packshot.base.controlnets import USAGE
+from packshot.base.adapter_metadata import NO_METADATA, write_metadata
 from packshot.base.load import Parts, weights_hash
 from packshot.config.schema import IPAdapterMethod, IPAdapterVariant, ReferenceSource
 from packshot.engine.keyed_random import SampleKey
@@ -92,12 +91,12 @@ class IPAdapter(nn.Module):
         return f"reference-{self.config.variant.name}-{weights_hash(self.image_encoder)}-{prepared}"
 
     def condition(self, sample: Any, encoded: Sequence[dict[str, Tensor]], key: SampleKey) -> dict[str, Tensor]:
-        """``reference``: that of a kin in ``lent_share`` of the accesses if there is one, else the sample's own; or the
-        null reference, in ``image_dropout`` of them."""
+        """``reference``: that of a peer with probability ``peer_reference_prob`` if there is one, else the
+        sample's own; the null reference with probability ``image_dropout``."""
         if key.uniform("image_dropout") < self.config.image_dropout:
             return {"reference": self.null_reference}
         number, kin = 0, len(encoded) - 1
-        if kin and key.uniform("lent") < self.config.lent_share:
+        if kin and key.uniform("lent") < self.config.peer_reference_prob:
             number = 1 + int(key.uniform("reference") * kin)
         return {"reference": encoded[number]["reference"]}
 
@@ -119,12 +118,12 @@ class IPAdapter(nn.Module):
         pair = torch.stack([self.null_reference, encoded[-1]["reference"]])
         return {"ip_adapter_image_embeds": [pair.unsqueeze(1).to(self.unet.device, self.unet.dtype)]}
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, metadata: Mapping[str, object] = NO_METADATA) -> None:
         """``ip_adapter.safetensors`` in the layout of the original IP-Adapter, and ``packshot.json``."""
         tensors = to_original(self.projection, self.processors)
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / EXPORT)
         described = {"variant": self.config.variant.name, "num_tokens": self.config.num_tokens}
-        (folder / USAGE).write_text(json.dumps(described, indent=2) + "\n")
+        write_metadata(folder, {**described, **metadata})
 
 
 def look(row: dict[str, Any]) -> Hashable | None:

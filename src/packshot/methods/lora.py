@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from packshot.base.adapter_metadata import NO_METADATA, write_metadata
 from packshot.base.inpainting import export_conv
 from packshot.base.load import Parts
 from packshot.config.schema import LoraKind, LoraMethod
@@ -155,7 +156,7 @@ class Lora(nn.Module):
         """Nothing besides the prompt."""
         return {}
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, metadata: Mapping[str, object] = NO_METADATA) -> None:
         """What stock loaders read; beside it ``conv_in.safetensors`` where the UNet was given channels for the product.
 
         lora, dora, rslora: ``pytorch_lora_weights.safetensors`` with the layers of all networks, for
@@ -165,6 +166,7 @@ class Lora(nn.Module):
         """
         EXPORTS[self.config.kind](self._adapted(), folder)
         export_conv(self.unet, folder)
+        write_metadata(folder, metadata)
 
     def export_kohya(self, folder: Path) -> None:
         """``kohya_lora.safetensors``: the same weights under the names of sd-scripts and ComfyUI (lora, rslora).

@@ -21,7 +21,7 @@ _COMMERCIAL = re.compile(
 )
 # Every key that can name weights, whatever the script; those of the base follow from what the script draws with.
 _WEIGHTS = (
-    "matte.onnx", "matte.network", "depth.onnx", "captioner.adapter", "method.init", "method.beside",
+    "matte.onnx", "matte.network", "depth.onnx", "captioner.adapter", "method.init", "method.extra_controlnets",
     "adapters.lora", "adapters.controlnets", "adapters.ip_adapter",
 )  # fmt: skip
 

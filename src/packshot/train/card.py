@@ -7,9 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from packshot.base.controlnets import USAGE
 from packshot.config.compose import to_yaml
-from packshot.config.schema import SCRIPTS, PredictionType, Unconditional
+from packshot.config.schema import SCRIPTS
 from packshot.dataset.rows import Rows
 from packshot.engine.checkpoints import Best, read_best
 from packshot.runs.files import resolve
@@ -26,24 +25,6 @@ def write_provenance(folder: Path, rows: Rows, config: Any) -> dict[str, Any]:
     data["weights_licenses"] = licenses_of_weights(config)
     (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")
     return data
-
-
-def write_usage(folder: Path, config: Any) -> None:
-    """``packshot.json``: what the adapter was trained on and inference has to repeat, beside what the method wrote.
-
-    What is as the base has it is not said.
-    """
-    objective = config.objective
-    for file in {folder / USAGE, *folder.glob(f"*/{USAGE}")}:
-        described = json.loads(file.read_text()) if file.exists() else {}
-        described["product_shown"] = objective.product_shown.name
-        if objective.prediction_type is not PredictionType.base:
-            described["prediction_type"] = objective.prediction_type.name
-        if objective.zero_terminal_snr:
-            described["zero_terminal_snr"] = True
-        if objective.unconditional is not Unconditional.zeros:
-            described["unconditional"] = objective.unconditional.name
-        file.write_text(json.dumps(described, indent=2) + "\n")
 
 
 def exported(run: Path, config: Any) -> tuple[int, Best | None]:
@@ -80,7 +61,6 @@ def write_card(folder: Path, run: Path, rows: Rows, config: Any) -> dict[str, An
     Returns what the adapter was made from: ``base``, ``step`` and the identity of the data.
     """
     data = write_provenance(folder, rows, config)
-    write_usage(folder, config)
     script = next(name for name, schema in SCRIPTS.items() if schema is type(config))
     step, _ = exported(run, config)
     pictures = _copy_samples(run / "samples", folder / "samples", step)

@@ -202,7 +202,7 @@ def make_plan(config: TrainScript, samples: int, processes: int = 1) -> Plan:
     parts, train = meta_parts(config.model), config.train
     with torch.device("meta"):
         method: Any = METHODS[type(config.method)](parts, config.method)  # type: ignore[attr-defined]
-        prepare_unet(parts.unet, config.objective.product_shown)
+        prepare_unet(parts.unet, config.objective.product_conditioning)
     if train.gradient_checkpointing:
         enable_checkpointing(method)
     sizes = [p.numel() for p in method.parameters() if p.requires_grad]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from packshot.base.adapter_metadata import objective_metadata
 from packshot.base.inpainting import prepare_unet
 from packshot.base.load import Parts, load_parts
 from packshot.config.schema import SCRIPTS, AttentionKernel, MixedPrecision, Mode, TrainConfig, TrainScript
@@ -77,7 +78,7 @@ def build_task(
     refuse_unavailable(config.train, accelerator)  # fit asks too, but after the data has been encoded
     torch.manual_seed(config.run.seed)
     method: Any = METHODS[type(config.method)](parts, config.method)
-    prepare_unet(parts.unet, config.objective.product_shown)
+    prepare_unet(parts.unet, config.objective.product_conditioning)
     if config.train.gradient_checkpointing:
         enable_checkpointing(method)
     encoder = Encoder(parts, method, config.model.resolution, config.data)
@@ -139,7 +140,7 @@ def export(session: Session, module: torch.nn.Module, exporter: Any, ema: EMA | 
     if ema:
         ema.swap(module)
     with exporting(session.path) as folder:
-        exporter.export(folder)
+        exporter.export(folder, objective_metadata(config.objective))
         if getattr(getattr(config, "export", None), "kohya", False):
             exporter.export_kohya(folder)
         made_from = write_card(folder, session.path, rows, config)

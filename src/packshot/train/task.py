@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from packshot.base.load import Parts, trained_scheduler
 from packshot.config.checks import check_objective
-from packshot.config.schema import PredictionType, ProductShown, TrainScript, Unconditional
+from packshot.config.schema import PredictionType, ProductConditioning, TrainScript, Unconditional
 from packshot.diffusion import hold_product, schedule
 from packshot.engine.keyed_random import SampleKey
 from packshot.engine.loop import Validated
@@ -106,13 +106,13 @@ class DiffusionTask(nn.Module):
             objective.boundary_width,
         )
         weight_1HW = weight_1HW * sample["inside"]
-        shown = objective.product_shown
-        if shown is not ProductShown.noised and not alpha_1HW.any():
+        shown = objective.product_conditioning
+        if shown is not ProductConditioning.noised and not alpha_1HW.any():
             raise PackshotError(
-                f"sample {sample['id']} has no product to show: objective.product_shown={shown} needs masks.",
-                "Use a product dataset (build_data.py dataset=product), or set objective.product_shown=noised.",
+                f"sample {sample['id']} has no product to show: objective.product_conditioning={shown} needs masks.",
+                "Use a product dataset (build_data.py dataset=product), or set objective.product_conditioning=noised.",
             )
-        if shown is not ProductShown.clean:
+        if shown is not ProductConditioning.clean:
             return {"weight": weight_1HW}
         held_1HW = hold_product.inner_cells(alpha_1HW, self.validator.examples.encoder.vae_scale)
         return {"weight": weight_1HW * (1 - held_1HW), "held": held_1HW}

@@ -243,7 +243,7 @@ def sample_picture(task: Any, pipeline: Any, held: Held, prompt: dict[str, Tenso
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(held.known_1CHW.shape, generator=generator).to(held.known_1CHW.device)
     height, width = held.matte_HW.shape
-    shown = task.config.objective.product_shown.name
+    shown = task.config.objective.product_conditioning.name
     if "product" in held.sample:
         task.show_product(held.sample["product"][None].to(held.known_1CHW.device))
     latents = pipeline(
