@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any, get_type_hints
 
 from packshot.config import schema
+from packshot.config.optimizers import OPTIMIZERS
 from packshot.errors import ConfigError
 
 
@@ -77,12 +78,9 @@ def _training(config: schema.TrainScript | schema.CaptionVLM) -> None:
         )
 
 
-# Optimizers that treat every parameter by itself; the others' step sizes come from all of them at once.
-_STEPWISE = ("adamw", "adam8bit", "adafactor", "lion")
-
-
 def _memory(config: schema.TrainScript | schema.CaptionVLM) -> None:
-    train, kind = config.train, config.optim.kind
+    train = config.train
+    stepwise = [row.name for row in OPTIMIZERS.values() if row.stepwise]
     if train.compile and isinstance(config, schema.CaptionVLM):
         raise ConfigError(
             "train.compile=true: captions differ in length, and each length would be compiled for itself.",
@@ -108,10 +106,10 @@ def _memory(config: schema.TrainScript | schema.CaptionVLM) -> None:
             "Set train.mixed_precision=bf16",
         ),
         (
-            kind.name not in _STEPWISE,
-            f"optim={kind}",
+            config.optim.kind.name not in stepwise,
+            f"optim={config.optim.kind}",
             "its step size comes from all gradients together",
-            f"Set optim to one of {', '.join(_STEPWISE)}",
+            f"Set optim to one of {', '.join(stepwise)}",
         ),
     ]
     for in_the_way, setting, reason, remedy in obstacles:
@@ -250,44 +248,21 @@ def group_rates(optim: schema.OptimConfig) -> list[tuple[str, float]]:
     return rates
 
 
-# Keys that an optimizer has no use for: adafactor keeps no average of the gradient, and its second moment has a decay
-# of its own; lion takes a sign, and divides by no root.
-_UNUSED = {
-    schema.OptimizerKind.adafactor: ("beta1", "beta2", "eps"),
-    schema.OptimizerKind.lion: ("eps",),
-}
-
-
 def _optimizer(config: schema.TrainScript | schema.CaptionVLM) -> None:
-    kind, train = config.optim.kind, config.train
-    for key in _UNUSED.get(kind, ()):
-        value, default = getattr(config.optim, key), getattr(schema.OptimConfig, key)
-        if value != default:
+    optim, train = config.optim, config.train
+    row = OPTIMIZERS[optim.kind.name]
+    for field in dataclasses.fields(schema.OptimConfig):
+        value = getattr(optim, field.name)
+        if field.name not in ("kind", "groups", *row.reads) and value != field.default:
             raise ConfigError(
-                f"optim.{key}={value} with optim={kind}: it has no such setting, and the value would change nothing.",
-                f"Leave optim.{key} out, or choose another optimizer.",
+                f"optim.{field.name}={value} with optim={row.name}: it does not read this key, so the value would "
+                "change nothing.",
+                f"Leave optim.{field.name} out, or choose another optimizer.",
             )
-    if group_rates(config.optim) and kind is schema.OptimizerKind.prodigy:
-        raise ConfigError(
-            "optim=prodigy finds one step size for all parameters; optim.groups would give some another.",
-            "Leave optim.groups empty, or choose another optimizer.",
-        )
-    if kind is schema.OptimizerKind.schedule_free and train.ema_decay:
-        raise ConfigError(
-            f"optim=schedule_free keeps an average itself; train.ema_decay={train.ema_decay} would export another one, "
-            "of the points where gradients are taken.",
-            "Set train.ema_decay=0.",
-        )
-    if kind is schema.OptimizerKind.schedule_free and train.lr_schedule is not schema.LRSchedule.constant:
-        raise ConfigError(
-            f"optim=schedule_free averages instead of decaying; train.lr_schedule={train.lr_schedule} would do both.",
-            "Set train.lr_schedule=constant.",
-        )
-    if kind is schema.OptimizerKind.prodigy and train.learning_rate < 0.01:
-        raise ConfigError(
-            f"optim=prodigy finds the step size itself; train.learning_rate={train.learning_rate} only shrinks it.",
-            "Set train.learning_rate=1.",
-        )
+    group_rates(optim)  # refuses entries that cannot be read
+    for conflict in row.conflicts:
+        if conflict.exists(optim, train):
+            raise ConfigError(conflict.message.format(optim=optim, train=train), conflict.hint)
 
 
 _LOW_RANK = (schema.LoraKind.lora, schema.LoraKind.rslora)

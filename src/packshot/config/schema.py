@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, make_dataclass
 from enum import Enum
 from typing import Any
 
+from packshot.config.optimizers import OPTIMIZERS
 from packshot.scene import SLOTS
 
 
@@ -33,7 +34,7 @@ TrackerKind = Names("TrackerKind", ["wandb", "none"])
 Mode = Names("Mode", ["train", "plan", "check"])
 MixedPrecision = Names("MixedPrecision", ["no", "fp16", "bf16"])
 LRSchedule = Names("LRSchedule", ["constant", "cosine", "linear", "polynomial", "wsd", "cosine_restarts"])
-OptimizerKind = Names("OptimizerKind", ["adamw", "adam8bit", "adafactor", "prodigy", "schedule_free", "lion"])
+OptimizerKind = Names("OptimizerKind", list(OPTIMIZERS))
 LoraKind = Names("LoraKind", ["lora", "dora", "rslora", "loha", "lokr"])
 LoraTargets = Names(
     "LoraTargets", ["attention", "cross_attention", "attention_and_ff", "attention_and_conv", "all_linear"]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from packshot.config.schema import KeepBest
 from packshot.engine.compatibility import MadeWith, check
+from packshot.engine.optimizers import load_optimizer
 from packshot.errors import PackshotError
 from packshot.runs.files import file_sha256, replacing_file, replacing_folder, writing
 from packshot.runs.folder import log
@@ -252,7 +253,7 @@ def load(
         )
     check(MadeWith(**state["made_with"]), made_with, state["progress"]["step"])
     load_weights(path, module, ema)
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
+    load_optimizer(optimizer, torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
     if ema:
         ema.updates = state["ema_updates"]
     if scaler:

@@ -20,10 +20,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from packshot.base.inpainting import prepare_unet
 from packshot.base.load import Parts
+from packshot.config.optimizers import OPTIMIZERS
 from packshot.config.schema import (
     AttentionKernel,
     MixedPrecision,
-    OptimizerKind,
     Quantization,
     TrainConfig,
     TrainScript,
@@ -35,15 +35,6 @@ from packshot.runs.files import replacing_file
 from packshot.runs.folder import log, open_run
 from packshot.train.encode import encode_batch
 
-# Optimizer state per trained parameter, bytes (what each library keeps, in fp32 unless its name says otherwise).
-STATE_BYTES = {
-    OptimizerKind.adamw: 8,
-    OptimizerKind.adam8bit: 2,
-    OptimizerKind.adafactor: 0,  # one row and one column of each matrix: nothing beside the rest
-    OptimizerKind.prodigy: 16,
-    OptimizerKind.schedule_free: 8,
-    OptimizerKind.lion: 4,
-}
 PRECISION_BYTES = {MixedPrecision.no: 4, MixedPrecision.fp16: 2, MixedPrecision.bf16: 2}
 # Bytes of a quantised weight: codes of half a byte, a byte for each 64 of them, four for each 256 of those (nf4, its
 # scales quantised again); a byte per weight and four per row (int8).
@@ -217,7 +208,7 @@ def make_plan(config: TrainScript, samples: int, processes: int = 1) -> Plan:
         "frozen_weights_gib": _frozen_bytes(parts, method, config) / GIB,
         "trained_weights_gib": trained * 4 / GIB,
         "gradients_gib": (max(sizes) if train.fused_backward else trained) * 4 / GIB,
-        "optimizer_gib": trained * STATE_BYTES[config.optim.kind] / GIB,
+        "optimizer_gib": trained * OPTIMIZERS[config.optim.kind.name].state_bytes / GIB,
         "ema_gib": trained * 4 / GIB if train.ema_decay else 0.0,
         "vae_gib": vae if _keeps_vae(config) else 0.0,
         "activations_gib": activations * width / 4,

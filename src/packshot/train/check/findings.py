@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from packshot.base.tokens import lost_words
-from packshot.config.schema import OptimizerKind
+from packshot.config.optimizers import OPTIMIZERS
 from packshot.imaging import framing
 from packshot.runs.progress import progress
 from packshot.train.encode import Examples
@@ -22,16 +22,6 @@ TINY = 0.01  # share of the picture below which a product is tiny
 FULL = 0.98  # share of the picture above which a mask says nothing
 MOST_UPSCALED = 1.5  # times
 MOST_EPOCHS = 100
-# Peak learning rates that are usual for adapters and ControlNets; others mostly are a slip of a power of ten, or the
-# setting of another optimizer.
-USUAL_RATES: dict[OptimizerKind, tuple[float, float]] = {
-    OptimizerKind.adamw: (1e-6, 2e-3),
-    OptimizerKind.adam8bit: (1e-6, 2e-3),
-    OptimizerKind.adafactor: (1e-6, 2e-3),
-    OptimizerKind.schedule_free: (1e-6, 1e-2),
-    OptimizerKind.lion: (1e-7, 3e-4),
-    OptimizerKind.prodigy: (1.0, 1.0),
-}
 
 
 @dataclass(frozen=True)
@@ -141,7 +131,7 @@ def _held_out(examples: Examples, held_out: Sequence[str]) -> Iterator[Finding]:
 
 def _settings(config: Any, count: int, per_step: int) -> Iterator[Finding]:
     train, kind = config.train, config.optim.kind
-    low, high = USUAL_RATES[kind]
+    low, high = OPTIMIZERS[kind.name].usual_rates
     if not low <= train.learning_rate <= high:
         usual = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         says = f"train.learning_rate={train.learning_rate:g} is unusual for optim={kind} (usual: {usual})"
