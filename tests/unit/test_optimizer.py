@@ -1,8 +1,14 @@
 """Optimizers resume bit for bit, learn, and take their rates from closed forms."""
 
+import dataclasses
 import io
+import json
 import math
+import shutil
+import subprocess
+import sys
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +18,14 @@ from test_loop import ROWS, Regression, Samples
 from torch import nn
 
 from packshot.config.compose import compose
+from packshot.config.optimizers import OPTIMIZERS
 from packshot.config.schema import CaptionVLM, LRSchedule, OptimConfig, OptimizerKind, TrainConfig
 from packshot.engine.loop import Validated, fit
 from packshot.engine.optimizers import (
     build_optimizer,
     evaluation_mode,
     learning_rate,
+    load_optimizer,
     schedule,
     set_learning_rate,
     training_mode,
@@ -69,7 +77,7 @@ def test_a_stored_and_restored_optimizer_goes_on_bit_for_bit(kind):
     second = network()
     second.load_state_dict(stored["model"])
     optimizer = build(kind, second)
-    optimizer.load_state_dict(stored["optimizer"])
+    load_optimizer(optimizer, stored["optimizer"])
     train(second, optimizer, range(4, 8))
     for a, b in zip(whole.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -171,20 +179,22 @@ def test_a_state_of_parameters_in_another_order_is_refused(kind):
     train(model, optimizer, range(2))
     renamed = {f"other.{name}": parameter for name, parameter in other.named_parameters()}
     fresh = build_optimizer(renamed, OptimConfig(kind=kind), RATES.get(kind, 3e-3))
-    with pytest.raises(PackshotError, match=r"of other parameters: 4 \(\w+\); this run has 4 \(\w+\)"):
-        fresh.load_state_dict(optimizer.state_dict())
+    with pytest.raises(PackshotError, match=r"holds other parameters: 4 \(\w+\); this run has 4 \(\w+\)"):
+        load_optimizer(fresh, optimizer.state_dict())
     assert not fresh.state
 
 
 def test_a_state_of_other_groups_is_refused():
+    """Either group would fit in the other's place."""
+
     def built(*groups):
-        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))  # either group would fit in the other's place
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         return build_optimizer(dict(model.named_parameters()), OptimConfig(groups=list(groups)), 1e-3)
 
     for mine, theirs in ((["^0=1e-2"], ["^1=1e-2"]), ([], ["^1=1e-2"]), (["^1=1e-2"], [])):
-        with pytest.raises(PackshotError, match="of other parameters"):
-            built(*mine).load_state_dict(built(*theirs).state_dict())
-    built("^0=1e-2").load_state_dict(built("^0=1e-2").state_dict())
+        with pytest.raises(PackshotError, match="holds other parameters"):
+            load_optimizer(built(*mine), built(*theirs).state_dict())
+    load_optimizer(built("^0=1e-2"), built("^0=1e-2").state_dict())
 
 
 def test_prodigy_with_a_small_rate_is_warned_of(monkeypatch):
@@ -266,3 +276,83 @@ def test_every_schedule_starts_with_its_warm_up_and_stays_within_the_peak(kind):
 def test_settings_that_an_optimizer_cannot_work_with_are_refused(overrides, says):
     with pytest.raises(ConfigError, match=says):
         compose("train_lora", overrides)
+
+
+# ---- a row of one's own ----
+
+
+def run_with_momentum(conf, *runs):
+    """train_lora.py where tests/unit/dummy_optimizer.py has registered the optimizer ``momentum``; overrides by run."""
+    program = Path(__file__).with_name("dummy_optimizer.py")
+    common = "optim=momentum tracking=none data.train=data/rendered/heldout data.validation=data/rendered/heldout"
+    common += " train.batch_size=2 train.lr_schedule=constant train.validation_steps=0 train.learning_rate=0.1"
+    common += f" train.checkpointing_steps=2 data.cache_dir={conf.parent / 'cache'}"
+    command = [sys.executable, str(program), str(conf), *(f"{common} {run}" for run in runs)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture
+def conf(tmp_path, root):
+    """A copy of conf/ that also has ``optim=momentum``."""
+    shutil.copytree(root / "conf", tmp_path / "conf")
+    (tmp_path / "conf" / "optim" / "momentum.yaml").write_text("kind: momentum\n")
+    return tmp_path / "conf"
+
+
+def test_a_new_row_and_its_yaml_make_an_optimizer(conf, tmp_path):
+    """The row reaches the enum, the plan and the loop; a resumed run ends with the weights of an unbroken one."""
+
+    def weights(name):
+        return load_file(tmp_path / name / "export" / "pytorch_lora_weights.safetensors")
+
+    done = run_with_momentum(
+        conf,
+        f"run.dir={tmp_path / 'plan'} mode=plan",
+        f"run.dir={tmp_path / 'whole'} train.max_steps=4",
+        f"run.dir={tmp_path / 'parts'} train.max_steps=2",
+        f"run.dir={tmp_path / 'parts'} train.max_steps=4 run.resume=true",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    plan = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert plan["optimizer_gib"] == pytest.approx(plan["trained_parameters"] * 4 / 2**30)
+    state = torch.load(tmp_path / "parts" / "checkpoints" / "4" / "optimizer.pt")["state"]
+    assert all("momentum_buffer" in entry for entry in state.values())
+    assert "resuming at step 2" in (tmp_path / "parts" / "log.txt").read_text()
+    whole, resumed = weights("whole"), weights("parts")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert any(bool(tensor.any()) for name, tensor in whole.items() if "lora_B" in name)
+
+
+def test_a_new_row_is_checked_like_the_others(conf):
+    done = run_with_momentum(conf, "optim.eps=1e-3")
+    assert done.returncode == 2
+    assert "optim.eps=0.001 with optim=momentum" in done.stderr
+
+
+def test_every_row_has_its_yaml_and_says_what_it_reads(root):
+    assert set(OPTIMIZERS) == {path.stem for path in (root / "conf" / "optim").glob("*.yaml")}
+    keys = {field.name for field in dataclasses.fields(OptimConfig)} - {"kind", "groups"}
+    for row in OPTIMIZERS.values():
+        assert set(row.reads) <= keys
+        low, high = row.usual_rates
+        assert 0 < low <= high <= 1
+
+
+@pytest.mark.parametrize("kind", list(OptimizerKind))
+def test_the_planned_state_is_the_state_it_keeps(kind):
+    """Counted on a matrix large enough for eight-bit moments; Adafactor keeps a row and a column."""
+    weight = nn.Parameter(torch.ones(256, 256))
+    optimizer = build_optimizer({"weight": weight}, OptimConfig(kind=kind), RATES.get(kind, 1e-3))
+    training_mode(optimizer)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    tensors = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / weight.numel()
+    assert kept == pytest.approx(OPTIMIZERS[kind.name].state_bytes, abs=0.1)
+
+
+def test_rows_import_no_torch():
+    """The schema reads the rows, and ``--help`` reads the schema."""
+    program = "import sys, packshot.config.schema; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
