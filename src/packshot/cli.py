@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
-from packshot.config.checks import describe, fields
 from packshot.config.compose import compose, groups, options, to_yaml
+from packshot.config.keys import describe, fields
 from packshot.config.schema import SCRIPTS
 from packshot.errors import PackshotError
 

@@ -47,8 +47,8 @@ def test_the_picture_stays_where_it_is_not_marked(target):
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["captioner=llama32_vision", "captioner.product=box"], "only Florence-2 has words for places"),
-        (["captioner.quantization=int8"], "do not train over eight bits"),
+        (["captioner=llama32_vision", "captioner.product=box"], "only Florence-2 has tokens for places"),
+        (["captioner.quantization=int8"], "cannot be trained over eight bits"),
         (["captioner.quantization=nf4"], "captioner.quantization=nf4 with captioner.tuning=full"),
         (["captioner.dtype=bfloat16"], "captioner.dtype=bfloat16 with captioner.tuning=full"),
     ],

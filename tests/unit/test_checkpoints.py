@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from test_loop import ROWS, Regression, Samples, run_fit
 from torch import nn
 
-from packshot.config.checks import fields
 from packshot.config.compose import compose
+from packshot.config.keys import fields
 from packshot.config.schema import SCRIPTS, LRSchedule
 from packshot.engine import checkpoints
 from packshot.engine.compatibility import BY_EFFECT, FREE, RATES, check, made_with

@@ -10,8 +10,8 @@ from hypothesis import assume, given
 from hypothesis.strategies import text
 
 from packshot.config import compose as composing
-from packshot.config.checks import fields
 from packshot.config.compose import _QUOTED, _quoted, compose, to_plain, to_yaml
+from packshot.config.keys import fields
 from packshot.config.renamed import RENAMED, translate
 from packshot.config.schema import SCRIPTS, Mode
 from packshot.errors import ConfigError
@@ -151,8 +151,7 @@ def test_objectives_without_meaning_are_refused_before_a_model_loads(overrides, 
 
 
 def test_timesteps_beyond_the_schedule_of_the_base_are_refused():
-    from packshot.config.checks import check_objective
-    from packshot.config.schema import ObjectiveConfig
+    from packshot.config.train import ObjectiveConfig, check_objective
 
     for objective in (ObjectiveConfig(min_timestep=1000), ObjectiveConfig(max_timestep=1000)):
         check_objective(objective, "epsilon")
@@ -162,16 +161,14 @@ def test_timesteps_beyond_the_schedule_of_the_base_are_refused():
 
 
 def test_a_base_whose_prediction_has_no_target_is_refused():
-    from packshot.config.checks import check_objective
-    from packshot.config.schema import ObjectiveConfig
+    from packshot.config.train import ObjectiveConfig, check_objective
 
     with pytest.raises(ConfigError, match="'sample'"):
         check_objective(ObjectiveConfig(), "sample")
 
 
 def test_a_base_that_predicts_epsilon_refuses_zero_terminal_snr():
-    from packshot.config.checks import check_objective
-    from packshot.config.schema import ObjectiveConfig
+    from packshot.config.train import ObjectiveConfig, check_objective
 
     with pytest.raises(ConfigError, match="v_prediction"):
         check_objective(ObjectiveConfig(zero_terminal_snr=True), "epsilon")

@@ -476,11 +476,17 @@ def lora_config(quantization=Quantization.none, kohya=False, **method):
         (lora_config(kind=LoraKind.dora, kohya=True), "export.kohya=true with method.kind=dora"),
         (lora_config(kind=LoraKind.loha, text_encoder=True), "method.text_encoder=true with method.kind=loha"),
         (lora_config(kind=LoraKind.dora, text_encoder=True), "method.text_encoder=true with method.kind=dora"),
-        (lora_config(Quantization.nf4, kind=LoraKind.lokr), "nf4 cannot carry method.kind=lokr"),
-        (lora_config(Quantization.int8, kind=LoraKind.dora), "int8 cannot carry method.kind=dora"),
-        (lora_config(text_rank=4), "method.text_rank=4 without a LoRA on the text encoders"),
-        (lora_config(target_modules="attn1(.to_q"), "is no regular expression"),
-        (TrainIPAdapter(model=ModelConfig(quantization=Quantization.nf4)), "is for train_lora.py alone"),
+        (
+            lora_config(Quantization.nf4, kind=LoraKind.lokr),
+            "method.kind=lokr cannot be trained over model.quantization=nf4",
+        ),
+        (
+            lora_config(Quantization.int8, kind=LoraKind.dora),
+            "method.kind=dora cannot be trained over model.quantization=int8",
+        ),
+        (lora_config(text_rank=4), "method.text_rank=4 has no effect without a LoRA"),
+        (lora_config(target_modules="attn1(.to_q"), "is not a regular expression"),
+        (TrainIPAdapter(model=ModelConfig(quantization=Quantization.nf4)), "only works in train_lora.py"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

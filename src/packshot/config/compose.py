@@ -7,7 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from packshot.config.checks import describe, fields, nearest, validate
+from packshot.config.checks import validate
+from packshot.config.keys import describe, fields, nearest
 from packshot.config.renamed import refuse_renamed
 from packshot.config.schema import SCRIPTS
 from packshot.errors import ConfigError

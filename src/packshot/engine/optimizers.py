@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from packshot.config.checks import group_rates
 from packshot.config.optimizers import OPTIMIZERS
-from packshot.config.schema import LRSchedule, OptimConfig, TrainConfig
+from packshot.config.schema import LRSchedule, OptimConfig, TrainConfig, group_rates
 from packshot.errors import ConfigError, PackshotError
 from packshot.runs.folder import log
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from packshot.config.checks import reference_weights
+from packshot.config.schema import reference_weights
 from packshot.generate.product import Source, open_image
 
 GREY = (127, 127, 127)

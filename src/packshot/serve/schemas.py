@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import HTTPException, UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model
 
-from packshot.config.checks import nearest
+from packshot.config.keys import nearest
 from packshot.config.schema import GenerateSettings, Placement
 from packshot.scene import SLOTS
 from packshot.scene.slots import Slot

@@ -11,8 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from packshot.base.load import Parts, trained_scheduler
-from packshot.config.checks import check_objective
-from packshot.config.schema import PredictionType, ProductConditioning, TrainScript, Unconditional
+from packshot.config.schema import PredictionType, ProductConditioning, TrainScript, Unconditional, check_objective
 from packshot.diffusion import hold_product, schedule
 from packshot.engine.keyed_random import SampleKey
 from packshot.engine.loop import Validated

@@ -1,0 +1,130 @@
+"""Keys that several scripts share: the run, its licences, its trackers, its models, and scenes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, make_dataclass
+from typing import Any, ClassVar
+
+from packshot.config.keys import Names, opt
+from packshot.errors import ConfigError
+from packshot.scene import SLOTS
+
+TrackerKind = Names("TrackerKind", ["wandb", "none"])
+Quantization = Names("Quantization", ["none", "nf4", "int8"])
+
+LONGEST_TAG = 64  # characters that W&B accepts
+NOT_IN_PROJECT = "/\\#?%:"  # characters that W&B refuses in the name of a project
+
+
+@dataclass
+class RunConfig:
+    dir: str | None = opt(None, "folder of this run; default: outputs/<script>/<date-time>")
+    seed: int = opt(0, "seed of every random draw", min=0, max=2**62)
+    resume: bool = opt(False, "continue in an existing run.dir, from its newest whole checkpoint")
+
+
+@dataclass
+class LicenseConfig:
+    commercial: bool = opt(
+        False,
+        "refuse data and weights whose licence is not known to allow commercial use; build_data.py rejects such rows",
+    )
+    allowed: list[str] = opt(
+        [],
+        "further licences to accept, and paths or ids of weights that name none and whose terms you have checked",
+    )
+
+    def check(self) -> None:
+        if self.allowed and not self.commercial:
+            raise ConfigError(
+                "licenses.allowed has no effect, because every licence is accepted.",
+                "Add licenses.commercial=true, or leave it out.",
+            )
+
+
+@dataclass
+class TrackingConfig:
+    kind: TrackerKind = opt(TrackerKind.wandb, "wandb (offline when no key is set) or none")
+    project: str = opt("packshot", "W&B project")
+    name: str | None = opt(None, "W&B run name; default: the name of run.dir")
+    tags: list[str] = opt([], "W&B tags, at most 64 characters each")
+
+    def check(self) -> None:
+        for tag in self.tags:
+            if len(tag) > LONGEST_TAG:
+                raise ConfigError(
+                    f"tracking.tags: {tag!r} has {len(tag)} characters.", f"W&B accepts at most {LONGEST_TAG}."
+                )
+            if not tag.strip():
+                raise ConfigError("tracking.tags has an empty tag.", f"W&B accepts 1 to {LONGEST_TAG} characters.")
+        refused = sorted({*self.project} & {*NOT_IN_PROJECT})
+        if refused or not self.project:
+            raise ConfigError(
+                f"tracking.project={self.project!r} cannot be the name of a W&B project.",
+                f"Use a name without {' '.join(refused)}." if refused else "It needs a name.",
+            )
+
+
+@dataclass
+class ModelConfig:
+    base: str = opt("data/models/sdxl", "SDXL pipeline folder or hub id")
+    vae: str | None = opt(None, "VAE folder or hub id that replaces the base's VAE (sdxl-vae-fp16-fix)")
+    image_encoder: str | None = opt(None, "CLIP vision encoder; default: <base>/image_encoder")
+    florence2: str = opt("data/models/florence2", "Florence-2 folder or hub id")
+    llama32_vision: str = opt("data/models/mllama", "Llama 3.2 Vision folder or hub id")
+    resolution: int = opt(128, "side of the square the base was trained on, px", min=32, max=2048)
+    quantization: Quantization = opt(
+        Quantization.none, "format of the frozen UNet's transformer layers while a LoRA is trained"
+    )
+
+
+@dataclass
+class Script:
+    """Keys of every script. can_quantize: whether the script reads ``model.quantization``."""
+
+    can_quantize: ClassVar[bool] = False
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def check(self) -> None:
+        if self.model.quantization is not Quantization.none and not self.can_quantize:
+            raise ConfigError(
+                f"model.quantization={self.model.quantization} only works in train_lora.py.",
+                "Set model.quantization=none: a LoRA that was trained with it runs on the unquantized base.",
+            )
+
+
+@dataclass
+class MatteConfig:
+    onnx: str | None = opt(None, "ONNX file of a salient-object network, used instead of matte.network")
+    network: str | None = opt(
+        None, "folder of the family's segmentation network, which guides GrabCut; null: GrabCut alone"
+    )
+    min_confidence: float = opt(0.5, "masks below this confidence are rejected", min=0, max=1)
+
+
+@dataclass
+class DepthConfig:
+    onnx: str | None = opt(
+        None, "ONNX file of a monocular depth network (MiDaS, Depth Anything), for ControlNets that read depth"
+    )
+
+
+def scene_fields() -> list[tuple[str, Any, Any]]:
+    """A key for each slot of a Scene, as ``make_dataclass`` takes them."""
+    fields: list[tuple[str, Any, Any]] = []
+    for name, slot in SLOTS.items():
+        if slot.many:
+            fields.append((name, list[str], opt([], slot.help)))
+        elif slot.order == 0:
+            fields.append((name, str, opt("", slot.help)))
+        else:
+            fields.append((name, str | None, opt(None, slot.help)))
+    return fields
+
+
+@dataclass
+class SceneConfig(make_dataclass("SceneKeys", scene_fields())):
+    """The slots of a Scene as config keys."""

@@ -1,0 +1,187 @@
+"""Keys of generate.py, evaluate.py and serve.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from packshot.config.caption import CaptionerConfig
+from packshot.config.common import DepthConfig, LicenseConfig, MatteConfig, SceneConfig, Script
+from packshot.config.keys import Names, opt
+from packshot.errors import ConfigError
+
+IPAdapterLayers = Names("IPAdapterLayers", ["all", "style", "layout", "style_and_layout"])
+Placement = Names("Placement", ["original", "center"])
+Suite = Names("Suite", ["full", "preservation", "scene"])
+
+MOST_REFERENCES = 64  # every one adds its image tokens to what each layer attends to at each step
+
+
+@dataclass
+class AdaptersConfig:
+    lora: str | None = opt(None, "export/ folder of train_lora.py")
+    lora_scale: float = opt(1.0, "weight of the LoRA", min=0, max=10)
+    lora_start: float = opt(0.0, "share of the denoising steps at which the LoRA becomes active", min=0, max=1)
+    lora_end: float = opt(1.0, "share of the denoising steps at which it becomes inactive", min=0, max=1)
+    controlnets: list[str] = opt([], "export/ folders of train_controlnet.py")
+    controlnet_scales: list[float] = opt([], "one weight per ControlNet; default 1.0 each")
+    controlnet_starts: list[float] = opt(
+        [], "one share of the steps per ControlNet, at which it becomes active; default 0 each"
+    )
+    controlnet_ends: list[float] = opt(
+        [], "one share of the steps per ControlNet, at which it becomes inactive; default 1 each"
+    )
+    ip_adapter: str | None = opt(None, "export/ folder of train_ip_adapter.py")
+    ip_adapter_scale: float = opt(1.0, "weight of the reference image", min=0, max=2)
+    ip_adapter_layers: IPAdapterLayers = opt(
+        IPAdapterLayers.all,
+        "layers that see the reference: all, the one for style, the one for layout, or both (InstantStyle)",
+    )
+    ip_adapter_start: float = opt(
+        0.0, "share of the denoising steps at which the reference becomes active", min=0, max=1
+    )
+    ip_adapter_end: float = opt(1.0, "share of the denoising steps at which it becomes inactive", min=0, max=1)
+
+    def controlnet_spans(self) -> list[tuple[float, float]]:
+        """(start, end) of every ControlNet."""
+        count = len(self.controlnets)
+        return list(zip(self.controlnet_starts or [0.0] * count, self.controlnet_ends or [1.0] * count, strict=True))
+
+    def check(self) -> None:
+        for name in ("controlnet_scales", "controlnet_starts", "controlnet_ends"):
+            values = getattr(self, name)
+            if values and len(values) != len(self.controlnets):
+                raise ConfigError(
+                    f"adapters.{name} has {len(values)} values for {len(self.controlnets)} ControlNets.",
+                    "Give one per ControlNet, or none.",
+                )
+        spans = [("lora", self.lora_start, self.lora_end)]
+        spans.append(("ip_adapter", self.ip_adapter_start, self.ip_adapter_end))
+        spans += [("controlnets", start, end) for start, end in self.controlnet_spans()]
+        for name, start, end in spans:
+            if not 0 <= start < end <= 1:
+                raise ConfigError(
+                    f"adapters.{name} would be active from {start:g} to {end:g} of the denoising steps.",
+                    "A start must be below its end, and both must be from 0 to 1.",
+                )
+
+
+@dataclass
+class GenerateSettings:
+    """How one picture is made; shared by generate.py and serve.py."""
+
+    num_inference_steps: int = opt(30, "denoising steps", min=1, max=1000)
+    guidance_scale: float = opt(5.0, "classifier-free guidance; 1 switches it off", min=1, max=50)
+    negative_prompt: str | None = opt(None, "what the picture should not show")
+    placement: Placement = opt(
+        Placement.original, "original keeps the photo's frame; center puts the product in the middle of `size`"
+    )
+    size: list[int] = opt([], "width, height of the output in px (placement=center)")
+    product_scale: float = opt(0.6, "product's share of the canvas (placement=center)", min=0.05, max=1)
+    light_angle: float | None = opt(
+        None,
+        "where light comes from, degrees: 0 the right, 90 behind, 180 the left, 270 the front; for ControlNets that "
+        "read light; null: taken from scene.lighting, or left open",
+        min=0,
+        max=360,
+    )
+
+    def check(self) -> None:
+        if self.placement is Placement.center and len(self.size) != 2:
+            raise ConfigError("placement=center needs a canvas size.", "Add size=[width,height], in px.")
+        if self.size and (len(self.size) != 2 or not all(64 <= side <= 8192 for side in self.size)):
+            raise ConfigError(
+                f"size={self.size} is not a valid canvas size.", "Expected [width,height], each from 64 to 8192 px."
+            )
+
+
+def reference_weights(count: int, weights: Sequence[int]) -> list[int]:
+    """The weight of each of ``count`` reference images, 1 where none is given.
+
+    Raises:
+        ConfigError: there are more or fewer weights than images, one is below 1, or their sum is above 64.
+    """
+    known = list(weights) or [1] * count
+    if len(known) != count:
+        raise ConfigError(
+            f"reference_weights has {len(known)} values for {count} references.", "Give one per reference, or none."
+        )
+    if any(weight < 1 for weight in known) or sum(known) > MOST_REFERENCES:
+        raise ConfigError(
+            f"reference_weights={known} are not valid weights.",
+            f"They are whole numbers from 1, together at most {MOST_REFERENCES}.",
+        )
+    return known
+
+
+@dataclass
+class Generate(Script, GenerateSettings):
+    licenses: LicenseConfig = field(default_factory=LicenseConfig)
+    product: str = opt("data/products/coffee.png", "product photo, or a folder of them")
+    mask: str | None = opt(
+        None, "product mask (white = product); null: the photo's alpha channel, or else segmentation"
+    )
+    matte: MatteConfig = field(default_factory=MatteConfig)
+    depth: DepthConfig = field(default_factory=DepthConfig)
+    prompt: str | None = opt(None, "free text, instead of the structured scene.*")
+    scene: SceneConfig = field(default_factory=SceneConfig)
+    reference: str | None = opt(None, "image whose look the background takes (needs adapters.ip_adapter)")
+    references: list[str] = opt([], "several such images instead")
+    reference_weights: list[int] = opt([], "weight of each of them: whole numbers, together at most 64; default 1 each")
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
+    num_images: int = opt(4, "pictures per product", min=1, max=64)
+    baseline: str | None = opt(None, "folder of an earlier run, whose pictures report.html shows next to these")
+
+    def reference_files(self) -> list[str]:
+        """``references``, or the one ``reference``."""
+        return self.references or ([self.reference] if self.reference else [])
+
+    def check(self) -> None:
+        Script.check(self)
+        GenerateSettings.check(self)
+        if self.prompt and any(vars(self.scene).values()):
+            raise ConfigError("prompt and scene.* are both given.", "Use one: the scene is rendered to the prompt.")
+        if self.reference and self.references:
+            raise ConfigError("reference and references are both given.", "Add the one to the list of the others.")
+        files = self.reference_files()
+        if files and not self.adapters.ip_adapter:
+            raise ConfigError(
+                f"reference={', '.join(files)} needs an IP-Adapter.",
+                "Add adapters.ip_adapter=<export folder of train_ip_adapter.py>.",
+            )
+        reference_weights(len(files), self.reference_weights)
+
+
+@dataclass
+class Evaluate(Script):
+    suite: Suite = opt(Suite.full, "full, preservation or scene")
+    runs: list[str] = opt(
+        [], "one or two folders of generate.py to compare; none: the base draws the shipped products first"
+    )
+    captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
+    matte: MatteConfig = field(default_factory=MatteConfig)
+
+
+@dataclass
+class ServeConfig:
+    host: str = opt("127.0.0.1", "address to listen on")
+    port: int = opt(8000, "port to listen on", min=0, max=65535)
+    api_key: str | None = opt(None, "bearer key; default: environment PACKSHOT_API_KEY, or else a new one is printed")
+    max_upload_mib: float = opt(10.0, "largest accepted file", min=0.01, max=1024)
+    max_pixels: int = opt(40_000_000, "largest accepted picture, width x height", min=1)
+    queue_size: int = opt(
+        8, "requests that may wait behind the running one; further ones are answered with 429", min=0, max=1000
+    )
+    timeout_seconds: float = opt(
+        600.0, "longest time of a request, waiting included; then it is answered with 504", min=0.1, max=86400
+    )
+
+
+@dataclass
+class Serve(Script):
+    licenses: LicenseConfig = field(default_factory=LicenseConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
+    matte: MatteConfig = field(default_factory=MatteConfig)
+    depth: DepthConfig = field(default_factory=DepthConfig)
+    generate: GenerateSettings = field(default_factory=GenerateSettings)

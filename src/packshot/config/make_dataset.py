@@ -1,0 +1,85 @@
+"""Keys of build_data.py: sources, quality, rendering, and who does the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from packshot.config.caption import CaptionerConfig
+from packshot.config.common import DepthConfig, LicenseConfig, MatteConfig, SceneConfig, Script
+from packshot.config.keys import Names, opt
+from packshot.errors import ConfigError
+
+DatasetKind = Names("DatasetKind", ["background", "product", "rendered"])
+RenderSplit = Names("RenderSplit", ["all", "train", "heldout"])
+ExecutorKind = Names("ExecutorKind", ["local", "ray"])
+
+
+@dataclass
+class SourceConfig:
+    path: str = opt("data/products", "images: a folder, a glob, Parquet or tar shards; local, s3:// and similar")
+    masks: str | None = opt(None, "folder with a mask per image, same file name (white = product)")
+    license: str = opt("unknown", "licence of every image of the source (SPDX id or name)")
+
+
+@dataclass
+class QualityConfig:
+    min_side: int = opt(64, "reject images with a shorter side, px", min=1)
+    max_pixels: int = opt(120_000_000, "reject images with more pixels (decompression bombs)", min=1)
+    min_sharpness: float = opt(
+        0.003, "reject blurred images (edges against contrast at 512 px; images in focus have 0.05 and more)", min=0
+    )
+    duplicate_distance: int = opt(
+        4, "reject images within this Hamming distance of an earlier one; -1: keep all", min=-1
+    )
+
+
+@dataclass
+class ExecutorConfig:
+    kind: ExecutorKind = opt(
+        ExecutorKind.local,
+        "what works on shards: processes of this machine, or the Ray cluster at RAY_ADDRESS (default: this machine)",
+    )
+    workers: int = opt(1, "number of shards in work at the same time", min=1, max=256)
+
+
+@dataclass
+class RenderConfig:
+    count: int = opt(24, "number of scenes", min=1, max=1_000_000)
+    seeds: list[int] = opt([], "render these scenes instead (the numbers in the column `source`)")
+    size: int = opt(128, "side of the square picture, px", min=32, max=4096)
+    samples: int = opt(12, "light paths per pixel; 12 are enough at 128 px, 64 at 512 and more", min=1, max=4096)
+    quality: int | None = opt(
+        None, "0 to 100: lossy pictures (AVIF), while masks stay lossless; null: lossless", min=0, max=100
+    )
+    split: RenderSplit = opt(
+        RenderSplit.all, "train and heldout share no product and no pair of surface and background; all: both, 6 to 1"
+    )
+    scene: SceneConfig = field(default_factory=SceneConfig)
+    nearest: bool = opt(
+        False, "replace a phrase of render.scene that the renderer does not know by the most similar one"
+    )
+    folder: str | None = opt(
+        None,
+        "keep finished scenes here and reuse those of other runs, one build at a time; null: only during the build",
+    )
+    environment: str = opt(".venv-render", "Blender's environment (`make render-env`)")
+
+    def check(self) -> None:
+        if len(set(self.seeds)) < len(self.seeds) or any(seed < 0 for seed in self.seeds):
+            raise ConfigError(
+                f"render.seeds={self.seeds} repeats a seed or has one below 0.", "Name each scene once, by its number."
+            )
+
+
+@dataclass
+class BuildData(Script):
+    licenses: LicenseConfig = field(default_factory=LicenseConfig)
+    dataset: DatasetKind = opt(DatasetKind.product, "background (image, text), product (image, mask, text) or rendered")
+    source: SourceConfig = field(default_factory=SourceConfig)
+    matte: MatteConfig = field(default_factory=MatteConfig)
+    depth: DepthConfig = field(default_factory=DepthConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    render: RenderConfig = field(default_factory=RenderConfig)
+    captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    shard_size: int = opt(256, "input images per shard", min=1)

@@ -1,0 +1,183 @@
+"""Keys of the three training methods and of their scripts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from packshot.config.common import Quantization
+from packshot.config.keys import Names, opt
+from packshot.config.train import ProductConditioning, TrainScript
+from packshot.errors import ConfigError
+
+LoraKind = Names("LoraKind", ["lora", "dora", "rslora", "loha", "lokr"])
+LoraTargets = Names(
+    "LoraTargets", ["attention", "cross_attention", "attention_and_ff", "attention_and_conv", "all_linear"]
+)
+Condition = Names("Condition", ["inpaint", "canny", "silhouette", "softedge", "depth", "light"])
+IPAdapterVariant = Names("IPAdapterVariant", ["base", "plus"])
+ReferenceSource = Names("ReferenceSource", ["self", "look", "place"])
+
+LOW_RANK = (LoraKind.lora, LoraKind.rslora)
+# Adapter kinds that train over quantized weights. loha and lokr read the shape of the stored weight, which nf4 packs;
+# dora needs the values of the weight itself, which int8 no longer has after the first step.
+QUANTIZED = {Quantization.nf4: (*LOW_RANK, LoraKind.dora), Quantization.int8: LOW_RANK}
+
+
+@dataclass
+class LoraMethod:
+    rank: int = opt(16, "rank of the update", min=1, max=1024)
+    alpha: float = opt(16.0, "scale: the update is multiplied by alpha/rank (rslora: alpha/sqrt(rank))", min=1e-3)
+    kind: LoraKind = opt(
+        LoraKind.lora, "form of the update; loha and lokr are exported for peft, the others for diffusers"
+    )
+    dropout: float = opt(
+        0.0,
+        "dropout on the adapter's input (loha, lokr: on its rows); unlike all other random draws it depends on batch "
+        "size, accumulation and number of processes",
+        min=0,
+        max=0.9,
+    )
+    targets: LoraTargets = opt(LoraTargets.attention, "which layers of the UNet are adapted")
+    target_modules: str | None = opt(None, "regular expression over whole module names, instead of targets")
+    text_encoder: bool = opt(False, "also train a LoRA on the attention of both text encoders")
+    text_rank: int | None = opt(
+        None, "rank on the text encoders (alpha stays, so the scale is alpha/text_rank); null: rank", min=1, max=1024
+    )
+    conv_rank: int | None = opt(None, "rank on the convolutions among targets; null: rank", min=1, max=1024)
+    conv_alpha: float | None = opt(None, "alpha on the convolutions among targets; null: alpha", min=1e-3)
+
+    def check(self) -> None:
+        if self.text_rank is not None and not self.text_encoder:
+            raise ConfigError(
+                f"method.text_rank={self.text_rank} has no effect without a LoRA on the text encoders.",
+                "Add method.text_encoder=true, or leave it out.",
+            )
+        try:
+            re.compile(self.target_modules or "")
+        except re.error as error:
+            raise ConfigError(
+                f"method.target_modules={self.target_modules!r} is not a regular expression: {error}.",
+                "It is matched against whole module names, such as mid_block.attentions.0.proj_in.",
+            ) from error
+
+
+@dataclass
+class IPAdapterMethod:
+    variant: IPAdapterVariant = opt(IPAdapterVariant.base, "base (pooled embedding) or plus (patch tokens)")
+    num_tokens: int = opt(4, "image tokens that the cross-attention sees (plus: queries)", min=1, max=64)
+    reference: ReferenceSource = opt(
+        ReferenceSource.look,
+        "the picture a sample is trained with: self, its own without the product; or, so that the adapter does not "
+        "learn a reference's content, with probability peer_reference_prob another sample's: with the same surface "
+        "and mood (look), or surface and background (place)",
+    )
+    peer_reference_prob: float = opt(
+        0.5,
+        "share of samples trained with the reference of another sample, where reference=look|place finds one; the "
+        "others are trained with their own, which tells the network more",
+        min=0,
+        max=1,
+    )
+    image_dropout: float = opt(0.05, "share of samples trained without the reference", min=0, max=1)
+    init: str | None = opt(
+        None,
+        "adapter to start from: a .safetensors or .bin file in the original layout (ip-adapter_sdxl_vit-h, "
+        "ip-adapter-plus_sdxl_vit-h with num_tokens=16), or an export/ folder; null: one without effect",
+    )
+    resampler_dim: int | None = opt(
+        None, "inner width of variant=plus; null: that of init, or the image encoder's", min=64, max=8192
+    )
+
+    def check(self) -> None:
+        if self.variant is not IPAdapterVariant.base:
+            return
+        if self.num_tokens != 4:
+            raise ConfigError(
+                f"method.num_tokens={self.num_tokens} with method.variant=base: stock loaders expect four.",
+                "Set method.num_tokens=4, or method.variant=plus.",
+            )
+        if self.resampler_dim is not None:
+            raise ConfigError(
+                f"method.resampler_dim={self.resampler_dim} with method.variant=base: this variant has no resampler.",
+                "Set method.variant=plus, or leave it out.",
+            )
+
+
+@dataclass
+class ControlNetMethod:
+    condition: Condition = opt(
+        Condition.inpaint,
+        "inpaint (background = -1), canny (edges of the product), silhouette (its outline), softedge (its gradients), "
+        "depth (its relief) or light (which side the scene's light comes from)",
+    )
+    init: str | None = opt(None, "ControlNet to start from, folder or hub id; null: a copy of the UNet's encoder")
+    extra_controlnets: list[str] = opt(
+        [], "export/ folders of ControlNets that work along, frozen unless method.train_extras=true"
+    )
+    train_extras: bool = opt(
+        False, "also train those of method.extra_controlnets; they are exported to export/beside-<k>"
+    )
+    mask_grow: float = opt(
+        0.0, "px by which the product's mask grows before the map is drawn, in training and generation", min=-64, max=64
+    )
+    mask_feather: float = opt(0.0, "px over which the mask fades, in training and generation (inpaint)", min=0, max=64)
+    mask_jitter: float = opt(0.0, "px by which the mask grows or shrinks at random in training", min=0, max=64)
+
+
+@dataclass
+class ExportConfig:
+    kohya: bool = opt(False, "also write the LoRA in the kohya/ComfyUI key layout")
+
+
+@dataclass
+class TrainLora(TrainScript):
+    can_quantize: ClassVar[bool] = True
+
+    method: LoraMethod = field(default_factory=LoraMethod)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def check(self) -> None:
+        super().check()
+        kind = self.method.kind
+        # transformers drops the magnitudes of a DoRA on loading; readers disagree about their shape in a kohya file
+        for key, given in (("method.text_encoder", self.method.text_encoder), ("export.kohya", self.export.kohya)):
+            if given and kind not in LOW_RANK:
+                raise ConfigError(
+                    f"{key}=true with method.kind={kind}: no file format holds that so that all stock loaders agree.",
+                    f"Use method.kind=lora or rslora, or set {key}=false.",
+                )
+        supported = QUANTIZED.get(self.model.quantization, tuple(LoraKind))
+        if kind not in supported:
+            raise ConfigError(
+                f"method.kind={kind} cannot be trained over model.quantization={self.model.quantization}.",
+                f"It works with {', '.join(map(str, supported))}.",
+            )
+
+
+def refuse_channels(config: TrainScript) -> None:
+    """Raises ConfigError when another trainer than train_lora.py is asked to train more input channels."""
+    if config.objective.product_conditioning is ProductConditioning.channels:
+        raise ConfigError(
+            "objective.product_conditioning=channels changes the UNet's first layer, which only train_lora.py trains.",
+            "Set objective.product_conditioning=noised or clean.",
+        )
+
+
+@dataclass
+class TrainIPAdapter(TrainScript):
+    method: IPAdapterMethod = field(default_factory=IPAdapterMethod)
+
+    def check(self) -> None:
+        super().check()
+        refuse_channels(self)
+
+
+@dataclass
+class TrainControlNet(TrainScript):
+    method: ControlNetMethod = field(default_factory=ControlNetMethod)
+
+    def check(self) -> None:
+        super().check()
+        refuse_channels(self)
