@@ -174,7 +174,7 @@ def main() -> None:
     from diffusers import UNet2DConditionModel
 
     args.out.mkdir(parents=True, exist_ok=True)
-    renders, parts = Renders.open("data/rendered/train", "data/rendered/heldout"), load_parts(args.model)
+    renders, parts = Renders.open(["data/rendered/train"], "data/rendered/heldout"), load_parts(args.model)
     unet: Any = UNet2DConditionModel.from_pretrained(args.model / "unet").float().eval()
     lines = ["VAE, dB: " + ", ".join(f"{k} {v:.2f}" for k, v in measure_vae(parts["vae"], renders.held_out).items())]
     found = retrieval(parts, renders.held_out)

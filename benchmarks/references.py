@@ -142,7 +142,7 @@ def _cosine(a_D: np.ndarray, b_D: np.ndarray, name: str) -> float:
 
 def obedience(draw: Drawing, count: int, seed: int) -> dict[str, dict[str, float]]:
     """Slot accuracy by the probe, without a reference and with one of another scene."""
-    probe = Probe.fit(Renders.open("data/rendered/train", "data/rendered/heldout").train)
+    probe = Probe.fit(Renders.open(["data/rendered/train"], "data/rendered/heldout").train)
     asked = [int(place) for place in np.linspace(0, len(draw.rows) - 1, count)]
     rng = np.random.default_rng(seed)
     others = [int(rng.choice([i for i in range(len(draw.rows)) if i != index])) for index in asked]

@@ -8,18 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from packshot.errors import ConfigError
-from packshot.imaging.matting_network import PATCH, SIDE, alpha_logits, load_matting, predict_alpha
+from packshot.imaging.matting_network import alpha_logits, input_side, load_matting, predict_alpha
 from packshot.scene import Scene
 from tools.mini.data import Render, read_renders
-from tools.mini.matting import (
-    _window,
-    build_matting,
-    draw,
-    matting_loss,
-    measure_matting,
-)
+from tools.mini.matting import build_matting, matting_loss, measure_matting
+from tools.mini.matting_samples import SIDE, Material, draw, place, placed_product, read_cutouts, wire
 
 
 def scene(seed: int = 0) -> Render:
@@ -29,22 +25,22 @@ def scene(seed: int = 0) -> Render:
         [rng.integers(0, 40, (SIDE, SIDE)), rng.integers(90, 200, (SIDE, SIDE)), rng.integers(0, 40, (SIDE, SIDE))], -1
     )
     plate, image = plate.astype(np.uint8), plate.astype(np.uint8).copy()
-    image[40:100, 50:80] = (220, 0, 0)
+    image[80:200, 100:160] = (220, 0, 0)
     cutout = np.zeros((SIDE, SIDE, 4), np.uint8)
-    cutout[40:100, 50:80] = (220, 0, 0, 255)
+    cutout[80:200, 100:160] = (220, 0, 0, 255)
     return Render("0", "p000", {}, Scene("a bed of sand"), image, plate, cutout)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
-    box=st.tuples(st.integers(0, 90), st.integers(0, 90), st.integers(8, 128), st.integers(8, 128)),
+    box=st.tuples(st.integers(0, 180), st.integers(0, 180), st.integers(16, 256), st.integers(16, 256)),
 )
 def test_the_window_keeps_the_product_whole(seed: int, box: tuple[int, int, int, int]) -> None:
     top, left, height, width = box
     alpha = np.zeros((SIDE, SIDE), np.float32)
     alpha[top : top + height, left : left + width] = 1
-    matrix = _window(alpha, random.Random(seed))
+    matrix = place(alpha, random.Random(seed))
     bottom, right = min(top + height, SIDE), min(left + width, SIDE)
     corners = np.array([[x - 0.5, y - 0.5, 1] for x in (left, right) for y in (top, bottom)]) @ matrix.T
     assert corners.min() >= -0.501
@@ -55,7 +51,7 @@ def test_the_picture_of_a_sample_shows_the_product_where_its_alpha_says() -> Non
     rng = random.Random(0)
     shares = []
     for _ in range(60):
-        image, alpha = draw([scene(0)], rng)
+        image, alpha = draw(Material([scene(0)], []), rng)
         assert image.shape == (SIDE, SIDE, 3)
         assert image.dtype == np.uint8
         assert 0 <= alpha.min() <= alpha.max() <= 1
@@ -67,9 +63,42 @@ def test_the_picture_of_a_sample_shows_the_product_where_its_alpha_says() -> Non
 
 
 def test_samples_follow_from_the_seed() -> None:
-    first, second = (draw([scene(0), scene(1)], random.Random(7)) for _ in range(2))
+    first, second = (draw(Material([scene(0), scene(1)], []), random.Random(7)) for _ in range(2))
     assert np.array_equal(first[0], second[0])
     assert np.array_equal(first[1], second[1])
+
+
+def test_wires_are_thin_and_inside_the_picture() -> None:
+    for seed in range(20):
+        alpha = wire(random.Random(seed))[..., 3]
+        border = np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])
+        assert not border.any()
+        assert 0.002 < (alpha > 127).mean() < 0.25
+
+
+def test_a_placed_product_keeps_its_colour_at_its_soft_edge() -> None:
+    """Black from outside the cut-out must not leak into the edge when the cut-out is scaled."""
+    material = Material([], [scene(0).cutout])
+    products = [placed_product(material, random.Random(seed)) for seed in range(40)]
+    blocks = []
+    for product in products:
+        soft = (product.alpha > 0.2) & (product.alpha < 0.8)
+        if soft.sum() < 0.1 * (product.alpha > 0.99).sum():  # the others are wires, which are nearly all edge
+            blocks.append(product)
+    assert len(blocks) > 25
+    for product in blocks:
+        edge = (product.alpha > 0.2) & (product.alpha < 0.8)
+        inside = product.alpha > 0.99
+        assert np.abs(product.color[edge].mean(0) - product.color[inside].mean(0)).max() < 12
+
+
+def test_cutouts_without_an_outline_are_refused(tmp_path) -> None:
+    assert read_cutouts(None) == []
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    with pytest.raises(ConfigError, match=r"photo\.png: alpha shows no outline"):
+        read_cutouts(tmp_path)
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        read_cutouts(tmp_path / "nowhere")
 
 
 def test_the_network_learns_a_product_it_sees_often() -> None:
@@ -93,8 +122,9 @@ def test_the_shipped_network_finds_held_out_products() -> None:
     iou = []
     for one in scenes:
         guess = predict_alpha(network, cv2.resize(one.image, (200, 160)))  # any size, any shape
-        assert guess.shape == (SIDE, SIDE)
-        a, b = guess >= 0.5, one.alpha >= 0.5
+        assert guess.shape == (input_side(network),) * 2
+        alpha = cv2.resize(one.alpha, guess.shape, interpolation=cv2.INTER_AREA)
+        a, b = guess >= 0.5, alpha >= 0.5
         iou.append((a & b).sum() / (a | b).sum())
     assert np.mean(iou) > 0.5  # the weights are young; see docs/log.md
 
@@ -107,6 +137,6 @@ def test_what_is_no_segmentation_network_is_refused(tmp_path) -> None:
     from diffusers import UNet2DModel
 
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
-    UNet2DModel(in_channels=3, out_channels=1, norm_num_groups=4, **blocks).save_pretrained(tmp_path / "other")
-    with pytest.raises(ConfigError, match=f"3 input and 1 output channels.\n  It needs {3 * PATCH**2} and {PATCH**2}"):
+    UNet2DModel(in_channels=3, out_channels=4, norm_num_groups=4, **blocks).save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"3 input and 4 output channels\.\n  It needs a square"):
         load_matting(str(tmp_path / "other"))

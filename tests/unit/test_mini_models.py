@@ -229,7 +229,7 @@ def _by_product(count: int) -> list[pa.Table]:
 
 def test_renders_are_the_rows_of_two_sets(tmp_path: Path) -> None:
     one, two = _by_product(3)
-    renders = Renders.open(_write_set(tmp_path / "a", one), _write_set(tmp_path / "b", two))
+    renders = Renders.open([_write_set(tmp_path / "a", one)], _write_set(tmp_path / "b", two))
     assert [render.id for render in renders.train] == one.column("id").to_pylist()
     assert [render.scene.render() for render in renders.held_out] == two.column("text").to_pylist()
     for render in renders.train:
@@ -264,11 +264,11 @@ def test_sets_that_cannot_teach_are_refused(tmp_path: Path) -> None:
     first, second = _write_set(tmp_path / "a", one), _write_set(tmp_path / "b", two)
     bare = _write_set(tmp_path / "c", two.drop_columns(["plate"]))
     with pytest.raises(ConfigError, match="both show"):
-        Renders.open(first, first)
+        Renders.open([first], first)
     with pytest.raises(ConfigError, match=r"--heldout .* lacks plate"):
-        Renders.open(first, bare)
+        Renders.open([first], bare)
     with pytest.raises(ConfigError, match="--train"):
-        Renders.open(str(tmp_path / "nothing"), second)
+        Renders.open([str(tmp_path / "nothing")], second)
 
 
 def test_mirroring_swaps_left_and_right() -> None:

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tools.mini.folder import Family
 
-STAGES = ("tokenizer", "vae", "clip", "unet", "florence2", "mllama", "matting")
+FAMILY_OF = {
+    "tokenizer": "sdxl",
+    "vae": "sdxl",
+    "clip": "sdxl",
+    "unet": "sdxl",
+    "florence2": "florence2",
+    "mllama": "mllama",
+    "matting": "matting",
+}
+STAGES = tuple(FAMILY_OF)
 MINUTES = {"vae": 15.0, "clip": 5.0, "unet": 40.0, "florence2": 10.0, "mllama": 10.0, "matting": 20.0}
 
 
@@ -35,7 +44,9 @@ def _stages(text: str) -> tuple[str, ...]:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.mini", description=__doc__)
-    parser.add_argument("--train", default="data/rendered/train", help="rendered set (default %(default)s)")
+    parser.add_argument(
+        "--train", nargs="+", default=["data/rendered/train"], help="rendered sets (default %(default)s)"
+    )
     parser.add_argument("--heldout", default="data/rendered/heldout", help="set to measure on (default %(default)s)")
     parser.add_argument("--start", type=Path, help="an earlier family whose weights to begin with, as data/models")
     parser.add_argument("--out", type=Path, default=Path("data/models"), help="published family (default %(default)s)")
@@ -44,6 +55,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=_minutes, default=MINUTES, help="CPU minutes per thread, vae=15,unet=40")
     parser.add_argument("--clip-bpe", type=Path, help="CLIP's merge table or a wheel that holds it (first run only)")
     parser.add_argument("--latent-channels", type=int, default=4)
+    parser.add_argument("--cutouts", type=Path, help="matting: a folder of further products, pictures with alpha")
     parser.add_argument("--decoder-only", action="store_true", help="vae: keep the encoder, so that a UNet stays valid")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -64,12 +76,35 @@ def _stage_tokenizers(clip_bpe: Path | None, sdxl: Family) -> None:
         raise PackshotError("the first run needs CLIP's merge table", hint="pass --clip-bpe, or --start a family")
 
 
-def _open_later(args: argparse.Namespace, name: str) -> Family:
-    """A family that came later: what training starts from need not have it."""
+def _open_family(args: argparse.Namespace, name: str) -> Family:
+    """The staging folder of one family; what training starts from need not have it."""
     from tools.mini.folder import RECORD, Family
 
     start = args.start if args.start and (args.start / name / RECORD).exists() else None
     return Family.open(args.work, args.out, name, start)
+
+
+def _train(args: argparse.Namespace, stage: str, family: Family) -> None:
+    """Train one stage; its part is staged if it is better than the one that is there."""
+    from tools.mini.clip import train_clip
+    from tools.mini.data import SIZE, Renders
+    from tools.mini.florence2 import train_florence
+    from tools.mini.matting import train_matting
+    from tools.mini.matting_samples import SIDE
+    from tools.mini.mllama import train_mllama
+    from tools.mini.unet import train_unet
+    from tools.mini.vae import train_vae
+
+    renders = Renders.open(args.train, args.heldout, SIDE if stage == "matting" else SIZE)
+    print(f"{len(renders.train)} training and {len(renders.held_out)} held-out scenes", flush=True)
+    rest = args.work / stage, args.minutes[stage], args.seed
+    if stage == "vae":
+        train_vae(renders, family, *rest, channels=args.latent_channels, decoder_only=args.decoder_only)
+    elif stage == "matting":
+        train_matting(renders, family, *rest, cutouts=args.cutouts)
+    else:
+        plain = {"clip": train_clip, "unet": train_unet, "florence2": train_florence, "mllama": train_mllama}
+        plain[stage](renders, family, *rest)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -77,42 +112,21 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from tools.mini.card import model_card
-    from tools.mini.clip import train_clip
-    from tools.mini.data import Renders
-    from tools.mini.florence2 import train_florence
-    from tools.mini.folder import Family
-    from tools.mini.matting import train_matting
-    from tools.mini.mllama import train_mllama
-    from tools.mini.unet import fits, train_unet
-    from tools.mini.vae import train_vae
+    from tools.mini.unet import fits
 
     torch.set_num_threads(args.threads)
-    renders = Renders.open(args.train, args.heldout)
-    print(f"{len(renders.train)} training and {len(renders.held_out)} held-out scenes", flush=True)
-    sdxl, florence = (Family.open(args.work, args.out, name, args.start) for name in ("sdxl", "florence2"))
-    mllama, matting = (_open_later(args, name) for name in ("mllama", "matting"))
-    if "tokenizer" in args.stage and not (sdxl.staging / "tokenizer_2" / "merges.txt").exists():
-        _stage_tokenizers(args.clip_bpe, sdxl)
-    train = {
-        "vae": lambda *rest: train_vae(
-            renders, sdxl, *rest, channels=args.latent_channels, decoder_only=args.decoder_only
-        ),
-        "clip": lambda *rest: train_clip(renders, sdxl, *rest),
-        "unet": lambda *rest: train_unet(renders, sdxl, *rest),
-        "florence2": lambda *rest: train_florence(renders, florence, *rest),
-        "mllama": lambda *rest: train_mllama(renders, mllama, *rest),
-        "matting": lambda *rest: train_matting(renders, matting, *rest),
-    }
     for stage in args.stage:
-        if stage in train:
-            train[stage](args.work / stage, args.minutes[stage], args.seed)
-        if stage == "unet" and fits(sdxl):
-            sdxl.publish(model_card("sdxl", sdxl.records))
-        for name, family in (("florence2", florence), ("mllama", mllama), ("matting", matting)):
-            if stage == name:
-                family.publish(model_card(name, family.records))
-    if not fits(sdxl):
-        print("sdxl: not published, no UNet of the staged parts; run --stage unet", flush=True)
+        name = FAMILY_OF[stage]
+        family = _open_family(args, name)
+        if stage == "tokenizer":
+            if not (family.staging / "tokenizer_2" / "merges.txt").exists():
+                _stage_tokenizers(args.clip_bpe, family)
+            continue
+        _train(args, stage, family)
+        if name != "sdxl" or fits(family):
+            family.publish(model_card(name, family.records))
+        else:
+            print("sdxl: not published, no UNet of the staged parts; run --stage unet", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

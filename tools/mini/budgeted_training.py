@@ -40,14 +40,17 @@ class Plan:
     log_seconds: float = 20.0
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively; where it does not, autocast is slower than single precision."""
-    return torch.cpu._is_avx512_bf16_supported()
+    """Whether the device multiplies bfloat16 natively; on another CPU autocast is slower than single precision."""
+    return DEVICE.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 
 def fast_precision() -> torch.autocast:
     """Runs a network in bfloat16 where the hardware has it; compute losses outside, in single precision."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16())
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=has_fast_bfloat16())
 
 
 @dataclass
@@ -74,7 +77,7 @@ def _restore(plan: Plan, model: torch.nn.Module, optimizer: torch.optim.Optimize
     path = plan.folder / "checkpoint.pt"
     if not path.exists():
         return Progress()
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location=DEVICE, weights_only=True)
     if state["inputs"] != plan.inputs:
         raise PackshotError(
             f"{path} was trained with other inputs ({state['inputs']}) than the present ones ({plan.inputs})",

@@ -58,7 +58,7 @@ class Family:
 
     @classmethod
     def open(cls, work: Path, out: Path, name: str, start: Path | None = None) -> Family:
-        """Stage ``out/name`` under ``work/staging/name``, starting from what is published there.
+        """Stage ``out/name`` under ``work/staging/name``, starting from what is published there, else from ``start``.
 
         Raises:
             PackshotError: ``start`` holds no family.
@@ -66,8 +66,9 @@ class Family:
         if start is not None and not (start / name / RECORD).is_file():
             raise PackshotError(f"{start / name} holds no family ({RECORD} is missing)", hint="leave out --start")
         staging, published = work / "staging" / name, out / name
-        if not staging.exists() and published.exists():
-            shutil.copytree(published, staging)
+        earlier = published if published.exists() or start is None else start / name
+        if not staging.exists() and earlier.exists():
+            shutil.copytree(earlier, staging)
         staging.mkdir(parents=True, exist_ok=True)
         return cls(staging, published, start and start / name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -14,20 +15,32 @@ from torch import Tensor
 from packshot.errors import ConfigError
 from packshot.runs.files import readable
 
-SIDE = 128  # px; pictures are squeezed to this square, whatever their shape
-PATCH = 2  # px; the network works on blocks of this side, a quarter of the cost of pixels
+
+def patch_side(network: Any) -> int:
+    """Side in px of the blocks that the network works on: it has ``3 * patch**2`` input and ``patch**2`` output
+    channels, which costs far less than a network on single pixels."""
+    return math.isqrt(network.config.out_channels)
+
+
+def input_side(network: Any) -> int:
+    """Side in px of the square that pictures of any shape are squeezed to."""
+    return network.config.sample_size * patch_side(network)
 
 
 def alpha_logits(network: Any, pixels_B3HW: Tensor) -> Tensor:
-    """(B, 1, H, W) logits of alpha. network: a UNet2DModel of ``3 * PATCH**2`` to ``PATCH**2`` channels.
-    pixels: in [-1, 1]; its denoising step, which means nothing here, is always 0."""
-    return F.pixel_shuffle(network(F.pixel_unshuffle(pixels_B3HW, PATCH), 0).sample, PATCH)
+    """(B, 1, H, W) logits of alpha. network: a UNet2DModel, see :func:`patch_side`. pixels: in [-1, 1].
+
+    The network's denoising step, which means nothing here, is always 0.
+    """
+    patch = patch_side(network)
+    return F.pixel_shuffle(network(F.pixel_unshuffle(pixels_B3HW, patch), 0).sample, patch)
 
 
 @torch.inference_mode()
 def predict_alpha(network: Any, image_HW3: np.ndarray) -> np.ndarray:
-    """Alpha of a uint8 RGB picture of any size as the network sees it: float32 (SIDE, SIDE) in [0, 1]."""
-    square = cv2.resize(image_HW3, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    """Alpha of a uint8 RGB picture of any size as the network sees it: float32 in [0, 1], ``input_side`` px square."""
+    side = input_side(network)
+    square = cv2.resize(image_HW3, (side, side), interpolation=cv2.INTER_AREA)
     pixels_B3HW = torch.from_numpy(square).permute(2, 0, 1)[None].float() / 127.5 - 1
     return alpha_logits(network, pixels_B3HW).sigmoid()[0, 0].numpy()
 
@@ -43,10 +56,11 @@ def load_matting(path: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"matte.network={path} cannot be loaded: {reason}", "Name a folder of the family.") from error
+    patch = patch_side(network)
     shape = network.config.in_channels, network.config.out_channels
-    if shape != (3 * PATCH**2, PATCH**2):
+    if shape != (3 * patch**2, patch**2):
         raise ConfigError(
             f"matte.network={path} has {shape[0]} input and {shape[1]} output channels.",
-            f"It needs {3 * PATCH**2} and {PATCH**2}, as data/models/matting has.",
+            "It needs a square number of output channels and three times as many inputs, as data/models/matting has.",
         )
     return network.eval()
