@@ -23,7 +23,7 @@ def start(rank, port, out):
     )
 
 
-def test_when_one_process_is_killed_the_other_stops_and_says_why(tmp_path):
+def test_a_killed_process_stops_the_other_with_a_reason(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

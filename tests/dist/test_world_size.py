@@ -41,7 +41,7 @@ def assert_same_result(folder):
     ],
     ids=["channels", "reference", "jitter"],
 )
-def test_what_a_method_draws_for_itself_depends_on_no_process(script, keys, tmp_path):
+def test_draws_of_a_method_do_not_depend_on_the_processes(script, keys, tmp_path):
     for processes, size, name in ((2, 2, "two"), (1, 4, "one")):
         steps = ["train.max_steps=2", "train.validation_steps=0", f"train.batch_size={size}"]
         launch(processes, script, tmp_path / name, *steps, *keys)

@@ -24,14 +24,14 @@ def fill(folder, chunks, value, accelerator):
     return cache
 
 
-def test_no_chunk_is_left_out_when_files_appear_between_the_looks_of_two_processes(tmp_path, monkeypatch):
+def test_no_chunk_is_left_out_while_another_run_writes(tmp_path, monkeypatch):
     """What is missing is said by the main process, whatever another run has written when the second one looks."""
     chunks, said = [["a"], ["b"], ["c"], ["d"]], []
 
-    def from_main(accelerator, make):
+    def broadcast_from_main(accelerator, make):
         if accelerator.process_index == 0:
             said.append(make())
-            TensorCache(tmp_path)._put({"a": {"x": torch.tensor([9.0])}})
+            TensorCache(tmp_path).put({"a": {"x": torch.tensor([9.0])}})
             heard.wait()
         else:
             heard.wait()
@@ -39,7 +39,7 @@ def test_no_chunk_is_left_out_when_files_appear_between_the_looks_of_two_process
         return said[0]
 
     heard, meet = threading.Barrier(2), threading.Barrier(2)
-    monkeypatch.setattr("packshot.engine.tensor_cache.from_main", from_main)
+    monkeypatch.setattr("packshot.engine.tensor_cache.broadcast_from_main", broadcast_from_main)
     with ThreadPoolExecutor(2) as pool:
         accelerators = [process(rank, 2, meet.wait) for rank in range(2)]
         caches = list(pool.map(lambda accelerator: fill(tmp_path, chunks, 1.0, accelerator), accelerators))
@@ -47,13 +47,13 @@ def test_no_chunk_is_left_out_when_files_appear_between_the_looks_of_two_process
     assert all(key in cache for key in "abcd" for cache in caches)
 
 
-def test_a_folder_that_the_processes_do_not_share_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("packshot.engine.tensor_cache.from_main", lambda accelerator, make: make())
+def test_a_folder_that_is_not_shared_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr("packshot.engine.tensor_cache.broadcast_from_main", lambda accelerator, make: make())
     with pytest.raises(PackshotError, match=r"lacks 1 of 2 entries.*have just written"):
         fill(tmp_path, [["a"], ["b"]], 1.0, process(0, 2))
 
 
-def test_an_entry_that_is_there_stays_when_its_chunk_is_encoded_again(tmp_path):
+def test_an_existing_entry_stays_when_its_chunk_is_redone(tmp_path):
     for number in range(8):  # the names of files are digests: in whatever order they come
         folder = tmp_path / str(number)
         fill(folder, [[f"old{number}"]], 1.0, process())
@@ -64,12 +64,12 @@ def test_an_entry_that_is_there_stays_when_its_chunk_is_encoded_again(tmp_path):
         assert cache.get(f"new{number}")["x"] == 2
 
 
-def test_of_two_copies_of_an_entry_the_older_counts(tmp_path):
+def test_the_older_of_two_copies_wins(tmp_path):
     for number in range(8):
         folder = tmp_path / str(number)
         for age, key in enumerate((f"late{number}", "early")):
             before = set(folder.glob("*.safetensors"))
-            TensorCache(folder)._put({name: {"x": torch.tensor([2.0 - age])} for name in ("both", key)})
+            TensorCache(folder).put({name: {"x": torch.tensor([2.0 - age])} for name in ("both", key)})
             (written,) = set(folder.glob("*.safetensors")) - before
             os.utime(written, (1000 - age, 1000 - age))
         cache = TensorCache(folder)
@@ -77,7 +77,7 @@ def test_of_two_copies_of_an_entry_the_older_counts(tmp_path):
         assert cache.get("both")["x"] == 1
 
 
-def test_files_that_may_not_be_read_are_passed_over_and_stay(tmp_path, monkeypatch, caplog):
+def test_unreadable_files_are_skipped_and_kept(tmp_path, monkeypatch, caplog):
     """Another user's, or on storage that is away for a moment."""
     cache = fill(tmp_path, [["a", "b"]], 1.0, process())
     (file,) = tmp_path.glob("*.safetensors")
@@ -89,17 +89,17 @@ def test_files_that_may_not_be_read_are_passed_over_and_stay(tmp_path, monkeypat
     monkeypatch.setattr("packshot.engine.tensor_cache.safe_open", refuse)
     again = TensorCache(tmp_path)
     again.open()
-    assert not any(key in again for key in cache._where)
-    cache._verify(file)
-    assert not cache._where
+    assert not any(key in again for key in cache._places)
+    cache.verify(file)
+    assert not cache._places
     assert file.exists()
 
 
-def test_what_another_run_has_written_meanwhile_is_not_written_again_as_nothing(tmp_path, monkeypatch):
+def test_entries_of_another_run_are_not_written_again(tmp_path, monkeypatch):
     fill(tmp_path, [["a"], ["b"]], 1.0, process())
     before = set(tmp_path.glob("*.safetensors"))
     monkeypatch.setattr(
-        "packshot.engine.tensor_cache.from_main", lambda accelerator, make: [0, 1]
+        "packshot.engine.tensor_cache.broadcast_from_main", lambda accelerator, make: [0, 1]
     )  # as it was a moment ago
     fill(tmp_path, [["a"], ["b"]], 2.0, process(1, 2))
     assert set(tmp_path.glob("*.safetensors")) == before

@@ -45,7 +45,7 @@ def named_in_page(root):
     return set(re.findall(r"`([^`\n]+)`", (root / "docs" / "checkpoints.md").read_text()))
 
 
-def test_the_page_names_every_file_and_every_key_of_a_checkpoint(tmp_path, root):
+def test_the_page_names_every_file_and_key(tmp_path, root):
     run_fit(tmp_path, max_steps=4, ema_decay=0.9)
     folder = tmp_path / "checkpoints" / "4"
     state = json.loads((folder / "state.json").read_text())
@@ -57,7 +57,7 @@ def test_the_page_names_every_file_and_every_key_of_a_checkpoint(tmp_path, root)
     assert keys | files <= named_in_page(root)
 
 
-def test_the_page_names_every_setting_that_may_change_and_each_of_them_exists(root):
+def test_the_page_names_every_setting_that_may_change(root):
     known = {key for schema in SCRIPTS.values() for key, _, _ in fields(schema)}
     for pattern in (*FREE, *RATES, *BY_EFFECT):
         assert pattern in named_in_page(root), pattern
@@ -87,7 +87,7 @@ def made(script="train_lora", *overrides, processes=1, rows=ROWS):
     return made_with(compose(script, ["train.max_steps=100", *overrides]), Samples(rows), processes)
 
 
-def test_every_difference_is_named_with_its_old_and_its_new_value():
+def test_every_difference_is_named_with_both_values():
     then = made("train_lora", "train.lr_schedule=constant")
     now = made(
         "train_lora", "train.lr_schedule=constant", "method.rank=32", "optim=lion", "objective.loss_weighting=min_snr",
@@ -105,7 +105,7 @@ def test_every_difference_is_named_with_its_old_and_its_new_value():
     assert "step 50" in str(caught.value)
 
 
-def test_what_changes_nothing_about_the_weights_is_reported_and_let_through(said):
+def test_settings_that_leave_the_weights_alone_may_change(said):
     then = made("train_lora", "run.dir=/a", "data.num_workers=0")
     now = made(
         "train_lora", "run.dir=/b", "run.resume=true", "data.num_workers=2", "tracking=none", "data.cache=false",
@@ -128,7 +128,7 @@ def test_what_changes_nothing_about_the_weights_is_reported_and_let_through(said
         (["train.lr_schedule=constant"], ["train.learning_rate=2e-4"], 50, False),
     ],
 )
-def test_a_schedule_may_change_where_the_steps_so_far_would_have_been_the_same(before, after, steps, allowed):
+def test_a_schedule_may_change_after_the_steps_so_far(before, after, steps, allowed):
     then, now = made("train_lora", *before), made("train_lora", *before, *after)
     if allowed:
         check(then, now, steps)
@@ -138,7 +138,7 @@ def test_a_schedule_may_change_where_the_steps_so_far_would_have_been_the_same(b
         check(then, now, steps)
 
 
-def test_processes_and_batches_may_change_as_long_as_a_step_takes_as_many_samples():
+def test_processes_may_change_if_the_step_size_stays():
     then = made("train_lora", "train.batch_size=4", processes=2)
     check(then, made("train_lora", "train.batch_size=2", "train.gradient_accumulation_steps=4"), 50)
     with pytest.raises(PackshotError, match=r"samples per optimizer step: 8 \(2 processes x 1 .* x 4\) -> 4 \(1 "):
@@ -153,7 +153,7 @@ def test_processes_and_batches_may_change_as_long_as_a_step_takes_as_many_sample
     ],
     ids=["processes", "accumulation"],
 )
-def test_with_dropout_in_the_network_a_step_must_be_split_as_before(overrides, processes, arithmetic):
+def test_with_dropout_the_split_of_a_step_must_stay(overrides, processes, arithmetic):
     def run(dropout, *keys, processes=1):
         return made("train_lora", f"method.dropout={dropout}", *keys, processes=processes)
 
@@ -189,14 +189,14 @@ def test_renamed_keys_of_a_checkpoint_are_translated(said):
         check(old_names(then), made("train_lora"), 50)
 
 
-def test_a_key_that_one_version_does_not_know_is_reported(said):
+def test_a_key_unknown_to_one_version_is_reported(said):
     then = made()
     older = {**then.config, "optim": {k: v for k, v in then.config["optim"].items() if k != "eps"}}
     check(replace(then, config=older), then, 50)
     assert "optim.eps: (no such key) -> 1e-08" in said()
 
 
-def test_a_run_with_other_settings_stops_before_anything_is_restored(tmp_path):
+def test_other_settings_stop_before_anything_is_restored(tmp_path):
     run_fit(tmp_path, max_steps=4, **CONSTANT)
     task = Regression()
     before = task.linear.weight.clone()
@@ -205,7 +205,7 @@ def test_a_run_with_other_settings_stops_before_anything_is_restored(tmp_path):
     assert torch.equal(task.linear.weight, before)
 
 
-def test_a_longer_constant_run_ends_where_one_of_that_length_does(tmp_path):
+def test_a_lengthened_constant_run_equals_a_long_one(tmp_path):
     whole, _ = run_fit(tmp_path / "a", max_steps=8, **CONSTANT)
     run_fit(tmp_path / "b", max_steps=5, **CONSTANT)
     longer, _ = run_fit(tmp_path / "b", max_steps=8, **CONSTANT)
@@ -239,13 +239,13 @@ class Large(Regression):
 
 
 @pytest.mark.parametrize("size", [3_000_000, 6_000_000], ids=["weights", "optimizer"])
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, size):
+def test_a_failed_checkpoint_leaves_the_one_before(tmp_path, size):
     settings = {"max_steps": 4, "checkpointing_steps": 2, "checkpoints_total_limit": 1, "ema_decay": 0.0, **CONSTANT}
     whole, _ = run_fit(tmp_path / "a", Large(), **settings)
     run_fit(tmp_path / "b", Large(), **{**settings, "max_steps": 2})
     with files_up_to(size), pytest.raises(PackshotError, match=r"checkpoint .*4 cannot be written") as caught:
         run_fit(tmp_path / "b", Large(), **settings)
-    assert "run.resume=true goes on from step 2" in str(caught.value)
+    assert "run.resume=true continues from step 2" in str(caught.value)
     assert [path.name for path in (tmp_path / "b" / "checkpoints").iterdir() if path.is_dir()] == ["2"]
     resumed, _ = run_fit(tmp_path / "b", Large(), **settings)
     assert torch.equal(whole.linear.weight, resumed.linear.weight)
@@ -259,7 +259,7 @@ def test_a_full_disk_is_named_as_such(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_settle", full)
     with pytest.raises(PackshotError, match="No space left on device") as caught:
         run_fit(tmp_path)
-    assert "goes on from step 0" in str(caught.value)
+    assert "no checkpoint yet: run.resume=true starts at step 0" in str(caught.value)
     assert not list((tmp_path / "checkpoints").glob("**/*"))
 
 
@@ -269,7 +269,7 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
     assert not (tmp_path / "export").exists()
 
 
-def test_an_export_that_cannot_be_written_says_where_the_weights_are(tmp_path):
+def test_a_failed_export_names_the_checkpoint(tmp_path):
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "old").touch()
@@ -304,7 +304,7 @@ def train_text(path, tmp_path, *overrides):
     return load_file(path / "export" / "pytorch_lora_weights.safetensors")
 
 
-def test_a_text_encoder_lora_trains_resumes_and_is_exported_again(tmp_path, root, monkeypatch):
+def test_a_text_encoder_lora_resumes_and_exports_again(tmp_path, root, monkeypatch):
     shards = sorted((root / "data" / "rendered" / "heldout").glob("*.parquet"))
     (tmp_path / "set").mkdir()
     pq.write_table(pq.read_table(shards[0]).slice(0, 5), tmp_path / "set" / "part-00000.parquet")
@@ -319,14 +319,14 @@ def test_a_text_encoder_lora_trains_resumes_and_is_exported_again(tmp_path, root
     class Killed(Exception):
         pass
 
-    save = checkpoints.save
+    save = checkpoints.TrainState.save
 
-    def killed(folder, *arguments):
-        save(folder, *arguments)
+    def killed(state, folder, made):
+        save(state, folder, made)
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoints, "save", killed)
+        patched.setattr(checkpoints.TrainState, "save", killed)
         with pytest.raises(Killed):
             train_text(tmp_path / "b", tmp_path)
     resumed = train_text(tmp_path / "b", tmp_path, "run.resume=true")

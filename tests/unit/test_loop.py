@@ -17,17 +17,20 @@ from torch import nn
 
 from packshot.config.schema import CaptionVLM, LRSchedule, TrainConfig
 from packshot.engine import checkpoints
-from packshot.engine.batches import Order, RankBatches, Stream, ahead, batches
-from packshot.engine.loop import Validated, fit, refuse_step, validate
+from packshot.engine.batches import RankBatches, SampleOrder, Stream, ahead, batches
+from packshot.engine.checkpoints import TrainState
+from packshot.engine.loop import fit, validate
 from packshot.engine.optimizers import learning_rate
 from packshot.engine.processes import Session, make_accelerator
+from packshot.engine.step import Taken, refuse_step
+from packshot.engine.task import Task, Validated
 from packshot.errors import ConfigError, PackshotError
-from packshot.runs.folder import Run, read_metrics
+from packshot.runs.folder import Run, log, read_metrics
 from packshot.runs.tracking import NullTracker
 from packshot.train.card import _last_figures
 
 
-class Regression(nn.Module):
+class Regression(Task):
     """A linear model that learns to denoise: random draws keyed by sample, as the real tasks do it."""
 
     def __init__(self):
@@ -60,7 +63,12 @@ class Samples(list):
         return f"{len(self)} rows"
 
 
-def run_fit(path, task=None, rows=ROWS, **settings):
+def process(rank=0, world=1):
+    """One of several processes."""
+    return SimpleNamespace(process_index=rank, num_processes=world)
+
+
+def run_fit(path, task=None, rows=ROWS, resumed=False, **settings):
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     path.mkdir(exist_ok=True)
@@ -68,7 +76,7 @@ def run_fit(path, task=None, rows=ROWS, **settings):
     defaults = {"max_steps": 12, "batch_size": 3, "checkpointing_steps": 4, "validation_steps": 0, "ema_decay": 0.9}
     config.train = TrainConfig(**{**defaults, "learning_rate": 1e-2, **settings})
     task = task or Regression()
-    session = Session(make_accelerator(config.train), path, Run(path, False), NullTracker())
+    session = Session(make_accelerator(config.train), path, Run(path, resumed), NullTracker())
     return task, fit(task, Samples(rows), config, session)
 
 
@@ -99,14 +107,14 @@ def test_accumulated_gradient_is_the_mean_over_all_samples(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_every_sample_comes_once_an_epoch_whatever_the_batch_and_the_processes():
+def test_every_sample_comes_once_an_epoch():
     seen = {}
     for world, size in ((1, 3), (2, 4), (3, 1)):
         streams = [
             batches(
-                Stream(ROWS, IDS, 0),
+                Stream(Samples(ROWS), 0),
                 lambda s, k: {"epochs": [key.epoch for key in k]},
-                RankBatches(Order([0] * 7, 0, size * world), 0, size, rank, world),
+                RankBatches(SampleOrder([0] * 7, 0, size * world), 0, size, process(rank, world)),
                 0,
             )
             for rank in range(world)
@@ -128,8 +136,8 @@ def test_every_sample_comes_once_an_epoch_whatever_the_batch_and_the_processes()
     size=st.integers(1, 9),
     seed=st.integers(0, 5),
 )
-def test_steps_are_of_one_bucket_and_no_sample_is_ever_left_behind(groups, size, seed):
-    order = Order(groups, seed, size)
+def test_steps_hold_one_bucket_and_drop_no_sample(groups, size, seed):
+    order = SampleOrder(groups, seed, size)
     taken = []
     while len(taken) < 6 * len(groups) + 4 * size:
         places = order.step(len(taken) // size)
@@ -145,7 +153,9 @@ def test_steps_are_of_one_bucket_and_no_sample_is_ever_left_behind(groups, size,
     step = len(taken) // size // 2
     for world in (1, 2, 4):
         if size % world == 0:
-            shares = [next(iter(RankBatches(order, step, size // world, rank, world))) for rank in range(world)]
+            shares = [
+                next(iter(RankBatches(order, step, size // world, process(rank, world)))) for rank in range(world)
+            ]
             assert [place for share in shares for place in share] == order.step(step)
 
 
@@ -170,7 +180,7 @@ def test_training_leaves_no_thread_behind(tmp_path):
     assert not loaders()
 
 
-def test_what_a_loading_thread_raises_reaches_the_loop():
+def test_errors_of_the_loading_thread_reach_the_loop():
     def source():
         yield 1
         raise ValueError("sample 7 is broken")
@@ -184,7 +194,10 @@ def test_what_a_loading_thread_raises_reaches_the_loop():
 def test_loader_processes_change_nothing():
     def first_batches(num_workers):
         stream = batches(
-            Stream(ROWS, IDS, 0), Regression().collate, RankBatches(Order([0] * 7, 0, 3), 0, 3, 0, 1), num_workers
+            Stream(Samples(ROWS), 0),
+            Regression().collate,
+            RankBatches(SampleOrder([0] * 7, 0, 3), 0, 3, process()),
+            num_workers,
         )
         return [next(stream) for _ in range(4)]
 
@@ -218,7 +231,7 @@ def test_resume_is_bit_exact_with_accumulation_and_ema(tmp_path):
     assert all(torch.equal(ema.shadow[name], ema_resumed.shadow[name]) for name in ema.shadow)
 
 
-def test_a_damaged_checkpoint_is_skipped_and_the_one_before_used(tmp_path):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     constant = {"lr_schedule": LRSchedule.constant}
     unbroken, _ = run_fit(tmp_path / "a", **constant)
     run_fit(tmp_path / "b", max_steps=8, **constant)
@@ -230,6 +243,53 @@ def test_a_damaged_checkpoint_is_skipped_and_the_one_before_used(tmp_path):
     resumed, _ = run_fit(tmp_path / "b", **constant)
     for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_damaged_checkpoints_never_cost_good_ones(tmp_path):
+    """With a limit of two, the damaged ones were counted among the newest, so that new ones went as soon as written."""
+    settings = {"checkpointing_steps": 2, "checkpoints_total_limit": 2, "lr_schedule": LRSchedule.constant}
+    unbroken, _ = run_fit(tmp_path / "a", max_steps=14, **settings)
+    run_fit(tmp_path / "b", max_steps=12, **settings)
+    folder = tmp_path / "b" / "checkpoints"
+    for step in ("10", "12"):
+        (folder / step / "optimizer.pt").write_bytes(b"")
+
+    class Killed(Exception):
+        pass
+
+    class Dying(Regression):
+        calls = count(1)
+
+        def forward(self, batch):
+            if next(self.calls) > 5:
+                raise Killed
+            return super().forward(batch)
+
+    with pytest.raises(Killed):
+        run_fit(tmp_path / "b", Dying(), max_steps=14, **settings)
+    assert {path.name for path in checkpoints.in_folder(folder)} == {"2", "4"}
+    aside = sorted(path.name.partition("-")[0] for path in folder.iterdir() if "damaged" in path.name)
+    assert aside == ["10.damaged", "12.damaged"]
+    resumed, _ = run_fit(tmp_path / "b", max_steps=14, **settings)
+    assert {path.name for path in checkpoints.in_folder(folder)} == {"12", "14"}
+    for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_checkpoint_just_written_is_never_pruned(tmp_path):
+    """Not even when folders with later numbers lie beside it."""
+    for step in (2, 50, 60):
+        (tmp_path / str(step)).mkdir()
+    checkpoints.prune(tmp_path, 1, protected={2})
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "60"}
+
+
+def test_a_resumed_run_without_a_whole_checkpoint_says_so(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    run_fit(tmp_path, max_steps=4)
+    (tmp_path / "checkpoints" / "4" / "state.json").unlink()
+    run_fit(tmp_path, max_steps=4, resumed=True)
+    assert f"starting at step 0: {tmp_path / 'checkpoints'} has no whole checkpoint" in caplog.text
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
@@ -249,7 +309,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["12"]
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_with_the_sample_ids(tmp_path):
+def test_a_non_finite_gradient_stops_and_names_samples(tmp_path):
     rows = [dict(row) for row in ROWS]
     rows[4] = {"x": torch.full((4,), float("nan"))}
     with pytest.raises(PackshotError, match="s4") as caught:
@@ -264,27 +324,27 @@ class Lost(Regression):
         return super().forward(batch) + torch.where(batch["x"][:, 0] == ROWS[4]["x"][0], math.inf, 0.0)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_whatever_its_gradient(tmp_path):
+def test_a_non_finite_loss_stops_despite_a_finite_gradient(tmp_path):
     with pytest.raises(PackshotError, match=r"the loss at step \d+ is not finite; samples .*s4"):
         run_fit(tmp_path, task=Lost())
 
 
-def test_a_loss_that_is_not_finite_stops_an_fp16_run_whose_scaler_would_skip_for_ever():
+def test_a_non_finite_loss_stops_an_fp16_run():
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(()))
     fp16, plain = (SimpleNamespace(scaler=scaler, num_processes=1) for scaler in (scaler, None))
     good, bad = torch.tensor(True), torch.tensor(False)
-    refuse_step([(["a"], good), (["b"], good)], 7, fp16)  # its scale was too high
+    refuse_step([Taken(["a"], good), Taken(["b"], good)], 7, fp16)  # its scale was too high
     with pytest.raises(PackshotError, match="loss at step 7 is not finite; samples a, b\\."):
-        refuse_step([(["a", "b"], bad), (["c"], good)], 7, fp16)  # not in the last batch of the step
+        refuse_step([Taken(["a", "b"], bad), Taken(["c"], good)], 7, fp16)  # not in the last batch of the step
     with pytest.raises(PackshotError, match="gradient at step 7 is not finite; samples a, c\\."):
-        refuse_step([(["a"], good), (["c"], good)], 7, plain)
+        refuse_step([Taken(["a"], good), Taken(["c"], good)], 7, plain)
     scaler.update(2.0**-20)  # halved and halved again
     with pytest.raises(PackshotError, match="gradient at step 7"):
-        refuse_step([(["a"], good)], 7, fp16)
+        refuse_step([Taken(["a"], good)], 7, fp16)
 
 
-def test_a_run_is_not_resumed_to_end_before_its_checkpoint(tmp_path):
+def test_a_run_cannot_end_before_its_checkpoint(tmp_path):
     run_fit(tmp_path, lr_schedule=LRSchedule.constant)
     with pytest.raises(ConfigError, match=r"max_steps=6, but .*12 is of step 12"):
         run_fit(tmp_path, lr_schedule=LRSchedule.constant, max_steps=6)
@@ -297,7 +357,7 @@ def test_the_environment_does_not_change_the_accumulation(monkeypatch):
     assert make_accelerator(TrainConfig(gradient_accumulation_steps=2)).gradient_accumulation_steps == 2
 
 
-def test_a_line_of_figures_that_was_cut_costs_no_other(tmp_path):
+def test_a_truncated_metrics_line_costs_no_other(tmp_path):
     run = Run(tmp_path, True)
     run.metrics({"step": 1, "loss": 3.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -309,7 +369,7 @@ def test_a_line_of_figures_that_was_cut_costs_no_other(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_time_for_validation_is_no_time_of_training(tmp_path, monkeypatch):
+def test_validation_time_does_not_count_as_training(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
 
     def monotonic():
@@ -321,7 +381,7 @@ def test_time_for_validation_is_no_time_of_training(tmp_path, monkeypatch):
             clock.now += 1000
             return super().validate(folder, accelerator)
 
-    monkeypatch.setattr("packshot.engine.loop.time", SimpleNamespace(time=time.time, monotonic=monotonic))
+    monkeypatch.setattr("packshot.engine.meter.time", SimpleNamespace(time=time.time, monotonic=monotonic))
     run_fit(tmp_path, Slow(), validation_steps=1, log_steps=4, checkpointing_steps=0)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
@@ -340,7 +400,7 @@ def test_validation_puts_the_weights_back_even_when_it_fails(tmp_path):
 
     task.validate = fail
     with pytest.raises(RuntimeError):
-        validate(task, ema, Session(make_accelerator(TrainConfig()), tmp_path, None, None), 0)
+        validate(TrainState(task, None, ema), Session(make_accelerator(TrainConfig()), tmp_path, None, None))
     assert all(torch.equal(before[name], p) for name, p in task.named_parameters())
     assert task.training
 
@@ -353,7 +413,7 @@ def test_checkpoints_hold_only_what_is_trained(tmp_path):
     assert set(saved) == {"linear.weight", "linear.bias"}
 
 
-def test_a_checkpoint_of_another_batch_is_refused_with_the_arithmetic(tmp_path):
+def test_a_checkpoint_of_another_batch_size_is_refused(tmp_path):
     constant = {"lr_schedule": LRSchedule.constant}
     run_fit(tmp_path, max_steps=4, batch_size=6, **constant)
     with pytest.raises(PackshotError, match=r"samples per optimizer step: 6 \(1 processes x 1 .* x 6\) -> 3 \("):

@@ -32,9 +32,10 @@ from packshot.config.schema import (
     TrainConfig,
 )
 from packshot.engine.checkpoints import trainable
-from packshot.engine.loop import Validated, fit
+from packshot.engine.loop import fit
 from packshot.engine.memory import KERNELS, compile_networks, enable_checkpointing, refuse_unavailable
 from packshot.engine.processes import Session, make_accelerator
+from packshot.engine.task import Validated
 from packshot.errors import ConfigError, PackshotError
 from packshot.methods import METHODS
 from packshot.runs.folder import Run
@@ -118,7 +119,7 @@ def prediction_and_texts(parts, method):
     ],
     ids=["lora", "lora_and_text", "controlnet"],
 )
-def test_checkpointing_reaches_every_network_and_changes_no_gradient(config, networks, parts):
+def test_checkpointing_covers_networks_and_keeps_gradients(config, networks, parts):
     method = METHODS[type(config)](parts, config).train()
     with torch.no_grad():
         for parameter in trainable(method).values():
@@ -156,7 +157,7 @@ def test_checkpointing_reaches_every_network_and_changes_no_gradient(config, net
 
 
 @pytest.mark.parametrize("kind", STEPWISE, ids=str)
-def test_a_fused_backward_gives_the_weights_of_ordinary_steps_to_the_bit(tmp_path, kind):
+def test_a_fused_backward_gives_the_same_bits(tmp_path, kind):
     plain = run_fit(tmp_path / "a", Deep(), kind)
     fused = run_fit(tmp_path / "b", Deep(), kind, fused_backward=True)
     assert_same_weights(plain, fused)
@@ -215,7 +216,7 @@ def test_a_gradient_that_is_not_finite_stops_a_fused_run_too(tmp_path):
     ],
     ids=["accumulation", "clipping", "fp16", "prodigy"],
 )
-def test_what_a_fused_backward_cannot_do_is_refused_with_the_key_and_the_way_out(overrides, key):
+def test_conflicts_of_a_fused_backward_are_refused(overrides, key):
     with pytest.raises(ConfigError, match=rf"fused_backward=true with {key}") as caught:
         compose("train_controlnet", ["train.fused_backward=true", *overrides])
     assert key.split("=")[0] in caught.value.hint
@@ -237,7 +238,7 @@ def test_a_fused_backward_is_refused_on_two_processes():
 
 
 @pytest.mark.parametrize("kernel", [AttentionKernel.flash, AttentionKernel.math], ids=str)
-def test_forward_and_backward_run_on_the_chosen_attention_kernel(tmp_path, kernel):
+def test_both_passes_use_the_chosen_attention_kernel(tmp_path, kernel):
     seen = []
 
     class Watched(Regression):
@@ -259,7 +260,7 @@ def test_forward_and_backward_run_on_the_chosen_attention_kernel(tmp_path, kerne
 
 
 @pytest.mark.parametrize("kernel", [AttentionKernel.efficient, AttentionKernel.cudnn], ids=str)
-def test_a_kernel_that_the_device_lacks_is_refused_before_training(tmp_path, kernel):
+def test_a_kernel_the_device_lacks_is_refused(tmp_path, kernel):
     with pytest.raises(
         ConfigError, match=rf"train.attention={kernel} has no kernel for torch.float32 on cpu"
     ) as caught:
@@ -319,7 +320,7 @@ def compiler():
     torch._dynamo.reset()
 
 
-def test_a_compiled_run_has_an_eager_ones_losses_and_names_and_goes_on_without(tmp_path, compiler):
+def test_a_compiled_run_equals_an_eager_one(tmp_path, compiler):
     settings = {"lr_schedule": LRSchedule.constant, "checkpointing_steps": 1, "validation_steps": 1}
     eager = run_fit(tmp_path / "a", Compiled(), max_steps=4, **settings)
     task = Compiled()
@@ -335,7 +336,7 @@ def test_a_compiled_run_has_an_eager_ones_losses_and_names_and_goes_on_without(t
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_machine_without_a_compiler_is_told_so(compiler, monkeypatch):
+def test_a_missing_compiler_is_reported(compiler, monkeypatch):
     from torch._inductor import config, cpp_builder
 
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
@@ -351,7 +352,7 @@ def test_compiling_for_captions_of_every_length_is_refused():
         compose("caption_vlm", ["train.compile=true"])
 
 
-def test_encoding_prompts_loads_no_image_encoder_and_release_lets_the_text_encoders_go():
+def test_encoders_load_when_needed_and_are_released():
     parts = load_parts(ModelConfig())
     encoder = Encoder(parts, METHODS[LoraMethod](parts, LoraMethod()), 128, DataConfig())
     encoder.text(["a stone counter"])
@@ -382,12 +383,12 @@ print(kept - resident())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's habit")
-def test_memory_of_freed_weights_goes_back_to_the_system():
+def test_freed_memory_returns_to_the_system():
     found = subprocess.run([sys.executable, "-c", FREEING], capture_output=True, text=True, check=True)
     assert int(found.stdout) > 300  # MiB of 480
 
 
-def test_loader_processes_are_not_asked_to_encode_on_a_gpu():
+def test_loader_processes_cannot_encode_on_a_gpu():
     config = compose("train_lora", ["data.cache=false", "data.num_workers=2"])
     absent: Any = None
     gpu = cast(Any, SimpleNamespace(device=torch.device("cuda")))
@@ -398,7 +399,7 @@ def test_loader_processes_are_not_asked_to_encode_on_a_gpu():
         build_task(config, absent, absent, absent, gpu)
 
 
-def test_deterministic_kernels_are_asked_of_torch_before_the_first_one_runs(monkeypatch):
+def test_deterministic_kernels_are_set_before_the_first_runs(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
         make_accelerator(TrainConfig())

@@ -20,7 +20,7 @@ from torch import nn
 from packshot.config.compose import compose
 from packshot.config.optimizers import OPTIMIZERS
 from packshot.config.schema import CaptionVLM, LRSchedule, OptimConfig, OptimizerKind, TrainConfig
-from packshot.engine.loop import Validated, fit
+from packshot.engine.loop import fit
 from packshot.engine.optimizers import (
     build_optimizer,
     evaluation_mode,
@@ -31,6 +31,7 @@ from packshot.engine.optimizers import (
     training_mode,
 )
 from packshot.engine.processes import Session, make_accelerator
+from packshot.engine.task import Validated
 from packshot.errors import ConfigError, PackshotError
 from packshot.runs.folder import Run, log
 from packshot.runs.tracking import NullTracker
@@ -133,7 +134,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, kind):
         assert torch.equal(a, b)
 
 
-def test_schedule_free_validates_saves_and_returns_the_average_not_the_training_point(tmp_path):
+def test_schedule_free_validates_and_saves_the_average(tmp_path):
     class Watched(Regression):
         def __init__(self):
             super().__init__()
@@ -159,7 +160,7 @@ def test_schedule_free_validates_saves_and_returns_the_average_not_the_training_
 
 
 @pytest.mark.parametrize("kind", [kind for kind in OptimizerKind if kind is not OptimizerKind.prodigy])
-def test_a_matrix_that_starts_at_zero_moves_at_the_learning_rate(kind):
+def test_a_matrix_of_zeros_moves_at_the_learning_rate(kind):
     up = nn.Parameter(torch.zeros(64, 80))  # as a LoRA's second matrix
     optimizer = build_optimizer({"up": up}, OptimConfig(kind=kind), 1e-5)
     for step in range(20):
@@ -197,7 +198,7 @@ def test_a_state_of_other_groups_is_refused():
     load_optimizer(built("^0=1e-2"), built("^0=1e-2").state_dict())
 
 
-def test_prodigy_with_a_small_rate_is_warned_of(monkeypatch):
+def test_a_small_rate_for_prodigy_gives_a_warning(monkeypatch):
     said = []
     monkeypatch.setattr(log, "warning", lambda text, *values: said.append(text % values))
     for rate in (1.0, 0.1):
@@ -245,7 +246,7 @@ def test_schedules_pass_through_known_points():
 
 
 @pytest.mark.parametrize("kind", list(LRSchedule))
-def test_every_schedule_starts_with_its_warm_up_and_stays_within_the_peak(kind):
+def test_every_schedule_warms_up_and_stays_below_its_peak(kind):
     config = TrainConfig(max_steps=100, warmup_steps=10, lr_schedule=kind)
     shares = [schedule(step, config) for step in range(101)]
     assert shares[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
@@ -273,7 +274,7 @@ def test_every_schedule_starts_with_its_warm_up_and_stays_within_the_peak(kind):
         (["optim.eps=0"], "out of range"),  # 0/0 wherever a gradient is zero
     ],
 )
-def test_settings_that_an_optimizer_cannot_work_with_are_refused(overrides, says):
+def test_settings_an_optimizer_cannot_use_are_refused(overrides, says):
     with pytest.raises(ConfigError, match=says):
         compose("train_lora", overrides)
 

@@ -113,10 +113,10 @@ def test_a_machine_that_does_not_see_the_run_folder_stops_all_of_them(tmp_path, 
     other = SimpleNamespace(
         num_processes=2, process_index=1, is_main_process=False, wait_for_everyone=lambda: None, sign=tmp_path / "x"
     )
-    monkeypatch.setattr(processes, "from_main", lambda accelerator, make: "x")
+    monkeypatch.setattr(processes, "broadcast_from_main", lambda accelerator, make: "x")
     monkeypatch.setattr(processes, "gather_object", lambda items: items)
     with pytest.raises(PackshotError, match=r"process 1 \(on .*\) sees another folder of that name, or none") as caught:
-        processes._refuse_unshared(tmp_path, other)
+        processes.refuse_unshared(tmp_path, other)
     assert "data.cache_dir" in caught.value.hint
     other.sign.touch()
-    processes._refuse_unshared(tmp_path, other)
+    processes.refuse_unshared(tmp_path, other)

@@ -15,8 +15,9 @@ from test_loop import ROWS, Regression, Samples
 from packshot.config.compose import compose
 from packshot.config.schema import CaptionVLM, KeepBest, TrainConfig
 from packshot.engine import checkpoints
-from packshot.engine.loop import Validated, fit
+from packshot.engine.loop import fit
 from packshot.engine.processes import Session, make_accelerator
+from packshot.engine.task import Validated
 from packshot.errors import ConfigError, PackshotError
 from packshot.imaging.matte import unmix
 from packshot.imaging.outline import compare_size, grabcut, measure_extension

@@ -44,7 +44,7 @@ from packshot.dataset import corrections
 from packshot.dataset.rows import Rows, license_names, load_rows
 from packshot.engine.checkpoints import EMA, exporting
 from packshot.engine.loop import fit
-from packshot.engine.processes import Session, start, together
+from packshot.engine.processes import Session, start, translate_lost_process
 from packshot.errors import ConfigError
 from packshot.runs.files import readable, replacing_file
 from packshot.runs.folder import log, read_metrics
@@ -85,7 +85,7 @@ def train(config: CaptionVLM) -> None:
     pictures, seed, captioner = config.train.validation_samples, config.run.seed, writing(adapter, config.captioner)
     task = CaptioningTask(adapter, captioner, validation, constant_caption(rows.texts), pictures, seed)
     try:
-        with together(session.accelerator):
+        with translate_lost_process(session.accelerator):
             ema = fit(task, rows, config, session)
             if session.run:
                 _export(session, task, ema, rows, config)

@@ -14,12 +14,12 @@ from packshot.caption.evaluate import with_baselines
 from packshot.caption.models.adapter import Adapter, Caption, loss_per_sample
 from packshot.caption.models.captioner import Captioner, caption_rows
 from packshot.dataset.rows import Rows
-from packshot.engine.loop import Validated
+from packshot.engine.task import Task, Validated
 
 VALIDATION_SCORE_SAMPLES = 32
 
 
-class CaptioningTask(nn.Module):
+class CaptioningTask(Task):
     """Token cross-entropy of an adapter on a dataset. Nothing is drawn at random: dropout is off, nothing is augmented.
 
     captioner: writes with ``adapter``. constant: the caption that the validation's first baseline gives to every image.

@@ -6,120 +6,139 @@ import queue
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TypeVar
 
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from packshot.engine.keyed_random import SampleKey, permutation
+from packshot.engine.task import Batch, Sample, Samples
 
 Place = tuple[int, int]  # (index of the sample, epoch of this access)
+T = TypeVar("T")
 
 
-class Order:
+class SampleOrder:
     """The samples of every optimizer step, as a function of its number: a step count is all that resume needs.
 
     Samples of one group (an aspect-ratio bucket) form an endless stream of shuffled epochs: position p is element
-    ``p % n`` of the permutation of epoch ``p // n``. Steps are cut from the streams one after the other and run over
-    the ends of epochs, so that every step is full, of one group, and no sample is dropped. In which order the groups'
-    steps come is shuffled epoch by epoch. Nothing here depends on the number of processes.
+    ``p % n`` of the permutation of epoch ``p // n``. Steps are cut from the streams one after the other and continue
+    over the ends of epochs, so that every step is full and of one group, and no sample is dropped. The order of the
+    groups' steps is shuffled epoch by epoch. Nothing here depends on the number of processes.
 
     groups: group of each sample. size: samples per optimizer step, over all processes and micro-steps.
     """
 
     def __init__(self, groups: Sequence[int], seed: int, size: int) -> None:
-        self.seed, self.size = seed, size
-        names = sorted(set(groups))
-        self._members = [[index for index, group in enumerate(groups) if group == name] for name in names]
-        self._order = lru_cache(maxsize=4 * len(names))(
-            lambda group, epoch: permutation(seed, f"{epoch} of {group}", len(self._members[group])).tolist()
-        )
-        self._steps_of = lru_cache(maxsize=2)(self._shuffled_steps)
+        self.seed = seed
+        self.size = size
+        members: dict[int, list[int]] = {}
+        for index, group in enumerate(groups):
+            members.setdefault(group, []).append(index)
+        self.members = [members[group] for group in sorted(members)]
+        # a step may run over the end of an epoch, so two epochs of each group are in use at a time
+        self.shuffled = lru_cache(maxsize=4 * len(members))(self.shuffle)
+        self.steps_of = lru_cache(maxsize=2)(self.shuffle_steps)
 
-    def _until(self, epoch: int, group: int) -> int:
+    def shuffle(self, group: int, epoch: int) -> list[int]:
+        """The order of a group's members in one epoch."""
+        return permutation(self.seed, f"{epoch} of {group}", len(self.members[group])).tolist()
+
+    def steps_until(self, epoch: int, group: int) -> int:
         """Full steps that a group's stream has given by the start of an epoch."""
-        return epoch * len(self._members[group]) // self.size
+        return epoch * len(self.members[group]) // self.size
 
-    def _steps_before(self, epoch: int) -> int:
-        return sum(self._until(epoch, group) for group in range(len(self._members)))
+    def steps_before(self, epoch: int) -> int:
+        """Full steps of all groups by the start of an epoch."""
+        return sum(self.steps_until(epoch, group) for group in range(len(self.members)))
 
-    def _shuffled_steps(self, epoch: int) -> list[tuple[int, int]]:
+    def shuffle_steps(self, epoch: int) -> list[tuple[int, int]]:
         """(group, number of the step in the group's stream) of one epoch, in the order in which they come."""
-        labels = [
-            group
-            for group in range(len(self._members))
-            for _ in range(self._until(epoch, group), self._until(epoch + 1, group))
-        ]
-        following = [self._until(epoch, group) for group in range(len(self._members))]
+        labels: list[int] = []
+        following: list[int] = []
+        for group in range(len(self.members)):
+            first = self.steps_until(epoch, group)
+            following.append(first)
+            labels += [group] * (self.steps_until(epoch + 1, group) - first)
         steps = []
         for place in permutation(self.seed, f"steps {epoch}", len(labels)).tolist():
             group = labels[place]
-            steps.append((group, following[group]))  # a group's own steps stay in order
+            steps.append((group, following[group]))  # the steps of one group stay in order
             following[group] += 1
         return steps
 
     def step(self, number: int) -> list[Place]:
         """The samples of optimizer step ``number`` (from 0)."""
         high = 1
-        while self._steps_before(high) <= number:
+        while self.steps_before(high) <= number:
             high *= 2
-        epoch = bisect_right(range(high + 1), number, key=self._steps_before) - 1
-        group, within = self._steps_of(epoch)[number - self._steps_before(epoch)]
-        members = self._members[group]
+        epoch = bisect_right(range(high + 1), number, key=self.steps_before) - 1
+        group, within = self.steps_of(epoch)[number - self.steps_before(epoch)]
+        members = self.members[group]
         places = []
         for position in range(within * self.size, (within + 1) * self.size):
             turn, offset = divmod(position, len(members))
-            places.append((members[self._order(group, turn)[offset]], turn))
+            places.append((members[self.shuffled(group, turn)[offset]], turn))
         return places
 
 
 class Stream(Dataset):
-    """Sample at a place, with the key of its random draws."""
+    """The sample at a place, with the key of its random draws."""
 
-    def __init__(self, rows: Any, ids: Sequence[str], seed: int) -> None:
-        self.rows, self.ids, self.seed = rows, ids, seed
+    def __init__(self, rows: Samples, seed: int) -> None:
+        self.rows = rows
+        self.seed = seed
 
-    def __getitem__(self, place: Place) -> tuple[dict[str, Any], SampleKey]:
+    def __getitem__(self, place: Place) -> tuple[Sample, SampleKey]:
         index, epoch = place
-        return self.rows[index], SampleKey(self.seed, epoch, self.ids[index])
+        return self.rows[index], SampleKey(self.seed, epoch, self.rows.ids[index])
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.rows)
 
 
 class RankBatches(Sampler[list[Place]]):
-    """This process's micro-batches, from optimizer step ``start`` on."""
+    """This process's micro-batches, from optimizer step ``start`` on.
 
-    def __init__(self, order: Order, start: int, batch_size: int, rank: int, world_size: int) -> None:
-        self.order, self.start, self.batch_size = order, start, batch_size
-        self.rank, self.world_size = rank, world_size
+    The micro-batches of all processes are consecutive parts of a step, so their union is the same for any number.
+    """
+
+    def __init__(self, order: SampleOrder, start: int, batch_size: int, accelerator: Accelerator) -> None:
+        self.order = order
+        self.start = start
+        self.batch_size = batch_size
+        self.first = accelerator.process_index * batch_size
+        self.stride = accelerator.num_processes * batch_size
 
     def __iter__(self) -> Iterator[list[Place]]:
-        number, together = self.start, self.batch_size * self.world_size
+        number = self.start
         while True:
             places = self.order.step(number)
-            for first in range(self.rank * self.batch_size, len(places), together):
+            for first in range(self.first, len(places), self.stride):
                 yield places[first : first + self.batch_size]
             number += 1
 
 
-Collate = Callable[[list[dict[str, Any]], list[SampleKey]], dict[str, Any]]
+Collate = Callable[[list[Sample], list[SampleKey]], Batch]
 
 
-def batches(stream: Stream, collate: Collate, order: RankBatches, num_workers: int) -> Generator[dict[str, Any]]:
+def batches(stream: Stream, collate: Collate, order: RankBatches, num_workers: int) -> Generator[Batch]:
     """Endless collated micro-batches; the next ones are prepared while the network works. Close it after use."""
 
-    def together(items: list[tuple[dict[str, Any], SampleKey]]) -> dict[str, Any]:
-        samples, keys = zip(*items, strict=True)
-        batch = collate(list(samples), list(keys))
+    def collate_with_ids(items: list[tuple[Sample, SampleKey]]) -> Batch:
+        samples = [sample for sample, _ in items]
+        keys = [key for _, key in items]
+        batch = collate(samples, keys)
         batch["ids"] = [key.sample_id for key in keys]
         return batch
 
     loader = DataLoader(
         stream,
         batch_sampler=order,
-        collate_fn=together,
+        collate_fn=collate_with_ids,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -127,15 +146,22 @@ def batches(stream: Stream, collate: Collate, order: RankBatches, num_workers: i
     return (batch for batch in loader) if num_workers else ahead(iter(loader))
 
 
-def ahead(source: Iterator[Any], count: int = 2) -> Generator[Any]:
-    """Items of ``source``, taken by a thread up to ``count`` ahead of whoever asks; its exceptions arrive in turn.
+@dataclass(frozen=True)
+class Failure:
+    """What ended a loading thread."""
+
+    error: BaseException
+
+
+def ahead(source: Iterator[T], count: int = 2) -> Generator[T]:
+    """Items of ``source``, which a thread takes up to ``count`` ahead of the caller. Its exceptions arrive in turn.
 
     Closing the generator ends the thread.
     """
-    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(count)
+    ready: queue.Queue[T | Failure] = queue.Queue(count)
     stop = threading.Event()
 
-    def offer(item: tuple[Any, BaseException | None]) -> bool:
+    def offer(item: T | Failure) -> bool:
         while not stop.is_set():
             try:
                 ready.put(item, timeout=0.5)
@@ -147,22 +173,22 @@ def ahead(source: Iterator[Any], count: int = 2) -> Generator[Any]:
     def take() -> None:
         try:
             for item in source:
-                if not offer((item, None)):
+                if not offer(item):
                     return
         except BaseException as error:
-            offer((None, error))
+            offer(Failure(error))
 
     thread = threading.Thread(target=take, name="batches ahead", daemon=True)
     thread.start()
     try:
         while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
+            item = ready.get()
+            if isinstance(item, Failure):
+                raise item.error
             yield item
     finally:
         stop.set()
-        while not ready.empty():  # it may be waiting for room
+        while not ready.empty():  # the thread may be waiting for room
             ready.get()
-        # a thread that is inside PyTorch or Arrow when the interpreter ends takes the whole process down
+        # A thread that is inside PyTorch or Arrow when the interpreter ends takes the whole process down.
         thread.join(timeout=60)

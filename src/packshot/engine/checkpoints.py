@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from packshot.config.schema import KeepBest
 from packshot.engine.compatibility import MadeWith, check
@@ -22,81 +23,7 @@ from packshot.errors import PackshotError
 from packshot.runs.files import file_sha256, replacing_file, replacing_folder, writing
 from packshot.runs.folder import log
 
-VERSION = 2  # raise it when a checkpoint of before cannot be resumed from
-
-
-@dataclass
-class Progress:
-    """Where a run is. ``samples_seen`` is the cursor into the stream of samples."""
-
-    step: int = 0
-    samples_seen: int = 0
-
-
-# What is compared, the smaller the better; where the first is equal (no product of either grew), the next decides.
-FIGURES: dict[KeepBest, tuple[str, ...]] = {
-    KeepBest.validation_loss: ("validation_loss",),
-    KeepBest.extension: ("extension", "validation_loss"),
-}
-
-
-@dataclass
-class Best:
-    """The best validation so far, kept in ``checkpoints/best.json`` beside the checkpoint it is about.
-
-    figure: what is compared. step, value: of the best, None before there is one. figures: all that were compared.
-    validated: the last step whose validation is accounted for; a run that was killed before that does it again.
-    """
-
-    figure: str
-    step: int | None = None
-    value: float | None = None
-    figures: dict[str, float] = field(default_factory=dict)
-    validated: int = 0
-
-    def take(self, figures: dict[str, float], step: int, names: tuple[str, ...]) -> bool:
-        """Account for a validation; whether it is the best. One that has no such figure, or NaN, never is."""
-        self.validated = step
-        compared = {name: figures.get(name, math.nan) for name in names}
-        if not all(map(math.isfinite, compared.values())):
-            return False
-        if self.step is not None and tuple(compared.values()) >= tuple(self.figures.values()):
-            return False
-        self.step, self.value, self.figures = step, compared[self.figure], compared
-        return True
-
-    def write(self, folder: Path) -> None:
-        """``<folder>/best.json``."""
-        with replacing_file(folder / "best.json") as file:
-            file.write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-
-def read_best(folder: Path) -> Best | None:
-    """What ``<folder>/best.json`` says, or None when there is no such file or it is damaged."""
-    try:
-        return Best(**json.loads((folder / "best.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def open_best(folder: Path, keep: KeepBest, step: int) -> Best | None:
-    """The best of a run that goes on at ``step``; None when none is to be kept.
-
-    A best that was chosen by another figure, or whose checkpoint is gone or of a later step (the newest was damaged,
-    and the run goes on from an older one), is forgotten with a message.
-    """
-    if keep is KeepBest.none:
-        return None
-    figure = FIGURES[keep][0]
-    best = read_best(folder)
-    if best is None:
-        return Best(figure)
-    known = best.step is None or (best.step <= step and is_whole(folder / str(best.step)))
-    if best.figure == figure and known:
-        best.validated = min(best.validated, step)
-        return best
-    log.warning("the best checkpoint so far (step %s by %s) is forgotten: it does not fit", best.step, best.figure)
-    return Best(figure)
+VERSION = 2  # raise it when older checkpoints cannot be resumed from any more
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -108,8 +35,13 @@ class EMA:
     """Exponential moving average of the trained parameters, with the warm-up (1 + n)/(10 + n) of the decay."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
-        self.shadow = {name: p.detach().clone() for name, p in trainable(module).items()}
+        self.decay = decay
+        self.updates = 0
+        self.shadow = {name: parameter.detach().clone() for name, parameter in trainable(module).items()}
+
+    def to(self, device: torch.device) -> None:
+        """Move the average to where the module is."""
+        self.shadow = {name: tensor.to(device) for name, tensor in self.shadow.items()}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
@@ -123,43 +55,238 @@ class EMA:
     def swap(self, module: nn.Module) -> None:
         """Exchange the average with the module's weights; calling it twice restores both."""
         for name, parameter in trainable(module).items():
-            kept = parameter.detach().clone()
+            weights = parameter.detach().clone()
             parameter.copy_(self.shadow[name])
-            self.shadow[name].copy_(kept)
+            self.shadow[name].copy_(weights)
 
 
-def save(
-    folder: Path,
-    made_with: MadeWith,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: EMA | None,
-    scaler: Any,
-    progress: Progress,
-) -> None:
-    """Write ``<folder>/<step>`` (see docs/checkpoints.md); it has this name only when every file is whole.
+@dataclass
+class Progress:
+    """How far a run is. ``samples_seen`` counts over all processes."""
+
+    step: int = 0
+    samples_seen: int = 0
+
+
+@dataclass
+class TrainState:
+    """All that training changes, and so all that a checkpoint holds.
+
+    module: the task itself, not the wrapper of data-parallel training. optimizer: the library's, not accelerate's
+    wrapper. average: the moving average of the weights, if one is kept. scaler: of train.mixed_precision=fp16.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: EMA | None = None
+    scaler: GradScaler | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def save(self, folder: Path, made_with: MadeWith) -> None:
+        """Write ``<folder>/<step>`` (see docs/checkpoints.md); it gets this name only when every file is whole.
+
+        Raises:
+            PackshotError: it cannot be written. Older checkpoints stay as they are.
+        """
+        path = folder / str(self.progress.step)
+        with writing(f"checkpoint {path}", resume_hint(folder)), replacing_folder(path) as temporary:
+            save_file(on_cpu(trainable(self.module)), temporary / "trainable.safetensors")
+            torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
+            if self.average:
+                save_file(on_cpu(self.average.shadow), temporary / "ema.safetensors")
+            state = {
+                "version": VERSION,
+                "progress": asdict(self.progress),
+                "made_with": asdict(made_with),
+                "ema_updates": self.average.updates if self.average else 0,
+                "scaler": self.scaler.state_dict() if self.scaler else None,
+                "files": {file.name: file_sha256(file) for file in sorted(temporary.iterdir())},
+            }
+            (temporary / "state.json").write_text(json.dumps(state, indent=2))
+
+    def load(self, path: Path, made_with: MadeWith) -> None:
+        """Restore everything that :meth:`save` wrote, for a run with these settings.
+
+        Raises:
+            PackshotError: the checkpoint was made with other settings, or by another version.
+        """
+        state = json.loads((path / "state.json").read_text())
+        if state.get("version") != VERSION:
+            raise PackshotError(
+                f"{path} was written by another version of packshot (format {state.get('version')}, this is "
+                f"{VERSION}).",
+                "Finish the run with the version that started it, or start a new run with another run.dir.",
+            )
+        check(MadeWith(**state["made_with"]), made_with, state["progress"]["step"])
+        self.load_weights(path)
+        load_optimizer(self.optimizer, torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
+        if self.average:
+            self.average.updates = state["ema_updates"]
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+
+    def load_weights(self, path: Path) -> None:
+        """Restore the trained weights of a checkpoint, and their average if one is kept.
+
+        Raises:
+            PackshotError: the checkpoint belongs to another configuration.
+        """
+        copy_into(trainable(self.module), load_file(path / "trainable.safetensors"), path)
+        if self.average:
+            if not (path / "ema.safetensors").exists():
+                raise PackshotError(
+                    f"{path} has no moving average.", "Resume with train.ema_decay=0, or start a new run."
+                )
+            copy_into(self.average.shadow, load_file(path / "ema.safetensors"), path)
+
+
+def on_cpu(tensors: dict[str, nn.Parameter] | dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies in main memory, as safetensors wants them."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def copy_into(targets: dict[str, nn.Parameter] | dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy tensors of a checkpoint at ``path`` into those of the same names.
 
     Raises:
-        PackshotError: it cannot be written. Older checkpoints stay as they are.
+        PackshotError: the names differ.
     """
-    path = folder / str(progress.step)
-    older = next((found.name for found in _checkpoints(folder) if found != path), None)
-    way_out = f"Free some space; run.resume=true goes on from step {older or 0}, the newest checkpoint."
-    with writing(f"checkpoint {path}", way_out), replacing_folder(path) as temporary:
-        tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(module).items()}
-        save_file(tensors, temporary / "trainable.safetensors")
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-        if ema:
-            save_file({n: t.cpu().contiguous() for n, t in ema.shadow.items()}, temporary / "ema.safetensors")
-        state = {
-            "version": VERSION,
-            "progress": asdict(progress),
-            "made_with": asdict(made_with),
-            "ema_updates": ema.updates if ema else 0,
-            "scaler": scaler.state_dict() if scaler else None,
-            "files": {file.name: file_sha256(file) for file in sorted(temporary.iterdir())},
-        }
-        (temporary / "state.json").write_text(json.dumps(state, indent=2))
+    if set(targets) != set(tensors):
+        mismatched = sorted(set(targets) ^ set(tensors))[:3]
+        raise PackshotError(
+            f"{path} holds other parameters than this configuration trains (for example {mismatched}).",
+            "Resume with the configuration in the run's config.yaml.",
+        )
+    for name, target in targets.items():
+        target.copy_(tensors[name])
+
+
+# ---- the folder of checkpoints ----
+
+
+def in_folder(folder: Path) -> list[Path]:
+    """All checkpoints of a folder, the newest first. Folders whose name is not a step are not checkpoints."""
+    found = [path for path in folder.glob("*") if path.is_dir() and path.name.isdigit()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint's files match their digests; logs a warning when they do not."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        damaged = [name for name, digest in state["files"].items() if file_sha256(path / name) != digest]
+    except (OSError, ValueError, KeyError) as error:
+        damaged = [f"state.json ({error})"]
+    if damaged:
+        log.warning("checkpoint %s is damaged: %s", path, ", ".join(damaged))
+    return not damaged
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, so that it neither counts as one nor is lost to whoever wants to look at it."""
+    target = path.with_name(f"{path.name}.damaged-{time.time_ns()}")  # the same step may be damaged more than once
+    path.rename(target)
+    log.warning("it is now called %s and is not used", target.name)
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint whose files match their digests. Damaged ones that are newer are set aside."""
+    for path in in_folder(folder):
+        if is_whole(path):
+            return path
+        set_aside(path)
+    return None
+
+
+def prune(folder: Path, keep: int, protected: set[int]) -> None:
+    """Delete all but the newest ``keep`` checkpoints and those of the ``protected`` steps."""
+    for old in in_folder(folder)[keep:]:
+        if int(old.name) not in protected:
+            shutil.rmtree(old)
+
+
+def resume_hint(folder: Path) -> str:
+    """What a run that must stop now can be resumed from."""
+    newest = next(iter(in_folder(folder)), None)
+    if newest is None:
+        return "There is no checkpoint yet: run.resume=true starts at step 0."
+    return f"The older checkpoints are untouched: run.resume=true continues from step {newest.name}."
+
+
+# ---- the best checkpoint ----
+
+# The figures that are compared; smaller is better. Where the first is equal (no product grew in either), the next
+# decides.
+FIGURES: dict[KeepBest, tuple[str, ...]] = {
+    KeepBest.validation_loss: ("validation_loss",),
+    KeepBest.extension: ("extension", "validation_loss"),
+}
+
+
+@dataclass
+class Best:
+    """The best validation so far, stored in ``checkpoints/best.json``.
+
+    figure: what is compared. step, value: of the best, None before there is one. figures: all that were compared.
+    validated: the last step whose validation was considered; a run that was killed before that validates again.
+    """
+
+    figure: str
+    step: int | None = None
+    value: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+    validated: int = 0
+
+    def consider(self, figures: dict[str, float], step: int, keep: KeepBest) -> bool:
+        """Account for a validation; returns whether it is the best. One without the figures, or with NaN, never is."""
+        self.validated = step
+        compared = {name: figures.get(name, math.nan) for name in FIGURES[keep]}
+        if not all(map(math.isfinite, compared.values())):
+            return False
+        if self.step is not None and tuple(compared.values()) >= tuple(self.figures.values()):
+            return False
+        self.step = step
+        self.value = compared[self.figure]
+        self.figures = compared
+        return True
+
+    def write(self, folder: Path) -> None:
+        """``<folder>/best.json``."""
+        with replacing_file(folder / "best.json") as file:
+            file.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read_best(folder: Path) -> Best | None:
+    """The record in ``<folder>/best.json``, or None when there is none or it is damaged."""
+    try:
+        return Best(**json.loads((folder / "best.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def open_best(folder: Path, keep: KeepBest, step: int) -> Best | None:
+    """The best validation of a run that continues at ``step``; None when none is to be kept.
+
+    A record is dropped with a warning when another figure chose it, or when its checkpoint is damaged, gone or later
+    than ``step`` (the newest checkpoint was damaged, and the run continues from an older one).
+    """
+    if keep is KeepBest.none:
+        return None
+    figure = FIGURES[keep][0]
+    best = read_best(folder)
+    if best is None:
+        return Best(figure)
+    usable = best.step is None or (best.step <= step and is_whole(folder / str(best.step)))
+    if best.figure == figure and usable:
+        best.validated = min(best.validated, step)
+        return best
+    log.warning("the best checkpoint so far (step %s by %s) cannot be used and is forgotten", best.step, best.figure)
+    return Best(figure)
+
+
+# ---- exports ----
 
 
 @contextmanager
@@ -167,19 +294,21 @@ def exporting(run: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``<run>/export`` when the block ends without an exception.
 
     Raises:
-        PackshotError: it cannot be written; says how to export again.
+        PackshotError: it cannot be written; the message explains how to export again.
     """
-    safe = next(iter(_checkpoints(run / "checkpoints")), "no checkpoint")
-    way_out = f"The weights are in {safe}. Free some space; run.resume=true then exports without training again."
-    with writing(f"the export {run / 'export'}", way_out), replacing_folder(run / "export") as folder:
+    newest = next(iter(in_folder(run / "checkpoints")), "no checkpoint")
+    hint = f"The weights are in {newest}; run.resume=true then exports without training again."
+    with writing(f"the export {run / 'export'}", hint), replacing_folder(run / "export") as folder:
         yield folder
         for file in sorted(folder.rglob("*.safetensors")):
             sort_metadata(file)
 
 
 def sort_metadata(file: Path) -> None:
-    """Put a safetensors file's own entries in order: the library writes several in any, so that the same weights would
-    have another hash each time. The format: 8 bytes of length, a JSON header padded by spaces, data."""
+    """Sort the metadata of a safetensors file, which the library writes in any order, so that equal weights hash alike.
+
+    The format: 8 bytes with the length of the header, a JSON header padded with spaces, the data.
+    """
     with file.open("rb") as opened:
         header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
         metadata = header.pop("__metadata__", {})
@@ -189,86 +318,3 @@ def sort_metadata(file: Path) -> None:
     text = json.dumps({"__metadata__": dict(sorted(metadata.items())), **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
-def prune(folder: Path, keep: int, best: Best | None) -> None:
-    """Delete all but the best and the newest ``keep`` checkpoints; called after a new one is safe."""
-    for old in _checkpoints(folder)[keep:]:
-        if best is None or old.name != str(best.step):
-            shutil.rmtree(old)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("*") if path.is_dir() and path.name.isdigit()]
-    return sorted(found, key=lambda path: int(path.name), reverse=True)
-
-
-def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint whose files match their digests; damaged ones are skipped with a message."""
-    return next(filter(is_whole, _checkpoints(folder)), None)
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint's files match their digests; says so when they do not."""
-    try:
-        state = json.loads((path / "state.json").read_text())
-        damaged = [name for name, digest in state["files"].items() if file_sha256(path / name) != digest]
-    except (OSError, ValueError, KeyError) as error:
-        damaged = [f"state.json ({error})"]
-    if damaged:
-        log.warning("checkpoint %s is damaged (%s) and is skipped", path, ", ".join(damaged))
-    return not damaged
-
-
-def _copy_into(parameters: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> None:
-    if set(parameters) != set(tensors):
-        odd = sorted(set(parameters) ^ set(tensors))[:3]
-        raise PackshotError(
-            f"{path} holds other parameters than this configuration trains (for example {odd}).",
-            "Resume with the configuration in the run's config.yaml.",
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-
-
-def load(
-    path: Path,
-    made_with: MadeWith,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: EMA | None,
-    scaler: Any,
-) -> Progress:
-    """Restore everything :func:`save` wrote, for a run of these settings.
-
-    Raises:
-        PackshotError: the checkpoint was made with other settings, or by another version.
-    """
-    state = json.loads((path / "state.json").read_text())
-    if state.get("version") != VERSION:
-        raise PackshotError(
-            f"{path} was written by another version of packshot (format {state.get('version')}, this is {VERSION}).",
-            "Finish the run with the version that started it, or start a new run with another run.dir.",
-        )
-    check(MadeWith(**state["made_with"]), made_with, state["progress"]["step"])
-    load_weights(path, module, ema)
-    load_optimizer(optimizer, torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
-    if ema:
-        ema.updates = state["ema_updates"]
-    if scaler:
-        scaler.load_state_dict(state["scaler"])
-    return Progress(**state["progress"])
-
-
-def load_weights(path: Path, module: nn.Module, ema: EMA | None) -> None:
-    """Restore the trained weights of a checkpoint, and their average if one is kept.
-
-    Raises:
-        PackshotError: the checkpoint belongs to another configuration.
-    """
-    _copy_into(trainable(module), load_file(path / "trainable.safetensors"), path)
-    if ema:
-        if not (path / "ema.safetensors").exists():
-            raise PackshotError(f"{path} has no moving average.", "Resume with train.ema_decay=0 or start a new run.")
-        _copy_into(ema.shadow, load_file(path / "ema.safetensors"), path)

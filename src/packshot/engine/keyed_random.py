@@ -1,8 +1,8 @@
-"""Randomness that depends on what is drawn, not on who draws it or when.
+"""Randomness that depends on what is drawn, not on the process or the moment that draws it.
 
-Every draw of the training takes its generator from (seed, epoch, sample id, use). Noise, timesteps and dropped
-conditions are then the same whatever the number of processes, the batch size or the number of times a run was killed.
-The masks of a dropout inside the network are not among them (see docs/checkpoints.md).
+Every draw of the training takes its generator from (seed, epoch, sample id, use). So noise, timesteps and dropped
+conditions do not depend on the number of processes, the batch size or how often a run was killed. The masks of a
+dropout inside the network do (see docs/checkpoints.md).
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class SampleKey:
 
 
 def permutation(seed: int, of: object, size: int) -> torch.Tensor:
-    """A shuffle, shape (size,), int64, by what is shuffled (an epoch): stateless, so a checkpoint needs no more than a
-    cursor."""
+    """A shuffle, shape (size,), int64, keyed by ``of``, what is shuffled (an epoch).
+
+    It is stateless, so a checkpoint only needs the step.
+    """
     return torch.randperm(size, generator=generator(seed, "order", of))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,7 @@ from accelerate.utils import (
 )
 
 from packshot.config.schema import TrainConfig
+from packshot.engine.task import TrainingConfig
 from packshot.errors import PackshotError
 from packshot.runs.folder import Run, open_run
 from packshot.runs.tracking import Tracker, open_tracker
@@ -31,12 +32,12 @@ T = TypeVar("T")
 
 
 def make_accelerator(train: TrainConfig) -> Accelerator:
-    """Accelerate, set up so that one optimizer step is one step of everything."""
-    if train.deterministic:  # before the first kernel: cuBLAS reads its setting once
+    """Accelerate, set up so that an optimizer step takes all micro-batches of all processes."""
+    if train.deterministic:  # before the first kernel, because cuBLAS reads its setting only once
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     return Accelerator(
-        # without this, torchrun on a machine without accelerator starts processes that know nothing of each other
+        # without this, processes that torchrun starts on a machine without accelerator know nothing of each other
         cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         mixed_precision=train.mixed_precision.name,
         # a bare number would give way to the environment's ACCELERATE_GRADIENT_ACCUMULATION_STEPS
@@ -44,41 +45,42 @@ def make_accelerator(train: TrainConfig) -> Accelerator:
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=train.process_timeout)),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else every gradient is there twice
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # otherwise every gradient exists twice
         ],
     )
 
 
-def from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
-    """What ``make`` gives on the main process, on every process: what is read from disk may look different to each."""
+def broadcast_from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
+    """The result of ``make`` on the main process, for every process: a disk may look different to each of them."""
     if accelerator.num_processes == 1:
         return make()
-    found: list[Any] = [make() if accelerator.is_main_process else None]
-    broadcast_object_list(found)
-    return found[0]
+    results = [make()] if accelerator.is_main_process else [None]
+    broadcast_object_list(results)
+    return cast(T, results[0])
+
+
+# Words in the errors that gloo and NCCL raise when a peer is gone.
+BROKEN = ("connection", "timed out", "timeout", "peer", "nccl", "gloo", "unhandled system error")
 
 
 @contextmanager
-def together(accelerator: Accelerator) -> Iterator[None]:
-    """Work that all processes do: when one of them is gone, the others stop with a sentence instead of a stack.
+def translate_lost_process(accelerator: Accelerator) -> Iterator[None]:
+    """Work that all processes do: when one of them is gone, the others stop with an error message, not a traceback.
 
     Raises:
         PackshotError: the connection to another process broke, or it did not come within ``train.process_timeout``.
     """
     try:
         yield
-    except RuntimeError as error:  # what gloo and NCCL raise; anything else of this type is passed on
-        said = str(error).lower()
-        if accelerator.num_processes == 1 or not any(sign in said for sign in _BROKEN):
+    except RuntimeError as error:  # the type that gloo and NCCL raise; others of this type are passed on
+        message = str(error).lower()
+        if accelerator.num_processes == 1 or not any(sign in message for sign in BROKEN):
             raise
         raise PackshotError(
             f"Process {accelerator.process_index} has lost another process of this run "
             f"({str(error).strip().splitlines()[0][:160]}).",
-            "Look at the other processes' last lines; run.resume=true goes on from the newest checkpoint.",
+            "Look at the last lines of the other processes; run.resume=true continues from the newest checkpoint.",
         ) from error
-
-
-_BROKEN = ("connection", "timed out", "timeout", "peer", "nccl", "gloo", "unhandled system error")
 
 
 @dataclass
@@ -90,36 +92,42 @@ class Session:
     run: Run | None
     tracker: Tracker | None
 
+    def report(self, step: int, figures: dict[str, float]) -> None:
+        """A line of metrics and the tracker's figures; nothing on the other processes."""
+        if self.run and self.tracker:
+            self.run.metrics({"step": step, **figures})
+            self.tracker.log(figures, step)
 
-def start(script: str, config: Any, train: TrainConfig, resumable: bool = True) -> Session:
+
+def start(script: str, config: TrainingConfig, train: TrainConfig, resumable: bool = True) -> Session:
     """Open the run on the main process and tell the others where it is; ``resumable`` as in :func:`open_run`.
 
     Raises:
         PackshotError: on every process, when the main one cannot open the folder.
     """
     accelerator = make_accelerator(train)
-    message: list[Any] = [None, None]
-    run = tracker = None
+    run: Run | None = None
+    tracker: Tracker | None = None
+    outcome: Path | PackshotError = Path()
     if accelerator.is_main_process:
         try:
             run = open_run(script, config, resumable)
             tracker = open_tracker(run, config, job_type=script)
-            message = [str(run.path), None]
+            outcome = run.path
         except PackshotError as error:
-            message = [None, error]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(message)
-    if message[1] is not None:
-        raise message[1]
-    _refuse_unshared(Path(message[0]), accelerator)
-    return Session(accelerator, Path(message[0]), run, tracker)
+            outcome = error
+    opened = broadcast_from_main(accelerator, lambda: outcome)
+    if isinstance(opened, PackshotError):
+        raise opened
+    refuse_unshared(opened, accelerator)
+    return Session(accelerator, opened, run, tracker)
 
 
-def _refuse_unshared(run: Path, accelerator: Accelerator) -> None:
+def refuse_unshared(run: Path, accelerator: Accelerator) -> None:
     """Raises PackshotError, on every process, when one of them does not see the run folder of the main one."""
     if accelerator.num_processes == 1:
         return
-    sign = run / from_main(accelerator, lambda: f".{uuid.uuid4().hex}.sign")
+    sign = run / broadcast_from_main(accelerator, lambda: f".{uuid.uuid4().hex}.sign")
     if accelerator.is_main_process:
         sign.touch()
     accelerator.wait_for_everyone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +17,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from packshot.engine.processes import from_main
+from packshot.engine.processes import broadcast_from_main
 from packshot.errors import PackshotError
-from packshot.runs.files import replacing_file
+from packshot.runs.files import replacing_file, writing
 from packshot.runs.folder import log
 from packshot.runs.progress import progress
 
 Tensors = dict[str, Tensor]
-SHARD_BYTES = 128 * 2**20  # of tensors per file: what a kill can cost. Files are mapped, and a process has 65,530 maps
+Item = Any  # only the encoder looks into it
+# Tensors per file. A kill costs one file at most; every file is mapped, and a process may have 65,530 maps.
+SHARD_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
 class Job:
-    """An entry to make: its key, its name in messages, and what the encoder takes."""
+    """An entry to make: its key, its name in messages, and the item that the encoder takes."""
 
     key: str
     name: str
-    item: Any
+    item: Item
 
 
 def content_key(*parts: object) -> str:
@@ -41,7 +43,8 @@ def content_key(*parts: object) -> str:
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
 
 
-def _checksum(tensor: Tensor) -> int:
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes."""
     return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
@@ -50,51 +53,54 @@ class TensorCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[Path, Any] = {}
-        self._where: dict[str, Path] = {}
-        self._names: dict[str, list[str]] = {}
+        self._files: dict[Path, safe_open] = {}  # open and mapped
+        self._places: dict[str, Path] = {}  # the file of each key
+        self._names: dict[str, list[str]] = {}  # the tensors of each key
 
     def __contains__(self, key: str) -> bool:
-        return key in self._where
+        return key in self._places
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}  # a loader's process opens the files anew
+    def __getstate__(self) -> dict[str, Path]:
+        return {"folder": self.folder}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Path]) -> None:
         self.__init__(state["folder"])
-        self.open()
+        self.open()  # a loader process maps the files itself
 
     def open(self) -> None:
-        """Take up the files that have come since; a damaged one is removed, one that may not be read passed over, each
-        with a message.
+        """Add the files that have appeared since the last call. A damaged file is removed and an unreadable one is
+        skipped, each with a warning.
 
-        Of an entry that two runs have written at a time, the older copy counts, whoever looks and however often.
+        If two runs wrote the same entry, the older copy wins, in every process and at every call.
         """
-        for path in self._oldest_first():
-            if path in self._files:
-                continue
-            try:
-                file = safe_open(path, framework="pt")
-                names = list(file.keys())
-            except SafetensorError as error:
-                self._drop(path, str(error))
-                continue
-            except OSError as error:  # another user's, or the storage is away for a moment: not ours to remove
-                log.warning("cache file %s cannot be read (%s): its samples are encoded again", path, error)
-                continue
-            self._files[path] = file
-            for name in names:
-                key, _, short = name.partition("/")
-                if self._where.setdefault(key, path) != path:
-                    continue
-                known = self._names.setdefault(key, [])
-                if short not in known:
-                    known.append(short)
+        for path in self.oldest_first():
+            if path not in self._files:
+                self._add(path)
 
-    def _oldest_first(self) -> list[Path]:
+    def _add(self, path: Path) -> None:
+        try:
+            file = safe_open(path, framework="pt")
+            names = list(file.keys())
+        except SafetensorError as error:
+            self._drop(path, str(error))
+            return
+        except OSError as error:  # another user's file, or the storage is away for a moment: it must not be removed
+            log.warning("cache file %s cannot be read (%s): its samples are encoded again", path, error)
+            return
+        self._files[path] = file
+        for name in names:
+            key, _, short = name.partition("/")
+            if self._places.setdefault(key, path) != path:
+                continue
+            known = self._names.setdefault(key, [])
+            if short not in known:
+                known.append(short)
+
+    def oldest_first(self) -> list[Path]:
+        """The files of the folder by the time they were written."""
         written: dict[Path, int] = {}
         for path in self.folder.glob("*.safetensors"):
-            with suppress(FileNotFoundError):  # removed by another process since
+            with suppress(FileNotFoundError):  # another process has just removed it
                 written[path] = path.stat().st_mtime_ns
         return sorted(written, key=lambda path: (written[path], path))
 
@@ -106,8 +112,10 @@ class TensorCache:
 
     def _forget(self, path: Path) -> None:
         self._files.pop(path, None)
-        for key in [key for key, where in self._where.items() if where == path]:
-            del self._where[key], self._names[key]
+        for key, place in list(self._places.items()):
+            if place == path:
+                del self._places[key]
+                del self._names[key]
 
     def get(self, key: str) -> Tensors:
         """The tensors of an entry.
@@ -115,27 +123,30 @@ class TensorCache:
         Raises:
             PackshotError: there is none.
         """
-        if key not in self._where:
-            raise PackshotError(f"{self.folder} has no entry {key}.", "Start again: what is missing is encoded first.")
-        file = self._files[self._where[key]]
+        if key not in self._places:
+            raise PackshotError(f"{self.folder} has no entry {key}.", "Start again: missing entries are encoded first.")
+        file = self._files[self._places[key]]
         return {name: file.get_tensor(f"{key}/{name}") for name in self._names[key]}
 
-    def _put(self, entries: dict[str, Tensors]) -> None:
-        """Write a shard; all values must be finite."""
-        flat = {
-            f"{key}/{name}": tensor.contiguous() for key, tensors in entries.items() for name, tensor in tensors.items()
-        }
-        sums = json.dumps({name: _checksum(tensor) for name, tensor in flat.items()})
+    def put(self, entries: dict[str, Tensors]) -> None:
+        """Write a file of entries, whose values must all be finite. Raises PackshotError if it cannot be written."""
+        flat: Tensors = {}
+        sums: dict[str, int] = {}
+        for key, tensors in entries.items():
+            for name, tensor in tensors.items():
+                flat[f"{key}/{name}"] = tensor.contiguous()
+                sums[f"{key}/{name}"] = checksum(tensor)
         path = self.folder / f"{content_key(*sorted(entries))[:24]}.safetensors"
-        with replacing_file(path) as file:
-            save_file(flat, file, metadata={"crc32": sums})
+        hint = "Finished files are kept; data.cache_dir names another folder."
+        with writing(f"{self.folder}", hint), replacing_file(path) as file:
+            save_file(flat, file, metadata={"crc32": json.dumps(sums)})
 
-    def _verify(self, path: Path) -> None:
-        """Compare every tensor of a file with the checksum it was written with."""
+    def verify(self, path: Path) -> None:
+        """Compare every tensor of a file with its stored checksum; a damaged file is removed with a warning."""
         try:
-            with safe_open(path, framework="pt") as file:  # a mapping of its own, which leaves memory with it
+            with safe_open(path, framework="pt") as file:  # its own mapping, whose memory is freed at the end
                 sums = json.loads(file.metadata()["crc32"])
-                wrong = [name for name, expected in sums.items() if _checksum(file.get_tensor(name)) != expected]
+                wrong = [name for name, expected in sums.items() if checksum(file.get_tensor(name)) != expected]
         except OSError as error:
             self._forget(path)
             log.warning("cache file %s cannot be read (%s): its samples are encoded again", path, error)
@@ -149,86 +160,91 @@ class TensorCache:
         self,
         description: str,
         chunks: Sequence[Sequence[Job]],
-        encode: Callable[[list[Any]], list[Tensors]],
+        encode: Callable[[list[Item]], list[Tensors]],
         accelerator: Accelerator,
     ) -> None:
-        """Verify what is there and compute what is missing. Every process takes its share; returns when all are done.
+        """Verify existing entries and encode missing ones. Every process takes its share and waits for the others.
 
-        chunks: what goes through the encoder together. A chunk of which anything is missing is encoded whole, so that
-            no bit of an entry depends on what was cached before or on the number of processes; what was there stays.
-        encode: the items of a chunk to their tensors.
+        chunks: the jobs that go through the encoder together. A chunk with a missing entry is encoded whole, so that no
+            bit of an entry depends on earlier contents or on the number of processes. Existing entries stay.
+        encode: makes the tensors of the items of a chunk.
 
         Raises:
             PackshotError: a value is not finite, or the tensors cannot be written.
         """
         wanted = {job.key for chunk in chunks for job in chunk}
-        rank, world = accelerator.process_index, accelerator.num_processes
         self.folder.mkdir(parents=True, exist_ok=True)
         self.open()
-        # By name, not by place in a list: other runs write here too, so processes may see different files.
-        for path in sorted({self._where[key] for key in wanted if key in self._where}):
-            if int(path.stem[:8], 16) % world == rank:
-                self._verify(path)
-        accelerator.wait_for_everyone()
-        self._forget_removed()
+        self._verify_share(wanted, accelerator)
 
-        def incomplete(chunk: Sequence[Job]) -> bool:
-            return any(job.key not in self for job in chunk)
+        def missing_chunks() -> list[int]:
+            return [number for number, chunk in enumerate(chunks) if any(job.key not in self for job in chunk)]
 
-        # One process says what is missing: others may see other files, as other runs write here too.
-        todo = from_main(accelerator, lambda: [number for number, chunk in enumerate(chunks) if incomplete(chunk)])
-        missing = sum(len(chunks[number]) for number in todo)
-        self._encode(description, [chunks[number] for number in todo[rank::world]], encode, accelerator)
+        # The main process decides, because other runs write here too and each process may see other files.
+        todo = broadcast_from_main(accelerator, missing_chunks)
+        mine = todo[accelerator.process_index :: accelerator.num_processes]
+        self._encode(description, [chunks[number] for number in mine], encode, accelerator)
         accelerator.wait_for_everyone()
         self.open()
         absent = sum(key not in self for key in wanted)
         if absent:
             raise PackshotError(
                 f"{self.folder} lacks {absent} of {len(wanted)} entries that the processes have just written.",
-                "data.cache_dir has to be a folder that all of them see, and may read.",
+                "data.cache_dir must be a folder that all of them see and may read.",
             )
         if accelerator.is_main_process:
-            size = sum(path.stat().st_size for path in {self._where[key] for key in wanted}) / 2**20
-            hits = 100 * (1 - missing / max(1, sum(map(len, chunks))))
-            log.info("%s: %d entries, %.1f MiB, %.0f %% were cached", description, len(wanted), size, hits)
+            size = sum(path.stat().st_size for path in self.files_of(wanted)) / 2**20
+            encoded = sum(len(chunks[number]) for number in todo)
+            cached = 100 * (1 - encoded / max(1, sum(map(len, chunks))))
+            log.info("%s: %d entries, %.1f MiB, %.0f %% were cached", description, len(wanted), size, cached)
 
-    def _forget_removed(self) -> None:
-        for path in [path for path in self._files if not path.exists()]:
-            self._drop(path, "removed by another process")
+    def files_of(self, keys: Iterable[str]) -> list[Path]:
+        """The files that hold any of these entries, sorted."""
+        return sorted({self._places[key] for key in keys if key in self})
+
+    def _verify_share(self, keys: Iterable[str], accelerator: Accelerator) -> None:
+        """Verify this process's share of the files, and forget those that another process removes."""
+        for path in self.files_of(keys):
+            # By name, not by place in a list: other runs write here too, so each process may see other files.
+            if int(path.stem[:8], 16) % accelerator.num_processes == accelerator.process_index:
+                self.verify(path)
+        accelerator.wait_for_everyone()
+        for path in list(self._files):
+            if not path.exists():
+                self._drop(path, "removed by another process")
 
     def _encode(
         self,
         description: str,
         chunks: Sequence[Sequence[Job]],
-        encode: Callable[[list[Any]], list[Tensors]],
+        encode: Callable[[list[Item]], list[Tensors]],
         accelerator: Accelerator,
     ) -> None:
+        """Encode chunks and write their new entries, a file whenever there is enough for one."""
         entries: dict[str, Tensors] = {}
         size = 0
         total = sum(map(len, chunks))
         with progress(description, total, show=bool(chunks) and accelerator.is_main_process) as advance:
             for number, chunk in enumerate(chunks, 1):
-                for job, tensors in zip(chunk, encode([job.item for job in chunk]), strict=True):
+                results = encode([job.item for job in chunk])
+                for job, tensors in zip(chunk, results, strict=True):
                     if job.key not in self:
-                        entries[job.key] = _finite(tensors, f"{description}, {job.name}")
+                        refuse_non_finite(tensors, f"{description}, {job.name}")
+                        entries[job.key] = tensors
                         size += sum(tensor.nbytes for tensor in tensors.values())
-                # another run may have written all of them since the main process looked
+                # there may be none: another run may have written them since the main process looked
                 if entries and (size >= SHARD_BYTES or number == len(chunks)):
-                    try:
-                        self._put(entries)
-                    except (OSError, SafetensorError) as error:
-                        raise PackshotError(
-                            f"{self.folder} cannot be written: {error}.",
-                            "Free some space, or name another folder by data.cache_dir. What is written is kept.",
-                        ) from error
-                    entries, size = {}, 0
+                    self.put(entries)
+                    entries = {}
+                    size = 0
                 advance(len(chunk))
 
 
-def _finite(tensors: Tensors, name: str) -> Tensors:
+def refuse_non_finite(tensors: Tensors, name: str) -> None:
+    """Raises PackshotError when a value is NaN or infinite. name: of the sample, for the message."""
     for part, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise PackshotError(
-                f"{name}: {part} has values that are not finite.", "An fp16 VAE does that; use fp32 or fp16-fix."
+                f"{name}: {part} has values that are not finite.",
+                "An fp16 VAE can cause that; use its fp32 weights or sdxl-vae-fp16-fix.",
             )
-    return tensors

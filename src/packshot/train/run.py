@@ -18,7 +18,7 @@ from packshot.dataset.rows import Rows, load_rows
 from packshot.engine.checkpoints import EMA, exporting
 from packshot.engine.loop import fit
 from packshot.engine.memory import compile_networks, enable_checkpointing, refuse_unavailable
-from packshot.engine.processes import Session, start, together
+from packshot.engine.processes import Session, start, translate_lost_process
 from packshot.errors import ConfigError
 from packshot.methods import METHODS
 from packshot.runs.folder import log
@@ -54,7 +54,7 @@ def _with_task(work: Callable[[Session, DiffusionTask, Examples, Any], None]) ->
         try:
             rows.refuse_without("data.train", task.method.pictures)
             validation.refuse_without("data.validation", task.method.pictures)
-            with together(session.accelerator):
+            with translate_lost_process(session.accelerator):
                 work(session, task, examples, config)
         finally:
             if session.tracker:

@@ -14,13 +14,13 @@ from packshot.base.load import Parts, trained_scheduler
 from packshot.config.schema import PredictionType, ProductConditioning, TrainScript, Unconditional, check_objective
 from packshot.diffusion import hold_product, schedule
 from packshot.engine.keyed_random import SampleKey
-from packshot.engine.loop import Validated
+from packshot.engine.task import Task, Validated
 from packshot.errors import PackshotError
 from packshot.train.encode import Examples
 from packshot.train.validation import Validator
 
 
-class DiffusionTask(nn.Module):
+class DiffusionTask(Task):
     """Loss of a Method (see ``methods.base``) on encoded samples (see ``train.encode``); the loop's Task."""
 
     def __init__(self, method: nn.Module, parts: Parts, config: TrainScript, validation: Examples) -> None:

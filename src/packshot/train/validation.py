@@ -24,7 +24,8 @@ from packshot.config.schema import KeepBest, TrainScript, Unconditional
 from packshot.diffusion.hold_product import first_latents, hold_product
 from packshot.diffusion.latents import LatentScale
 from packshot.engine.keyed_random import SampleKey
-from packshot.engine.loop import Validated, to_device
+from packshot.engine.step import to_device
+from packshot.engine.task import Validated
 from packshot.errors import ConfigError, PackshotError
 from packshot.imaging.matte import held_cells, soften_hard_edge, unmix
 from packshot.imaging.outline import compare_size, grabcut, is_extended, measure_extension

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from packshot.config.schema import KeepBest
-from packshot.engine.batches import Order
+from packshot.engine.batches import SampleOrder
 from packshot.engine.keyed_random import SampleKey
 from packshot.engine.loop import fit
 from packshot.engine.memory import compile_networks
@@ -38,7 +38,7 @@ def check(session: Session, task: Any, examples: Examples, config: Any) -> None:
         PackshotError: loss or gradient is not finite.
     """
     folder = session.path / "check"
-    order = Order(examples.groups, config.run.seed, config.train.batch_size)
+    order = SampleOrder(examples.groups, config.run.seed, config.train.batch_size)
     places = order.step(0)
     fresh = (examples.fresh(index) for index, _ in places)
     samples = [{**sample, "encoded": list(sample["encoded"])} for sample in fresh]  # while the encoders are there
