@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # torch costs a second, and schema.py imports this module
+if TYPE_CHECKING:  # torch costs a second, and the schema imports this module
     import torch
     from torch.optim.optimizer import ParamsT
 
-    from packshot.config.schema import OptimConfig, TrainConfig
+    from packshot.config.train import OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)
