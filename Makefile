@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint smoke proof-fullsize proof-learning render-env clean
+.PHONY: help demo test test-slow lint smoke proof-fullsize proof-learning render-env clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,6 +32,9 @@ demo: $(VENV)/.installed ## set up, then the whole road on the mini family: buil
 test: $(VENV)/.installed ## set up, then every test
 	@$(MAKE) --no-print-directory render-env || echo "no Blender here: the tests that render are skipped"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+test-slow: $(VENV)/.installed ## only the tests that take long: a wheel in a fresh environment, …
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests
 
 smoke: $(VENV)/.installed ## only the end-to-end tests: two steps, kill, resume, generate
 	$(BIN)/python -m pytest tests/smoke
