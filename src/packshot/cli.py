@@ -78,7 +78,7 @@ STAGES: dict[str, Stage] = {
         "Score finished generate.py runs: product identity, product extension, slot adherence.",
         "packshot.evaluate.run:evaluate",
     ),
-    "serve": Stage("Serve generation over HTTP.", "packshot.serve.app:serve"),
+    "serve": Stage("Serve generation over HTTP.", "packshot.serve.server:serve"),
 }
 
 

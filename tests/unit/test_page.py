@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image, ImageDraw
+from serving_fixtures import eventually
 
 from packshot.config.compose import compose
 from packshot.generate import Packshot
 from packshot.generate.certificate import REASONS
-from packshot.serve.app import create_app, wants_json
+from packshot.serve.app import create_app
+from packshot.serve.routes import wants_json
 from packshot.serve.schemas import GenerateForm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,7 +135,7 @@ def test_a_page_unless_json_is_asked_for(accept, json):
     assert wants_json(accept) is json
 
 
-def test_what_the_page_sends_untouched_but_for_the_product_is_accepted(page):
+def test_the_untouched_form_with_a_product_is_accepted(page):
     noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
     mask = Image.new("L", (96, 96))
     ImageDraw.Draw(mask).rectangle((30, 30, 65, 65), fill=255)
@@ -145,8 +147,10 @@ def test_what_the_page_sends_untouched_but_for_the_product_is_accepted(page):
     fields = {name: a["value"] for name, (_, a) in page.controls.items() if a.get("value")}
     fields["placement"] = next(a["value"] for tag, a in page.elements if tag == "option" and "selected" in a)
     settings = compose("serve", ["serve.api_key=key", "generate.num_inference_steps=1", "generate.guidance_scale=1"])
-    client = TestClient(create_app(settings, Packshot.load(model=settings.model)))
-    response = client.post("/generate", files=files, data=fields, headers={"Authorization": "Bearer key"})
+    app = create_app(settings, Packshot.load(model=settings.model))
+    with TestClient(app) as client:
+        assert eventually(lambda: app.state.service.loaded)
+        response = client.post("/generate", files=files, data=fields, headers={"Authorization": "Bearer key"})
     assert response.status_code == 200, response.text
     certificate = response.json()["prediction"]["images"][0]["certificate"]
     assert certificate["core"]["max_abs_diff"] == 0

@@ -11,14 +11,25 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import anyio
 import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from PIL import Image, ImageDraw
+from PIL import Image
+from serving_fixtures import (
+    BEARER,
+    KEY,
+    STEPS,
+    FakePackshot,
+    config,
+    create_app,
+    eventually,
+    file,
+    product_pair,
+    upload,
+)
 
 from packshot.config.compose import compose
 from packshot.errors import ConfigError
@@ -26,17 +37,14 @@ from packshot.generate import Packshot
 from packshot.generate.references import open_references
 from packshot.runs.folder import Run, log
 from packshot.scene import Scene
-from packshot.serve.app import certificate_sha256, create_app, listen, log_uvicorn, wants_png
-from packshot.serve.service import Quota
+from packshot.serve.app import create_app as create_app_unstarted
+from packshot.serve.logs import Quota, QuotaFilter
+from packshot.serve.queueing import Turn
+from packshot.serve.routes import certificate_sha256, wants_png
+from packshot.serve.schemas import ApiError
+from packshot.serve.server import listen
 
 ROOT = Path(__file__).resolve().parents[2]
-KEY = "correct horse battery staple"
-BEARER = {"Authorization": f"Bearer {KEY}"}
-STEPS = ["generate.num_inference_steps=2", "generate.guidance_scale=1"]
-
-
-def config(*overrides):
-    return compose("serve", [*STEPS, f"serve.api_key={KEY}", *overrides])
 
 
 @pytest.fixture(autouse=True)
@@ -58,26 +66,6 @@ def app(packshot):
 @pytest.fixture
 def client(app):
     return TestClient(app, raise_server_exceptions=False)
-
-
-def file(image, format="PNG"):
-    buffer = io.BytesIO()
-    image.save(buffer, format)
-    return buffer.getvalue()
-
-
-def product_pair(width=96, height=128):
-    """A noisy product (so that no smooth model could reproduce it by luck) and its mask."""
-    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    mask = Image.new("L", (width, height), 0)
-    ImageDraw.Draw(mask).rectangle((30, 40, 65, 99), fill=255)
-    return Image.fromarray(noise), mask
-
-
-def upload(**fields):
-    product, mask = product_pair()
-    files = {"product_file": file(product), "mask_file": file(mask)}
-    return {"files": files, "data": {"surface": "a white podium", **fields}, "headers": BEARER}
 
 
 def refused(response, status, code):
@@ -102,7 +90,7 @@ def core_is_kept(png):
 # --- pictures
 
 
-def test_json_answer_holds_pictures_with_the_product_untouched_and_their_certificates(client):
+def test_json_holds_pictures_that_keep_the_product(client):
     response = client.post("/generate", **upload(num_images=2, seed=5, surroundings=["palm leaves", "stones"]))
     body = response.json()
     assert response.status_code == 200, body
@@ -141,7 +129,7 @@ def test_the_service_gives_what_the_python_interface_gives(client, packshot):
     assert (np.asarray(Image.open(io.BytesIO(png))) == np.asarray(direct[0].image)).all()
 
 
-def test_the_certificate_names_the_uploaded_files_by_their_hashes(client):
+def test_the_certificate_has_the_hashes_of_the_uploads(client):
     order = upload()
     order["files"]["product_file"] += b"after the picture"  # decoding loses it
     certificate = client.post("/generate", **order).json()["prediction"]["images"][0]["certificate"]
@@ -150,26 +138,18 @@ def test_the_certificate_names_the_uploaded_files_by_their_hashes(client):
     assert certificate["mask"]["file_sha256"] == digests["mask_file"]
 
 
-def test_the_reference_is_named_by_its_files_hash_and_the_prompt_is_the_certificates():
-    """Alone, a reference is drawn without words: an answer that repeats the empty scene's sentence would be wrong."""
-    seen = []
-
-    class Recorder:
-        def set_product(self, image, mask):
-            return self
-
-        def generate(self, scene, reference, **_):
-            [opened] = open_references(reference)
-            seen.append((scene, opened.sha256))
-            return [SimpleNamespace(png=b"png", certificate={"request": {"prompt": ""}})]
-
-    app = create_app(config(), Recorder())
+def test_a_lone_reference_is_answered_with_an_empty_prompt():
+    """A lone reference is drawn without words: an answer with the empty scene's sentence would be wrong."""
+    fake = FakePackshot()
+    app = create_app(config(), fake)
     app.state.service.config.adapters.ip_adapter = "an adapter"
     order = upload(surface="")
     order["files"]["reference_file"] = file(Image.new("RGB", (40, 40), "red"), "JPEG")
     answer = TestClient(app).post("/generate", **order)
     assert answer.json()["prediction"]["prompt"] == ""
-    assert seen == [(Scene(), hashlib.sha256(order["files"]["reference_file"]).hexdigest())]
+    [(scene, reference, _)] = fake.calls
+    [opened] = open_references(reference)
+    assert (scene, opened.sha256) == (Scene(), hashlib.sha256(order["files"]["reference_file"]).hexdigest())
 
 
 def test_png_holds_one_picture_only(client):
@@ -254,7 +234,7 @@ def test_a_request_cannot_write_a_log_entry_of_its_own(client, caplog):
     assert len(long) < 300
 
 
-def test_strangers_write_a_bounded_number_of_lines_and_no_metrics(packshot, tmp_path, caplog):
+def test_strangers_write_few_log_lines_and_no_metrics(packshot, tmp_path, caplog):
     run = Run(tmp_path, resumed=False)
     app = create_app(config(), packshot, run)
     client = TestClient(app)
@@ -270,25 +250,26 @@ def test_strangers_write_a_bounded_number_of_lines_and_no_metrics(packshot, tmp_
 
 def test_a_quota_starts_anew_and_says_what_it_left_out(caplog):
     now = [0.0]
-    quota = Quota(2, 60, lambda: now[0])
+    quota = Quota(2, 60, "requests", lambda: now[0])
     assert [quota.admit() for _ in range(5)] == [True, True, False, False, False]
     now[0] = 59
     assert not quota.admit()
     now[0] = 60
     assert quota.admit()
-    assert ours(caplog) == ["4 requests without the key were not listed"]
+    assert ours(caplog) == ["4 requests were not logged"]
 
 
-def test_what_is_no_http_counts_as_a_strangers_line(packshot, monkeypatch):
-    app = create_app(config(), packshot)
-    app.state.service.strangers = Quota(1, 3600)
-    logger = logging.getLogger("uvicorn.error")
-    monkeypatch.setattr(logger, "filters", [])
-    monkeypatch.setattr(logger, "handlers", [])
-    log_uvicorn(app.state.service)
-    levels = [logging.WARNING, logging.WARNING, logging.ERROR]
-    entries = [logger.makeRecord("uvicorn.error", level, "", 0, "Invalid HTTP request.", (), None) for level in levels]
-    assert [bool(logger.filter(entry)) for entry in entries] == [True, False, True]
+def test_every_logger_has_a_quota_of_its_own():
+    """A flood in one library's logger, such as asyncio's about open files, neither fills the disk nor hides others."""
+    quota = QuotaFilter()
+
+    def admitted(name, number):
+        records = [logging.makeLogRecord({"name": name}) for _ in range(number)]
+        return sum(quota.filter(record) for record in records)
+
+    assert admitted("asyncio", 1000) == 60
+    assert admitted("uvicorn.error", 30) + admitted("uvicorn.asgi", 1000) == 60
+    assert admitted(log.name, 1000) == 1000
 
 
 # --- what may be sent
@@ -396,13 +377,13 @@ def test_unknown_paths_and_methods(client):
     refused(client.get("/generate"), 405, "method_not_allowed")
 
 
-def test_an_internal_failure_tells_the_request_id_and_nothing_else(packshot, caplog):
+def test_an_internal_failure_shows_only_its_request_id(packshot, caplog):
     app = create_app(config(), packshot)
 
-    def broken(order):
+    def broken(*arguments):
         raise RuntimeError("secret /path/to/weights")
 
-    app.state.service.generate = broken
+    app.state.service.queue.devices[0].draw = broken
     response = TestClient(app, raise_server_exceptions=False).post("/generate", **upload())
     body = refused(response, 500, "internal_error")
     assert "secret" not in response.text
@@ -416,13 +397,15 @@ def test_an_internal_failure_tells_the_request_id_and_nothing_else(packshot, cap
 @contextlib.contextmanager
 def busy(app):
     """The worker thread is taken by a job of ours until the block ends."""
-    started, release = threading.Event(), threading.Event()
+    started = threading.Event()
+    release = threading.Event()
 
-    def job():
+    def read():
         started.set()
         release.wait(60)
+        raise ApiError(499, "client_gone", "a test's own turn")
 
-    app.state.service.worker.submit(job)
+    app.state.service.queue.reserve().start(Turn(read, 1))
     assert started.wait(60)
     try:
         yield
@@ -431,17 +414,13 @@ def busy(app):
 
 
 def waits(app, number):
-    done = threading.Event()
-    for _ in range(600):
-        if app.state.service.worker.waiting == number:
-            return True
-        done.wait(0.05)
-    return False
+    return eventually(lambda: app.state.service.queue.waiting == number)
 
 
-def test_health_answers_while_requests_wait_and_a_full_queue_is_429(packshot):
-    app = create_app(config("serve.queue_size=1"), packshot)
+def test_a_full_queue_is_429_and_health_still_answers(packshot):
+    app = create_app_unstarted(config("serve.queue_size=1"), packshot)
     with TestClient(app) as client:
+        assert eventually(lambda: app.state.service.loaded)
         answers = []
         with busy(app):
             thread = threading.Thread(target=lambda: answers.append(client.post("/generate", **upload())))
@@ -473,7 +452,7 @@ async def ask(app, receive, method="POST", path="/generate", headers=(), send=No
     return sent[0]["status"], dict(sent[0]["headers"])
 
 
-def test_a_full_queue_refuses_before_anything_of_the_upload_is_read(packshot):
+def test_a_full_queue_refuses_before_it_reads_the_upload(packshot):
     app = create_app(config("serve.queue_size=0"), packshot)
     read = []
 
@@ -512,14 +491,14 @@ def test_an_upload_on_its_way_has_its_place_and_gives_it_back(packshot):
     assert TestClient(app).post("/generate", **upload()).status_code == 200
 
 
-def test_an_upload_that_never_ends_is_408_and_gives_its_place_back(packshot):
+def test_an_endless_upload_is_408_and_frees_its_place(packshot):
     app = create_app(config("serve.queue_size=0", "serve.timeout_seconds=0.1"), packshot)
     status, _ = anyio.run(ask, app, anyio.sleep_forever, "POST", "/generate", FORM)
     assert status == 408
-    app.state.service.worker.reserve()
+    app.state.service.queue.reserve()
 
 
-def test_more_requests_than_can_be_in_work_are_503_but_probes_get_through(packshot):
+def test_too_many_requests_are_503_but_probes_pass(packshot):
     app = create_app(config(), packshot)
 
     async def receive():
@@ -546,7 +525,7 @@ def test_more_requests_than_can_be_in_work_are_503_but_probes_get_through(packsh
     assert int(headers[b"retry-after"]) >= 1
 
 
-def test_a_request_that_waits_too_long_is_504_and_gives_its_place_back(packshot):
+def test_a_late_request_is_504_and_frees_its_place(packshot):
     app = create_app(config("serve.queue_size=1", "serve.timeout_seconds=0.1"), packshot)
     client = TestClient(app)
     with busy(app):
@@ -562,14 +541,14 @@ def test_loading_is_503_until_the_model_is_there(packshot):
         release.wait(60)
         return packshot
 
-    app = create_app(config(), load)
+    app = create_app_unstarted(config(), load)
     with TestClient(app) as client:
         answer = client.get("/health")
         assert (answer.status_code, answer.json()["status"], answer.json()["model_loaded"]) == (503, "loading", False)
         assert "packshot_model_loaded 0.0" in client.get("/metrics").text
         refused(client.post("/generate", **upload()), 503, "model_loading")
         release.set()
-        app.state.service.worker.submit(int).result(60)  # behind the loading
+        assert eventually(lambda: app.state.service.loaded)
         answer = client.get("/health")
         assert (answer.status_code, answer.json()["status"], answer.json()["model_loaded"]) == (200, "ok", True)
         assert "packshot_model_loaded 1.0" in client.get("/metrics").text
@@ -615,7 +594,7 @@ def start(tmp_path, *overrides):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_the_script_serves_ends_well_and_writes_its_run_folder_without_the_key(tmp_path):
+def test_the_script_serves_and_never_writes_the_key(tmp_path):
     process = start(tmp_path, "serve.port=0")
     try:
         line = next(line for line in process.stderr if "listening on" in line)

@@ -175,6 +175,25 @@ class ServeConfig:
     timeout_seconds: float = opt(
         600.0, "longest time of a request, waiting included; then it is answered with 504", min=0.1, max=86400
     )
+    api_keys: str | None = opt(
+        None, "file of further keys: a line is a name, a key and, if wanted, requests per minute, between spaces"
+    )
+    requests_per_minute: int = opt(
+        120, "POST requests per minute and key; further ones are answered with 429", min=1, max=1_000_000
+    )
+    max_work: float = opt(
+        400.0, "largest request: denoising steps x pictures x pixels, in pictures of the model's own size", min=1
+    )
+    max_jobs: int = opt(100, "jobs that may wait; further ones are answered with 429", min=1, max=100_000)
+    keep_hours: float = opt(24.0, "how long finished jobs and their files are kept", min=0.01, max=87600)
+    devices: list[str] = opt(
+        [], "one worker process each: numbers of CUDA devices, or cpu; empty: one process on the first device"
+    )
+    header_seconds: float = opt(10.0, "longest time in which a connection may send its headers", min=0.1, max=600)
+    max_connections: int = opt(
+        1000, "open connections; fewer where the system's limit of open files is lower", min=8, max=100_000
+    )
+    cors_origins: list[str] = opt([], "web origins whose scripts may use the API, such as https://shop.example")
 
 
 @dataclass

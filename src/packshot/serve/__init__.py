@@ -1,10 +1,9 @@
-"""HTTP service. Needs the ``serve`` extra; without it the import itself says so."""
+"""HTTP service. It needs the ``serve`` extra; without it, the import raises an error that names what is missing."""
 
 from importlib.util import find_spec
 
 from packshot.errors import PackshotError
 
-_EXTRA = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
-_missing = [name for name in _EXTRA if find_spec(name) is None]
-if _missing:
-    raise PackshotError(f"Serving needs {', '.join(_missing)}, not installed here.", "pip install packshot[serve]")
+missing = [name for name in ("fastapi", "uvicorn", "prometheus_client", "python_multipart") if find_spec(name) is None]
+if missing:
+    raise PackshotError(f"Serving needs {', '.join(missing)}, not installed here.", "pip install packshot[serve]")

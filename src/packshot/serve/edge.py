@@ -1,43 +1,42 @@
-"""The outermost layer of the app: request ids, the key, the limits, metrics, the log, the last resort.
+"""The outermost layer of the app: request ids, keys, limits, metrics, the log, and the answer to unknown failures.
 
-It is plain ASGI because FastAPI reads a whole form before any dependency runs: neither a stranger without a key nor a
-request that finds the queue full must be able to make the server swallow an upload first.
+It is plain ASGI because FastAPI reads a whole form before any dependency runs. A stranger without a key, or a request
+that finds the queue full, must not be able to make the server read an upload first.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from packshot.config.schema import ServeConfig
 from packshot.runs.folder import log
-from packshot.serve.metrics import Metrics
+from packshot.serve.keys import ApiKey, find_key
 from packshot.serve.schemas import ApiError, ErrorResponse
-from packshot.serve.worker import Place
+from packshot.serve.service import PROBES, Service
 
-Record = Callable[[dict[str, Any], bool], None]
-# What a client may know of a failure that is ours: nothing but that it happened.
+FORM_MIB = 1.0  # room for the text fields of a request besides its files
+MAX_OTHERS = 64  # requests in work at once that are not in the queue
+MAX_STREAMS = 32  # of them, those that follow a job
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+
 INTERNAL_ERROR = ApiError(
     500, "internal_error", "The server failed on this request.", "Its log has the reason under this request_id."
 )
-
 UNAUTHORIZED = ApiError(
     401,
     "unauthorized",
     "The API key is missing or wrong.",
-    "Send the header 'Authorization: Bearer <key>' with the server's key.",
+    "Send the header 'Authorization: Bearer <key>' with a key of this server.",
     {"WWW-Authenticate": "Bearer"},
 )
-MAX_OTHERS = 64  # requests in work at once, besides those for pictures
 BUSY = ApiError(503, "busy", f"{MAX_OTHERS} requests are in work already.", "Try again in 1 s.", {"Retry-After": "1"})
-PROBES = ("/health", "/metrics")
 
 
 def error_response(error: ApiError, request_id: str) -> JSONResponse:
@@ -46,22 +45,19 @@ def error_response(error: ApiError, request_id: str) -> JSONResponse:
     return JSONResponse(body.model_dump(), error.status_code, error.headers)
 
 
-def _header(scope: Scope, name: bytes) -> bytes:
-    return next((value for key, value in scope["headers"] if key == name), b"")
-
-
-def has_key(scope: Scope, key: str) -> bool:
-    """Whether the request carries ``Authorization: Bearer <key>``."""
-    scheme, _, given = _header(scope, b"authorization").partition(b" ")
-    right = hmac.compare_digest(given.strip(), key.encode())
-    return scheme.lower() == b"bearer" and right
+def header(scope: Scope, name: bytes) -> bytes:
+    """The first header of that name, or nothing."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return value
+    return b""
 
 
 def limited(scope: Scope, receive: Receive, limit: int, seconds: float) -> Receive:
     """``receive`` that raises ApiError 413 as soon as the body exceeds ``limit`` bytes, and 408 if it takes longer than
     ``seconds`` to arrive.
 
-    The declared length is looked at first because it is free; the bytes are counted because it may be absent or a lie.
+    The declared length is checked first because that is free; the bytes are counted because it may be absent or wrong.
     """
     too_slow = ApiError(408, "timeout", f"The request did not arrive within {seconds:g} s.", "Send smaller files.")
     too_large = ApiError(
@@ -70,24 +66,25 @@ def limited(scope: Scope, receive: Receive, limit: int, seconds: float) -> Recei
         f"The request is larger than {limit / 2**20:.1f} MiB.",
         "Send smaller files, or raise serve.max_upload_mib.",
     )
-    declared = _header(scope, b"content-length")
+    declared = header(scope, b"content-length")
     if declared.isdigit() and int(declared) > limit:
         raise too_large
-    seen, complete = 0, False
+    received = 0
+    complete = False
     deadline = time.monotonic() + seconds
 
     async def counted() -> Message:
-        nonlocal seen, complete
-        if complete:  # what comes now is the end of the connection, whenever it comes
+        nonlocal received, complete
+        if complete:  # what comes now is the end of the connection, and it may come at any time
             return await receive()
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 message = await receive()
         except TimeoutError:
             raise too_slow from None
-        seen += len(message.get("body", b""))
+        received += len(message.get("body", b""))
         complete = not message.get("more_body", False)
-        if seen > limit:
+        if received > limit:
             raise too_large
         return message
 
@@ -97,41 +94,29 @@ def limited(scope: Scope, receive: Receive, limit: int, seconds: float) -> Recei
 class Edge:
     """ASGI middleware around the whole app.
 
-    key: what ``POST`` requests must carry; reading (health, metrics, docs) is open.
-    body_limit, body_seconds: size of a whole request, and how long it may take to arrive.
-    reserve: takes a place in the queue, before anything of the body of a request for pictures is read.
-    record: gets one dict per request, and whether it carried the key.
+    keys: one of them is needed for every request that changes or reads more than public state.
+    service: gives out the places in the queue before a body is read, and records every request.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        key: str,
-        body_limit: int,
-        body_seconds: float,
-        metrics: Metrics,
-        reserve: Callable[[], Place],
-        record: Record,
-    ) -> None:
-        self._app = app
-        self._key = key
-        self._body_limit = body_limit
-        self._body_seconds = body_seconds
-        self._metrics = metrics
-        self._reserve = reserve
-        # who may come in: by method and path, what is held while a request is answered; all others are counted
-        self._admitted = {("POST", "/generate"): self._queued}
-        self._others = 0
-        self._record = record
+    def __init__(self, app: ASGIApp, keys: list[ApiKey], service: Service) -> None:
+        config: ServeConfig = service.config.serve
+        self.app = app
+        self.keys = keys
+        self.service = service
+        self.body_limit = int((3 * config.max_upload_mib + FORM_MIB) * 2**20)
+        self.body_seconds = config.timeout_seconds
+        self.others = 0
+        self.streams = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         started = time.monotonic()
         request_id = uuid.uuid4().hex
+        key = find_key(self.keys, header(scope, b"authorization"))
         state = scope.setdefault("state", {})
-        state.update(request_id=request_id, started=started, figures={}, known=has_key(scope, self._key))
+        state.update(request_id=request_id, started=started, figures={}, key=key)
         status = 0
 
         async def send_noted(message: Message) -> None:
@@ -141,47 +126,66 @@ class Edge:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        with self._metrics.active.track_inprogress():
+        metrics = self.service.metrics
+        with metrics.active.track_inprogress():
             try:
-                await self._guarded(scope, receive, send_noted)
+                await self.guarded(scope, receive, send_noted)
             except Exception:
                 log.exception("request %s failed", request_id)
                 if not status:
                     await error_response(INTERNAL_ERROR, request_id)(scope, receive, send_noted)
         seconds = time.monotonic() - started
-        self._metrics.count(scope["method"], scope["path"], status, seconds)
+        metrics.count(scope["method"], scope["path"], status, seconds)
         line = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
-        self._record({**line, "seconds": round(seconds, 4), **state["figures"]}, state["known"])
+        self.service.record({**line, "seconds": round(seconds, 4), **state["figures"]}, key.name if key else None)
 
-    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with ExitStack() as stack:
+    async def guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that may not come in; hand on one that may."""
+        with ExitStack() as held:
             try:
-                if scope["method"] not in ("GET", "HEAD") and not scope["state"]["known"]:
-                    raise UNAUTHORIZED
-                receive = limited(scope, receive, self._body_limit, self._body_seconds)
-                admitted = self._admitted.get((scope["method"], scope["path"]), self._counted)
-                stack.enter_context(admitted(scope))
+                self.check_key(scope)
+                receive = limited(scope, receive, self.body_limit, self.body_seconds)
+                held.enter_context(self.admitted(scope))
             except ApiError as error:
                 await error_response(error, scope["state"]["request_id"])(scope, receive, send)
             else:
-                await self._app(scope, receive, send)
+                await self.app(scope, receive, send)
+
+    def check_key(self, scope: Scope) -> None:
+        """Raises ApiError 401 without a key where one is needed, and 429 where a key has made too many requests."""
+        key: ApiKey | None = scope["state"]["key"]
+        is_open = scope["method"] in SAFE_METHODS and not scope["path"].startswith("/jobs")
+        if key is None and not is_open:
+            raise UNAUTHORIZED
+        if key is not None and scope["method"] == "POST":
+            wait = key.limit.wait()
+            if wait:
+                message = f"This key may make {key.limit.per_minute} POST requests a minute."
+                seconds = str(int(wait) + 1)
+                raise ApiError(429, "rate_limited", message, f"Try again in {seconds} s.", {"Retry-After": seconds})
 
     @contextmanager
-    def _queued(self, scope: Scope) -> Iterator[None]:
-        """A request for pictures has a place in the queue, which the app finds in the request's state."""
-        scope["state"]["place"] = place = self._reserve()
-        try:
-            yield
-        finally:
-            place.leave()
-
-    @contextmanager
-    def _counted(self, scope: Scope) -> Iterator[None]:
-        """Whatever is not limited by the queue is limited by number; probes must get through when that is reached."""
-        if self._others >= MAX_OTHERS and scope["path"] not in PROBES:
+    def admitted(self, scope: Scope) -> Iterator[None]:
+        """Hold what a request occupies while it is answered: a place in the queue, or one of a limited number."""
+        path = scope["path"]
+        if scope["method"] == "POST" and path == "/generate":
+            place = self.service.reserve()
+            scope["state"]["place"] = place
+            try:
+                yield
+            finally:
+                place.leave()
+            return
+        if scope["method"] == "POST" and path == "/jobs":
+            self.service.refuse_job()
+        # Probes must get through however busy the server is.
+        is_stream = path.endswith("/events")
+        if path not in PROBES and (self.others >= MAX_OTHERS or (is_stream and self.streams >= MAX_STREAMS)):
             raise BUSY
-        self._others += 1
+        self.others += 1
+        self.streams += is_stream
         try:
             yield
         finally:
-            self._others -= 1
+            self.others -= 1
+            self.streams -= is_stream

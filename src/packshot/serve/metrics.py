@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-_METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")
+METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")
 
 
 class Metrics:
-    """What ``GET /metrics`` shows."""
+    """The values that ``GET /metrics`` shows."""
 
-    def __init__(self, endpoints: set[str], queue_length: Callable[[], int], loaded: Callable[[], bool]) -> None:
+    def __init__(self, endpoints: Collection[str], queue_length: Callable[[], int], loaded: Callable[[], bool]) -> None:
         self.registry = CollectorRegistry()
-        self._endpoints = endpoints
+        self._endpoints = {*endpoints, "/jobs/{id}"}
         labels = ("method", "endpoint", "status_code")
         self._requests = Counter("http_requests", "Requests answered.", labels, registry=self.registry)
         self._duration = Histogram(
@@ -33,9 +33,10 @@ class Metrics:
         length.set_function(queue_length)
 
     def count(self, method: str, path: str, status: int, seconds: float) -> None:
-        """Record an answered request. Strangers choose method and path, so unknown ones share one label."""
-        method = method if method in _METHODS else "other"
-        endpoint = path if path in self._endpoints else "other"
+        """Record an answered request. Clients choose method and path, so unknown ones share one label."""
+        method = method if method in METHODS else "other"
+        endpoint = "/jobs/{id}" if path.startswith("/jobs/") else path
+        endpoint = endpoint if endpoint in self._endpoints else "other"
         self._requests.labels(method, endpoint, str(status)).inc()
         self._duration.labels(method, endpoint).observe(seconds)
 

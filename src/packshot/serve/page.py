@@ -1,4 +1,4 @@
-"""The page at ``/``: one file with nothing from elsewhere, and the policy that holds it to that."""
+"""The page at ``/``: one file without foreign parts, and the policy that enforces this."""
 
 from __future__ import annotations
 
@@ -27,20 +27,23 @@ PAGE = (
 )
 
 
-def _hashes(tag: str, page: str) -> str:
-    blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-    digests = (base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks)
-    return " ".join(f"'sha256-{digest}'" for digest in digests)
+def hashes(tag: str, page: str) -> str:
+    """Sources of a policy that allow the scripts or styles in a page, and no others."""
+    sources = []
+    for block in re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+        sources.append(f"'sha256-{digest}'")
+    return " ".join(sources) or "'none'"
 
 
 def headers(page: str) -> dict[str, str]:
-    """Headers of a page that runs the scripts and styles in it and no others, shows pictures it made itself, and talks
-    to its own server."""
+    """Headers of a page that runs only its own scripts and styles, shows only pictures that it made itself, and talks
+    only to its own server."""
     rules = [
         "default-src 'none'",
-        f"script-src {_hashes('script', page)}",
-        f"style-src {_hashes('style', page)}",
-        "img-src blob:",
+        f"script-src {hashes('script', page)}",
+        f"style-src {hashes('style', page)}",
+        "img-src blob: data:",
         "connect-src 'self'",
         "form-action 'none'",
         "base-uri 'none'",

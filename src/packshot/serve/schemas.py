@@ -1,4 +1,4 @@
-"""What travels over HTTP: the form of a request, the answers, the error. All of it shows up in ``/docs``."""
+"""What travels over HTTP: the forms of requests, the answers, the errors. All of it is listed in ``/docs``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from packshot.scene import SLOTS
 from packshot.scene.slots import Slot
 
 MAX_IMAGES = 8
+Json = dict[str, Any]
 
 
 class ApiError(HTTPException):
@@ -25,29 +26,29 @@ class ApiError(HTTPException):
         self.hint = hint
 
 
-def _setting(name: str) -> Any:
+def setting(name: str) -> Any:
     """An optional form field with help and range of the config key of that name."""
     metadata = next(f.metadata for f in dataclasses.fields(GenerateSettings) if f.name == name)
     text = f"{metadata['help']}; default: the server's generate.{name}"
     return Field(None, ge=metadata["min"], le=metadata["max"], description=text)
 
 
-def _placement(value: Any) -> Any:
+def placement_of(value: object) -> object:
+    """A placement by its name; the members' values are numbers that mean nothing outside."""
     if isinstance(value, str) and value not in Placement.__members__:
         raise ValueError(f"takes {' or '.join(Placement.__members__)}")
     return Placement[value] if isinstance(value, str) else value
 
 
-# The members' values are numbers that mean nothing outside; names travel.
 PlacementName = Annotated[
-    Placement, BeforeValidator(_placement), WithJsonSchema({"type": "string", "enum": list(Placement.__members__)})
+    Placement, BeforeValidator(placement_of), WithJsonSchema({"type": "string", "enum": list(Placement.__members__)})
 ]
 Text = Annotated[str, Field(max_length=2000)]
 OptionalText = Annotated[str | None, Field(max_length=2000)]
 
 
-def _slot_field(row: Slot) -> Any:
-    """Type and field of a scene's slot in the form."""
+def slot_field(row: Slot) -> Any:
+    """Type and field of a scene's slot in a form."""
     if row.many:
         return list[Text], Field([], max_length=16, description=f"{row.help}; repeat the field for more")
     if row.order == 0:
@@ -55,26 +56,48 @@ def _slot_field(row: Slot) -> Any:
     return OptionalText, Field(None, description=row.help)
 
 
-SceneForm = create_model("SceneForm", **{name: _slot_field(row) for name, row in SLOTS.items()})
+SlotForm = create_model("SlotForm", **{name: slot_field(row) for name, row in SLOTS.items()})
+
+
+class SceneForm(SlotForm):
+    """What to draw, without the files."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Text | None = Field(None, description="free text")
+    seed: int | None = Field(None, ge=0, lt=2**32, description="same seed, same answer; default: the server's run.seed")
+    num_images: int = Field(1, ge=1, le=MAX_IMAGES)
+    negative_prompt: Text | None = setting("negative_prompt")
+    num_inference_steps: int | None = setting("num_inference_steps")
+    guidance_scale: float | None = setting("guidance_scale")
+    light_angle: float | None = setting("light_angle")
+    placement: PlacementName | None = setting("placement")
+    size: str | None = Field(None, pattern=r"^\d{1,5}x\d{1,5}$", description="width x height in px: 1024x768")
 
 
 class GenerateForm(SceneForm):
-    """The multipart fields of ``POST /generate``. Say what to show by `prompt` or by the scene's slots, not both."""
-
-    model_config = ConfigDict(extra="forbid")
+    """The multipart fields of a request for pictures. Describe the scene by `prompt` or by its slots, not by both."""
 
     product_file: UploadFile = Field(description="photo of the product")
     mask_file: UploadFile | None = Field(None, description="white = product; default: found from alpha or segmentation")
     reference_file: UploadFile | None = Field(None, description="image whose look is taken (needs an IP-Adapter)")
-    prompt: Text | None = Field(None, description="free text")
-    seed: int | None = Field(None, ge=0, lt=2**32, description="same seed, same answer; default: the server's run.seed")
-    num_images: int = Field(1, ge=1, le=MAX_IMAGES)
-    negative_prompt: Text | None = _setting("negative_prompt")
-    num_inference_steps: int | None = _setting("num_inference_steps")
-    guidance_scale: float | None = _setting("guidance_scale")
-    light_angle: float | None = _setting("light_angle")
-    placement: PlacementName | None = _setting("placement")
-    size: str | None = Field(None, pattern=r"^\d{1,5}x\d{1,5}$", description="width x height in px: 1024x768")
+
+
+class MaskForm(BaseModel):
+    """The multipart field of a request for a mask."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    product_file: UploadFile = Field(description="photo of the product")
+
+
+class MaskResponse(BaseModel):
+    mask: str = Field(description="base64 of a PNG file of the photo's size; white = product")
+    width: int
+    height: int
+    method: str = Field(description="how the mask was found")
+    confidence: float = Field(description="0 to 1")
+    reasons: list[str] = Field(description="codes of what is in doubt; empty: nothing is")
 
 
 class GeneratedImage(BaseModel):
@@ -83,7 +106,7 @@ class GeneratedImage(BaseModel):
     seed: int = Field(
         description="the request's seed + k for its k-th picture; asked for alone it gives the same picture"
     )
-    certificate: dict[str, Any] = Field(description="proof that the product's pixels are the upload's")
+    certificate: Json = Field(description="proof that the product's pixels are the upload's")
 
 
 class Prediction(BaseModel):
@@ -97,6 +120,34 @@ class GenerateResponse(BaseModel):
     prediction: Prediction
     processing_time_ms: float = Field(description="from the request's arrival, waiting included")
     model_version: str
+
+
+class JobError(BaseModel):
+    error: str
+    error_code: str
+    hint: str
+
+
+class JobImage(BaseModel):
+    seed: int
+    image: str = Field(description="address of the PNG file")
+    certificate: str = Field(description="address of its certificate, JSON")
+    layers: dict[str, str] = Field(description="addresses of its layers, PNG files, by name")
+
+
+class JobStatus(BaseModel):
+    id: str
+    state: str = Field(description="queued, running, done or failed")
+    created_at: float = Field(description="seconds since 1970")
+    queue_position: int = Field(description="turns that come before it; 0 while it runs and after")
+    share_done: float = Field(description="0 to 1, in denoising steps")
+    seconds_left: float | None = Field(description="estimate, waiting included; null once it has ended")
+    images: list[JobImage] = Field(description="once it is done")
+    error: JobError | None = Field(description="why it failed")
+
+
+class JobList(BaseModel):
+    jobs: list[JobStatus]
 
 
 class ErrorResponse(BaseModel):
@@ -122,10 +173,23 @@ class Info(BaseModel):
     endpoints: list[str]
 
 
-def first_field_error(errors: list[dict[str, Any]]) -> tuple[str, str]:
+class Options(BaseModel):
+    """What a form should offer."""
+
+    references: bool = Field(description="whether an IP-Adapter reads `reference_file`")
+    light: bool = Field(description="whether a ControlNet reads `light_angle`")
+    defaults: Json = Field(description="the server's generate.* and seed")
+    max_upload_mib: float
+    max_pixels: int
+    max_steps: int = Field(description="denoising steps of all pictures together")
+    vocabulary: dict[str, list[str]] = Field(description="suggestions by slot")
+    presets: dict[str, Json] = Field(description="whole scenes by name")
+
+
+def first_field_error(errors: list[Json], known: list[str]) -> tuple[str, str]:
     """Sentence and hint for pydantic's list of errors; values are never repeated (they may be whole files)."""
-    known = list(GenerateForm.model_fields)
-    sentences, hint = [], ""
+    sentences = []
+    hint = ""
     for error in errors:
         name = str(error["loc"][1]) if len(error["loc"]) > 1 else "body"
         if error["type"] == "extra_forbidden":

@@ -1,241 +1,211 @@
-"""From a form to pictures: checking what strangers send, and one turn on the model."""
+"""What the routes of one app share: the config, the queue before the devices, the stored jobs, the log of requests."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
-from fastapi import Request, UploadFile
+from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 
-from packshot.config.checks import validate
-from packshot.config.schema import Generate, GenerateSettings, Placement, SceneConfig, Serve
-from packshot.errors import ConfigError, PackshotError
-from packshot.runs.files import sha256
+from packshot.config.schema import Serve
 from packshot.runs.folder import Run, log, printable
 from packshot.runs.tracking import Tracker
-from packshot.scene import Scene
-from packshot.serve.edge import PROBES
+from packshot.serve.devices import Cancelled, Device, DeviceLost, GenerationRequest, Picture, Refused
+from packshot.serve.jobs import Job, JobStore
+from packshot.serve.logs import STRANGER_LINES, Quota
 from packshot.serve.metrics import Metrics
-from packshot.serve.schemas import ApiError, GenerateForm
-from packshot.serve.worker import Place, QueueFull, Worker
+from packshot.serve.queueing import DeviceQueue, Place, QueueFull, Turn
+from packshot.serve.requests import build_request, read_settings, without_paths
+from packshot.serve.schemas import ApiError, Json, SceneForm
 
-if TYPE_CHECKING:
-    from packshot.generate import Packshot
-    from packshot.generate.product import Photo
-
-ENDPOINTS = ["/", "/generate", "/health", "/metrics", "/docs", "/openapi.json"]
+ENDPOINTS = ["/", "/generate", "/jobs", "/mask", "/options", "/health", "/metrics", "/docs", "/openapi.json"]
+PROBES = ("/health", "/metrics")
 VERSION = version("packshot")
-_SHOWN = 200  # characters of a method or path that are written down
-_LINES_PER_HOUR = 60  # of the log, for requests without the key
+SHOWN = 200  # characters of a method or path that are written down
+CLOSE_SECONDS = 1.0  # that a running denoising step gets to end in when the server ends
 
 
-@dataclasses.dataclass(frozen=True)
-class Order:
-    """A checked request: what one turn on the model needs."""
-
-    product: Photo
-    mask: Photo | None
-    reference: Photo | None
-    scene: Scene | str
-    settings: GenerateSettings
-    num_images: int
-    seed: int
-
-
-class Quota:
-    """So many log lines in so many seconds; how many were left out is said with the first one after that."""
-
-    def __init__(self, lines: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lines = lines
-        self._seconds = seconds
-        self._clock = clock
-        self._began = clock()
-        self._asked = 0
-
-    def admit(self) -> bool:
-        """Whether one more line may be written."""
-        if self._clock() - self._began >= self._seconds:
-            if self._asked > self._lines:
-                log.warning("%d requests without the key were not listed", self._asked - self._lines)
-            self._began, self._asked = self._clock(), 0
-        self._asked += 1
-        return self._asked <= self._lines
+def drawing_error(error: BaseException) -> ApiError:
+    """What a client may know of a turn that failed. Everything else is in the log."""
+    if isinstance(error, Refused):
+        return ApiError(422, error.code, without_paths(error.message), without_paths(error.hint))
+    if isinstance(error, DeviceLost):
+        return ApiError(500, "device_lost", "The process that drew the pictures has ended.", "Try again.")
+    return ApiError(500, "internal_error", "The server failed on this request.", "Its log has the reason.")
 
 
 class Service:
-    """What the routes of one app share: config, the worker thread, the model once it is loaded."""
+    """See the module. devices: where pictures are drawn; ``start`` loads them."""
 
-    def __init__(self, config: Serve, packshot: Packshot | Callable[[], Packshot], run: Run | None, tracker: Tracker):
+    def __init__(self, config: Serve, devices: Sequence[Device], run: Run | None, tracker: Tracker):
         self.config = config
         self.run = run
         self.tracker = tracker
-        self.packshot = None if callable(packshot) else packshot
-        self.load = packshot if callable(packshot) else None
         self.failure: Exception | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        self.closing = False
         self.started = time.monotonic()
         self.requests = 0
-        self.strangers = Quota(_LINES_PER_HOUR, 3600)
-        self.last_seconds = 1.0
-        self.worker = Worker(config.serve.queue_size)
-        self.metrics = Metrics(set(ENDPOINTS), lambda: self.worker.waiting, lambda: self.packshot is not None)
+        self.strangers = Quota(STRANGER_LINES, 3600, "requests without a key")
+        self.queue = DeviceQueue(devices, config.serve.queue_size, self.fail, self.observe)
+        self.metrics = Metrics(ENDPOINTS, lambda: self.queue.waiting, lambda: self.loaded)
         self.model_version = f"packshot {VERSION}, {os.path.basename(config.model.base.rstrip('/'))}"
+        self.scratch = None if run else tempfile.TemporaryDirectory(prefix="packshot-jobs-")
+        folder = run.path / "jobs" if run else Path(self.scratch.name if self.scratch else "")
+        self.jobs = JobStore(folder, config.serve.keep_hours * 3600)
+        self.turns: dict[str, Turn] = {}  # of the jobs that have not ended, by id
 
-    def load_model(self) -> None:
-        """Runs on the worker thread, before every request."""
-        assert self.load is not None
-        try:
-            self.packshot = self.load()
-            log.info("model loaded in %.1f s", time.monotonic() - self.started)
-        except Exception as error:
-            self.failure = error
-            log.error("the model could not be loaded: %s", error)
+    @property
+    def loaded(self) -> bool:
+        """Whether any device has its model."""
+        return self.queue.loaded > 0
 
-    def record(self, line: dict[str, Any], known: bool) -> None:
-        """One answered request: a line in the log; if it carried the key (known), also in metrics.jsonl and figures to
-        the tracker. Strangers must not be able to fill the disk; probes ask every few seconds."""
-        if line["path"] in PROBES or not (known or self.strangers.admit()):
+    def start(self) -> None:
+        """Load the devices, and queue the jobs that an earlier process has left."""
+        jobs = self.jobs.recover()
+        if jobs:
+            log.info("%d jobs of an earlier run of this server are drawn now", len(jobs))
+        for job in jobs:
+            self.queue_job(job)
+        self.queue.start()
+
+    def fail(self, error: Exception) -> None:
+        """A device could not be loaded: the server ends, and says why."""
+        self.failure = error
+        log.error("the model could not be loaded: %s", error)
+        self.on_failure()
+
+    def observe(self, seconds: float) -> None:
+        self.metrics.inference.observe(seconds)
+
+    def close(self) -> None:
+        """End all turns and devices. Interrupted jobs are drawn after the next start."""
+        self.closing = True
+        self.queue.close(CLOSE_SECONDS)
+        self.jobs.close()
+        if self.scratch:
+            self.scratch.cleanup()
+
+    # ---- the log of requests ----
+
+    def record(self, line: Json, key_name: str | None) -> None:
+        """One answered request: a line in the log; with a key also in metrics.jsonl, and its figures to the tracker.
+
+        Requests without a key have a quota, so that strangers cannot fill the disk. Probes and looks at a job's state
+        come every few seconds and are not logged.
+        """
+        polled = line["path"] in PROBES or (line["method"] == "GET" and line["path"].startswith("/jobs"))
+        if (polled and line["status"] < 400) or not (key_name or self.strangers.admit()):
             return
-        line = {**line, **{key: printable(line[key])[:_SHOWN] for key in ("method", "path")}}
-        log.info("%(method)s %(path)s %(status)s %(seconds).2f s %(request_id)s", line)
-        if not known:
+        for name in ("method", "path"):
+            line[name] = printable(line[name])[:SHOWN]
+        shown = "{method} {path} {status} {seconds:.2f} s {request_id}".format(**line)
+        log.info("%s %s", shown, f"key {key_name}" if key_name else "no key")
+        if not key_name:
             return
         self.requests += 1
         if self.run:
-            self.run.metrics({"step": self.requests, **line})
-        figures = {key: float(value) for key, value in line.items() if isinstance(value, int | float)}
+            self.run.metrics({"step": self.requests, "key": key_name, **line})
+        figures = {name: float(value) for name, value in line.items() if isinstance(value, int | float)}
         self.tracker.log(figures, self.requests)
 
-    def generate(self, order: Order) -> list[tuple[bytes, dict[str, Any]]]:
-        """PNG file and certificate of every picture. Runs on the worker thread."""
-        assert self.packshot is not None
-        started = time.monotonic()
-        try:
-            packshot = self.packshot.set_product(order.product, order.mask)
-        except PackshotError as error:
-            raise ApiError(422, "unusable_product", error.args[0], error.hint) from error
-        try:
-            results = packshot.generate(
-                order.scene,
-                num_images=order.num_images,
-                seed=order.seed,
-                reference=order.reference,
-                settings=order.settings,
-            )
-        except ConfigError as error:
-            raise ApiError(422, "invalid_field", error.args[0], error.hint) from error
-        pictures = [(result.png, result.certificate) for result in results]
-        self.last_seconds = time.monotonic() - started
-        self.metrics.inference.observe(self.last_seconds)
-        return pictures
+    # ---- requests whose client waits ----
+
+    def refuse_loading(self) -> None:
+        """Raises ApiError 503 until a model is there."""
+        if not self.loaded:
+            hint = "/health answers 200 once it is."
+            raise ApiError(503, "model_loading", "The model is not loaded yet.", hint, {"Retry-After": "5"})
 
     def reserve(self) -> Place:
         """A place in the queue; raises ApiError when there is none, or no model yet."""
-        if self.packshot is None:
-            raise ApiError(
-                503, "model_loading", "The model is not loaded yet.", "/health says when.", {"Retry-After": "5"}
-            )
+        self.refuse_loading()
         try:
-            return self.worker.reserve()
+            return self.queue.reserve()
         except QueueFull:
-            wait = max(1, round(self.last_seconds * (self.worker.waiting + 1)))
+            wait = max(1, round(self.queue.turn_seconds * (self.queue.waiting + 1)))
             message = f"{self.config.serve.queue_size} requests wait already."
-            hint = f"Try again in {wait} s."
-            raise ApiError(429, "queue_full", message, hint, {"Retry-After": str(wait)}) from None
+            raise ApiError(429, "queue_full", message, f"Try again in {wait} s.", {"Retry-After": str(wait)}) from None
 
-    async def answer(self, order: Order, request: Request) -> list[tuple[bytes, dict[str, Any]]]:
-        """Queue an order and wait for it: as long as the client does, and no longer than the timeout."""
+    async def answer(self, wanted: GenerationRequest, request: Request) -> list[Picture]:
+        """Queue a request and wait for its pictures: as long as the client does, and no longer than the timeout."""
         place: Place = request.state.place
-        job = asyncio.wrap_future(place.start(self.generate, order))
+        turn = place.start(Turn(lambda: wanted, wanted.steps))
+        drawn = asyncio.wrap_future(turn.future)
+        drawn.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may end after the client left
         gone = asyncio.ensure_future(request.receive())  # after the body, only a disconnect can come
         limit = self.config.serve.timeout_seconds
         left = max(0.0, limit - (time.monotonic() - request.state.started))
         try:
-            await asyncio.wait({job, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if job.done():
-                return job.result()
+            await asyncio.wait({drawn, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if drawn.done():
+                return drawn.result()
             if gone.done():
                 raise ApiError(499, "client_gone", "The client closed the connection.")
             raise ApiError(504, "timeout", f"There was no result within {limit:g} s.", "Try again later.")
+        except (Refused, DeviceLost) as error:
+            raise drawing_error(error) from error
         finally:
             gone.cancel()
-            job.cancel()  # frees the place in the queue; a turn that has begun ends by itself
+            self.queue.cancel(turn)
 
+    # ---- jobs ----
 
-async def read_image(name: str, upload: UploadFile, config: Serve) -> Photo:
-    """The picture of a file field with the file's hash; neither extension nor declared type are looked at.
+    def refuse_job(self) -> None:
+        """Raises ApiError 429 when as many jobs wait as may."""
+        if len(self.turns) >= self.config.serve.max_jobs:
+            wait = max(1, round(self.queue.turn_seconds))
+            message = f"{len(self.turns)} jobs wait already."
+            raise ApiError(429, "queue_full", message, f"Try again in {wait} s.", {"Retry-After": str(wait)})
 
-    Raises:
-        ApiError: 413 too many bytes or pixels, 415 no usable image.
-    """
-    from packshot.generate.product import Photo, decode  # loaded with the model, see serve()
+    def read_job(self, job: Job) -> GenerationRequest:
+        """A stored job as the request that it was."""
+        files = self.jobs.inputs(job.id)
+        form = SceneForm.model_validate_json(job.form).model_copy(update={"seed": job.seed})
+        prompt = read_settings(form, self.config, "reference_file" in files)
+        return build_request(prompt, files, self.config, with_layers=True)
 
-    limits = config.serve
-    if (upload.size or 0) > limits.max_upload_mib * 2**20:
-        raise ApiError(
-            413, "too_large", f"{name} is larger than {limits.max_upload_mib:g} MiB.", "Send a smaller file."
-        )
-    data = await upload.read()
-    try:
-        image, steps = await run_in_threadpool(decode, data, name, limits.max_pixels)
-    except PackshotError as error:
-        if getattr(error, "reason", "") == "too_many_pixels":
-            raise ApiError(
-                413, "too_large", f"{name} has more than {limits.max_pixels} pixels.", "Scale it down."
-            ) from error
-        raise ApiError(415, "not_an_image", error.args[0], error.hint) from error
-    return Photo(image, sha256(data), tuple(steps))
+    def queue_job(self, job: Job) -> None:
+        """Give a stored job its turn."""
+        turn = Turn(lambda: self.read_job(job), job.steps, lambda: self.jobs.begin(job.id))
+        self.turns[job.id] = turn
+        turn.future.add_done_callback(lambda _: self.end_job(job, turn))
+        self.queue.put(turn)
 
+    def end_job(self, job: Job, turn: Turn) -> None:
+        """Store what came out of a job's turn. Called on the device's thread, before it takes the next turn."""
+        try:
+            if turn.future.cancelled():
+                return  # it never began, and waits in the store for the next start unless it was deleted
+            error = turn.future.exception()
+            if error is None:
+                self.jobs.finish(job.id, turn.future.result())
+                self.jobs.purge()
+            elif self.closing and isinstance(error, Cancelled | DeviceLost):
+                self.jobs.requeue(job.id)
+            elif not isinstance(error, Cancelled):
+                self.fail_job(job, error)
+        except OSError as error:  # the disk is full
+            self.fail_job(job, error)
+        finally:
+            self.turns.pop(job.id, None)
 
-def read_settings(form: GenerateForm, config: Serve) -> tuple[GenerateSettings, Scene | str]:
-    """The form over the server's defaults, checked by the rules of ``generate.py``.
+    def fail_job(self, job: Job, error: BaseException) -> None:
+        """Store why a job has no pictures."""
+        known = error if isinstance(error, ApiError) else drawing_error(error)
+        if known.status_code >= 500:
+            log.error("job %s failed", job.id, exc_info=error)
+        self.jobs.fail(job.id, {"error": known.detail, "error_code": known.code, "hint": known.hint})
 
-    Raises:
-        ApiError: 422, a value is out of range or contradicts another.
-    """
-    names = {f.name for f in dataclasses.fields(GenerateSettings)} - {"size"}
-    given = {name: value for name in names if (value := getattr(form, name, None)) is not None}
-    if form.size:
-        given["size"] = [int(side) for side in form.size.split("x")]
-    settings = dataclasses.replace(config.generate, **given)
-    if form.size and settings.placement is Placement.original:
-        message = f"size={form.size} has no effect with placement=original, which keeps the photo's size."
-        raise ApiError(422, "invalid_field", message, "Add placement=center, or leave size out.")
-    slots = {f.name: getattr(form, f.name) for f in dataclasses.fields(SceneConfig)}
-    if form.prompt and any(slots.values()):
-        raise ApiError(422, "invalid_field", "prompt and scene fields are both given.", "Use one of the two.")
-    if form.reference_file and not config.adapters.ip_adapter:
-        raise ApiError(
-            422,
-            "no_ip_adapter",
-            "reference_file needs an IP-Adapter, which this server has not loaded.",
-            "Leave it out, or start the server with adapters.ip_adapter=<export folder>.",
-        )
-    try:
-        validate(Generate(**vars(settings), num_images=form.num_images))
-    except ConfigError as error:
-        raise ApiError(422, "invalid_field", error.args[0], error.hint) from error
-    if settings.size and settings.size[0] * settings.size[1] > config.serve.max_pixels:
-        raise ApiError(422, "invalid_field", f"size={form.size} has more than {config.serve.max_pixels} pixels.")
-    return settings, form.prompt or Scene.from_dict(slots)
-
-
-async def read_order(form: GenerateForm, config: Serve) -> Order:
-    """Check a form, cheap things first; raises ApiError."""
-    settings, scene = read_settings(form, config)
-    files = {"product_file": form.product_file, "mask_file": form.mask_file, "reference_file": form.reference_file}
-    images = {name: await read_image(name, file, config) for name, file in files.items() if file is not None}
-    return Order(
-        product=images["product_file"],
-        mask=images.get("mask_file"),
-        reference=images.get("reference_file"),
-        scene=scene,
-        settings=settings,
-        num_images=form.num_images,
-        seed=config.run.seed if form.seed is None else form.seed,
-    )
+    async def delete_job(self, job: Job) -> None:
+        """Stop a job if it has not ended, and forget it."""
+        turn = self.turns.get(job.id)
+        if turn is not None:
+            self.queue.cancel(turn)
+        await run_in_threadpool(self.jobs.remove, job.id)
