@@ -1,4 +1,4 @@
-"""Sentences on which the product-naming check is measured. They were written before its rules, which were not tuned on them.
+"""Sentences on which the product-naming check is measured; written before its rules, which were not tuned on them.
 
 ``NO_PRODUCT``: can, ring, cream, case, glass, box and bar in senses that mean no product. ``PRODUCT``: captions that
 name one. Each phrase is set into several captions, so that its sense must be told in different places.
@@ -206,7 +206,8 @@ SCENES_WITH = (
 NAMES = (
     "a perfume bottle", "a bottle of wine", "a green glass bottle", "a can of soda", "a beer can", "the tin can",
     "two cans of tuna", "an aluminium can", "a gold ring", "a diamond ring", "an engagement ring", "wedding rings",
-    "a silver ring with a stone", "a jar of face cream", "a tube of hand cream", "a moisturizing cream", "a night cream",
+    "a silver ring with a stone", "a jar of face cream", "a tube of hand cream", "a moisturizing cream",
+    "a night cream",
     "an anti-aging cream", "a cream jar", "a phone case", "a leather case for glasses", "a watch case",
     "a pencil case", "a guitar case", "a glass of wine", "a wine glass", "a champagne glass", "a glass of juice",
     "a drinking glass", "a gift box", "a box of chocolates", "a cardboard box", "a jewellery box", "a cereal box",

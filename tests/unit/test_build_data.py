@@ -372,8 +372,8 @@ def test_tar_shards_bring_captions_masks_and_licences_and_lose_nothing(photos, t
     ("files", "mode", "says"),
     [
         ({"0.png": b"", "0.jpg": b""}, "w", "several images named 0"),
-        ({"0.png": b"x" * 999}, "w:gz", "no whole tar"),
-        ({}, None, "no whole tar"),
+        ({"0.txt": b"x" * 999}, "w:gz", "holds no image, only txt"),
+        ({}, None, "not a whole tar"),
     ],
 )
 def test_tar_shards_that_cannot_be_read_are_config_errors(tmp_path, files, mode, says):
@@ -542,7 +542,7 @@ def captioner(monkeypatch, tmp_path):
     """``load_captioner`` gives a fake whose caption ends with the prompt."""
     monkeypatch.setattr(FakeCaptioner, "calls", 0)
     load = lambda model, captioner: FakeCaptioner(f"{CAPTION}, {captioner.prompt} mood")  # noqa: E731
-    monkeypatch.setattr("packshot.make_dataset.run.load_captioner", load)
+    monkeypatch.setattr("packshot.make_dataset.steps.load_captioner", load)
     (tmp_path / "weights").mkdir()
     return ["captioner=florence2", f"model.florence2={tmp_path / 'weights'}", "captioner.prompt=calm"]
 

@@ -13,7 +13,7 @@ from packshot.config.schema import LicenseConfig
 from packshot.dataset.rows import load_rows
 from packshot.errors import ConfigError
 from packshot.generate.run import generate
-from packshot.make_dataset.steps import build
+from packshot.make_dataset.run import build
 from packshot.runs.licenses import allows, refuse_weights, weights_licenses
 from packshot.train.card import write_provenance
 from packshot.train.run import train

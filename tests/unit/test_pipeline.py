@@ -17,7 +17,7 @@ from packshot.errors import PackshotError
 from packshot.pipeline import Outcome, Step, run_steps
 from packshot.pipeline.run import rejections
 from packshot.pipeline.shards import split
-from packshot.pipeline.worker_progress import tell, watching
+from packshot.pipeline.worker_progress import report, watching
 from packshot.runs.files import sha256
 
 ITEMS = [{"value": value} for value in range(50)]
@@ -200,15 +200,15 @@ def test_a_dead_worker_is_an_error_with_a_way_out(tmp_path):
     assert "run.resume=true" in caught.value.hint
 
 
-def test_progress_adds_up_to_the_rows_whatever_the_workers_tell(tmp_path):
+def test_progress_adds_up_to_the_rows(tmp_path):
     told = []
     with watching(tmp_path, lambda n=1, **figures: told.append(n)) as meter:
-        tell(tmp_path, 0, 3)
-        meter.look()
-        meter.look()
-        tell(tmp_path, 0, 1)
-        tell(tmp_path, 1, 2)
-        meter.look()
+        report(tmp_path, 0, 3)
+        meter.poll()
+        meter.poll()
+        report(tmp_path, 0, 1)
+        report(tmp_path, 1, 2)
+        meter.poll()
         meter.finished(0, 5)
         meter.finished(1, 2)
         meter.finished(2, 4)  # found done: nobody told

@@ -9,7 +9,7 @@ import pytest
 
 from packshot.config.compose import compose
 from packshot.errors import ConfigError
-from packshot.make_dataset.steps import build
+from packshot.make_dataset.run import build
 from packshot.render import blender_pool, phrase_lookup
 from packshot.render import sample as sampling
 from packshot.render.sample import (

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from packshot.config.caption import CaptionerConfig
 from packshot.config.common import DepthConfig, LicenseConfig, MatteConfig, SceneConfig, Script
 from packshot.config.keys import Names, opt
+from packshot.config.sources import conventions
 from packshot.errors import ConfigError
 
 DatasetKind = Names("DatasetKind", ["background", "product", "rendered"])
@@ -16,9 +17,19 @@ ExecutorKind = Names("ExecutorKind", ["local", "ray"])
 
 @dataclass
 class SourceConfig:
-    path: str = opt("data/products", "images: a folder, a glob, Parquet or tar shards; local, s3:// and similar")
+    path: str = opt("data/products", f"a folder, glob or file, local or s3:// and similar; {conventions()}")
     masks: str | None = opt(None, "folder with a mask per image, same file name (white = product)")
     license: str = opt("unknown", "licence of every image of the source (SPDX id or name)")
+    caption_column: str | None = opt(
+        None, "column or JSON key that holds the captions; null: text, caption, prompt or description"
+    )
+    folder_repeats: bool = opt(True, "folders named <N>_<name> repeat their images N times in training (kohya)")
+    downloads: str | None = opt(
+        None, "lists of URLs: folder in which pictures are kept; null: downloads/ in the run folder"
+    )
+    download_seconds: float = opt(20.0, "lists of URLs: longest wait for a picture, each try", min=0.1, max=3600)
+    download_mib: float = opt(64.0, "lists of URLs: largest picture", min=0.01, max=4096)
+    download_retries: int = opt(3, "lists of URLs: further tries after an error that may pass", min=0, max=20)
 
 
 @dataclass

@@ -1,66 +1,65 @@
-"""``build_data.py``: the data steps, and captions for the images that came without one."""
+"""``build_data.py``: from a source to a dataset in the run folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
-from typing import TYPE_CHECKING
+import time
+from dataclasses import replace
+from pathlib import Path
 
-import pyarrow as pa
-
-from packshot.caption.models.captioner import Captioner, identity, load_captioner
-from packshot.config.schema import BuildData, CaptionerKind, DatasetKind
-from packshot.imaging.decode import flatten
-from packshot.make_dataset import steps as data
-from packshot.pipeline import Outcome, Step
-from packshot.pipeline.step import Sample
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from packshot.caption.data import CaptionedRow
+from packshot.config.schema import BuildData
+from packshot.errors import PackshotError
+from packshot.make_dataset.kinds import RECIPES, Recipe
+from packshot.make_dataset.output import write_extras
+from packshot.pipeline import run_steps
+from packshot.pipeline.shards import split
+from packshot.runs.folder import default_dir, log, open_run
+from packshot.runs.licenses import refuse_weights
+from packshot.runs.tracking import open_tracker
 
 
 def build(config: BuildData) -> None:
-    """Build the dataset that ``config`` describes; see :func:`packshot.make_dataset.steps.build`."""
-    wanted = config.captioner.kind is not CaptionerKind.none and config.dataset is not DatasetKind.rendered
-    data.build(config, [caption_step(config)] if wanted else [])
+    """Build ``config.dataset`` from ``config.source`` into the run folder; resumes to the same bytes.
+
+    Raises:
+        ConfigError: nothing to build from, an unusable model, or a run folder or render.folder in use.
+        PackshotError: not one image was accepted, or a worker died.
+    """
+    recipe = RECIPES[config.dataset]
+    with recipe.hold(config):
+        build_held(config, recipe)
 
 
-def caption_step(config: BuildData) -> Step:
-    """Writes ``text`` where the source had none. A changed prompt or model redoes it, and no step before it."""
-    reads = ["image", "text", *(["mask"] if config.dataset is DatasetKind.product else [])]
-
-    @cache
-    def captioner() -> Captioner:  # loaded when the first image needs it: never, on finished work
-        return load_captioner(config.model, config.captioner)
-
-    named = identity(config.model, config.captioner)
-    function = partial(_caption, captioner=captioner)
-    schema = pa.schema([("text", pa.string())])
-    return Step("caption", 1, named, schema, function, reads=tuple(reads), exclusive=True)
-
-
-def _caption(samples: list[Sample], captioner: Callable[[], Captioner]) -> list[Outcome]:
-    from packshot.caption.write import write_rows
-
-    bare = {index: sample for index, sample in enumerate(samples) if not sample["text"]}
-    pictures = {index: _pictures(sample) for index, sample in bare.items()}
-    written = write_rows(pictures, captioner()) if bare else {}
-    return [
-        _outcome(written[index]) if index in written else Outcome({"text": sample["text"]})
-        for index, sample in enumerate(samples)
-    ]
-
-
-def _pictures(sample: Sample) -> tuple[Image, Image | None]:
-    mask = data.open_png(sample["mask"]).convert("L") if sample.get("mask") else None
-    return flatten(data.open_png(sample["image"])), mask
-
-
-def _outcome(row: CaptionedRow) -> Outcome:
-    """An image without a usable caption stays, with the reason on record; training refuses empty captions."""
-    if row.text is not None:
-        return Outcome({"text": row.text})
-    reason = "caption_names_product" if (row.error or "").startswith("names the product") else "no_caption"
-    return Outcome({"text": ""}, reason, row.error)
+def build_held(config: BuildData, recipe: Recipe) -> None:
+    """:func:`build` once shared folders are held."""
+    refuse_weights(config)
+    recipe.refuse(config)
+    folder = Path(config.run.dir or default_dir("build_data"))
+    config = replace(config, run=replace(config.run, dir=str(folder)))
+    downloads = Path(config.source.downloads or folder / "downloads")
+    items, notes = recipe.items(config, str(downloads.absolute()))
+    run = open_run("build_data", config)
+    for note in notes:
+        log.info(note)
+    steps = recipe.steps(config, run.path)
+    tracker = open_tracker(run, config, "build_data")
+    started = time.monotonic()
+    shards = split(items, config.shard_size)
+    report = run_steps(run.path, shards, recipe.fingerprint, steps, config.executor)
+    recipe.finish(config, run.path)
+    figures = write_extras(report, steps, config.dataset.name, recipe.settings(config), recipe.sheet, len(items))
+    if report.worked:
+        line = {"step": 0, **figures, "seconds": round(time.monotonic() - started, 1)}
+        run.metrics(line)
+        tracker.log({key: float(value) for key, value in line.items()}, 0)
+    else:
+        log.info("everything was done already")
+    log.info("%(accepted)d of %(images)d images accepted, %(rejected)d rejected", figures)
+    sheet = run.path / "contact_sheet.png"
+    if sheet.exists():
+        tracker.images("contact_sheet", [sheet], ["first images"], 0)
+    tracker.finish()
+    if not figures["accepted"]:
+        raise PackshotError(
+            f"None of the {len(items)} images {recipe.what(config)} was accepted.",
+            f"{run.path / 'rejected.parquet'} names the reason for each.",
+        )

@@ -12,7 +12,7 @@ from packshot.pipeline.executor import Execute, open_executor
 from packshot.pipeline.ledger import Entry, Ledger
 from packshot.pipeline.shards import batches, read_outcomes, read_samples, write_outcomes
 from packshot.pipeline.step import Outcome, Sample, Step
-from packshot.pipeline.worker_progress import tell, watching
+from packshot.pipeline.worker_progress import report, watching
 from packshot.runs.files import file_sha256, sha256
 from packshot.runs.progress import progress
 
@@ -146,7 +146,7 @@ def _call(job: _Job, batch: list[Sample]) -> list[Outcome]:
     outcomes: list[Outcome] = []
     for part in batches(batch, job.step.calls_of):
         outcomes += job.step.function(part)
-        tell(job.folder, job.shard, len(part))
+        report(job.folder, job.shard, len(part))
     return outcomes
 
 

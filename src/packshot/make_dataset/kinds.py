@@ -1,0 +1,168 @@
+"""The kinds of datasets: one row each says what they are built from, by which steps, and what the card shows."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePath
+from typing import Any
+
+from packshot.config.compose import to_plain
+from packshot.config.schema import BuildData, CaptionerKind, DatasetKind
+from packshot.imaging.masks import load_segmentation
+from packshot.imaging.onnx import load_session
+from packshot.make_dataset import sources, steps
+from packshot.pipeline import Step
+from packshot.pipeline.step import Outcome, Sample
+from packshot.render import blender_pool
+
+# Paths, of which a card that is published names the last part only: the rest is the layout of a disk or a bucket.
+_PLACES = (
+    ("source", "path"), ("source", "masks"), ("matte", "onnx"), ("matte", "network"), ("depth", "onnx"),
+    ("captioner", "adapter"),
+)  # fmt: skip
+# Keys of the source that decide how it is reached.
+_NOT_SHAPING = ("downloads", "download_seconds", "download_mib", "download_retries")
+_PHOTO_SETTINGS = ("dataset", "source", "matte", "depth", "quality", "captioner", "shard_size")
+_COLUMNS = ("text", "id", "scene", "source", "license", "width", "height")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one kind of dataset is made.
+
+    what: the pictures, for messages. sheet: how many of the first pictures the contact sheet shows.
+    refuse: raises ConfigError for models that cannot be used, here and not in a worker.
+    items: what there is to build from, and lines for the screen; ``cache`` is a folder for downloads.
+    fingerprint: digest of the content behind the items of a shard.
+    steps: in their order; the last one writes the rows.
+    settings: what the card tells about how the set was made: all that shaped it, nothing about where.
+    hold: keeps other builds from shared folders. finish: removes what the set holds now.
+    """
+
+    what: Callable[[BuildData], str]
+    sheet: int
+    refuse: Callable[[BuildData], None]
+    items: Callable[[BuildData, str], tuple[list[Sample], list[str]]]
+    fingerprint: Callable[[Sequence[Sample]], str]
+    steps: Callable[[BuildData, Path], list[Step]]
+    settings: Callable[[BuildData], dict[str, Any]]
+    hold: Callable[[BuildData], AbstractContextManager[object]] = lambda config: nullcontext()
+    finish: Callable[[BuildData, Path], None] = lambda config, folder: None
+
+
+def photo_steps(config: BuildData, folder: Path, masked: bool) -> list[Step]:
+    """From photographs to rows. masked: the product is found in each."""
+    made = [steps.ingest_step(config), steps.dedup_step(config)]
+    pictures = ["image"]
+    if masked:
+        made.append(steps.mask_step(config))
+        pictures.append("mask")
+        if config.depth.onnx:
+            made.append(steps.depth_step(config))
+            pictures.append("depth")
+    if config.captioner.kind is not CaptionerKind.none:
+        made.append(steps.caption_step(config, masked))
+    columns = (*pictures, *_COLUMNS)
+    settings = {"dataset": config.dataset.name, "columns": list(columns)}
+    return [*made, steps.final_step(columns, partial(steps.finish, columns=columns), settings)]
+
+
+def photo_items(config: BuildData, cache: str) -> tuple[list[Sample], list[str]]:
+    """The pictures of the source."""
+    return sources.list_items(config.source, cache)
+
+
+def photo_settings(config: BuildData) -> dict[str, Any]:
+    """The groups that shape photographs into rows."""
+    plain = to_plain(config)
+    for group, key in _PLACES:
+        if plain[group][key]:
+            plain[group][key] = PurePath(plain[group][key]).name
+    del plain["captioner"]["endpoint"]  # an address inside somebody's network, at times with a key in it
+    for key in _NOT_SHAPING:
+        del plain["source"][key]
+    names = (*_PHOTO_SETTINGS, "licenses") if config.licenses.commercial else _PHOTO_SETTINGS
+    return {name: plain[name] for name in names}
+
+
+def refuse_networks(config: BuildData) -> None:
+    """Load what finds products and depth once."""
+    load_segmentation(config.matte)
+    if config.depth.onnx:
+        load_session("depth.onnx", config.depth.onnx)
+
+
+def refuse_blender(config: BuildData) -> None:
+    """Look for Blender's environment."""
+    blender_pool.blender_python(config.render.environment)
+
+
+def copy_rows(samples: list[Sample]) -> list[Outcome]:
+    """Rendered rows are finished."""
+    return [Outcome(sample) for sample in samples]
+
+
+def render_steps(config: BuildData, folder: Path) -> list[Step]:
+    """From render jobs to rows."""
+    render = blender_pool.render_step(blender_pool.open_farm(config, folder))
+    return [render, steps.final_step(render.schema.names, copy_rows, {"dataset": "rendered"})]
+
+
+def render_settings(config: BuildData) -> dict[str, Any]:
+    """The renderer's keys without its places."""
+    render = to_plain(config)["render"]
+    del render["folder"], render["environment"]
+    return {"dataset": "rendered", "seed": config.run.seed, "render": render, "shard_size": config.shard_size}
+
+
+def hold_scenes(config: BuildData) -> AbstractContextManager[object]:
+    """One build at a time in a shared folder of scenes."""
+    return blender_pool.sole_use(config.render.folder) if config.render.folder else nullcontext()
+
+
+def drop_scenes(config: BuildData, folder: Path) -> None:
+    """Scenes that are not shared are in the set now."""
+    if not config.render.folder:
+        shutil.rmtree(folder / "renders")
+
+
+def source_name(config: BuildData) -> str:
+    """The pictures of a set of photographs, for messages."""
+    return f"of source.path={config.source.path}"
+
+
+RECIPES: dict[DatasetKind, Recipe] = {
+    DatasetKind.background: Recipe(
+        source_name,
+        24,
+        lambda config: None,
+        photo_items,
+        sources.fingerprint,
+        partial(photo_steps, masked=False),
+        photo_settings,
+    ),
+    DatasetKind.product: Recipe(
+        source_name,
+        24,
+        refuse_networks,
+        photo_items,
+        sources.fingerprint,
+        partial(photo_steps, masked=True),
+        photo_settings,
+    ),
+    DatasetKind.rendered: Recipe(
+        lambda config: "rendered",
+        48,
+        refuse_blender,
+        lambda config, cache: (blender_pool.jobs(config), []),
+        blender_pool.fingerprint,
+        render_steps,
+        render_settings,
+        hold_scenes,
+        drop_scenes,
+    ),
+}

@@ -1,0 +1,107 @@
+"""What stands beside the shards of a dataset: the table of rejected samples, the card, the contact sheet."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from packshot.make_dataset import card as cards
+from packshot.make_dataset.pictures import open_png, png
+from packshot.pipeline import Report, Step
+from packshot.pipeline.run import rejections
+from packshot.pipeline.step import Sample
+from packshot.runs.files import replacing_file
+
+_REJECTED = pa.schema([*((name, pa.string()) for name in ("id", "reason", "measure", "source")), ("kept", pa.bool_())])
+MEANING = {
+    "image": "photograph; transparent ones over white",
+    "mask": "white = product",
+    "text": "caption of everything but the product; empty when there is none",
+    "id": "SHA-256 of the source's bytes",
+    "scene": "the caption's slots: surface, surroundings, background, lighting, mood, style",
+    "source": "where the image came from, relative to the source",
+    "license": "licence of the image",
+    "width": "px",
+    "height": "px",
+    "plate": "the same scene without the product",
+    "cutout": "the product alone, with alpha",
+    "shadow": "what the product does to the light around it: plate x shadow carries its shadow; white = nothing",
+    "depth": "inverse depth, near is bright; in rendered sets the product is at 0.5",
+    "normals": "surface normals in camera space: x right, y up, z to the camera",
+    "product_id": "design of the product",
+}
+
+
+def write_extras(
+    report: Report, steps: Sequence[Step], kind: str, settings: dict[str, object], sheet: int, images: int
+) -> dict[str, int]:
+    """``rejected.parquet``, the card and the contact sheet, each only where it changed; returns the counts.
+
+    kind: of the dataset, for the card. sheet: how many pictures the contact sheet shows. images: of the source.
+    """
+    rejected = rejected_rows(report, steps)
+    parts = report.files("part")
+    licenses = []
+    for file in parts:
+        licenses += pq.read_table(file, columns=["license"])[0].to_pylist()
+    names = steps[-1].schema.names
+    text = cards.card(
+        kind,
+        cards.count(licenses),
+        cards.count(row["reason"] for row in rejected if not row["kept"]),
+        cards.count(row["reason"] for row in rejected if row["kept"]),
+        {name: MEANING[name] for name in names},
+        settings,
+    )
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rejected, schema=_REJECTED), buffer)
+    write_if_changed(report.folder / "rejected.parquet", buffer.getvalue())
+    write_if_changed(report.folder / "README.md", text.encode())
+    columns = ["image", "mask"] if "mask" in names and kind != "rendered" else ["image"]
+    first = [
+        (open_png(row["image"]), open_png(row["mask"]) if "mask" in row else None)
+        for row in first_rows(parts, sheet, columns)
+    ]
+    if first:
+        write_if_changed(report.folder / "contact_sheet.png", png(cards.contact_sheet(first))["bytes"])
+    lost = 0
+    for entries in report.entries.values():
+        lost += sum(entry.rejected for entry in entries)
+    return {"images": images, "accepted": images - lost, "rejected": lost}
+
+
+def rejected_rows(report: Report, steps: Sequence[Step]) -> list[Sample]:
+    """Rows of ``rejected.parquet``, kept ones with a remark included: by step, then in the order of the input."""
+    names = [pq.read_table(file, columns=["id", "source"]).to_pylist() for file in report.files(steps[0].name)]
+    rows = []
+    for step in steps:
+        if step.final:
+            continue
+        for shard, outcome in rejections(report, step.name, ()):
+            decided = {name: outcome[name] for name in ("reason", "measure", "kept")}
+            rows.append({**names[shard][outcome["index"]], **decided})
+    return rows
+
+
+def first_rows(parts: Sequence[Path], count: int, columns: list[str]) -> list[Sample]:
+    """The first rows of a dataset, read no further than they need."""
+
+    def rows() -> Iterator[Sample]:
+        for part in parts:
+            with pq.ParquetFile(part) as parquet:
+                for batch in parquet.iter_batches(count, columns=columns):
+                    yield from batch.to_pylist()
+
+    return list(islice(rows(), count))
+
+
+def write_if_changed(path: Path, content: bytes) -> None:
+    """Leave a file with this content alone, so that a rerun on finished work touches nothing."""
+    if not path.exists() or path.read_bytes() != content:
+        with replacing_file(path) as file:
+            file.write_bytes(content)

@@ -1,0 +1,147 @@
+"""What all kinds of sources share: the sample that is read, the places it is read from, and what was not read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+
+from packshot.errors import ConfigError
+
+Item = dict[str, Any]
+# Columns and keys in which people keep captions, the first that is there counts; source.caption_column comes before.
+CAPTION_COLUMNS = ("text", "caption", "prompt", "description", "captions", "TEXT", "alt")
+LICENSE_COLUMNS = ("license", "licence", "LICENSE")
+_NAMED = 3  # names in a message, of files that were not read
+
+
+@dataclass(frozen=True)
+class Raw:
+    """The bytes of one sample.
+
+    data: of the image file, None when it cannot be read (``error`` says why).
+    text: the caption as its bytes, or as text where the source holds text; ``caption_error`` says why there is none.
+    repeats: how often training should see the picture in an epoch.
+    """
+
+    name: str
+    data: bytes | None
+    text: str = ""
+    encoding: str = ""
+    mask: bytes | None = None
+    license: str | None = None
+    error: str = ""
+    repeats: int = 1
+
+
+@dataclass
+class Unread:
+    """Files of a source that nothing reads, by the reason."""
+
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, name: str) -> None:
+        self.names.setdefault(reason, []).append(name)
+
+    def lines(self) -> list[str]:
+        """A line for each reason, with the count and some of the names."""
+        lines = []
+        for reason, names in self.names.items():
+            shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+            lines.append(f"source.path: {len(names)} not read, {reason}: {shown}")
+        return lines
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The regular files behind ``source.path``.
+
+    fs: their fsspec file system. root: the path inside it. base: the folder that names are relative to.
+    paths: sorted, hidden ones left out. cache: the folder in which downloads may be kept. notes: what the person should
+    know, for the screen once the run has begun.
+    """
+
+    fs: Any
+    given: str
+    root: str
+    base: str
+    paths: list[str]
+    unread: Unread
+    cache: str
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the source is a folder, so that all of its files are listed."""
+        return self.root.rstrip("/") == self.base
+
+    def inside(self, path: str) -> str:
+        """A path relative to the source."""
+        return path[len(self.base) :].lstrip("/")
+
+    def named(self, path: str) -> str:
+        """How tables and messages call a file: by the source's last name and its path inside."""
+        return f"{PurePosixPath(self.base).name}/{self.inside(path)}"
+
+    def place(self, path: str) -> str:
+        """Where a worker reads a file: a plain path on this machine, a URL elsewhere."""
+        return path if is_local(self.fs) else self.fs.unstrip_protocol(path)
+
+
+def is_local(fs: Any) -> bool:
+    protocol = fs.protocol if isinstance(fs.protocol, (tuple, list)) else (fs.protocol,)
+    return "file" in protocol
+
+
+def open_place(place: str) -> Any:
+    """A readable binary file. Plain paths never pass fsspec: it takes "::" in a name for a chain of URLs."""
+    if place.startswith("/"):
+        return open(place, "rb")
+    return fsspec.open(place, "rb").open()
+
+
+def read_place(place: str) -> bytes:
+    """The content of a file."""
+    with open_place(place) as file:
+        return file.read()
+
+
+def first_of(names: tuple[str, ...], values: Mapping[str, Any], chosen: str | None = None) -> str | None:
+    """The first of the names that the values have; ``chosen`` comes before them."""
+    for name in (chosen, *names) if chosen else names:
+        if name in values:
+            return name
+    return None
+
+
+def text_of(value: Any) -> str:
+    """A caption from a cell: text as it is, nothing for an empty cell, the first of several."""
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else ""
+    if value is None or value != value:  # NaN, as pandas writes an empty cell
+        return ""
+    return str(value).strip()
+
+
+def check_caption_column(key: str | None, columns: list[str], where: str) -> None:
+    """Raises ConfigError when ``source.caption_column`` is not among the columns."""
+    if key and key not in columns:
+        raise ConfigError(
+            f"source.caption_column={key}: {where} has no such column.", f"Its columns: {', '.join(columns)}."
+        )
+
+
+def caption_count(captioned: int, images: int) -> str:
+    """The line that tells a person whether their captions were found."""
+    hint = "" if captioned else "; captioner=florence2 writes them, docs/datasets.md names where they are looked for"
+    return f"{captioned} of {images} images have a caption{hint}"
+
+
+def by_extension(names: list[str]) -> str:
+    """ "3 .json, 1 .md" """
+    counts = Counter(PurePosixPath(name).suffix or PurePosixPath(name).name for name in names)
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())

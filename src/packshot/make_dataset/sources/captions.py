@@ -1,0 +1,66 @@
+"""Caption files as people have them: text in any of the usual encodings."""
+
+from __future__ import annotations
+
+import codecs
+
+# The longer marks first: UTF-32's begins with UTF-16's.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+class EncodingError(ValueError):
+    """The bytes are text in no encoding that can be told."""
+
+
+def decode_text(data: bytes) -> tuple[str, str]:
+    """(text, encoding); the encoding is "" for plain UTF-8 and otherwise names what the bytes were read as.
+
+    A byte order mark decides. Without one the bytes are UTF-8, else UTF-16 where every second byte is zero, else
+    Windows-1252, which editors on Windows write.
+
+    Raises:
+        EncodingError: none of them fits.
+    """
+    for mark, encoding in _MARKS:
+        if data.startswith(mark):
+            return decoded(data[len(mark) :], encoding), "" if encoding == "utf-8" else encoding
+    if guess := utf16_without_mark(data):
+        return decoded(data, guess), guess
+    try:
+        return clean(data.decode("utf-8")), ""
+    except UnicodeDecodeError:
+        return decoded(data, "windows-1252"), "windows-1252"
+
+
+def decoded(data: bytes, encoding: str) -> str:
+    """The bytes as clean text.
+
+    Raises:
+        EncodingError: they are not in that encoding.
+    """
+    try:
+        return clean(data.decode(encoding))
+    except UnicodeDecodeError as error:
+        raise EncodingError(
+            f"not {encoding}: byte {data[error.start]:#04x} at {error.start}; save it as UTF-8"
+        ) from error
+
+
+def utf16_without_mark(data: bytes) -> str | None:
+    """UTF-16 of mostly Latin text has a zero in every other byte; UTF-8 text has none."""
+    if len(data) < 4 or len(data) % 2:
+        return None
+    if data[1::2].count(0) > 0.7 * len(data) / 2:
+        return "utf-16-le"
+    return "utf-16-be" if data[0::2].count(0) > 0.7 * len(data) / 2 else None
+
+
+def clean(text: str) -> str:
+    """Without zero characters, which no tokenizer expects, and outer white space."""
+    return text.replace("\0", "").replace("\r\n", "\n").strip()

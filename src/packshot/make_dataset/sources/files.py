@@ -1,0 +1,240 @@
+"""Image files: captions lie beside them or in a table of the folder, masks in a folder of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from packshot.config.schema import SourceConfig
+from packshot.errors import ConfigError
+from packshot.imaging.files import IMAGE_SUFFIXES, is_image, pair_masks
+from packshot.make_dataset.sources.base import (
+    CAPTION_COLUMNS,
+    LICENSE_COLUMNS,
+    Item,
+    Listing,
+    Raw,
+    caption_count,
+    check_caption_column,
+    first_of,
+    read_place,
+    text_of,
+)
+from packshot.make_dataset.sources.captions import EncodingError, decode_text
+from packshot.make_dataset.sources.tabular import is_table_file, read_rows
+from packshot.make_dataset.sources.walk import hidden, open_path
+
+CAPTION_SUFFIXES = (".txt", ".caption")
+FILE_COLUMNS = ("file_name", "filename", "file", "image")
+_REPEATS = re.compile(r"([1-9]\d{0,2})_.+")  # kohya's folders: "10_sks bottle"; a year has four digits
+
+
+def claims(listing: Listing) -> list[str]:
+    """Files whose name says image, or the one file that the source is."""
+    return [path for path in listing.paths if is_image(path) or path == listing.root]
+
+
+def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list[Item]:
+    """An item per image file. Raises ConfigError for masks or columns that cannot be used."""
+    given = mask_files(source)
+    own = set(given.values())
+    images = [path for path in paths if listing.place(path) not in own]
+    if not images:
+        raise ConfigError(f"source.path={source.path} holds masks alone.", f"Known are {' '.join(IMAGE_SUFFIXES)}.")
+    names = [listing.inside(path) for path in images]
+    masks = masks_of(source, names, given, listing.notes) if source.masks else {}
+    known = set(listing.paths)
+    if not listing.whole:  # behind a glob or a lone file, what lies next to the images was not listed
+        known |= neighbours(listing, images)
+    tables = metadata_rows(listing, known, source)
+    used: set[str] = {*images, *tables.files}
+    items = []
+    for path, name in zip(images, names, strict=True):
+        item = file_item(listing, path, known, source)
+        described = tables.rows.get(path, {})
+        item["described"] = described
+        item["mask"] = masks.get(name)
+        used |= {place for place in (item.pop("text_path"), item.pop("json_path")) if place}
+        items.append(item)
+    if source.folder_repeats:
+        repeat_by_folder(listing, names, items)
+    for path in listing.paths:
+        if path not in used and listing.place(path) not in own:
+            listing.unread.add(unread_reason(path), listing.inside(path))
+    listing.notes.append(caption_count(sum(map(has_text, items)), len(items)))
+    return items
+
+
+def neighbours(listing: Listing, images: Sequence[str]) -> set[str]:
+    """The files in the folders of the images."""
+    found: set[str] = set()
+    for folder in sorted({path.rpartition("/")[0] for path in images}):
+        found |= set(listing.fs.ls(folder, detail=False))
+    return found
+
+
+class Metadata:
+    """Rows of the tables that describe images, by the image's path. files: the tables that were read."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.files: list[str] = []
+
+
+def metadata_rows(listing: Listing, known: set[str], source: SourceConfig) -> Metadata:
+    """The rows of every ``metadata.jsonl``, ``.csv`` or ``.parquet``; ``file_name`` is relative to the table's folder.
+
+    Raises:
+        ConfigError: a table is damaged, or has no column of file names or none named ``source.caption_column``.
+    """
+    found = Metadata()
+    for path in sorted(known):
+        if PurePosixPath(path).stem not in ("metadata", "_metadata", "captions") or not is_table_file(path):
+            continue
+        rows = read_rows(listing.place(path))
+        found.files.append(path)
+        if not rows:
+            continue
+        columns = list(rows[0])
+        key = first_of(FILE_COLUMNS, rows[0])
+        if key is None:
+            raise ConfigError(f"source.path: {path} has no column file_name.", f"Its columns: {', '.join(columns)}.")
+        check_caption_column(source.caption_column, columns, listing.named(path))
+        folder = path.rpartition("/")[0]
+        absent = 0
+        for row in rows:
+            image = f"{folder}/{row[key]}".replace("/./", "/")
+            absent += listing.whole and image not in known
+            found.rows[image] = {
+                "text": text_of(row.get(first_of(CAPTION_COLUMNS, row, source.caption_column) or "")),
+                "license": text_of(row.get(first_of(LICENSE_COLUMNS, row) or "")),
+            }
+        if absent:
+            listing.notes.append(f"{listing.named(path)}: {absent} of {len(rows)} rows name a file that is not there")
+    return found
+
+
+def file_item(listing: Listing, path: str, known: set[str], source: SourceConfig) -> Item:
+    """Where the parts of one image's sample lie."""
+    stem = str(PurePosixPath(path).with_suffix(""))
+    beside = [f"{name}{suffix}" for suffix in CAPTION_SUFFIXES for name in (path, stem)]
+    text = next((name for name in beside if name in known), None)
+    described = f"{stem}.json" if f"{stem}.json" in known else None
+    return {
+        "name": listing.named(path),
+        "place": listing.place(path),
+        "text": text and listing.place(text),
+        "json": described and listing.place(described),
+        "caption_column": source.caption_column,
+        "repeats": 1,
+        "text_path": text,
+        "json_path": described,
+    }
+
+
+def repeat_by_folder(listing: Listing, names: Sequence[str], items: Sequence[Item]) -> None:
+    """Read repeats from folder names where every image lies in a folder named <N>_<name>, as kohya's tools want it."""
+    folders = {name: name.rpartition("/")[0].rpartition("/")[2] for name in names}
+    found = {folder: _REPEATS.fullmatch(folder) for folder in sorted(set(folders.values()))}
+    if not all(found.values()):
+        return
+    for name, item in zip(names, items, strict=True):
+        match = found[folders[name]]
+        item["repeats"] = int(match[1]) if match else 1
+    shown = ", ".join(f"{folder!r} {match[1]} times" for folder, match in found.items() if match)
+    listing.notes.append(f"training repeats the images of {shown}; source.folder_repeats=false: once")
+
+
+def has_text(item: Item) -> bool:
+    """Whether an image has a caption; the content of local files decides, a remote one is taken to have some."""
+    if item["described"].get("text"):
+        return True
+    if item["text"]:
+        return not item["text"].startswith("/") or os.path.getsize(item["text"]) > 0
+    return bool(item["json"])
+
+
+def unread_reason(path: str) -> str:
+    """Why nothing reads a file of the folder."""
+    suffix = PurePosixPath(path).suffix.lower()
+    if suffix in (".jxl", ".psd", ".svg", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".exr", ".eps", ".pdf"):
+        return f"{suffix} is a format that is not supported"
+    if suffix in CAPTION_SUFFIXES:
+        return "captions without an image of their name"
+    return f"{suffix or 'no ending'}: neither an image nor its caption"
+
+
+def read_item(item: Item) -> Raw:
+    """The bytes of an image file and its caption: from its text file, else from the table, else from its .json."""
+    try:
+        data = read_place(item["place"])
+        mask = read_place(item["mask"]) if item["mask"] else None
+        text, encoding = decode_text(read_place(item["text"])) if item["text"] else ("", "")
+        described = item["described"] or (json_fields(item) if item["json"] else {})
+    except OSError as error:
+        return Raw(item["name"], None, error=error.strerror or str(error))
+    except EncodingError as error:
+        return Raw(item["name"], None, error=f"its caption is {error}")
+    text = text or str(described.get("text") or "")
+    return Raw(item["name"], data, text, encoding, mask, described.get("license") or None, repeats=item["repeats"])
+
+
+def json_fields(item: Item) -> dict[str, str]:
+    """Caption and licence of the .json beside an image, as img2dataset and booru tools write it."""
+    try:
+        values = json.loads(decode_text(read_place(item["json"]))[0] or "{}")
+    except ValueError:
+        return {}
+    return described_by(values, item["caption_column"])
+
+
+def described_by(values: Any, caption_column: str | None) -> dict[str, str]:
+    """``text`` and ``license`` of a JSON object under any of the usual keys."""
+    if not isinstance(values, dict):
+        return {}
+    return {
+        "text": text_of(values.get(first_of(CAPTION_COLUMNS, values, caption_column) or "")),
+        "license": text_of(values.get(first_of(LICENSE_COLUMNS, values) or "")),
+    }
+
+
+# --- masks
+
+
+def mask_files(source: SourceConfig) -> dict[str, str]:
+    """Places of the mask files by their path inside ``source.masks``."""
+    if not source.masks:
+        return {}
+    fs, root = open_path(source.masks)
+    if not fs.isdir(root):
+        raise ConfigError(f"source.masks={source.masks} is not a folder.", f"Looked for {root}.")
+    masks: dict[str, str] = {}
+    for path in sorted(fs.find(root)):
+        inside = path[len(root) :].lstrip("/")
+        if is_image(inside) and not hidden(inside):
+            masks[inside] = path if path.startswith("/") and "://" not in source.masks else fs.unstrip_protocol(path)
+    if not masks:
+        raise ConfigError(f"source.masks={source.masks} holds no image.", "One mask per image, with its file name.")
+    return masks
+
+
+def masks_of(source: SourceConfig, images: Sequence[str], given: dict[str, str], notes: list[str]) -> dict[str, str]:
+    """Place of the mask of every image that has one; images and masks by their path inside their folders."""
+    pairs = pair_masks(f"source.masks={source.masks}", images, given)
+    if not pairs:
+        raise ConfigError(
+            f"source.masks={source.masks} has a mask for none of the {len(images)} images of source.path.",
+            f"Looked for {mask_pattern(images[0])} and the like; it holds {next(iter(given))} and the like.",
+        )
+    if len(pairs) < len(images):
+        notes.append(f"source.masks={source.masks} has no mask for {len(images) - len(pairs)} images")
+    return {image: given[mask] for image, mask in pairs.items()}
+
+
+def mask_pattern(image: str) -> str:
+    """What is looked for in ``source.masks``, for an image by its path inside the source."""
+    return f"{PurePosixPath(image).with_suffix('')}.*"

@@ -1,0 +1,118 @@
+"""Lists of pictures: a CSV, JSON lines or Parquet table whose rows name files or URLs."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from packshot.config.schema import SourceConfig
+from packshot.errors import ConfigError
+from packshot.imaging.files import is_image
+from packshot.make_dataset.sources.base import (
+    CAPTION_COLUMNS,
+    LICENSE_COLUMNS,
+    Item,
+    Listing,
+    Raw,
+    caption_count,
+    check_caption_column,
+    first_of,
+    read_place,
+    text_of,
+)
+from packshot.make_dataset.sources.downloads import DownloadError, fetch, forget_failures
+from packshot.make_dataset.sources.tables import refuse_masks
+from packshot.make_dataset.sources.tabular import is_table_file, read_rows
+
+FILE_COLUMNS = ("file_name", "filename", "file", "path", "filepath", "image_path", "image", "img", "image_file")
+URL_COLUMNS = ("url", "URL", "image_url", "img_url", "link", "image")
+CHECKSUMS = ("sha256", "md5")
+
+
+def claims(listing: Listing) -> list[str]:
+    """The one table that the source is, or the tables of a folder without images."""
+    tables = [path for path in listing.paths if is_table_file(path)]
+    if listing.root in tables:
+        return [listing.root]
+    return [] if any(is_image(path) for path in listing.paths) else tables
+
+
+def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list[Item]:
+    """An item per row. Raises ConfigError for a table without a column of files or URLs, or source.masks."""
+    refuse_masks(source)
+    items: list[Item] = []
+    for path in paths:
+        items += list_rows(listing, path, source)
+    if not items:
+        raise ConfigError(f"source.path={source.path}: its list is empty.", "Each row names one picture.")
+    remote = sum(item["url"] for item in items)
+    if remote:
+        listing.notes.append(f"{remote} of {len(items)} images are downloaded to {listing.cache} and kept there")
+        forget_failures(listing.cache)
+    listing.notes.append(caption_count(sum(bool(item["text"]) for item in items), len(items)))
+    return items
+
+
+def list_rows(listing: Listing, path: str, source: SourceConfig) -> list[Item]:
+    """The items of one table."""
+    items: list[Item] = []
+    for number, row in enumerate(read_rows(listing.place(path))):
+        if number == 0:
+            check_caption_column(source.caption_column, list(row), listing.named(path))
+        target = target_of(row)
+        if target is None:
+            raise ConfigError(
+                f"source.path: {path}, row {number} names no picture in a column like {', '.join(FILE_COLUMNS[:4])} or "
+                f"{URL_COLUMNS[0]}.",
+                f"Its columns: {', '.join(row)}.",
+            )
+        url = target.startswith(("http://", "https://"))
+        place = target if "://" in target else str(PurePosixPath(listing.place(path)).parent / target)
+        if "://" in listing.place(path) and "://" not in target:  # beside a list on a remote store
+            place = f"{listing.place(path).rpartition('/')[0]}/{target}"
+        checksums = {name: str(row[name]).lower() for name in CHECKSUMS if row.get(name)}
+        items.append(
+            {
+                "name": f"{listing.named(path)}#{number}",
+                "place": place,
+                "url": url,
+                "text": text_of(row.get(first_of(CAPTION_COLUMNS, row, source.caption_column) or "")),
+                "license": text_of(row.get(first_of(LICENSE_COLUMNS, row) or "")),
+                "checksums": checksums,
+                "cache": listing.cache,
+                "limits": {
+                    "seconds": source.download_seconds,
+                    "mebibytes": source.download_mib,
+                    "retries": source.download_retries,
+                },
+            }
+        )
+    return items
+
+
+def target_of(row: dict[str, Any]) -> str | None:
+    """The file or URL that a row names; a file comes before a URL."""
+    for name in (*FILE_COLUMNS, *URL_COLUMNS):
+        value = row.get(name)
+        if isinstance(value, str) and value.strip():
+            return value.strip()
+    return None
+
+
+def read_item(item: Item) -> Raw:
+    """The bytes of a listed picture, downloaded unless they were before."""
+    try:
+        if item["url"]:
+            data = fetch(item["place"], Path(item["cache"]), **item["limits"])
+        else:
+            data = read_place(item["place"].removeprefix("file://"))
+    except DownloadError as error:
+        return Raw(item["name"], None, error=str(error))
+    except OSError as error:
+        return Raw(item["name"], None, error=f"{item['place']}: {error.strerror or error}")
+    for kind, wanted in item["checksums"].items():
+        found = hashlib.new(kind, data, usedforsecurity=False).hexdigest()
+        if found != wanted:
+            return Raw(item["name"], None, error=f"its {kind} is {found}, not {wanted}")
+    return Raw(item["name"], data, item["text"], license=item["license"] or None)

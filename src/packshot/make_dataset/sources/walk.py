@@ -1,0 +1,118 @@
+"""The regular files behind a path: folders, globs and single files, on this machine or on any store."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+
+from packshot.errors import ConfigError
+from packshot.imaging.files import IMAGE_SUFFIXES
+from packshot.make_dataset.sources.base import Listing, Unread, is_local
+from packshot.runs.files import resolve
+
+# Folders that systems and storage boxes keep beside a person's files, and files of the same kind.
+_SYSTEM = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini", "System Volume Information"))
+
+
+def hidden(inside: str) -> bool:
+    """Whether a part of a path, relative to the source, belongs to the system and not to the person."""
+    return any(part.startswith(".") or part in _SYSTEM for part in PurePosixPath(inside).parts)
+
+
+def open_path(path: str) -> tuple[Any, str]:
+    """(file system, path inside it).
+
+    Raises:
+        ConfigError: no driver for the store.
+    """
+    if "://" not in path:
+        return fsspec.filesystem("file"), str(resolve(path).absolute())
+    try:
+        return fsspec.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be opened: {error}", "s3:// needs the package s3fs.") from error
+
+
+def list_files(given: str, cache: str = "") -> Listing:
+    """The files behind ``source.path``, and what of it cannot be read.
+
+    Raises:
+        ConfigError: nothing there, or no driver for the store.
+    """
+    fs, root = open_path(given)
+    unread = Unread()
+    base = root.rstrip("/")
+    if is_local(fs) and os.path.isdir(root):
+        paths = list(walk(root.rstrip("/") or "/", unread))
+    elif fs.exists(root):  # before it is taken for a glob: names may hold brackets
+        if not fs.isdir(root):
+            base = root.rpartition("/")[0]
+        paths = fs.find(root) if fs.isdir(root) else [root]
+    else:
+        wild = next((position for position, char in enumerate(root) if char in "*?["), None)
+        if wild is None:
+            raise ConfigError(f"source.path={given}: no such file or folder.", f"Looked for {root}.")
+        base = root[:wild].rpartition("/")[0]
+        paths = fs.glob(root)
+    kept = [path for path in sorted(paths) if path == root or usable(fs, path, base, unread)]
+    return Listing(fs, given, root, base, kept, unread, cache)
+
+
+def usable(fs: Any, path: str, base: str, unread: Unread) -> bool:
+    """Whether a path is a regular file that is not hidden; notes what is not."""
+    inside = path[len(base) :].lstrip("/")
+    if hidden(inside):
+        if PurePosixPath(inside).suffix.lower() in IMAGE_SUFFIXES:  # .DS_Store, .lock and Thumbs.db are no loss
+            unread.add("hidden or the system's", inside)
+        return False
+    if not is_local(fs):
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        unread.add(f"{error.strerror}", inside)
+        return False
+    if stat.S_ISREG(mode):
+        return True
+    unread.add("folders behind a glob (** reads them too)" if stat.S_ISDIR(mode) else "not regular files", inside)
+    return False
+
+
+def walk(root: str, unread: Unread) -> Iterator[str]:
+    """Every file below a folder. Links to folders are followed, a folder that was seen before is not entered again."""
+    seen: set[tuple[int, int]] = set()
+    folders = [root]
+    linked: list[str] = []
+    while folders or linked:
+        # Folders before links to them: a picture has the name of the place where it lies.
+        folder = folders.pop() if folders else linked.pop(0)
+        inside = folder[len(root) :].lstrip("/")
+        try:
+            state = os.stat(folder)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            if folder == root:
+                raise ConfigError(
+                    f"source.path={root} cannot be read: {error.strerror}.", "Check its rights."
+                ) from error
+            unread.add(f"folders that cannot be opened ({error.strerror})", inside)
+            continue
+        if (state.st_dev, state.st_ino) in seen:
+            unread.add("links to a folder that is read already", inside)
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        for entry in entries:
+            name = f"{inside}/{entry.name}".lstrip("/")
+            if not entry.is_dir():
+                yield entry.path
+            elif hidden(name):
+                unread.add("hidden or the system's", f"{name}/")
+            elif entry.is_symlink():
+                linked.append(entry.path)
+            else:
+                folders.append(entry.path)
