@@ -29,9 +29,10 @@ from packshot.generate.color import delta_e
 from packshot.generate.load import IP_ADAPTER_FILE, LORA_FILE
 from packshot.imaging.control_maps import keep_mask
 from packshot.imaging.matte import held_cells
-from packshot.imaging.outline import compare_size, grabcut, measure_extension
+from packshot.imaging.outline import compare_size, measure_extension, segment_near
+from packshot.imaging.pixels import from_network, to_bytes, to_network, to_unit
 from packshot.runs.files import replacing_file
-from packshot.train.validation import means, measure, to_picture
+from packshot.train.validation import means, measure
 
 CELL = 8  # px, of a latent
 RIM = 2  # px of the product along its outline, where its colours are compared
@@ -81,10 +82,10 @@ def draw(tool: Packshot, rows: Rows, index: int, shot: int, settings: GenerateSe
 def floor_of(vae: Any, rows: Rows, index: int) -> dict[str, float]:
     """The same measures on the photo as the VAE gives it back: where the right answer is 0."""
     row = rows.read(index, ("image", "mask"))
-    pixels_13HW = torch.from_numpy(np.array(row["image"])).permute(2, 0, 1)[None].float().to(vae.device) / 127.5 - 1
+    pixels_13HW = to_network(np.asarray(row["image"])[None]).to(vae.device)
     with torch.inference_mode():
-        given_back = to_picture(vae.decode(vae.encode(pixels_13HW).latent_dist.mean).sample[0])
-    return measure_extension(given_back, np.asarray(row["mask"]), grabcut, compare_size(*given_back.shape[:2]))
+        given_back = to_bytes(from_network(vae.decode(vae.encode(pixels_13HW).latent_dist.mean).sample[0]))
+    return measure_extension(given_back, np.asarray(row["mask"]), segment_near, compare_size(*given_back.shape[:2]))
 
 
 def figures(vae: Any, rows: Rows, index: int, raw: Image.Image) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def figures(vae: Any, rows: Rows, index: int, raw: Image.Image) -> dict[str, Any
     drawn_HW3 = np.asarray(raw.resize(row["image"].size, Image.Resampling.LANCZOS))
     rim = (matte_HW >= 128) & (keep_mask(matte_HW / 255, -RIM) == 0)
     edge = float(np.median(delta_e(drawn_HW3[rim], np.asarray(row["image"])[rim])))
-    held = held_cells(matte_HW.astype(np.float32) / 255, CELL).sum() / (matte_HW >= 128).sum()
+    held = CELL**2 * held_cells(to_unit(matte_HW), CELL).sum() / (matte_HW >= 128).sum()
     found = measure(drawn_HW3, matte_HW, floor_of(vae, rows, index))
     return {**found, "edge_delta_e": edge, "held_share": float(held)}
 

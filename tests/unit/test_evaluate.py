@@ -20,7 +20,7 @@ from packshot.evaluate.run import evaluate, score_preservation, summary, without
 from packshot.evaluate.samples import load_sample, open_runs
 from packshot.generate.report import write_page
 from packshot.generate.run import generate
-from packshot.imaging.outline import extension_of, grabcut
+from packshot.imaging.outline import extension_of, segment_near
 from packshot.scene import Scene
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,8 +58,8 @@ def test_grabcut_sees_a_grown_product():
     same, grown = picture.copy(), picture.copy()
     same[keep] = (180, 30, 30)
     grown[30:70, 30:78] = (180, 30, 30)
-    assert extension_of(grabcut(same, keep), keep)["extension"] < 0.02
-    assert extension_of(grabcut(grown, keep), keep)["extension"] == pytest.approx(7 * 40 / 1600, abs=0.03)
+    assert extension_of(segment_near(same, keep), keep)["extension"] < 0.02
+    assert extension_of(segment_near(grown, keep), keep)["extension"] == pytest.approx(7 * 40 / 1600, abs=0.03)
 
 
 def test_hard_paste_by_a_resized_mask_loses_product_pixels():
@@ -112,7 +112,7 @@ def finished(tmp_path_factory):
 def test_preservation_sees_one_changed_core_pixel(finished):
     [run] = open_runs([str(finished)])
     sample = load_sample(run, "a-0")
-    scored = preservation(sample, grabcut)
+    scored = preservation(sample, segment_near)
     assert scored.ours["core_max_abs_diff"] == 0
     assert scored.ours["core_identical_share"] == 1
     assert scored.ours["edge_halo_p95"] < scored.hard_paste["edge_halo_p95"]

@@ -31,7 +31,7 @@ from packshot.scene import Scene
 from packshot.train.encode import MOST_KIN, Encoder, Examples, choose_kin
 from packshot.train.plan import make_plan
 from packshot.train.task import DiffusionTask
-from packshot.train.validation import hold, sample_picture
+from packshot.train.validation import prepare_held_out, sample_picture
 
 
 class Chosen:
@@ -199,16 +199,17 @@ class Drawn(Exception):
 
 def test_validation_draws_with_the_reference_of_the_last_of_its_kin(alike):
     task, examples = make_task(alike)
-    held = hold(examples, 0, torch.device("cpu"))
+    held_out = prepare_held_out(examples, 0, torch.device("cpu"))
 
     class Pipeline:
         scheduler = examples.encoder.parts.scheduler
+        vae_scale_factor = 8
 
         def __call__(self, **arguments):
             raise Drawn(arguments["ip_adapter_image_embeds"][0])
 
     with pytest.raises(Drawn) as caught:
-        sample_picture(task, Pipeline(), held, {}, seed=0)
+        sample_picture(task, Pipeline(), held_out, {"prompt_embeds": torch.zeros(1)}, seed=0)
     null, reference = caught.value.args[0][:, 0]
     assert torch.equal(null, task.method.null_reference)
     assert whose(examples, reference) == examples.kin[0][-1] != 0

@@ -20,13 +20,14 @@ from packshot.engine.processes import Session, make_accelerator
 from packshot.engine.task import Validated
 from packshot.errors import ConfigError, PackshotError
 from packshot.imaging.matte import unmix
-from packshot.imaging.outline import compare_size, grabcut, measure_extension
+from packshot.imaging.outline import compare_size, measure_extension, segment_near
+from packshot.imaging.pixels import from_network, to_bytes
 from packshot.runs.folder import Run
 from packshot.runs.tracking import NullTracker, open_tracker
 from packshot.train import validation
 from packshot.train.card import exported
 from packshot.train.run import build_task
-from packshot.train.validation import hold, means, measure, sheet, to_picture
+from packshot.train.validation import means, measure, prepare_held_out, sheet
 
 PROMPT = "Professional photo of an object on a stone podium"
 
@@ -49,7 +50,7 @@ def test_a_product_enlarged_by_hand_has_a_higher_extension_and_the_truth_has_non
     matte = np.zeros((128, 128), np.uint8)
     cv2.ellipse(matte, (64, 64), (24, 30), 0, 0, 360, 255, -1)
     truth[matte > 0] = (150, 30, 40)
-    floor = measure_extension(truth, matte, grabcut, compare_size(128, 128))
+    floor = measure_extension(truth, matte, segment_near, compare_size(128, 128))
     found = [measure(grown(truth, matte, factor), matte, floor) for factor in (1.0, 1.2, 1.4)]
     assert found[0]["product_iou"] > 0.95 > 0.75 > found[2]["product_iou"]
     assert {**found[0], "product_iou": 1} == {"extension": 0.0, "product_loss": 0.0, "extended": 0.0, "product_iou": 1}
@@ -59,7 +60,7 @@ def test_a_product_enlarged_by_hand_has_a_higher_extension_and_the_truth_has_non
     blind = measure(grown(truth, matte, 1.4), matte, {"extension": found[2]["extension"], "loss": 0.0})
     assert blind["extension"] == blind["extended"] == 0  # what is found in the truth too
     empty = np.zeros_like(matte)
-    assert measure(truth, empty, measure_extension(truth, empty, grabcut, (128, 128)))["extension"] is None
+    assert measure(truth, empty, measure_extension(truth, empty, segment_near, (128, 128)))["extension"] is None
 
 
 def test_figures_are_means_over_the_pictures_that_show_a_product():
@@ -132,14 +133,14 @@ def test_pictures_sheet_and_table_of_products_prompts_and_seeds(rows, parts, tmp
 @pytest.mark.parametrize("script", ["train_lora", "train_controlnet", "train_ip_adapter"])
 def test_the_products_latents_are_held_in_the_pictures_of_every_method(rows, parts, script, monkeypatch, tmp_path):
     task = make(rows, parts, script=script, count=1)
-    ready = hold(task.validator.examples, 0, torch.device("cpu"))
+    ready = prepare_held_out(task.validator.examples, 0, torch.device("cpu"))
     held = ready.held_1HW.bool()
     assert 4 < held.sum() < held.numel() / 2
     assert ready.sample["alpha"][held].min() > 0.99
     decoded = []
     decode = parts.vae.decode
-    truth = to_picture(decode(ready.sample["mean"][None]).sample[0])
-    assert ready.floor == measure_extension(truth, ready.matte_HW, grabcut, compare_size(128, 128))
+    truth = to_bytes(from_network(decode(ready.sample["mean"][None]).sample[0]))
+    assert ready.floor == measure_extension(truth, ready.matte_HW, segment_near, compare_size(128, 128))
     monkeypatch.setattr(parts.vae, "decode", lambda latents: decoded.append(latents) or decode(latents))
     task.validate(tmp_path, Accelerator(cpu=True))
     scaled = decoded[-1] * parts.vae.config.scaling_factor

@@ -14,6 +14,7 @@ from PIL import Image
 
 from packshot.dataset.rows import load_rows
 from packshot.errors import ConfigError
+from packshot.imaging.pixels import from_network, to_bytes, to_network, to_unit
 from packshot.render.sample import design
 from packshot.scene import Scene
 from packshot.scene.vocabulary import ON, split_position
@@ -40,7 +41,7 @@ class Render:
     @property
     def alpha(self) -> np.ndarray:
         """The product's share of every pixel, float32 (H, W) in [0, 1]."""
-        return self.cutout[..., 3].astype(np.float32) / 255
+        return to_unit(self.cutout[..., 3])
 
     @property
     def mask(self) -> np.ndarray:
@@ -108,13 +109,12 @@ class Renders:
 
 def to_pixels(images: list[np.ndarray]) -> torch.Tensor:
     """uint8 (H, W, 3) images to pixels_BCHW in [-1, 1]."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return to_network(np.stack(images))
 
 
 def to_images(pixels_BCHW: torch.Tensor) -> np.ndarray:
     """Inverse of :func:`to_pixels`: uint8 (B, H, W, 3)."""
-    scaled = pixels_BCHW.float().add(1).mul(127.5).round().clamp(0, 255)
-    return scaled.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
+    return to_bytes(from_network(pixels_BCHW))
 
 
 def without_product(render: Render, rng: random.Random) -> np.ndarray:

@@ -30,6 +30,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from packshot.imaging.pixels import to_bytes
 from tools.mini.budgeted_training import Plan, Progress, run_stretch
 from tools.mini.clip import slot_accuracy, token_ids
 from tools.mini.data import SIZE, Render, Renders, mirrored, prompt
@@ -195,7 +196,7 @@ def sample(
         output = assemble(parts, unet)(
             chunk, num_inference_steps=25, guidance_scale=guidance, generator=generators, output_type="np"
         )
-        images += list((output.images * 255).round().astype(np.uint8))
+        images += list(to_bytes(output.images))
     return images
 
 

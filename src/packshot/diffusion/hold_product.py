@@ -16,27 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Callback = Callable[[Any, int, Any, dict[str, Tensor]], dict[str, Tensor]]
 
 # ---- training ----
-
-
-def inner_cells(alpha_1HW: Tensor, cell: int) -> Tensor:
-    """1 for the cells that inference holds (``data.matte.held_cells``), else 0; fp32 (1, H, W).
-
-    alpha_1HW: the product's share of each latent cell, [0, 1]; cell: px that one stands for. Inference erodes the
-    softened outline by 1/128 of the picture's side. Of that, the shares know this much: an inner cell is full, and so
-    are its four neighbours as far as the erosion reaches into them. Nothing is eroded at the frame.
-    """
-    height, width = alpha_1HW.shape[-2:]
-    reach = max(1, round((height * width) ** 0.5 * cell / 128)) + 1  # px; softening takes one more
-    padded = F.pad(alpha_1HW, (1, 1, 1, 1), value=1.0)
-    neighbours = (padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:])
-    least = torch.stack(neighbours).amin(dim=0)
-    return ((alpha_1HW >= 0.999) & (least >= min(reach / cell, 0.999))).float()
 
 
 def show_clean(noisy_BCHW: Tensor, latents_BCHW: Tensor, held_B1HW: Tensor) -> Tensor:

@@ -38,3 +38,16 @@ class LatentScale:
     def to_vae(self, latents: Tensor) -> Tensor:
         """Back again."""
         return latents / self.factor * self.std_C11.to(latents) + self.mean_C11.to(latents)
+
+
+@torch.no_grad()
+def encode_pixels(vae: Any, pixels_B3HW: Tensor) -> Tensor:
+    """Pixels in [-1, 1] to scaled latents (B, C, h, w) on the VAE's device: the posterior's mode, nothing random."""
+    return LatentScale.of(vae.config).to_unet(vae.encode(pixels_B3HW.to(vae.device)).latent_dist.mode())
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, latents_BCHW: Tensor) -> Tensor:
+    """Scaled latents to pixels (B, 3, H, W) in about [-1, 1], in fp32 whatever the denoiser's precision."""
+    with torch.autocast(latents_BCHW.device.type, enabled=False):
+        return vae.decode(LatentScale.of(vae.config).to_vae(latents_BCHW.float())).sample

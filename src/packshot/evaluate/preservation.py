@@ -15,7 +15,7 @@ from packshot.generate.color import delta_e
 from packshot.generate.composite import blend
 from packshot.imaging.masks import find_mask
 from packshot.imaging.matte import unmix
-from packshot.imaging.outline import Segment, compare_size, grabcut, is_extended, measure_extension
+from packshot.imaging.outline import Segment, compare_size, is_extended, measure_extension, segment_near
 
 
 def hard_mask(matte_HW: np.ndarray, working_size: tuple[int, int]) -> np.ndarray:
@@ -74,7 +74,7 @@ def segmenter(matte: MatteConfig) -> Segment:
     GrabCut can be seeded with the keep mask, which makes it better here than ``matte.network``.
     """
     if not matte.onnx:
-        return grabcut
+        return segment_near
     certain = replace(matte, min_confidence=0.0)
 
     def network(image_HW3: np.ndarray, keep_HW: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from packshot.config.schema import GenerateSettings, Placement
 from packshot.errors import ConfigError
 from packshot.generate.product import Product, core_of
 from packshot.imaging.matte import held_cells
+from packshot.imaging.pixels import to_bytes, to_unit
 
 # Kernels without negative lobes: a pixel whose resampled alpha is full has then seen nothing but product.
 _SHRINK, _GROW = Image.Resampling.HAMMING, Image.Resampling.BILINEAR
@@ -149,7 +150,7 @@ class Working:
     image_HW3: uint8, product colours everywhere (they continue past the edge, so no old background leaks in).
     keep_HW: bool, max-pooled: true wherever a product pixel falls; for conditioning, so that thin parts do not vanish.
     coverage_HW: float32 in [0, 1], averaged: the product's share of a pixel.
-    held_HW: bool, constant over latent cells: those that show nothing but product, and are held to it. A cell on the
+    held_hw: bool, the latent cells that show nothing but product, and are held to it. A cell on the
         product's edge stays free: holding it, even in part (the hold repeats at every step), paints its whole square in
         the product's colour, which the composite then shows as a fringe.
     depth_HW: float32 nearness in [0, 1], in any scale; None where it is not known.
@@ -159,7 +160,7 @@ class Working:
     image_HW3: np.ndarray
     keep_HW: np.ndarray
     coverage_HW: np.ndarray
-    held_HW: np.ndarray
+    held_hw: np.ndarray
     depth_HW: np.ndarray | None = None
 
 
@@ -172,17 +173,17 @@ def make_working(canvas: Canvas, frame: Frame, cell: int) -> Working:
     )
     solid = canvas.matte_HW >= 128
     keep = torch.nn.functional.adaptive_max_pool2d(torch.from_numpy(solid).float()[None, None], size[::-1])
-    coverage = np.asarray(Image.fromarray(canvas.matte_HW).resize(size, Image.Resampling.BOX), np.float32) / 255
+    coverage = to_unit(np.asarray(Image.fromarray(canvas.matte_HW).resize(size, Image.Resampling.BOX)))
     image = np.asarray(Image.fromarray(canvas.foreground_HW3).resize(size, Image.Resampling.LANCZOS))
     coverage = np.pad(coverage, margins)
     depth = None
     if canvas.depth_HW is not None:
-        small = np.asarray(Image.fromarray(canvas.depth_HW).resize(size, Image.Resampling.BILINEAR), np.float32)
-        depth = np.pad(small / 255, margins, mode="edge")
+        small = np.asarray(Image.fromarray(canvas.depth_HW).resize(size, Image.Resampling.BILINEAR))
+        depth = np.pad(to_unit(small), margins, mode="edge")
     return Working(
         frame,
         np.pad(image, (*margins, (0, 0)), mode="edge"),
-        np.pad(keep[0, 0].numpy() > 0, margins),
+        np.pad(keep[0, 0].bool().numpy(), margins),
         coverage,
         held_cells(coverage, cell),
         depth,
@@ -195,4 +196,4 @@ def background_at(decoded_HW3: np.ndarray, frame: Frame, height: int, width: int
     planes = [
         np.asarray(Image.fromarray(content[..., c]).resize((width, height), Image.Resampling.BICUBIC)) for c in range(3)
     ]
-    return np.rint(np.clip(np.stack(planes, axis=-1), 0, 1) * 255).astype(np.uint8)
+    return to_bytes(np.stack(planes, axis=-1))

@@ -7,6 +7,7 @@ from PIL import Image
 
 from packshot.generate.canvas import Canvas, Working, background_at
 from packshot.generate.color import ColourFit, fit_colour
+from packshot.imaging.pixels import to_bytes
 
 
 def blend(foreground_HW3: np.ndarray, matte_HW: np.ndarray, background_HW3: np.ndarray) -> np.ndarray:
@@ -18,7 +19,8 @@ def blend(foreground_HW3: np.ndarray, matte_HW: np.ndarray, background_HW3: np.n
 
 def calibrate(decoded_HW3: np.ndarray, working: Working) -> ColourFit:
     """Colour drift of the decoder, from the cells that were held to the product. decoded_HW3: float in [0, 1]."""
-    inside = working.held_HW
+    cell = working.keep_HW.shape[0] // working.held_hw.shape[0]
+    inside = working.held_hw.repeat(cell, axis=0).repeat(cell, axis=1)
     truth = working.image_HW3[inside].astype(np.float64) / 255
     return fit_colour(decoded_HW3[inside].astype(np.float64), truth)
 
@@ -39,7 +41,7 @@ def make_layers(
     background: RGB, colour-corrected. product: RGBA, colours un-mixed from the old background. mask: L, the alpha.
     raw: RGB, what the model drew (product included) at the working size, before any correction.
     """
-    raw = np.rint(decoded_HW3[working.frame.content] * 255).astype(np.uint8)
+    raw = to_bytes(decoded_HW3[working.frame.content])
     product = np.dstack([canvas.foreground_HW3, canvas.matte_HW])
     return {
         "background": Image.fromarray(background_HW3),

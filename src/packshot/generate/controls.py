@@ -8,6 +8,7 @@ import torch
 from packshot.errors import ConfigError
 from packshot.generate.canvas import Working
 from packshot.imaging.control_maps import Control, View
+from packshot.imaging.pixels import to_unit
 
 
 def control_map(control: Control, working: Working, light: tuple[float, float] = (0.0, 0.0)) -> torch.Tensor:
@@ -23,5 +24,5 @@ def control_map(control: Control, working: Working, light: tuple[float, float] =
             f"a ControlNet reads the product's {control.condition}, and its depth is not known.",
             "Set depth.onnx=<depth network>, or hand the depth itself to set_product.",
         )
-    view = View(working.image_HW3.astype(np.float32) / 255, working.keep_HW.astype(np.float32), working.depth_HW, light)
+    view = View(to_unit(working.image_HW3), working.keep_HW.astype(np.float32), working.depth_HW, light)
     return torch.from_numpy(np.ascontiguousarray(control.draw(view).transpose(2, 0, 1)))[None]

@@ -13,14 +13,16 @@ import torch
 from packshot.base.inpainting import ProductConv, product_channels
 from packshot.base.tokens import lost_words
 from packshot.config.schema import GenerateSettings
-from packshot.diffusion.hold_product import Callback, first_latents, hold_product
-from packshot.diffusion.latents import LatentScale
+from packshot.diffusion.hold_product import Callback
+from packshot.diffusion.latents import encode_pixels
+from packshot.diffusion.sample import NotFiniteError, sample
 from packshot.errors import PackshotError
 from packshot.generate.adapter_schedule import switching
 from packshot.generate.canvas import Working
 from packshot.generate.controls import control_map
 from packshot.generate.load import Models
 from packshot.generate.references import Reference, image_embeds
+from packshot.imaging.pixels import from_network, to_network
 from packshot.runs.folder import log
 
 OnStep = Callable[[], None]
@@ -73,26 +75,10 @@ def encode(
     return Conditioning(arguments, lost, (0.0, 0.0) if around is None else (math.cos(around), math.sin(around)))
 
 
-def _pixels(image_HW3: np.ndarray) -> torch.Tensor:
-    """Uint8 picture to (1, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(image_HW3.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def _to_latents(vae: Any, pixels_13HW: torch.Tensor) -> torch.Tensor:
-    """Pixels in [-1, 1] to scaled latents (1, C, h, w), fp32; the posterior's mode, so nothing random."""
-    return LatentScale.of(vae.config).to_unet(vae.encode(pixels_13HW.to(vae.device)).latent_dist.mode())
-
-
-def _from_latents(vae: Any, latents_BCHW: torch.Tensor) -> np.ndarray:
-    """Scaled latents of one picture to float32 (H, W, 3) in [0, 1]."""
-    pixels = vae.decode(LatentScale.of(vae.config).to_vae(latents_BCHW.float())).sample
-    return (pixels[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).cpu().numpy()
-
-
 def _in_channels(vae: Any, working: Working) -> torch.Tensor:
     """What an inpainting UNet reads of the product, (1, 5, h, w)."""
     keep_11HW = torch.from_numpy(working.keep_HW.astype(np.float32))[None, None]
-    masked = _to_latents(vae, _pixels(working.image_HW3) * keep_11HW)
+    masked = encode_pixels(vae, to_network(working.image_HW3[None]) * keep_11HW)
     return product_channels(keep_11HW.to(masked.device), masked)
 
 
@@ -132,44 +118,32 @@ def denoise(
 ) -> np.ndarray:
     """One picture, decoded: float32 (H, W, 3) in [0, 1] at the working size.
 
-    One picture per pipeline call: the guidance pair fills an accelerator at SDXL's size, memory does not grow with
-    the number asked for, and no picture depends on its neighbours in a batch. Noise comes from a CPU generator.
-    After every step the product's latents are put back (see ``diffusion.hold``), so the scene grows around the product
-    with any base and any adapters; how the network sees it meanwhile is what the adapters were trained on.
-    An exception of ``on_step``, which is called after every step, ends the denoising and is passed on.
+    How the network sees the product meanwhile is what the adapters were trained on. An exception of ``on_step``, which
+    is called after every step, ends the denoising and is passed on.
 
     Raises:
         PackshotError: the denoiser or the decoder produced NaN or infinity.
     """
     pipe: Any = models.pipe
-    vae = pipe.vae
-    frame, factor = working.frame, pipe.vae_scale_factor
-    generator = torch.Generator("cpu").manual_seed(seed)
-    shape = (1, pipe.unet.config.in_channels, frame.height // factor, frame.width // factor)
-    noise = torch.randn(shape, generator=generator).to(pipe.device)
-    known = _to_latents(vae, _pixels(working.image_HW3))
     if isinstance(pipe.unet.conv_in, ProductConv):
-        pipe.unet.conv_in.show(_in_channels(vae, working).to(pipe.device))
-    held = torch.from_numpy(working.held_HW[None, ::factor, ::factor].astype(np.float32)).to(pipe.device)
-    steps, shown = settings.num_inference_steps, models.product_conditioning
-    hold = notifying(hold_product(known, noise, held, shown), on_step)
-    with switching(models.switches, steps, hold) as callback:
-        latents = pipe(
+        pipe.unet.conv_in.show(_in_channels(pipe.vae, working).to(pipe.device))
+    steps = settings.num_inference_steps
+    try:
+        pixels = sample(
+            pipe,
+            encode_pixels(pipe.vae, to_network(working.image_HW3[None])),
+            torch.from_numpy(working.held_hw[None].astype(np.float32)).to(pipe.device),
+            models.product_conditioning,
+            seed,
+            steps,
+            wrap=lambda hold: switching(models.switches, steps, notifying(hold, on_step)),
+            guidance_scale=settings.guidance_scale,
             **conditioning.arguments,
             **_controls(models, working, conditioning.light),
-            height=frame.height,
-            width=frame.width,
-            num_inference_steps=steps,
-            guidance_scale=settings.guidance_scale,
-            latents=first_latents(known, noise, held, shown, pipe.scheduler, steps).to(pipe.unet.dtype),
-            generator=generator,
-            output_type="latent",
-            callback_on_step_end=callback,
-        ).images
-    decoded = _from_latents(vae, latents)
-    if not (torch.isfinite(latents).all() and np.isfinite(decoded).all()):
+        )
+    except NotFiniteError as error:
         raise PackshotError(
             f"the denoiser produced NaN or infinity for seed {seed}.",
             "Lower guidance_scale or the adapters' scales, and check the adapters' training for NaN.",
-        )
-    return decoded
+        ) from error
+    return from_network(pixels)

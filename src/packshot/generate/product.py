@@ -18,6 +18,7 @@ from packshot.imaging.depth import estimate_depth
 from packshot.imaging.files import IMAGE_SUFFIXES, is_image
 from packshot.imaging.masks import find_mask
 from packshot.imaging.matte import soften_hard_edge, unmix
+from packshot.imaging.pixels import to_bytes
 from packshot.runs.files import file_sha256, readable
 
 MIN_SIDE = 32
@@ -134,7 +135,7 @@ def prepare(
     given = None if mask is None else _open_alike("mask", mask, photo, name)
     near = None if depth is None else _open_alike("depth", depth, photo, name).image
     found = find_mask(photo, matte or MatteConfig(), given and given.image, name)
-    alpha = np.rint(np.clip(found.alpha_HW, 0, 1) * 255).astype(np.uint8)
+    alpha = to_bytes(found.alpha_HW)
     _check_alpha(alpha, name, "file" if given is not None else found.method)
     # Under a cut-out's own alpha lies what it was cut out of, which tells how its edge was mixed. Under a mask from
     # elsewhere transparent pixels may count as product, and those have no colour but the white they are shown over.

@@ -8,6 +8,7 @@ from PIL import Image
 
 from packshot.errors import PackshotError
 from packshot.imaging.onnx import load_session
+from packshot.imaging.pixels import to_bytes, to_unit
 
 FREE_SIDE, MULTIPLE = 518, 14  # px: where the model leaves its input's size open; patches of a ViT are 14 px wide
 _MEAN = np.array((0.485, 0.456, 0.406), np.float32)  # ImageNet's, of pixels in [0, 1]
@@ -36,7 +37,7 @@ def estimate_depth(image: Image.Image, onnx: str) -> Image.Image:
     session = load_session("depth.onnx", onnx)
     node = session.get_inputs()[0]
     size = _input_size(node.shape, image)
-    pixels_HWC = np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32) / 255
+    pixels_HWC = to_unit(np.asarray(image.resize(size, Image.Resampling.BICUBIC)))
     input_BCHW = np.ascontiguousarray(((pixels_HWC - _MEAN) / _SCALE).transpose(2, 0, 1)[None])
     output = np.squeeze(np.asarray(session.run([session.get_outputs()[0].name], {node.name: input_BCHW})[0]))
     if output.ndim != 2 or not np.isfinite(output).all():
@@ -46,4 +47,4 @@ def estimate_depth(image: Image.Image, onnx: str) -> Image.Image:
         )
     nearness_HW = (output - output.min()) / max(float(np.ptp(output)), 1e-12)
     full_HW = cv2.resize(nearness_HW.astype(np.float32), image.size, interpolation=cv2.INTER_LINEAR)
-    return Image.fromarray(np.rint(full_HW.clip(0, 1) * 255).astype(np.uint8))
+    return Image.fromarray(to_bytes(full_HW))

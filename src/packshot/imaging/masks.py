@@ -21,7 +21,9 @@ from packshot.config.schema import MatteConfig
 from packshot.errors import ConfigError, PackshotError
 from packshot.imaging.color import to_lab
 from packshot.imaging.decode import flatten
+from packshot.imaging.grabcut import grabcut
 from packshot.imaging.onnx import load_session
+from packshot.imaging.pixels import to_bytes, to_unit
 
 WORK_SIDE = 400  # px, longer side at which GrabCut works: seconds at 12 megapixels, and its result is no better
 REFINE_SIDE = 1024  # px, longer side at which the edge filter is fitted
@@ -55,7 +57,7 @@ class Mask:
 
     def to_image(self) -> Image.Image:
         """8-bit grey picture, white = product."""
-        return Image.fromarray(np.round(self.alpha_HW * 255).astype(np.uint8))
+        return Image.fromarray(to_bytes(self.alpha_HW))
 
 
 def find_mask(image: Image.Image, matte: MatteConfig, mask: Image.Image | None = None, name: str = "the image") -> Mask:
@@ -90,7 +92,7 @@ def _from_file(image: Image.Image, mask: Image.Image, name: str) -> Mask:
         )
     alpha_HW = _cutout_alpha(mask)
     if alpha_HW is None:
-        alpha_HW = np.asarray(mask.convert("L"), np.float32) / 255
+        alpha_HW = to_unit(np.asarray(mask.convert("L")))
     if alpha_HW.max() < 0.5:
         raise MaskFileError(
             f"the mask of {name} is empty: its brightest value is {round(float(alpha_HW.max()) * 255)} of 255.",
@@ -107,7 +109,7 @@ def _cutout_alpha(image: Image.Image) -> np.ndarray | None:
     """The alpha of a real cut-out; None for opaque pictures and for alpha that only fades a whole picture."""
     if image.mode != "RGBA":
         return None
-    alpha_HW = np.asarray(image.getchannel("A"), np.float32) / 255
+    alpha_HW = to_unit(np.asarray(image.getchannel("A")))
     peak = alpha_HW.max()
     if peak >= CUTOUT_PEAK:
         alpha_HW = alpha_HW / peak
@@ -174,7 +176,7 @@ def _from_grabcut(image: Image.Image, network: str | None) -> Mask:
     nothing = Mask(np.zeros(rgb_HWC.shape[:2], np.float32), method, 0.0)
     if guess_HW.max() == 0:
         return nothing
-    raw_HW = _grabcut(small_HWC, guess_HW)
+    raw_HW = _object_from(small_HWC, guess_HW)
     clean_HW = _clean(raw_HW)
     if not clean_HW.any() or clean_HW.all():
         return nothing
@@ -257,22 +259,17 @@ def _distance_to_border_colours(lab_HWC: np.ndarray, clusters: int = 5) -> np.nd
 
 def _first_guess(saliency_HW: np.ndarray) -> tuple[np.ndarray, float]:
     """(H, W) bool and the threshold, Otsu's, that made it; both sides are non-empty unless the input is constant."""
-    levels = np.round(saliency_HW * 255).astype(np.uint8)
+    levels = to_bytes(saliency_HW)
     threshold, likely = cv2.threshold(levels, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     return likely > 0, threshold / 255
 
 
-def _grabcut(rgb_HWC: np.ndarray, saliency_HW: np.ndarray, iterations: int = 6) -> np.ndarray:
+def _object_from(rgb_HWC: np.ndarray, saliency_HW: np.ndarray, iterations: int = 6) -> np.ndarray:
     """(H, W) bool from GrabCut, started at Otsu's threshold of the saliency."""
     likely_HW, threshold = _first_guess(saliency_HW)
-    labels = np.where(likely_HW, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
-    labels[saliency_HW < 0.3 * threshold] = cv2.GC_BGD
-    cv2.setRNGSeed(0)
-    models = np.zeros((1, 65)), np.zeros((1, 65))
-    cv2.grabCut(
-        np.ascontiguousarray(rgb_HWC[..., ::-1]), labels, (0, 0, 0, 0), *models, iterations, cv2.GC_INIT_WITH_MASK
-    )
-    return (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
+    labels_HW = np.where(likely_HW, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+    labels_HW[saliency_HW < 0.3 * threshold] = cv2.GC_BGD
+    return grabcut(rgb_HWC, labels_HW, iterations)
 
 
 def _clean(mask_HW: np.ndarray) -> np.ndarray:
@@ -340,14 +337,14 @@ def _refine(rgb_HWC: np.ndarray, mask_HW: np.ndarray, radius: int = 3, eps: floa
     Guided Filter", 2015). Only a band around the mask's outline is taken from it; the rest stays 0 or 1.
     """
     height, width = rgb_HWC.shape[:2]
-    guide_HWC = _shrink(rgb_HWC, REFINE_SIDE).astype(np.float32) / 255
+    guide_HWC = to_unit(_shrink(rgb_HWC, REFINE_SIDE))
     size = guide_HWC.shape[1::-1]
     soft_HW = cv2.resize(mask_HW.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
     scale = size[0] / mask_HW.shape[1]
     window = max(1, round(radius * scale))
     slope_HWC, offset_HW = _guided_fit(guide_HWC, soft_HW, window, eps)
     full = (width, height)
-    alpha_HW = (cv2.resize(slope_HWC, full) * (rgb_HWC.astype(np.float32) / 255)).sum(-1) + cv2.resize(offset_HW, full)
+    alpha_HW = (cv2.resize(slope_HWC, full) * to_unit(rgb_HWC)).sum(-1) + cv2.resize(offset_HW, full)
     band = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * window + 1,) * 2)
     hard = (soft_HW >= 0.5).astype(np.uint8)
     sure = (cv2.erode(hard, band), 1 - cv2.dilate(hard, band))

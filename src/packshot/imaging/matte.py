@@ -7,6 +7,7 @@ import sys
 import cv2
 import numpy as np
 
+from packshot.imaging.pixels import to_bytes, to_unit
 from packshot.runs.folder import log
 
 _SQUARE = np.ones((3, 3), np.uint8)
@@ -44,18 +45,18 @@ def unmix(rgb_HW3: np.ndarray, alpha_HW: np.ndarray) -> np.ndarray:
     solid = alpha_HW >= 128
     foreground = np.empty_like(rgb_HW3)
     foreground[:] = np.rint(rgb_HW3[solid].mean(axis=0))
-    estimate = estimate_foreground_ml(
-        rgb_HW3[window].astype(np.float32) / 255, alpha_HW[window].astype(np.float32) / 255
-    )
+    estimate = estimate_foreground_ml(to_unit(rgb_HW3[window]), to_unit(alpha_HW[window]))
     # numba starts a thread per core and leaves OpenMP set so: torch would go on with another number of threads, which
     # is slow where processes share the cores and changes the last bits of what is computed
     torch.set_num_threads(threads)
-    foreground[window] = np.rint(np.clip(estimate, 0, 1) * 255)
+    foreground[window] = to_bytes(estimate)
     return np.where((alpha_HW == 255)[..., None], rgb_HW3, foreground)
 
 
 def held_cells(coverage_HW: np.ndarray, cell: int) -> np.ndarray:
-    """Pixels of latent cells (``cell`` px wide) that lie inside the product, as bool (H, W).
+    """Which latent cells (``cell`` px wide) lie inside the product, as bool (H / cell, W / cell).
+
+    The one definition for training, validation and generation.
 
     The product is eroded by 1/128 of the picture's side (8 px at 1024) first, so that the scene is generated a little
     way under its edge and no unfilled rim can show.
@@ -65,4 +66,9 @@ def held_cells(coverage_HW: np.ndarray, cell: int) -> np.ndarray:
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
     inner = cv2.erode(coverage_HW, kernel)
     smallest = inner.reshape(height // cell, cell, width // cell, cell).min(axis=(1, 3))
-    return np.kron(smallest >= 0.999, np.ones((cell, cell), bool))
+    return smallest >= 0.999
+
+
+def held_by_mask(mask_HW: np.ndarray, cell: int) -> np.ndarray:
+    """:func:`held_cells` of a framed photograph's uint8 mask, softened as generation softens it."""
+    return held_cells(to_unit(soften_hard_edge(mask_HW)), cell)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packshot.errors import ConfigError
+from packshot.imaging.pixels import to_network
 from packshot.runs.files import readable
 
 
@@ -41,8 +42,7 @@ def predict_alpha(network: Any, image_HW3: np.ndarray) -> np.ndarray:
     """Alpha of a uint8 RGB picture of any size as the network sees it: float32 in [0, 1], ``input_side`` px square."""
     side = input_side(network)
     square = cv2.resize(image_HW3, (side, side), interpolation=cv2.INTER_AREA)
-    pixels_B3HW = torch.from_numpy(square).permute(2, 0, 1)[None].float() / 127.5 - 1
-    return alpha_logits(network, pixels_B3HW).sigmoid()[0, 0].numpy()
+    return alpha_logits(network, to_network(square[None])).sigmoid()[0, 0].numpy()
 
 
 @lru_cache(maxsize=1)

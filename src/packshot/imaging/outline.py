@@ -7,13 +7,15 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
+from packshot.imaging.grabcut import grabcut
+
 SEGMENT_SIDE = 512  # px, longer side at which outlines are compared
 EXTENSION_TOLERANCE = 0.05  # E_obj above the noise floor by more than this counts as an extended product
 
 Segment = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def grabcut(image_HW3: np.ndarray, keep_HW: np.ndarray, iterations: int = 4) -> np.ndarray:
+def segment_near(image_HW3: np.ndarray, keep_HW: np.ndarray, iterations: int = 4) -> np.ndarray:
     """GrabCut seeded by the keep mask: its inner part is surely object, what is far from it surely is not.
 
     The object may grow by up to a quarter of the mask's longer side; image_HW3 uint8, keep_HW bool; returns bool.
@@ -28,12 +30,7 @@ def grabcut(image_HW3: np.ndarray, keep_HW: np.ndarray, iterations: int = 4) -> 
     labels[inside > min(max(1.0, 0.05 * side), inside.max() / 2)] = cv2.GC_FGD
     if not (labels == cv2.GC_BGD).any() and keep_HW.all():
         return keep_HW
-    cv2.setRNGSeed(0)
-    models = np.zeros((1, 65)), np.zeros((1, 65))
-    bgr = np.ascontiguousarray(image_HW3[..., ::-1])
-    whole = (0, 0, bgr.shape[1], bgr.shape[0])  # not read in this mode
-    cv2.grabCut(bgr, labels, whole, *models, iterations, cv2.GC_INIT_WITH_MASK)
-    return (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
+    return grabcut(image_HW3, labels, iterations)
 
 
 def _touching(object_HW: np.ndarray, keep_HW: np.ndarray) -> np.ndarray:

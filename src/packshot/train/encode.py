@@ -22,13 +22,16 @@ from packshot.base.tokens import lost_words
 from packshot.config.schema import DataConfig
 from packshot.dataset import buckets
 from packshot.dataset.rows import Rows
+from packshot.diffusion.latents import encode_pixels
 from packshot.engine.memory import return_freed_memory
 from packshot.engine.tensor_cache import Job, TensorCache, Tensors, content_key
 from packshot.errors import ConfigError, PackshotError
 from packshot.imaging import framing
+from packshot.imaging.matte import held_by_mask
+from packshot.imaging.pixels import to_network, to_unit
 from packshot.runs.folder import log
 
-VERSION = 6  # raise it when the same sample gives other tensors
+VERSION = 7  # raise it when the same sample gives other tensors
 # Pictures that go through an encoder together: so many at most, and so many pixels, which is one picture of SDXL's. The
 # VAE takes 2.5 GiB for that in fp32; eight of them would fill a card beside the network.
 ENCODE_BATCH, ENCODE_PIXELS = 8, 1024 * 1024
@@ -136,11 +139,10 @@ class Encoder:
 
     @torch.no_grad()
     def latents(self, seen: Sequence[dict[str, Any]]) -> list[Tensors]:
-        """Of framed samples of one size: ``mean`` and ``std`` (C, h, w) of the posterior, ``alpha`` (1, h, w) of the
-        product, ``inside`` (1, h, w), 0 in cells that a letterbox bar touches, else 1, ``time_ids`` (6,)."""
-        pixels = np.stack([np.asarray(sample["image"], dtype=np.float32) / 127.5 - 1 for sample in seen])
-        pixels_BCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self._vae.device)
-        posterior = self._vae.encode(pixels_BCHW).latent_dist
+        """Of framed samples of one size: ``mean`` and ``std`` (C, h, w) of the posterior, ``alpha`` (1, h, w), the
+        product's share of each cell, ``held`` (1, h, w), 1 in the cells that are held to it, ``inside`` (1, h, w), 0 in
+        cells that a letterbox bar touches, else 1, and ``time_ids`` (6,)."""
+        posterior = self._vae.encode(_pixels(seen).to(self._vae.device)).latent_dist
         size = tuple(posterior.mean.shape[-2:])
         rows = zip(posterior.mean.cpu(), posterior.std.cpu(), seen, strict=True)
         return [
@@ -148,6 +150,7 @@ class Encoder:
                 "mean": mean,
                 "std": std,
                 "alpha": _alpha(sample["mask"], size),
+                "held": _held(sample["mask"], size, self.vae_scale),
                 "inside": _share(sample["geometry"].inside(), size).floor(),
                 "time_ids": torch.tensor(sample["geometry"].time_ids()),
             }
@@ -158,10 +161,8 @@ class Encoder:
     def product(self, seen: Sequence[dict[str, Any]]) -> list[Tensors]:
         """Of framed samples of one size: ``product`` (5, h, w), see ``models.inpainting.product_channels``."""
         keep = np.stack([_solid(sample["mask"], sample["image"].size) for sample in seen])[:, None]
-        pixels = np.stack([np.asarray(sample["image"], dtype=np.float32) / 127.5 - 1 for sample in seen])
-        keep_B1HW, pixels_BCHW = torch.from_numpy(keep), torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        masked = (pixels_BCHW * keep_B1HW).to(self._vae.device)
-        latents = self.parts.latent_scale().to_unet(self._vae.encode(masked).latent_dist.mean.cpu())
+        keep_B1HW = torch.from_numpy(keep)
+        latents = encode_pixels(self._vae, _pixels(seen) * keep_B1HW).cpu()
         return [{"product": one} for one in product_channels(keep_B1HW, latents)]
 
     @torch.no_grad()
@@ -185,6 +186,10 @@ class Encoder:
             log.warning("a caption is longer than the %d tokens the model reads; lost: %r", 77, lost)
 
 
+def _pixels(seen: Sequence[dict[str, Any]]) -> Tensor:
+    return to_network(np.stack([np.asarray(sample["image"]) for sample in seen]))
+
+
 def _solid(mask: Image.Image | None, size: tuple[int, int]) -> np.ndarray:
     """1 where the product is, else 0; float32 (H, W)."""
     if mask is None:
@@ -196,7 +201,14 @@ def _alpha(mask: Image.Image | None, size: tuple[int, int]) -> Tensor:
     """The product's share of each latent cell, shape (1, h, w), in [0, 1]."""
     if mask is None:
         return torch.zeros(1, *size)
-    return _share(np.asarray(mask, dtype=np.float32) / 255, size)
+    return _share(to_unit(np.asarray(mask)), size)
+
+
+def _held(mask: Image.Image | None, size: tuple[int, int], cell: int) -> Tensor:
+    """1 in the latent cells that inference holds, else 0, shape (1, h, w)."""
+    if mask is None:
+        return torch.zeros(1, *size)
+    return torch.from_numpy(held_by_mask(np.asarray(mask), cell).astype(np.float32))[None]
 
 
 def _share(values_HW: np.ndarray, size: tuple[int, int]) -> Tensor:

@@ -113,8 +113,7 @@ class DiffusionTask(Task):
             )
         if shown is not ProductConditioning.clean:
             return {"weight": weight_1HW}
-        held_1HW = hold_product.inner_cells(alpha_1HW, self.validator.examples.encoder.vae_scale)
-        return {"weight": weight_1HW * (1 - held_1HW), "held": held_1HW}
+        return {"weight": weight_1HW * (1 - sample["held"]), "held": sample["held"]}
 
     def collate(self, samples: list[dict[str, Any]], keys: list[SampleKey]) -> dict[str, Any]:
         """Latents (scaled), noise, timesteps, embeddings, time_ids and the method's condition, all with B first."""

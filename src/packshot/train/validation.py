@@ -21,14 +21,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from packshot.config.schema import KeepBest, TrainScript, Unconditional
-from packshot.diffusion.hold_product import first_latents, hold_product
-from packshot.diffusion.latents import LatentScale
+from packshot.diffusion.sample import NotFiniteError, sample
 from packshot.engine.keyed_random import SampleKey
 from packshot.engine.step import to_device
 from packshot.engine.task import Validated
 from packshot.errors import ConfigError, PackshotError
-from packshot.imaging.matte import held_cells, soften_hard_edge, unmix
-from packshot.imaging.outline import compare_size, grabcut, is_extended, measure_extension
+from packshot.imaging.matte import soften_hard_edge, unmix
+from packshot.imaging.outline import compare_size, is_extended, measure_extension, segment_near
+from packshot.imaging.pixels import from_network, to_bytes
 from packshot.runs.files import replacing_file
 from packshot.train.encode import Examples
 
@@ -40,7 +40,7 @@ GRID_STRIP = 14  # px, a line of words
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutSample:
     """A held-out sample made ready for sampling; nothing of it changes from validation to validation.
 
     sample: encoded (see ``Examples``). truth_HW3: the framed photo. seen: the framed sample with the product's colours
@@ -60,7 +60,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Shot:
+class PictureSpec:
     """A picture to draw: the sample's index, the prompt (None: its own caption), and the noise's seed."""
 
     name: str
@@ -75,7 +75,7 @@ def measure(raw_HW3: np.ndarray, matte_HW: np.ndarray, floor: dict[str, float]) 
     ``extension`` and ``product_loss`` are shares of the product's area, at least 0: where the segmenter does better
     than on the truth, nothing has shrunk. ``extended``: 1 or 0. ``product_iou``: of the object found and the mask.
     """
-    found = measure_extension(raw_HW3, matte_HW, grabcut, compare_size(*matte_HW.shape))
+    found = measure_extension(raw_HW3, matte_HW, segment_near, compare_size(*matte_HW.shape))
     if not np.isfinite(found["extension"]):
         return dict.fromkeys(("extension", "product_loss", "extended", "product_iou"))
     return {
@@ -104,7 +104,7 @@ class Validator:
         self.examples, self.config = examples, config
         self.count = min(config.train.validation_samples, len(examples))
         self._texts: dict[str, dict[str, Tensor]] = {}
-        self._held: dict[int, Held] = {}
+        self._held: dict[int, HeldOutSample] = {}
         by_extension = config.train.validation_steps and config.train.keep_best is KeepBest.extension
         if by_extension and not any(self.examples.seen(index)["mask"] for index in range(self.count)):
             raise ConfigError(
@@ -131,10 +131,10 @@ class Validator:
         folder.mkdir(parents=True, exist_ok=True)
         pipeline = task.method.pipeline()
         pipeline.set_progress_bar_config(disable=True)
-        shots = self.shots()
+        specs = self.pictures()
         mine = [
-            self._draw(task, pipeline, shot, folder, accelerator)
-            for shot in shots[accelerator.process_index :: accelerator.num_processes]
+            self._draw(task, pipeline, spec, folder, accelerator)
+            for spec in specs[accelerator.process_index :: accelerator.num_processes]
         ]
         rows = sorted(gather_object(mine), key=lambda row: row["picture"])
         if accelerator.is_main_process:
@@ -143,10 +143,10 @@ class Validator:
             with replacing_file(folder / "grid.png") as file:
                 sheet(rows, folder).save(file, format="png")
         accelerator.wait_for_everyone()
-        caption = f"{self.count} products x {len(shots) // self.count} pictures, the truth first"
+        caption = f"{self.count} products x {len(specs) // self.count} pictures, the truth first"
         return Validated({**figures, **means(rows)}, [folder / "grid.png"], [caption], rows)
 
-    def shots(self) -> list[Shot]:
+    def pictures(self) -> list[PictureSpec]:
         """Products x prompts x seeds. The prompts of one product share their noise, so that they can be compared."""
         train, seed = self.config.train, self.config.run.seed
         places = [
@@ -155,7 +155,7 @@ class Validator:
             for prompt in (None, *train.validation_prompts)
             for number in range(train.validation_seeds)
         ]
-        return [Shot(f"{number:03d}.png", *place) for number, place in enumerate(places)]
+        return [PictureSpec(f"{number:03d}.png", *place) for number, place in enumerate(places)]
 
     def loss(self, task: Any, accelerator: Accelerator) -> float:
         """Mean loss of held-out samples under noise and timesteps that stay the same from step to step."""
@@ -170,27 +170,29 @@ class Validator:
         summed: Any = accelerator.reduce(total, "sum")
         return summed.item() / count
 
-    def _ready(self, index: int, device: torch.device) -> Held:
+    def _ready(self, index: int, device: torch.device) -> HeldOutSample:
         if index not in self._held:
-            self._held[index] = hold(self.examples, index, device)
+            self._held[index] = prepare_held_out(self.examples, index, device)
         return self._held[index]
 
-    def _draw(self, task: Any, pipeline: Any, shot: Shot, folder: Path, accelerator: Accelerator) -> dict[str, Any]:
+    def _draw(
+        self, task: Any, pipeline: Any, spec: PictureSpec, folder: Path, accelerator: Accelerator
+    ) -> dict[str, Any]:
         """Draw one picture and measure it: its row of the table."""
-        held = self._ready(shot.index, accelerator.device)
-        own = {name: held.sample[name] for name in held.sample["empty"]}
-        given = own if shot.prompt is None else self._text(shot.prompt)
+        held_out = self._ready(spec.index, accelerator.device)
+        own = {name: held_out.sample[name] for name in held_out.sample["empty"]}
+        given = own if spec.prompt is None else self._text(spec.prompt)
         with accelerator.autocast():
-            prompt = self._embeddings(task, given, held.sample["empty"], accelerator.device)
-            raw_HW3 = sample_picture(task, pipeline, held, prompt, shot.seed)
-        Image.fromarray(np.concatenate([held.truth_HW3, raw_HW3], axis=1)).save(folder / shot.name)
+            prompt = self._embeddings(task, given, held_out.sample["empty"], accelerator.device)
+            raw_HW3 = sample_picture(task, pipeline, held_out, prompt, spec.seed)
+        Image.fromarray(np.concatenate([held_out.truth_HW3, raw_HW3], axis=1)).save(folder / spec.name)
         return {
-            "picture": shot.name,
-            "prompt": held.seen["text"] if shot.prompt is None else shot.prompt,
-            "own_caption": shot.prompt is None,
-            "product": held.sample["id"],
-            "seed": shot.seed,
-            **measure(raw_HW3, held.matte_HW, held.floor),
+            "picture": spec.name,
+            "prompt": held_out.seen["text"] if spec.prompt is None else spec.prompt,
+            "own_caption": spec.prompt is None,
+            "product": held_out.sample["id"],
+            "seed": spec.seed,
+            **measure(raw_HW3, held_out.matte_HW, held_out.floor),
         }
 
     def _embeddings(
@@ -206,68 +208,51 @@ class Validator:
         return {**given, **{f"negative_{name}": tensor for name, tensor in empty.items()}}
 
 
-def hold(examples: Examples, index: int, device: torch.device) -> Held:
-    """Make one held-out sample ready; see :class:`Held`."""
+def prepare_held_out(examples: Examples, index: int, device: torch.device) -> HeldOutSample:
+    """Make one held-out sample ready; see :class:`HeldOutSample`."""
     seen, encoder = examples.seen(index), examples.encoder
     truth = np.asarray(seen["image"])
     mask = np.zeros(truth.shape[:2], np.uint8) if seen["mask"] is None else np.asarray(seen["mask"])
     matte = soften_hard_edge(mask)
     if (matte >= 128).any():
         seen = {**seen, "image": Image.fromarray(unmix(truth, matte))}
-    cell = encoder.vae_scale
-    inside = held_cells(matte.astype(np.float32) / 255, cell)[::cell, ::cell]
     vae, sample = encoder.parts.vae, examples[index]
     known = encoder.parts.latent_scale().to_unet(encoder.latents([seen])[0]["mean"])
-    given_back = to_picture(vae.decode(sample["mean"][None].to(vae.device)).sample[0])
-    return Held(
+    given_back = to_bytes(from_network(vae.decode(sample["mean"][None].to(vae.device)).sample[0]))
+    return HeldOutSample(
         sample=sample,
         truth_HW3=truth,
         seen=seen,
         matte_HW=matte,
         known_1CHW=known[None].to(device),
-        held_1HW=torch.from_numpy(inside.astype(np.float32))[None].to(device),
-        floor=measure_extension(given_back, matte, grabcut, compare_size(*matte.shape)),
+        held_1HW=sample["held"].to(device),
+        floor=measure_extension(given_back, matte, segment_near, compare_size(*matte.shape)),
     )
 
 
-def to_picture(pixels_3HW: Tensor) -> np.ndarray:
-    """What a VAE decodes, in [-1, 1], as uint8 (H, W, 3)."""
-    return ((pixels_3HW.clamp(-1, 1).permute(1, 2, 0).cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
-
-
-def sample_picture(task: Any, pipeline: Any, held: Held, prompt: dict[str, Tensor], seed: int) -> np.ndarray:
+def sample_picture(
+    task: Any, pipeline: Any, held_out: HeldOutSample, prompt: dict[str, Tensor], seed: int
+) -> np.ndarray:
     """The raw decode of one picture, uint8 (H, W, 3), sampled with the product held.
 
     Raises:
         PackshotError: the denoiser or the decoder produced NaN or infinity; names the sample.
     """
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(held.known_1CHW.shape, generator=generator).to(held.known_1CHW.device)
-    height, width = held.matte_HW.shape
+    known = held_out.known_1CHW
+    if "product" in held_out.sample:
+        task.show_product(held_out.sample["product"][None].to(known.device))
     shown = task.config.objective.product_conditioning.name
-    if "product" in held.sample:
-        task.show_product(held.sample["product"][None].to(held.known_1CHW.device))
-    latents = pipeline(
-        **prompt,
-        height=height,
-        width=width,
-        num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE,
-        generator=generator,
-        latents=first_latents(held.known_1CHW, noise, held.held_1HW, shown, pipeline.scheduler, STEPS),
-        output_type="latent",
-        callback_on_step_end=hold_product(held.known_1CHW, noise, held.held_1HW, shown),
-        **task.method.pipeline_inputs(held.seen, held.sample["encoded"]),
-    ).images
-    vae = pipeline.vae
-    with torch.autocast(latents.device.type, enabled=False):
-        pixels = vae.decode(LatentScale.of(vae.config).to_vae(latents.float())).sample[0]
-    if not torch.isfinite(pixels).all():
-        raise PackshotError(
-            f"validation drew NaN or infinity for sample {held.sample['id']}.",
-            "Lower train.learning_rate, or use the fp16-fix VAE; the last checkpoint is untouched.",
+    conditions = task.method.pipeline_inputs(held_out.seen, held_out.sample["encoded"])
+    try:
+        pixels = sample(
+            pipeline, known, held_out.held_1HW, shown, seed, STEPS, guidance_scale=GUIDANCE, **prompt, **conditions
         )
-    return to_picture(pixels)
+    except NotFiniteError as error:
+        raise PackshotError(
+            f"validation drew NaN or infinity for sample {held_out.sample['id']}.",
+            "Lower train.learning_rate, or use the fp16-fix VAE; the last checkpoint is untouched.",
+        ) from error
+    return to_bytes(from_network(pixels))
 
 
 # ---- the sheet ----
@@ -283,11 +268,11 @@ def sheet(rows: list[dict[str, Any]], folder: Path) -> Image.Image:
     columns = 1 + max(map(len, lines.values()))
     result = Image.new("RGB", (columns * (side + 4), len(lines) * (side + 2 * GRID_STRIP)), "white")
     draw = ImageDraw.Draw(result)
-    for number, (product, shots) in enumerate(lines.items()):
+    for number, (product, specs) in enumerate(lines.items()):
         top = number * (side + 2 * GRID_STRIP)
-        result.paste(pairs[shots[0]["picture"]][0], (0, top))
+        result.paste(pairs[specs[0]["picture"]][0], (0, top))
         _words(draw, (0, top + side), ["truth", product[:12]], side)
-        for column, row in enumerate(shots, 1):
+        for column, row in enumerate(specs, 1):
             picture, left = pairs[row["picture"]][1], column * (side + 4)
             result.paste(picture, (left, top))
             if row["extended"]:

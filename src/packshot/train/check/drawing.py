@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from packshot.imaging.pixels import from_network, to_bytes
+
 SIDE = 320  # px, longer side of a panel
 STRIP = 24  # px above a panel, for its label
 WORDS = 440  # px, width of the column of words
@@ -51,14 +53,13 @@ def outlined(picture: Image.Image, mask: Image.Image | None) -> Image.Image:
 
 def from_vae(pixels_CHW: Tensor) -> Image.Image:
     """A decoder's output, about [-1, 1]."""
-    pixels = ((pixels_CHW.clamp(-1, 1).permute(1, 2, 0).float().cpu().numpy() + 1) * 127.5).round()
-    return Image.fromarray(pixels.astype(np.uint8))
+    return Image.fromarray(to_bytes(from_network(pixels_CHW)))
 
 
 def from_condition(tensor_CHW: Tensor) -> Image.Image:
     """A picture in [0, 1] that the network is given; what is unknown in it (below 0) in magenta."""
     values = tensor_CHW.permute(1, 2, 0).float().numpy()
-    pixels = (values.clip(0, 1) * 255).round().astype(np.uint8)
+    pixels = to_bytes(values)
     pixels[(values < 0).any(axis=2)] = UNKNOWN
     return Image.fromarray(pixels)
 
@@ -66,7 +67,7 @@ def from_condition(tensor_CHW: Tensor) -> Image.Image:
 def from_weight(weight_HW: Tensor) -> Image.Image:
     """Loss weights, the largest white."""
     values = weight_HW.float().numpy()
-    pixels = (values / max(float(values.max()), 1e-12) * 255).round().astype(np.uint8)
+    pixels = to_bytes(values / max(float(values.max()), 1e-12))
     height, width = pixels.shape
     scale = max(1, SIDE // max(height, width))  # latent cells stay visible as such
     return Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST).convert("RGB")

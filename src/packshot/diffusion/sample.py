@@ -1,0 +1,66 @@
+"""The sampler of validation and generation: one picture around a product that is held in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packshot.diffusion.hold_product import Callback, first_latents, hold_product
+from packshot.diffusion.latents import decode_latents
+
+Wrap = Callable[[Callback], AbstractContextManager[Callback]]
+
+
+class NotFiniteError(ArithmeticError):
+    """The denoiser or the decoder produced NaN or infinity."""
+
+
+@torch.no_grad()
+def sample(
+    pipe: Any,
+    known_1CHW: Tensor,
+    held_1HW: Tensor,
+    shown: str,
+    seed: int,
+    num_inference_steps: int,
+    wrap: Wrap = nullcontext,
+    **arguments: Any,
+) -> Tensor:
+    """Denoise one picture and decode it: pixels (3, H, W) in about [-1, 1], fp32.
+
+    One picture for each call: the guidance pair fills an accelerator at SDXL's size, memory does not grow with the
+    number asked for, and no picture depends on its neighbours in a batch. The noise comes from a CPU generator, so it
+    is the same on every device. After every step the product's latents are put back (see ``hold_product``), so the
+    scene grows around the product with any base and any adapters.
+
+    pipe: a stock pipeline. known_1CHW: the product's scaled latents, fp32, on the pipeline's device. held_1HW: 1 in the
+    cells that show nothing but product, else 0. shown: a name of ``objective.product_conditioning``. wrap: a context
+    around the call that may replace the callback that runs after every step. arguments: of the pipeline, with
+    ``prompt_embeds``, whose dtype the denoiser works in.
+
+    Raises:
+        NotFiniteError: the result has NaN or infinity.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.randn(known_1CHW.shape, generator=generator).to(known_1CHW.device)
+    first = first_latents(known_1CHW, noise, held_1HW, shown, pipe.scheduler, num_inference_steps)
+    scale = pipe.vae_scale_factor
+    with wrap(hold_product(known_1CHW, noise, held_1HW, shown)) as callback:
+        latents = pipe(
+            **arguments,
+            height=known_1CHW.shape[-2] * scale,
+            width=known_1CHW.shape[-1] * scale,
+            num_inference_steps=num_inference_steps,
+            latents=first.to(arguments["prompt_embeds"].dtype),
+            generator=generator,
+            output_type="latent",
+            callback_on_step_end=callback,
+        ).images
+    pixels = decode_latents(pipe.vae, latents)[0]
+    if not (torch.isfinite(latents).all() and torch.isfinite(pixels).all()):
+        raise NotFiniteError("the denoiser or the decoder produced NaN or infinity")
+    return pixels
