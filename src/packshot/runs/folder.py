@@ -1,4 +1,4 @@
-"""The run folder: ``config.yaml``, ``metrics.jsonl``, ``log.txt`` and whatever the script adds."""
+"""The run folder: ``config.yaml``, ``metrics.jsonl``, ``log.txt`` and what the script adds."""
 
 from __future__ import annotations
 
@@ -7,20 +7,32 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO
 
+from packshot.config.common import RunConfig
 from packshot.config.compose import to_yaml
 from packshot.errors import ConfigError
 from packshot.runs.files import remove_leftovers, replacing_file, writing
 
 log = logging.getLogger("packshot")
 LOCK = ".lock"
-_OWN = (".", "checkpoints", "samples", "layers")  # where a run writes; other runs may write to other folders below it
+# Where a run writes. Other runs may write to other folders below it.
+OWN_FOLDERS = (".", "checkpoints", "samples", "layers")
+# What a run holds before it has done any work.
+WITHOUT_WORK = {LOCK, "config.yaml", "log.txt", "wandb", "wandb_id.txt", "tensorboard"}
+
+
+class RunScript(Protocol):
+    """A script's config, of which only ``run`` is read here."""
+
+    run: RunConfig
 
 
 @dataclass(frozen=True)
@@ -29,34 +41,39 @@ class Run:
 
     path: Path
     resumed: bool
-    lock: Any = field(default=None, repr=False, compare=False)
+    lock: TextIO | None = field(default=None, repr=False, compare=False)
 
-    def write_config(self, config: Any) -> None:
-        """(Re)write ``config.yaml``."""
+    def write_config(self, config: object) -> None:
+        """Write ``config.yaml``, or replace it."""
         with replacing_file(self.path / "config.yaml") as file:
             file.write_text(to_yaml(config))
 
-    def metrics(self, line: dict[str, Any]) -> None:
+    def metrics(self, line: Mapping[str, object]) -> None:
         """Append one line to ``metrics.jsonl``. Raises PackshotError if it cannot be written."""
         file = self.path / "metrics.jsonl"
         with (
             writing(str(file), "Make room; run.resume=true goes on from the newest checkpoint."),
             file.open("a+b") as out,
         ):
-            cut = _ends_inside_a_line(out)  # a full disk, or a kill, cut the last one
-            out.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
+            if ends_inside_line(out):  # a full disk or a kill has cut the last line
+                out.write(b"\n")
+            out.write(json.dumps(line).encode() + b"\n")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``, oldest first; without those that a full disk or a kill cut."""
-    file, lines = run / "metrics.jsonl", []
-    for text in file.read_text().splitlines() if file.exists() else ():
+    """The lines of a run's ``metrics.jsonl``, oldest first, without lines that a full disk or a kill has cut."""
+    file = run / "metrics.jsonl"
+    lines: list[dict[str, Any]] = []
+    if not file.exists():
+        return lines
+    for text in file.read_text().splitlines():
         with suppress(ValueError):
             lines.append(json.loads(text))
     return lines
 
 
-def _ends_inside_a_line(file: BinaryIO) -> bool:
+def ends_inside_line(file: BinaryIO) -> bool:
+    """Whether the last line of an open file has no end."""
     if file.seek(0, os.SEEK_END) == 0:
         return False
     file.seek(-1, os.SEEK_END)
@@ -68,15 +85,15 @@ def default_dir(script: str) -> str:
     return f"outputs/{script}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
 
 
-def open_run(script: str, config: Any, resumable: bool = True) -> Run:
+def open_run(script: str, config: RunScript, resumable: bool = True) -> Run:
     """Create the folder ``config.run.dir`` (or continue in it) and start its log.
 
-    resumable: whether going on with this config needs nobody's leave. If not, a folder that is gone on with keeps its
-        ``config.yaml`` until the caller has found that the config fits, and writes it.
+    resumable: whether a run may continue with any config. If not, a resumed folder keeps its ``config.yaml`` until the
+        caller has found that the new config fits, and writes it.
 
     Raises:
-        ConfigError: the folder has content and run.resume is not set, another process works in it, or the path is no
-            folder that can be written.
+        ConfigError: the folder has content and run.resume is not set, another process works in it, or it cannot be
+            written.
     """
     path = Path(config.run.dir or default_dir(script))
     if path.exists() and not path.is_dir():
@@ -85,14 +102,15 @@ def open_run(script: str, config: Any, resumable: bool = True) -> Run:
     if used and not config.run.resume:
         raise ConfigError(
             f"run.dir={path} exists and is not empty.",
-            "Name a new folder, or add run.resume=true to go on in this one. Nothing was changed.",
+            "Name a new folder, or add run.resume=true to continue in this one. Nothing was changed.",
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
-        run = Run(path, resumed=used, lock=_claim(path))
+        run = Run(path, resumed=used, lock=claim(path))
         start_log(path / "log.txt")
-        for name in _OWN if used else ():  # the folder is ours alone, so what is half written there is dead
-            remove_leftovers(path / name)
+        if used:  # the folder is locked, so whoever left half-written files there has died
+            for name in OWN_FOLDERS:
+                remove_leftovers(path / name)
         if resumable or not (path / "config.yaml").exists():
             run.write_config(config)
     except OSError as error:
@@ -101,10 +119,21 @@ def open_run(script: str, config: Any, resumable: bool = True) -> Run:
     return run
 
 
-def _claim(path: Path) -> TextIO | None:
-    """Lock a run folder until what is returned is collected, or this process ends. None: its file system has no locks.
+def discard_unused(run: Run) -> bool:
+    """Delete the folder of a run that was refused before it did any work; returns whether it was deleted.
 
-    By POSIX lock: unlike others it does not pass to forked processes, which may outlive a killed parent by seconds.
+    A folder that was resumed, or that holds anything else than what opening a run writes, is kept.
+    """
+    if run.resumed or any(entry.name not in WITHOUT_WORK for entry in run.path.iterdir()):
+        return False
+    shutil.rmtree(run.path)
+    return True
+
+
+def claim(path: Path) -> TextIO | None:
+    """Lock a run folder until the result is garbage-collected or this process ends. None: the file system has no locks.
+
+    It is a POSIX lock. Unlike others, forked processes do not inherit it; they may outlive a killed parent by seconds.
 
     Raises:
         ConfigError: another process has it.
@@ -124,22 +153,24 @@ def _claim(path: Path) -> TextIO | None:
 
 
 def printable(text: str) -> str:
-    """The text on one line: line breaks, control characters and whatever else does not print become escapes."""
+    """The text on one line: line breaks, control characters and others that do not print become escapes."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class EntryFormatter(logging.Formatter):
-    """Indents what follows an entry's first line: names of files and texts that strangers send can neither pass for
-    another entry nor steer the terminal."""
+    """Indents what follows the first line of an entry.
+
+    File names and texts that strangers send can then neither look like another entry nor control the terminal.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n    ".join(map(printable, super().format(record).split("\n")))
 
 
 def start_log(file: Path) -> None:
-    """Log to this file (its end) and the screen, and to no other file. Raises OSError if it cannot be written."""
+    """Log to the end of this file and to the screen, and to no other file. Raises OSError if it cannot be written."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()

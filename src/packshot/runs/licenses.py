@@ -1,4 +1,4 @@
-"""The commercial profile: which licences allow it, and weights that are refused because theirs does not."""
+"""The commercial profile: which licences allow commercial use, and the refusal of weights and rows without one."""
 
 from __future__ import annotations
 
@@ -6,102 +6,114 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from packshot.config.schema import LicenseConfig
+from packshot.config.common import LicenseConfig
 from packshot.errors import ConfigError
 from packshot.runs.files import resolve
 from packshot.runs.folder import log
 
-# Names as SPDX and the hub write them. Not here: anything "nc" (no commerce) or "nd" (no derivatives, which a picture
-# put into a scene is), "research", "other", and licences with conditions on who may use them, such as llama3.2.
-_COMMERCIAL = re.compile(
+# Names as SPDX and the hub write them. Left out: anything "nc" (no commerce) or "nd" (no derivatives, and a product put
+# into a scene is a derivative), "research", "other", and licences that exclude some users, such as llama3.2.
+COMMERCIAL = re.compile(
     r"cc0-1\.0|cc0|pddl-1\.0|pddl|public[- ]domain|unlicense|0bsd|cc-by(-sa)?-\d\.\d|mit|mit-0|isc|zlib|"
     r"apache-2\.0|bsd(-[234]-clause)?|mpl-2\.0|(creativeml-|bigscience-)?openrail(\+\+|-m)?"
 )
-# Every key that can name weights, whatever the script; those of the base follow from what the script draws with.
-_WEIGHTS = (
+# Every key that can name weights, in any script. The keys of the base depend on the script; see named_weights.
+WEIGHT_KEYS = (
     "matte.onnx", "matte.network", "depth.onnx", "captioner.adapter", "method.init", "method.extra_controlnets",
     "adapters.lora", "adapters.controlnets", "adapters.ip_adapter",
 )  # fmt: skip
 
 
+class Licensed(Protocol):
+    """A script's config, of which ``licenses`` and every key that names weights are read here."""
+
+    licenses: LicenseConfig
+
+
 def allows(licenses: LicenseConfig, name: str | None) -> bool:
-    """Whether the profile lets something of this licence in; None: of no known licence."""
+    """Whether the profile accepts something under this licence; None: the licence is not known."""
     known = (name or "").strip().lower()
     if not licenses.commercial or (known and known in {other.strip().lower() for other in licenses.allowed}):
         return True
-    return bool(_COMMERCIAL.fullmatch(known))
+    return bool(COMMERCIAL.fullmatch(known))
 
 
-def refuse_weights(config: Any) -> None:
-    """Raises ConfigError for the first weights that a config names and whose licence the profile does not let in."""
-    licenses: LicenseConfig = config.licenses
+def refuse_weights(config: Licensed) -> None:
+    """Raises ConfigError for the first weights in a config whose licence the profile does not accept."""
+    licenses = config.licenses
     if not licenses.commercial:
         return
-    for key, source in _named(config):
+    for key, source in named_weights(config):
         if source in licenses.allowed:
             continue
-        refused = [name for name in weights_licenses(source) or [None] if not allows(licenses, name)]
-        if refused:
-            bad = refused[0]
-            what = f"is under {bad!r}, which is not known to allow commercial use" if bad else "names no licence"
+        for name in weights_licenses(source) or [None]:
+            if allows(licenses, name):
+                continue
+            problem = f"is under {name!r}, which is not known to allow commercial use" if name else "names no licence"
             raise ConfigError(
-                f"{key}={source} {what} (licenses.commercial=true).",
-                f"If you know that it allows it: 'licenses.allowed=[\"{bad or source}\"]'. Else name other weights.",
+                f"{key}={source} {problem} (licenses.commercial=true).",
+                f"If you know that it does: 'licenses.allowed=[\"{name or source}\"]'. Otherwise name other weights.",
             )
 
 
 def refuse_rows(licenses: LicenseConfig, key: str, path: str, names: Iterable[str]) -> None:
-    """Raises ConfigError when a dataset has rows of a licence that the profile does not let in."""
+    """Raises ConfigError when a dataset has rows under a licence that the profile does not accept."""
     bad = sorted(name for name in names if not allows(licenses, name))
     if bad:
         raise ConfigError(
-            f"{key}={path} has rows under {', '.join(map(repr, bad))}, not known to allow commercial use "
+            f"{key}={path} has rows under {', '.join(map(repr, bad))}, which is not known to allow commercial use "
             "(licenses.commercial=true).",
-            "build_data.py licenses.commercial=true leaves such rows out; 'licenses.allowed=[...]' names further ones.",
+            "build_data.py licenses.commercial=true leaves such rows out; 'licenses.allowed=[...]' accepts more.",
         )
 
 
 def weights_licenses(source: str) -> list[str]:
-    """What weights say of themselves: what an export was made from, or the model card beside them; [] if nothing.
+    """The licences of weights: of what an export was made from, or those in the model card; [] if there is neither.
 
     source: folder or file, or a hub id, whose card is fetched.
     """
-    from huggingface_hub import ModelCard
-
     path = resolve(source)
     if not path.exists():
-        return _declared(ModelCard, source)
+        return licenses_of_card(source)
     folder = path if path.is_dir() else path.parent
-    for place in (folder, folder.parent):  # a part of a model, or one of several ControlNets, has its card above it
+    for place in (folder, folder.parent):  # the card of a part of a model, or of one of several ControlNets, is above
         if (place / "data.json").is_file():
-            return _trained_from(place / "data.json")
+            return licenses_of_export(place / "data.json")
         if (place / "README.md").is_file():
-            return _declared(ModelCard, place / "README.md")
+            return licenses_of_card(place / "README.md")
     return []
 
 
-def _trained_from(file: Path) -> list[str]:
+def licenses_of_export(file: Path) -> list[str]:
+    """The licences in an export's ``data.json``: of its data, and of the weights that its training began with."""
     try:
         data = json.loads(file.read_text())
         return [*data["licenses"], *data.get("weights_licenses", [])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s says no licences (%s)", file, error)
+        log.warning("%s names no licences (%s)", file, error)
         return []
 
 
-def licenses_of_weights(config: Any) -> list[str]:
-    """What the weights say that a training starts from: its export is made from them too. Of local ones: cards on the
-    hub are asked for when it matters."""
-    sources = (source for _, source in _named(config) if resolve(source).exists())
-    return sorted({name for source in sources for name in weights_licenses(source) or ["unknown"]})
+def licenses_of_weights(config: object) -> list[str]:
+    """The licences of the local weights that a training starts from: its export is made from them too.
+
+    Weights on the hub are left out. Their cards are fetched when the commercial profile asks for them.
+    """
+    names: set[str] = set()
+    for _, source in named_weights(config):
+        if resolve(source).exists():
+            names.update(weights_licenses(source) or ["unknown"])
+    return sorted(names)
 
 
-def _declared(cards: Any, source: str | Path) -> list[str]:
-    """``license`` of a model card's head; for "other" its ``license_name``."""
+def licenses_of_card(source: str | Path) -> list[str]:
+    """``license`` in a model card's head, or ``license_name`` where that is "other". source: a file or hub id."""
+    from huggingface_hub import ModelCard
+
     try:
-        head = cards.load(source, ignore_metadata_errors=True).data
+        head = ModelCard.load(source, ignore_metadata_errors=True).data
     except Exception as error:  # the hub's many errors: no card, no network, no access
         log.warning("the model card of %s cannot be read (%s)", source, str(error).strip().splitlines()[0])
         return []
@@ -109,14 +121,16 @@ def _declared(cards: Any, source: str | Path) -> list[str]:
     return [name] if isinstance(name, str) else list(name or [])
 
 
-def _named(config: Any) -> Iterator[tuple[str, str]]:
+def named_weights(config: object) -> Iterator[tuple[str, str]]:
     """(key, source) of all weights that a config names."""
     captioner = getattr(config, "captioner", None)
-    parts = ("base", "vae", "image_encoder") if captioner is None else (captioner.kind.name,)
-    for key in (*(f"model.{part}" for part in parts), *_WEIGHTS):
-        value: Any = config
+    base_keys = ["model.base", "model.vae", "model.image_encoder"]
+    if captioner is not None:  # the script draws no pictures
+        base_keys = [f"model.{captioner.kind.name}"]
+    for key in (*base_keys, *WEIGHT_KEYS):
+        value = config
         for name in key.split("."):
             value = getattr(value, name, None)
         for source in value if isinstance(value, list) else [value]:
             if source:
-                yield key, source
+                yield key, str(source)

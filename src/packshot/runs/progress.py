@@ -19,26 +19,29 @@ def clock(seconds: float) -> str:
 
 @contextmanager
 def progress(description: str, total: int, done: int = 0, show: bool = True) -> Iterator[Advance]:
-    """Yields ``advance(n=1, **figures)``; figures (``loss=0.12``) appear beside the bar.
+    """Yields ``advance(n=1, **figures)``; figures (``loss=0.12``) appear next to the bar.
 
     done: units finished before this process started (resumed runs); they do not count for the rate.
-    show: False makes it silent (all but the main process).
+    show: False on all processes but the main one, which then show nothing.
     """
     if not show:
         yield lambda n=1, **figures: None
     elif sys.stderr.isatty():
-        yield from _bar(description, total, done)
+        yield from bar(description, total, done)
     else:
-        yield from _lines(description, total, done)
+        yield from lines(description, total, done)
 
 
-def _figures(figures: dict[str, object]) -> str:
-    return "  ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()
-    )
+def figures_text(figures: dict[str, object]) -> str:
+    """``loss 0.12  lr 0.0001``."""
+    texts = []
+    for key, value in figures.items():
+        texts.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+    return "  ".join(texts)
 
 
-def _bar(description: str, total: int, done: int) -> Iterator[Advance]:
+def bar(description: str, total: int, done: int) -> Iterator[Advance]:
+    """A bar on a terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -57,19 +60,21 @@ def _bar(description: str, total: int, done: int) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total, completed=done, figures="")
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        task = shown.add_task(description, total=total, completed=done, figures="")
 
         def advance(n: int = 1, **figures: object) -> None:
-            bar.advance(task, n)
+            shown.advance(task, n)
             if figures:
-                bar.update(task, figures=_figures(figures))
+                shown.update(task, figures=figures_text(figures))
 
         yield advance
 
 
-def _lines(description: str, total: int, done: int, every_seconds: float = 10.0) -> Iterator[Advance]:
-    started = last = time.monotonic()
+def lines(description: str, total: int, done: int, every_seconds: float = 10.0) -> Iterator[Advance]:
+    """A line in a log at the end, and at most every ``every_seconds`` before."""
+    started = time.monotonic()
+    last = started
     first = done
 
     def advance(n: int = 1, **figures: object) -> None:
@@ -81,6 +86,6 @@ def _lines(description: str, total: int, done: int, every_seconds: float = 10.0)
         last = now
         rate = (done - first) / max(now - started, 1e-9)
         eta = f"ETA {clock((total - done) / rate)}" if done < total else f"took {clock(now - started)}"
-        print(f"{description} {done}/{total}  {eta}  {_figures(figures)}".rstrip(), file=sys.stderr, flush=True)
+        print(f"{description} {done}/{total}  {eta}  {figures_text(figures)}".rstrip(), file=sys.stderr, flush=True)
 
     yield advance
