@@ -107,8 +107,11 @@ def run_stage(name: str, arguments: Sequence[str] | None = None) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         # Most writers say this themselves, with what is safe; whoever does not is no reason for a traceback.
-        print(f"error: {error.filename or 'A file'} cannot be written: {error.strerror}.", file=sys.stderr)
-        print("  Make room; run.resume=true goes on from what is finished.", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'A file that the system does not name'} cannot be written: {error.strerror}.",
+            file=sys.stderr,
+        )
+        print("  Free some space; run.resume=true continues from what is finished.", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt as error:
         print("interrupted; the run folder keeps what was finished, run.resume=true goes on", file=sys.stderr)

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import re
 import resource
 from contextlib import contextmanager
@@ -13,10 +14,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import StableDiffusionXLPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_loop import ROWS, Regression, Samples, run_fit
 from torch import nn
 
+from packshot.base.load import hint_of_failure
 from packshot.config.compose import compose
 from packshot.config.keys import fields
 from packshot.config.schema import SCRIPTS, LRSchedule
@@ -261,6 +263,43 @@ def test_a_full_disk_is_named_as_such(tmp_path, monkeypatch):
         run_fit(tmp_path)
     assert "no checkpoint yet: run.resume=true starts at step 0" in str(caught.value)
     assert not list((tmp_path / "checkpoints").glob("**/*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "Free some space"),
+        (errno.EACCES, "the right to write"),
+        (errno.EROFS, "read-only"),
+        (errno.EIO, ""),
+    ],
+)
+def test_the_hint_of_a_failed_write_fits_its_reason(number, remedy):
+    """Missing rights were answered with "Make room"."""
+    with pytest.raises(PackshotError) as caught, files.writing("the file", "Then resume."):
+        raise OSError(number, os.strerror(number))
+    assert remedy in caught.value.hint
+    assert caught.value.hint.endswith("Then resume.")
+    assert ("space" in caught.value.hint) == (number == errno.ENOSPC)
+
+
+def test_safetensors_names_the_reason_of_a_failed_write(tmp_path):
+    tensors = {"x": torch.zeros(2**20)}
+    with (
+        pytest.raises(PackshotError, match="the file cannot be written") as caught,
+        files.writing("the file", "Resume."),
+    ):
+        save_file(tensors, tmp_path / "none" / "x.safetensors")
+    assert caught.value.hint == "Resume."
+
+
+def test_damaged_weights_are_not_blamed_on_another_model(tmp_path):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    save_file({"x": torch.zeros(2)}, whole / "x.safetensors")
+    assert hint_of_failure(whole) == "Was it trained on another model?"
+    (whole / "y.safetensors").touch()
+    assert hint_of_failure(whole) == f"{whole / 'y.safetensors'} is damaged or empty: copy or export it again."
 
 
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from packshot.base.adapter_metadata import METADATA_FILE, read_entries
+from packshot.base.load import hint_of_failure
 from packshot.errors import ConfigError
 from packshot.imaging.control_maps import CONDITIONS, Control
 from packshot.runs.files import resolve
@@ -56,9 +57,7 @@ def load_controlnet(key: str, source: str, unet: Any) -> Any:
         return ControlNetModel.from_pretrained(place)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise ConfigError(
-            f"{key}={source} cannot be loaded into this base: {reason}", "Was it trained on another model?"
-        ) from error
+        raise ConfigError(f"{key}={source} cannot be loaded into this base: {reason}", hint_of_failure(path)) from error
 
 
 def _plain(value: Any) -> Any:

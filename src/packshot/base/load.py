@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from packshot.config.schema import ModelConfig, Quantization
 from packshot.diffusion.latents import LatentScale
@@ -354,6 +355,18 @@ def model_folder(model: ModelConfig) -> Path | None:
     """The base's folder when it is local (for hashes in certificates and cards), else None."""
     path = resolve(model.base)
     return path if path.is_dir() else None
+
+
+def hint_of_failure(place: Path) -> str:
+    """What to do about weights that do not load: a damaged file is named, otherwise they may be of another model."""
+    files = sorted(place.rglob("*.safetensors")) if place.is_dir() else []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError):
+            return f"{file} is damaged or empty: copy or export it again."
+    return "Was it trained on another model?"
 
 
 def weights_hash(*modules: torch.nn.Module) -> str:

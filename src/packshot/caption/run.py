@@ -44,7 +44,7 @@ from packshot.dataset import corrections
 from packshot.dataset.rows import Rows, license_names, load_rows
 from packshot.engine.checkpoints import EMA, exporting
 from packshot.engine.loop import fit
-from packshot.engine.processes import Session, start, translate_lost_process
+from packshot.engine.processes import Session, announce, refuse_launcher, start, translate_lost_process
 from packshot.errors import ConfigError
 from packshot.runs.files import readable, replacing_file
 from packshot.runs.folder import log, read_metrics
@@ -73,12 +73,14 @@ def run(config: CaptionVLM) -> None:
 
 def train(config: CaptionVLM) -> None:
     """Fine-tune the captioner on ``data.train``; writes ``export/``."""
+    refuse_launcher()
     load = partial(load_rows, pictures=PICTURES, spool=config.data.cache_dir, licenses=config.licenses)
     rows, validation = load("data.train", config.data.train), load("data.validation", config.data.validation)
     torch.manual_seed(config.run.seed)  # the start of a LoRA's weights
     adapter = load_adapter(config.model, config.captioner, trainable=True)
     _refuse_long_captions(adapter, rows, config.captioner.max_new_tokens)
     session = start("caption_vlm", config, config.train, resumable=False)
+    announce(session, config.train)
     if config.train.gradient_checkpointing:
         adapter.model.activation_checkpointing_enable({"use_reentrant": False})
     adapter.model.to(session.accelerator.device)

@@ -12,7 +12,7 @@ from packshot.config.optimizers import OPTIMIZERS
 from packshot.errors import ConfigError
 
 Mode = Names("Mode", ["train", "plan", "check"])
-MixedPrecision = Names("MixedPrecision", ["no", "fp16", "bf16"])
+MixedPrecision = Names("MixedPrecision", ["auto", "no", "fp16", "bf16"])
 LRSchedule = Names("LRSchedule", ["constant", "cosine", "linear", "polynomial", "wsd", "cosine_restarts"])
 OptimizerKind = Names("OptimizerKind", list(OPTIMIZERS))
 AttentionKernel = Names("AttentionKernel", ["auto", "flash", "efficient", "cudnn", "math"])
@@ -48,7 +48,10 @@ class TrainConfig:
     )
     lr_cycles: int = opt(3, "cycles of lr_schedule=cosine_restarts", min=1, max=100)
     warmup_steps: int = opt(0, "optimizer steps of linear warm-up", min=0)
-    mixed_precision: MixedPrecision = opt(MixedPrecision.no, "precision of the frozen base and of the forward pass")
+    mixed_precision: MixedPrecision = opt(
+        MixedPrecision.auto,
+        "precision of the frozen base and of the forward pass; auto: the launcher's, else bf16 on CUDA, else no",
+    )
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, more time")
     fused_backward: bool = opt(
         False, "apply and free each gradient during the backward pass, so that memory never holds all of them"

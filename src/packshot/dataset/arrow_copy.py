@@ -80,7 +80,7 @@ def _spooled(files: Sequence[Path], rows: int, schema: Any, folder: Path) -> Pat
     path = folder / f"pictures-{name}.arrow"
     if path.exists():
         return path
-    with writing(str(path), "Make room, or name another folder with data.cache_dir."):
+    with writing(str(path), "data.cache_dir names another folder."):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{path.name}.lock", mode=0o666):
             if path.exists():

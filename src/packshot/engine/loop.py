@@ -48,7 +48,7 @@ def fit(task: Task, rows: Samples, config: TrainingConfig, session: Session) -> 
     made = made_with(config, rows, accelerator.num_processes)
     resume(state, made, train, session)
     if session.run and session.run.resumed:  # only now: a config that does not fit must not replace the run's own
-        with writing(f"{session.path}/config.yaml", "Make room, then resume."):
+        with writing(f"{session.path}/config.yaml", "Then resume again."):
             session.run.write_config(config)
     records = open_records(state, made, train, session)
 

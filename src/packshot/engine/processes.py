@@ -22,24 +22,73 @@ from accelerate.utils import (
     gather_object,
 )
 
-from packshot.config.schema import TrainConfig
+from packshot.config.schema import MixedPrecision, TrainConfig
 from packshot.engine.task import TrainingConfig
-from packshot.errors import PackshotError
-from packshot.runs.folder import Run, open_run
+from packshot.errors import ConfigError, PackshotError
+from packshot.runs.folder import Run, log, open_run
 from packshot.runs.tracking import Tracker, open_tracker
 
 T = TypeVar("T")
 
 
+# Distributed types that accelerate would switch on by these variables, and that checkpoints and exports do not support.
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
+
+def refuse_launcher() -> None:
+    """Refuse a distributed type that is not supported, before anything is loaded.
+
+    Raises:
+        ConfigError: accelerate was configured for one.
+    """
+    for variable, name in UNSUPPORTED.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise ConfigError(
+                f"The launcher asks for {name} ({variable}), which packshot does not support.",
+                "Use data-parallel training: accelerate launch --multi_gpu --num_processes N train_lora.py …",
+            )
+
+
+def resolve_precision(asked: MixedPrecision) -> MixedPrecision:
+    """The precision that ``auto`` stands for: the launcher's, else bf16 on a GPU that has it, else none.
+
+    Raises:
+        ConfigError: the launcher asks for a precision that packshot does not have.
+    """
+    if asked is not MixedPrecision.auto:
+        return asked
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if launcher in ("no", "fp16", "bf16"):
+        return MixedPrecision[launcher]
+    if launcher:
+        raise ConfigError(
+            f"The launcher asks for mixed precision {launcher}; packshot has no, fp16 and bf16.",
+            "Set train.mixed_precision=bf16, which overrides the launcher.",
+        )
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return MixedPrecision.bf16 if has_bf16 else MixedPrecision.no
+
+
 def make_accelerator(train: TrainConfig) -> Accelerator:
-    """Accelerate, set up so that an optimizer step takes all micro-batches of all processes."""
+    """Accelerate, set up so that an optimizer step takes all micro-batches of all processes.
+
+    It replaces ``train.mixed_precision=auto`` by the precision in use, which checkpoints and ``config.yaml`` then name.
+    """
+    train.mixed_precision = resolve_precision(train.mixed_precision)
+    if torch.cuda.is_available():  # TF32: ten bits of mantissa in matrix products and convolutions of fp32
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
     if train.deterministic:  # before the first kernel, because cuBLAS reads its setting only once
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     return Accelerator(
         # without this, processes that torchrun starts on a machine without accelerator know nothing of each other
         cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
-        mixed_precision=train.mixed_precision.name,
+        mixed_precision=train.mixed_precision.name,  # overrides the environment
         # a bare number would give way to the environment's ACCELERATE_GRADIENT_ACCUMULATION_STEPS
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=train.gradient_accumulation_steps),
         step_scheduler_with_optimizer=False,
@@ -106,6 +155,7 @@ def start(script: str, config: TrainingConfig, train: TrainConfig, resumable: bo
         PackshotError: on every process, when the main one cannot open the folder.
     """
     accelerator = make_accelerator(train)
+    config.train.mixed_precision = train.mixed_precision  # ``train`` may be a copy with other settings
     run: Run | None = None
     tracker: Tracker | None = None
     outcome: Path | PackshotError = Path()
@@ -121,6 +171,40 @@ def start(script: str, config: TrainingConfig, train: TrainConfig, resumable: bo
         raise opened
     refuse_unshared(opened, accelerator)
     return Session(accelerator, opened, run, tracker)
+
+
+def announce(session: Session, train: TrainConfig) -> None:
+    """Log processes, device, precision and effective batch of a training, and what a launcher did not start."""
+    if not session.run:
+        return
+    accelerator = session.accelerator
+    world = accelerator.num_processes
+    device = accelerator.device
+    name = f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+    samples = world * train.gradient_accumulation_steps * train.batch_size
+    log.info(
+        "%d process%s on %s, mixed precision %s; %d samples per optimizer step (%d x %d micro-steps x %d)",
+        world, "es" if world > 1 else "", name, train.mixed_precision, samples, world,
+        train.gradient_accumulation_steps, train.batch_size,
+    )  # fmt: skip
+    missing = missing_processes(world)
+    if missing:
+        log.warning("%s", missing)
+
+
+def missing_processes(world: int) -> str | None:
+    """A warning about a launcher that was asked for more processes than it started; None if there is none.
+
+    world: the number of processes that know of each other.
+    """
+    hint = "Start them with torchrun --nproc_per_node N, or accelerate launch --multi_gpu --num_processes N."
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if "WORLD_SIZE" not in os.environ and tasks > world:
+        return f"Slurm was asked for {tasks} tasks (SLURM_NTASKS), but each of them runs alone. {hint}"
+    # accelerate launch names the main process whenever it is asked for several, also where it then starts only one
+    if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
+        return f"The launcher was asked for several processes (MASTER_ADDR is set), but started one. {hint}"
+    return None
 
 
 def refuse_unshared(run: Path, accelerator: Accelerator) -> None:

@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from packshot.base.adapter_metadata import common_metadata
 from packshot.base.controlnets import load_controlnet, read_control
 from packshot.base.inpainting import CONV_FILE, load_conv, reads_product, take_apart
-from packshot.base.load import load_parts, model_folder, trained_scheduler
+from packshot.base.load import hint_of_failure, load_parts, model_folder, trained_scheduler
 from packshot.config.schema import (
     AdaptersConfig,
     DepthConfig,
@@ -187,7 +187,7 @@ def _adapter_folders(adapters: AdaptersConfig) -> dict[str, list[Path]]:
 
 def _refusal(key: str, folder: Path, error: Exception) -> ConfigError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-    return ConfigError(f"{key}={folder} cannot be loaded into this base: {reason}", "Was it trained on another model?")
+    return ConfigError(f"{key}={folder} cannot be loaded into this base: {reason}", hint_of_failure(folder))
 
 
 def _add_lora(pipe: Any, folder: Path, adapters: AdaptersConfig) -> Switch:

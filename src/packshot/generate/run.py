@@ -28,7 +28,7 @@ from packshot.runs.progress import progress
 from packshot.runs.tracking import open_tracker
 from packshot.scene import Scene
 
-ROOM = "Make room or shorten the file's name; run.resume=true makes what is missing."
+RESUME = "run.resume=true makes what is missing."
 
 
 def generate(config: Generate) -> None:
@@ -147,7 +147,7 @@ def mask_files(mask: str | None, files: list[Path]) -> dict[Path, Path | None]:
 def copy_input(run: Run, file: Path, name: str) -> None:
     """Keep the product photo itself beside the layers, so that reports and evaluations need nothing from outside."""
     target = run.path / LAYERS / f"{name}-input{file.suffix.lower()}"
-    with writing(str(target), ROOM), replacing_file(target) as temporary:
+    with writing(str(target), RESUME), replacing_file(target) as temporary:
         shutil.copyfile(file, temporary)
 
 
@@ -178,7 +178,7 @@ def make_pictures(
 def write(folder: Path, stem: str, result: Result, canvas: Canvas) -> dict[str, Any]:
     """Picture, layers and, last, the certificate, measured anew on the file as it lies on disk."""
     path = folder / f"{stem}.png"
-    with writing(str(path), ROOM):
+    with writing(str(path), RESUME):
         for layer, image in result.layers.items():
             with replacing_file(folder / LAYERS / f"{stem}-{layer}.png") as temporary:
                 image.save(temporary, "PNG")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
@@ -90,11 +91,21 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(found, ignore_errors=True) if found.is_dir() else found.unlink(missing_ok=True)
 
 
+REMEDIES = {
+    errno.ENOSPC: "Free some space. ",
+    errno.EDQUOT: "Free some space, or ask for a larger quota. ",
+    errno.EACCES: "Give yourself the right to write there. ",
+    errno.EPERM: "Give yourself the right to write there. ",
+    errno.EROFS: "The file system is mounted read-only: choose another folder. ",
+    errno.ENAMETOOLONG: "Choose a shorter name. ",
+}
+
+
 @contextmanager
 def writing(what: str, way_out: str) -> Iterator[None]:
-    """Files are written in this block; when that fails, mostly for lack of space, it ends with a sentence.
+    """Files are written in this block; when that fails, it ends with an error message that names the remedy.
 
-    what: names it in the message, as the subject. way_out: what is safe, and how to go on.
+    what: names it in the message, as the subject. way_out: what is safe, and how to continue.
 
     Raises:
         PackshotError: in place of what Python, safetensors and torch raise.
@@ -104,16 +115,18 @@ def writing(what: str, way_out: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason, cause = error.strerror or str(error), error
+        reason, cause, number = error.strerror or str(error), error, error.errno
     except SafetensorError as error:
         reason, cause = str(error), error
+        found = re.search(r"os error (\d+)", reason)
+        number = int(found[1]) if found else None
     except RuntimeError as error:
         if "inline_container" not in str(error):  # the writer of torch.save has no type and no reason for it
             raise
-        reason, cause = "a file could not be written to its end, is the disk full?", error
+        reason, cause, number = "a file could not be written to its end", error, errno.ENOSPC
     else:
         return
-    raise PackshotError(f"{what} cannot be written: {reason}.", way_out) from cause
+    raise PackshotError(f"{what} cannot be written: {reason}.", f"{REMEDIES.get(number, '')}{way_out}") from cause
 
 
 def _settle(path: Path) -> None:

@@ -52,7 +52,7 @@ class Run:
         """Append one line to ``metrics.jsonl``. Raises PackshotError if it cannot be written."""
         file = self.path / "metrics.jsonl"
         with (
-            writing(str(file), "Make room; run.resume=true goes on from the newest checkpoint."),
+            writing(str(file), "run.resume=true continues from the newest checkpoint, if there is one."),
             file.open("a+b") as out,
         ):
             if ends_inside_line(out):  # a full disk or a kill has cut the last line

@@ -30,6 +30,7 @@ from packshot.config.schema import (
 )
 from packshot.dataset.rows import load_rows
 from packshot.engine.memory import enable_checkpointing
+from packshot.engine.processes import resolve_precision
 from packshot.methods import METHODS
 from packshot.runs.files import replacing_file
 from packshot.runs.folder import log, open_run
@@ -170,7 +171,7 @@ def _frozen_bytes(parts: Parts, method: Any, config: TrainScript) -> float:
 
     Text encoders that are not trained are gone when training starts.
     """
-    width = PRECISION_BYTES[config.train.mixed_precision]
+    width = PRECISION_BYTES[resolve_precision(config.train.mixed_precision)]
     layers = {id(m.weight) for name, m in parts.unet.named_modules() if "attentions." in name and hasattr(m, "weight")}
     matrices = layers if config.model.quantization is not Quantization.none else ()
     return sum(
@@ -200,7 +201,7 @@ def make_plan(config: TrainScript, samples: int, processes: int = 1) -> Plan:
     trained = sum(sizes)
     frozen = sum(p.numel() for p in method.parameters() if not p.requires_grad)
     tflop, activations = _measure(parts, method, train, config.model.resolution)
-    width = PRECISION_BYTES[train.mixed_precision]
+    width = PRECISION_BYTES[resolve_precision(train.mixed_precision)]
     side = config.model.resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1)
     vae = sum(p.numel() for p in parts.vae.parameters()) * 4 / GIB
     cells, embeds = 9 * side * side, 77 * parts.unet.config.cross_attention_dim

@@ -18,7 +18,14 @@ from packshot.dataset.rows import Rows, load_rows
 from packshot.engine.checkpoints import EMA, exporting
 from packshot.engine.loop import fit
 from packshot.engine.memory import compile_networks, enable_checkpointing, refuse_unavailable
-from packshot.engine.processes import Session, start, translate_lost_process
+from packshot.engine.processes import (
+    Session,
+    announce,
+    refuse_launcher,
+    resolve_precision,
+    start,
+    translate_lost_process,
+)
 from packshot.errors import ConfigError
 from packshot.methods import METHODS
 from packshot.runs.folder import log
@@ -37,6 +44,7 @@ DTYPES = {MixedPrecision.no: torch.float32, MixedPrecision.fp16: torch.float16, 
 def train(config: TrainScript) -> None:
     """Entry point of train_lora.py, train_ip_adapter.py and train_controlnet.py."""
     refuse_weights(config)
+    refuse_launcher()
     script = next(name for name, schema in SCRIPTS.items() if schema is type(config))
     MODES[config.mode](config, script)
 
@@ -50,6 +58,7 @@ def _with_task(work: Callable[[Session, DiffusionTask, Examples, Any], None]) ->
         validation = load("data.validation", config.data.validation)
         parts = load_parts(config.model)
         session = start(script, config, config.train, resumable=False)
+        announce(session, config.train)
         task, examples = build_task(config, parts, rows, validation, session.accelerator)
         try:
             rows.refuse_without("data.train", task.method.pictures)
@@ -108,7 +117,7 @@ def _refuse_encoding_beside_training(config: Any, device: str) -> None:
 
 def _place(task: DiffusionTask, parts: Any, accelerator: Accelerator, train: TrainConfig) -> None:
     """Frozen weights in the mixed-precision dtype, trained ones in fp32, all on the device."""
-    device, dtype = accelerator.device, DTYPES[train.mixed_precision]
+    device, dtype = accelerator.device, DTYPES[resolve_precision(train.mixed_precision)]
     trained = {id(p): p.data for p in task.parameters() if p.requires_grad}
     parts.to(device, dtype)
     for parameter in task.parameters():

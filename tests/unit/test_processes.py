@@ -1,0 +1,128 @@
+"""What a launcher asked for, what a run uses, and what it announces."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from test_loop import run_fit
+
+from packshot.config.schema import LRSchedule, MixedPrecision, TrainConfig
+from packshot.engine.processes import (
+    UNSUPPORTED,
+    Session,
+    announce,
+    make_accelerator,
+    missing_processes,
+    refuse_launcher,
+    resolve_precision,
+)
+from packshot.errors import ConfigError
+from packshot.runs.folder import Run, log
+from packshot.runs.tracking import NullTracker
+
+LAUNCHER = ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS", *UNSUPPORTED)
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    """An environment that no launcher has touched."""
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+
+
+# ---- precision ----
+
+
+@pytest.mark.parametrize(
+    ("launcher", "cuda", "expected"),
+    [(None, False, "no"), (None, True, "bf16"), ("fp16", True, "fp16"), ("no", True, "no"), ("bf16", False, "bf16")],
+)
+def test_auto_is_the_launchers_precision_else_the_devices(monkeypatch, launcher, cuda, expected):
+    if launcher:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: cuda)
+    assert resolve_precision(MixedPrecision.auto) is MixedPrecision[expected]
+
+
+def test_a_precision_that_is_asked_for_overrides_the_launcher(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train = TrainConfig(mixed_precision=MixedPrecision.no)
+    assert make_accelerator(train).mixed_precision == "no"
+    assert train.mixed_precision is MixedPrecision.no
+
+
+def test_a_precision_that_only_the_launcher_has_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ConfigError, match="mixed precision fp8") as caught:
+        resolve_precision(MixedPrecision.auto)
+    assert "train.mixed_precision=bf16" in caught.value.hint
+
+
+def test_a_checkpoint_from_before_auto_is_resumed(tmp_path):
+    """Its config names the precision; auto is replaced by the one in use before the two are compared."""
+    constant = {"lr_schedule": LRSchedule.constant}
+    unbroken, _ = run_fit(tmp_path / "a", max_steps=8, **constant)
+    run_fit(tmp_path / "b", max_steps=4, mixed_precision=MixedPrecision.no, **constant)
+    resumed, _ = run_fit(tmp_path / "b", max_steps=8, **constant)
+    assert torch.equal(unbroken.linear.weight, resumed.linear.weight)
+
+
+# ---- launchers ----
+
+
+@pytest.mark.parametrize("variable", list(UNSUPPORTED))
+def test_an_unsupported_distributed_type_is_refused(monkeypatch, variable):
+    refuse_launcher()
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ConfigError, match=UNSUPPORTED[variable]) as caught:
+        refuse_launcher()
+    assert "--multi_gpu" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "1"}, None),
+        ({"SLURM_NTASKS": "8"}, "8 tasks"),
+        ({"SLURM_NTASKS": "8", "WORLD_SIZE": "1", "MASTER_ADDR": "a"}, None),
+        ({"MASTER_ADDR": "127.0.0.1"}, "started one"),
+    ],
+    ids=["none", "one_task", "lone_tasks", "torchrun", "accelerate"],
+)
+def test_a_launcher_that_started_too_few_processes_is_named(monkeypatch, environment, named):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    message = missing_processes(1)
+    if named is None:
+        assert message is None
+    else:
+        assert named in message
+        assert "torchrun --nproc_per_node N" in message
+
+
+def test_accelerate_launch_on_a_cpu_is_caught(tmp_path):
+    """It starts one process of the two that it was asked for."""
+    script = tmp_path / "script.py"
+    script.write_text("from packshot.engine.processes import missing_processes\nprint(missing_processes(1))\n")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "asked for several processes" in done.stdout
+
+
+# ---- the announcement ----
+
+
+def test_processes_batch_device_and_precision_are_announced(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    log.setLevel("INFO")
+    train = TrainConfig(batch_size=3, gradient_accumulation_steps=2)
+    session = Session(make_accelerator(train), tmp_path, Run(tmp_path, False), NullTracker())
+    announce(session, train)
+    assert "1 process on cpu, mixed precision no; 6 samples per optimizer step (1 x 2 micro-steps x 3)" in caplog.text
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    announce(replace(session), train)
+    assert "4 tasks" in caplog.text
