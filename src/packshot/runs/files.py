@@ -115,11 +115,11 @@ def writing(what: str, way_out: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason, cause, number = error.strerror or str(error), error, error.errno
+        reason, cause, number = error.strerror or str(error), error, error.errno or 0
     except SafetensorError as error:
         reason, cause = str(error), error
         found = re.search(r"os error (\d+)", reason)
-        number = int(found[1]) if found else None
+        number = int(found[1]) if found else 0
     except RuntimeError as error:
         if "inline_container" not in str(error):  # the writer of torch.save has no type and no reason for it
             raise
