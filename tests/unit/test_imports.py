@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.draw_rooms import PICTURE, draw
+
 ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "packshot"
 # Each package, in an order in which it only imports packages above it. Anyone may import packshot.errors.
@@ -56,6 +58,11 @@ def test_no_arrow_points_back_up():
     for package, allowed in ALLOWED.items():
         assert allowed <= above, f"{package} may import {allowed - above}, which stand below it"
         above.add(package)
+
+
+def test_the_picture_of_the_rooms_is_current():
+    current = PICTURE.read_text() == draw()
+    assert current, "run `python -m tools.draw_rooms`, look at docs/images/rooms.svg, and commit it"
 
 
 def test_every_package_has_its_row():

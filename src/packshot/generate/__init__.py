@@ -1,4 +1,7 @@
-"""Putting a product into a scene: ``Packshot.load(...).set_product(photo).generate(scene)``."""
+"""Putting a product into a scene: adapters, canvas, denoising, composite and certificate.
+
+``Packshot.load(...).set_product(photo).generate(scene)`` does all of it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""HTTP service. It needs the ``serve`` extra; without it, the import raises an error that names what is missing."""
+"""Generation over HTTP: the service, its queue, its page and its metrics.
+
+It needs the ``serve`` extra; without it, the import raises an error that names what is missing.
+"""
 
 from importlib.util import find_spec
 

@@ -1,1 +1,1 @@
-"""The one training loop, its state, its order of samples, its cache and its validation."""
+"""Training an adapter: the diffusion task, encoding, validation, plan, check mode and model card."""
