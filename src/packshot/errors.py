@@ -22,3 +22,9 @@ class ConfigError(PackshotError):
     """A key, a value or a path on the command line or in a config file is wrong (exit code 2)."""
 
     exit_code = 2
+
+
+class Interrupted(PackshotError):
+    """A signal ended a run that can be resumed (exit code 143, as of a process that SIGTERM ended)."""
+
+    exit_code = 143

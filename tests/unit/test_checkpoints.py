@@ -66,6 +66,15 @@ def test_the_page_names_every_setting_that_may_change(root):
         assert any(re.fullmatch(pattern.replace(".", r"\.").replace("*", ".*"), key) for key in known), pattern
 
 
+def test_a_hash_taken_while_writing_is_that_of_the_file(tmp_path):
+    run_fit(tmp_path, Large(), max_steps=4)
+    folder = tmp_path / "checkpoints" / "4"
+    stored = json.loads((folder / "state.json").read_text())["files"]
+    assert set(stored) == {"trainable.safetensors", "optimizer.pt", "ema.safetensors"}
+    for name, digest in stored.items():
+        assert digest == files.file_sha256(folder / name)
+
+
 def test_a_checkpoint_holds_the_resolved_config(tmp_path):
     run_fit(tmp_path, max_steps=4, learning_rate=0.02)
     made = json.loads((tmp_path / "checkpoints" / "4" / "state.json").read_text())["made_with"]

@@ -2,6 +2,9 @@
 
 import json
 import math
+import multiprocessing
+import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -15,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from packshot.config.schema import CaptionVLM, LRSchedule, TrainConfig
+from packshot.config.schema import CaptionVLM, LRSchedule, OptimConfig, OptimizerKind, TrainConfig
 from packshot.engine import checkpoints
 from packshot.engine.batches import RankBatches, SampleOrder, Stream, ahead, batches
 from packshot.engine.checkpoints import TrainState
@@ -24,7 +27,7 @@ from packshot.engine.optimizers import learning_rate
 from packshot.engine.processes import Session, make_accelerator
 from packshot.engine.step import Taken, refuse_step
 from packshot.engine.task import Task, Validated
-from packshot.errors import ConfigError, PackshotError
+from packshot.errors import ConfigError, Interrupted, PackshotError
 from packshot.runs.folder import Run, log, read_metrics
 from packshot.runs.tracking import NullTracker
 from packshot.train.card import _last_figures
@@ -68,11 +71,11 @@ def process(rank=0, world=1):
     return SimpleNamespace(process_index=rank, num_processes=world)
 
 
-def run_fit(path, task=None, rows=ROWS, resumed=False, **settings):
+def run_fit(path, task=None, rows=ROWS, resumed=False, kind=OptimizerKind.adamw, **settings):
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     path.mkdir(exist_ok=True)
-    config = CaptionVLM()
+    config = CaptionVLM(optim=OptimConfig(kind=kind))
     defaults = {"max_steps": 12, "batch_size": 3, "checkpointing_steps": 4, "validation_steps": 0, "ema_decay": 0.9}
     config.train = TrainConfig(**{**defaults, "learning_rate": 1e-2, **settings})
     task = task or Regression()
@@ -282,6 +285,57 @@ def test_the_checkpoint_just_written_is_never_pruned(tmp_path):
         (tmp_path / str(step)).mkdir()
     checkpoints.prune(tmp_path, 1, protected={2})
     assert {path.name for path in tmp_path.iterdir()} == {"2", "60"}
+
+
+class Signalled(Regression):
+    """Sends a signal to its own process during a step."""
+
+    def __init__(self, number, step):
+        super().__init__()
+        self.number, self.step = number, step
+        self.calls = count(1)
+
+    def forward(self, batch):
+        if next(self.calls) == self.step:
+            os.kill(os.getpid(), self.number)
+        return super().forward(batch)
+
+
+@pytest.mark.parametrize("kind", [OptimizerKind.adamw, OptimizerKind.schedule_free], ids=str)
+def test_sigterm_writes_a_checkpoint_and_the_resume_is_exact(tmp_path, kind):
+    """Also with an optimizer that holds other weights while it trains."""
+    settings = {"checkpointing_steps": 100, "lr_schedule": LRSchedule.constant, "ema_decay": 0.0, "kind": kind}
+    handler = signal.getsignal(signal.SIGTERM)
+    unbroken, _ = run_fit(tmp_path / "a", **settings)
+    with pytest.raises(Interrupted, match="SIGTERM stopped the run after step 5") as caught:
+        run_fit(tmp_path / "b", Signalled(signal.SIGTERM, 5), **settings)
+    assert caught.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert [path.name for path in (tmp_path / "b" / "checkpoints").iterdir()] == ["5"]
+    resumed, _ = run_fit(tmp_path / "b", **settings)
+    for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_sigusr1_writes_a_checkpoint_and_the_run_continues(tmp_path):
+    settings = {"checkpointing_steps": 100, "checkpoints_total_limit": 9}
+    unbroken, _ = run_fit(tmp_path / "a", **settings)
+    task, _ = run_fit(tmp_path / "b", Signalled(signal.SIGUSR1, 3), **settings)
+    assert {path.name for path in (tmp_path / "b" / "checkpoints").iterdir()} == {"3", "12"}
+    assert torch.equal(unbroken.linear.weight, task.linear.weight)
+
+
+def test_sigterm_to_a_loader_process_costs_no_batch():
+    """A scheduler sends the signal to every process of a job; the loop needs its batch for the checkpoint."""
+    order = RankBatches(SampleOrder([0] * 7, 0, 3), 0, 3, process())
+    stream = batches(Stream(Samples(ROWS), 0), Regression().collate, order, 1)
+    first = [next(stream)["ids"]]
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    first += [next(stream)["ids"] for _ in range(5)]
+    assert all(len(ids) == 3 for ids in first)
+    assert worker.is_alive()
+    stream.close()
 
 
 def test_a_resumed_run_without_a_whole_checkpoint_says_so(tmp_path, caplog, monkeypatch):

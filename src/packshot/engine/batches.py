@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from packshot.engine.keyed_random import SampleKey, permutation
+from packshot.engine.signals import ignore_sigterm
 from packshot.engine.task import Batch, Sample, Samples
 
 Place = tuple[int, int]  # (index of the sample, epoch of this access)
@@ -141,6 +142,7 @@ def batches(stream: Stream, collate: Collate, order: RankBatches, num_workers: i
         collate_fn=collate_with_ids,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        worker_init_fn=ignore_sigterm,
         pin_memory=torch.cuda.is_available(),
     )
     return (batch for batch in loader) if num_workers else ahead(iter(loader))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +26,9 @@ from packshot.engine.optimizers import load_optimizer
 from packshot.errors import PackshotError
 from packshot.runs.files import file_sha256, replacing_file, replacing_folder, writing
 from packshot.runs.folder import log
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 VERSION = 2  # raise it when older checkpoints cannot be resumed from any more
 
@@ -89,18 +96,30 @@ class TrainState:
             PackshotError: it cannot be written. Older checkpoints stay as they are.
         """
         path = folder / str(self.progress.step)
-        with writing(f"checkpoint {path}", resume_hint(folder)), replacing_folder(path) as temporary:
-            save_file(on_cpu(trainable(self.module)), temporary / "trainable.safetensors")
-            torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
+        with (
+            writing(f"checkpoint {path}", resume_hint(folder)),
+            replacing_folder(path) as temporary,
+            ThreadPoolExecutor() as pool,
+        ):
+            # Each file is hashed while the next one is written, the largest one while it is written itself.
+            digests: dict[str, Future[str]] = {}
+
+            def save_tensors(tensors: dict[str, nn.Parameter] | dict[str, Tensor], name: str) -> None:
+                save_file(on_cpu(tensors), temporary / name)
+                digests[name] = pool.submit(file_sha256, temporary / name)
+
+            save_tensors(trainable(self.module), "trainable.safetensors")
             if self.average:
-                save_file(on_cpu(self.average.shadow), temporary / "ema.safetensors")
+                save_tensors(self.average.shadow, "ema.safetensors")
+            with HashedFile(temporary / "optimizer.pt") as file:
+                torch.save(self.optimizer.state_dict(), file)
             state = {
                 "version": VERSION,
                 "progress": asdict(self.progress),
                 "made_with": asdict(made_with),
                 "ema_updates": self.average.updates if self.average else 0,
                 "scaler": self.scaler.state_dict() if self.scaler else None,
-                "files": {file.name: file_sha256(file) for file in sorted(temporary.iterdir())},
+                "files": {name: digest.result() for name, digest in digests.items()} | {"optimizer.pt": file.digest()},
             }
             (temporary / "state.json").write_text(json.dumps(state, indent=2))
 
@@ -139,6 +158,26 @@ class TrainState:
                     f"{path} has no moving average.", "Resume with train.ema_decay=0, or start a new run."
                 )
             copy_into(self.average.shadow, load_file(path / "ema.safetensors"), path)
+
+
+class HashedFile(FileIO):
+    """A new file that takes the SHA-256 of what is written to it, from its start to its end."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self._hash = hashlib.sha256()
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """Write all of ``data``."""
+        view = memoryview(data)
+        while view:
+            view = view[super().write(view) :]  # a raw file may take a part only
+        self._hash.update(data)
+        return memoryview(data).nbytes
+
+    def digest(self) -> str:
+        """The hex digest of everything written so far."""
+        return self._hash.hexdigest()
 
 
 def on_cpu(tensors: dict[str, nn.Parameter] | dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,9 +20,10 @@ from packshot.engine.memory import refuse_unavailable, uncompiled
 from packshot.engine.meter import Meter
 from packshot.engine.optimizers import build_optimizer, evaluation_mode, set_learning_rate, training_mode
 from packshot.engine.processes import Session, broadcast_from_main
+from packshot.engine.signals import SignalWatch
 from packshot.engine.step import OptimizerStep
 from packshot.engine.task import Samples, Task, TrainingConfig
-from packshot.errors import ConfigError
+from packshot.errors import ConfigError, Interrupted
 from packshot.runs.files import writing
 from packshot.runs.folder import log
 from packshot.runs.progress import progress as progress_bar
@@ -56,13 +57,14 @@ def fit(task: Task, rows: Samples, config: TrainingConfig, session: Session) -> 
     order = SampleOrder(getattr(rows, "groups", None) or [0] * len(rows), config.run.seed, samples)
     mine = RankBatches(order, state.progress.step, train.batch_size, accelerator)
     stream = batches(Stream(rows, config.run.seed), task.collate, mine, config.data.num_workers)
-    step = OptimizerStep(wrapped, optimizer, list(parameters.values()), train, config.run.seed, accelerator)
+    signals = SignalWatch()
+    step = OptimizerStep(wrapped, optimizer, list(parameters.values()), train, config.run.seed, accelerator, signals)
     wrapped.train()
     records.before_first_step()
 
     meter = Meter(samples, accelerator.device)
     bar = progress_bar("training", train.max_steps, state.progress.step, show=session.run is not None)
-    with bar as advance, closing(stream):
+    with bar as advance, closing(stream), signals:
         while state.progress.step < train.max_steps:
             training_mode(state.optimizer)
             rate = set_learning_rate(state.optimizer, state.progress.step, train)
@@ -77,6 +79,9 @@ def fit(task: Task, rows: Samples, config: TrainingConfig, session: Session) -> 
                 advance(steps, loss=figures["loss"], lr=rate)
             with meter.paused():
                 records.after_step()
+                if step.save_requested:
+                    records.on_signal(step.stop_requested)
+                    signals.save = False
     step.close()
     accelerator.wait_for_everyone()
     if train.export_best:
@@ -179,6 +184,26 @@ class Records:
         if validates:
             self.validate()
         self.prune()
+
+    def on_signal(self, stop: bool) -> None:
+        """Write a checkpoint outside of the schedule, and stop the run if asked to.
+
+        Schedule-free optimizers stay in training mode: changing it and back would cost the last bits of the weights.
+
+        Raises:
+            Interrupted: stop is set.
+        """
+        step = self.state.progress.step
+        if not (self.folder / str(step)).exists():
+            self.save()
+        self.session.accelerator.wait_for_everyone()
+        self.prune()
+        if self.session.run:
+            log.info("a signal asked for a checkpoint: %s", self.folder / str(step))
+        if stop:
+            raise Interrupted(
+                f"SIGTERM stopped the run after step {step}.", "run.resume=true continues from its checkpoint."
+            )
 
     def save(self) -> None:
         """Write the checkpoint of this step, on the main process."""

@@ -17,6 +17,7 @@ from packshot.engine.checkpoints import Progress
 from packshot.engine.memory import attention_kernel
 from packshot.engine.meter import Meter
 from packshot.engine.optimizers import StepInBackward
+from packshot.engine.signals import SignalWatch
 from packshot.engine.task import Batch
 from packshot.errors import PackshotError
 
@@ -51,8 +52,11 @@ class OptimizerStep:
     train: TrainConfig
     seed: int
     accelerator: Accelerator
+    signals: SignalWatch
 
     def __post_init__(self) -> None:
+        self.save_requested = False  # by a signal to any process
+        self.stop_requested = False
         self.kernel = attention_kernel(self.train.attention)
         self.in_backward = StepInBackward(self.optimizer.optimizer) if self.train.fused_backward else None
 
@@ -72,7 +76,8 @@ class OptimizerStep:
             meter.add(loss / self.train.gradient_accumulation_steps)
             progress.samples_seen += self.train.batch_size * self.accelerator.num_processes
         norm = self.gradient_norm()
-        if not all_finite(taken, norm, self.accelerator):
+        lost = torch.stack([~one.finite for one in taken]).sum()
+        if self.agree(lost) or not torch.isfinite(norm):
             refuse_step(taken, progress.step + 1, self.accelerator)
         if not self.in_backward:
             self.optimizer.step()
@@ -100,18 +105,23 @@ class OptimizerStep:
         assert norm is not None
         return norm
 
+    def agree(self, lost: Tensor) -> bool:
+        """Whether any process lost its loss in this step; also takes up the signals that any of them has received.
+
+        All processes must stop at the same step, and one reduction tells them all.
+        """
+        signals = lost.new_tensor([self.signals.save, self.signals.stop])
+        seen = self.accelerator.reduce(torch.cat([lost[None], signals]).float(), "sum")
+        assert isinstance(seen, Tensor)
+        any_lost, save, stop = (bool(count) for count in seen.tolist())
+        self.save_requested = save
+        self.stop_requested = stop
+        return any_lost
+
     def close(self) -> None:
         """Remove the hooks of train.fused_backward."""
         if self.in_backward:
             self.in_backward.remove()
-
-
-def all_finite(taken: list[Taken], grad_norm: Tensor, accelerator: Accelerator) -> bool:
-    """Whether all losses of a step and its gradient are finite: the same answer on every process."""
-    lost = torch.stack([~one.finite for one in taken]).sum().float()
-    everywhere = accelerator.reduce(lost, "sum")
-    assert isinstance(everywhere, Tensor)
-    return bool(torch.isfinite(grad_norm)) and not everywhere.item()
 
 
 def refuse_step(taken: list[Taken], step: int, accelerator: Accelerator) -> None:

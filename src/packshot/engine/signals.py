@@ -1,0 +1,41 @@
+"""Signals by which a scheduler asks a run for a checkpoint before it takes the machine away."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+
+class SignalWatch:
+    """A context that notes SIGTERM (write a checkpoint and stop) and SIGUSR1 (write a checkpoint and continue).
+
+    The loop looks at ``save`` and ``stop`` after each step. A second SIGTERM ends the process at once. Python lets only
+    the main thread set handlers; in another thread the signals keep their meaning.
+    """
+
+    def __init__(self) -> None:
+        self.save = False
+        self.stop = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> SignalWatch:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.save = True
+        if number == signal.SIGTERM:
+            self.stop = True
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal() itself returned
+
+
+def ignore_sigterm(worker: int) -> None:
+    """Of a loader process: a scheduler sends SIGTERM to every process of a job, and the loop still needs its batch."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
