@@ -92,7 +92,10 @@ def test_a_product_set_opens_in_datasets_as_it_is(photos, tmp_path):
     out = run(photos, tmp_path / "out", "source.license=CC0-1.0", "shard_size=4")
     files = str(out / "part-*.parquet")
     table = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))["train"]
-    assert table.column_names == ["image", "mask", "text", "id", "scene", "source", "license", "width", "height"]
+    usual = ["image", "mask", "text", "id", "scene", "source", "license", "width", "height"]
+    assert table.column_names == [*usual, "caption_origin", "status", "reasons"]
+    assert set(table["status"]) == {"accepted"}
+    assert list(table["caption_origin"]) == ["source", "", "", "", "", ""]
     assert len(table) == 6
     assert isinstance(table.features["image"], datasets.Image)
     assert isinstance(table.features["mask"], datasets.Image)
@@ -194,19 +197,28 @@ def test_near_duplicates_across_shards_lose_against_the_earlier_one(photos, tmp_
     assert dataset_bytes(tmp_path / "one") == dataset_bytes(tmp_path / "two")
 
 
-def test_captions_that_name_the_product_are_blanked_and_recorded(photos, tmp_path):
-    (photos / "1.txt").write_text("Professional photo of a perfume bottle on a marble table")
-    out = run(photos, tmp_path / "out", "dataset=background")
-    row = rejected(out)["1.png"]
-    assert (row["reason"], row["measure"], row["kept"]) == ("caption_names_product", "perfume, bottle", True)
-    kept = next(r for r in rows(out) if r["source"] == "photos/1.png")
-    assert kept["text"] == ""
+NAMED = "Professional photo of a perfume bottle on a marble table"
+
+
+@pytest.mark.parametrize(("policy", "texts", "kept"), [("keep", 6, None), ("report", 6, True), ("reject", 5, False)])
+def test_a_persons_caption_is_kept_reported_or_rejected(photos, tmp_path, capsys, policy, texts, kept):
+    """A caption that names a product is its writer's; captions.product decides, and the screen has the count."""
+    for seed in range(5):
+        (photos / f"{seed}.txt").write_text(f"{CAPTION}, the scene can be seen in cream tones and ring light")
+    (photos / "1.txt").write_text(NAMED)
+    out = run(photos, tmp_path / policy, "dataset=background", f"captions.product={policy}")
+    assert f"1 of 5 captions name a product (captions.product={policy}" in capsys.readouterr().err
+    assert len(rows(out)) == texts
+    assert [row["text"] for row in rows(out) if row["source"] == "photos/1.png"] == [NAMED] * (texts - 5)
+    found = rejected(out).get("1.png")
+    assert (found and found["kept"]) is kept
+    assert found is None or (found["reason"], found["measure"]) == ("caption_names_product", "perfume, bottle")
 
 
 def test_what_is_kept_with_a_remark_is_not_counted_as_left_out(photos, tmp_path):
-    (photos / "1.txt").write_text("Professional photo of a perfume bottle on a marble table")
+    (photos / "1.txt").write_text(NAMED)
     (photos / "empty.png").write_bytes(b"")
-    out = run(photos, tmp_path / "out", "dataset=background")
+    out = run(photos, tmp_path / "out", "dataset=background", "captions.product=report")
     assert {name: row["kept"] for name, row in rejected(out).items()} == {"1.png": True, "empty.png": False}
     left_out, remarks = (out / "README.md").read_text().split("| kept with the remark | images |")
     assert "| empty_file | 1 |" in left_out
@@ -565,7 +577,7 @@ def test_a_changed_prompt_redoes_captions_not_masks(photos, tmp_path, captioner)
     out = run(photos, tmp_path / "out", *captioner)
     assert FakeCaptioner.calls == 6
     masks = {path: path.stat().st_mtime_ns for path in out.glob("steps/*/*") if path.parent.name != "caption"}
-    assert {path.parent.name for path in masks} == {"ingest", "dedup", "mask"}
+    assert {path.parent.name for path in masks} == {"ingest", "naming", "dedup", "mask"}
     run(photos, out, "run.resume=true", *captioner)
     assert FakeCaptioner.calls == 6
     run(photos, out, "run.resume=true", *captioner[:-1], "captioner.prompt=warm")

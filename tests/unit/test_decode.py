@@ -1,12 +1,13 @@
 """Rule 30: every odd file decodes correctly or is rejected with its reason."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
-from packshot.imaging.decode import DecodeError, decode_image, flatten
+from packshot.imaging.decode import DecodeError, decode, decode_image, flatten
 
 RNG = np.random.default_rng(0)
 
@@ -115,7 +116,8 @@ def test_zero_bytes_text_and_missing_files_are_rejected(tmp_path):
     assert reason(tmp_path / "gone.png") == "unreadable"
 
 
-def test_heic_is_named():
+def test_heic_without_its_extra_is_named(monkeypatch):
+    monkeypatch.setattr("packshot.imaging.decode._reads_heif", lambda: False)
     assert reason(b"\x00\x00\x00\x18ftypheic" + b"\x00" * 64) == "unsupported_format"
 
 
@@ -157,3 +159,114 @@ def test_srgb_profile_keeps_the_bytes_and_another_profile_converts():
     other = swapped.replace("sRGB".encode("utf-16-be"), "wide".encode("utf-16-be")).replace(b"sRGB", b"wide")
     red = decode_image(encode(Image.new("RGB", (4, 4), (250, 10, 10)), "PNG", icc_profile=other), "x").getpixel((1, 1))
     assert red[2] > red[0]
+
+
+def adobe_rgb(image):
+    """The pixels of an sRGB picture as Adobe RGB would hold them."""
+    from packshot.imaging import profiles
+
+    light = profiles.srgb_light(np.asarray(image) / 255.0)
+    matrix = np.linalg.solve(profiles.to_xyz(profiles._ADOBE), profiles.to_xyz(profiles._SRGB))
+    return Image.fromarray(np.rint((light @ matrix.T).clip(0, 1) ** (256 / 563) * 255).astype(np.uint8))
+
+
+def named_profile(gamma, name):
+    """sRGB's primaries with a plain gamma, under any name: a matrix profile."""
+    srgb = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for entry in range(int.from_bytes(srgb[128:132], "big")):
+        at = 132 + 12 * entry
+        if bytes(srgb[at : at + 4]) in (b"rTRC", b"gTRC", b"bTRC"):
+            place = int.from_bytes(srgb[at + 4 : at + 8], "big")
+            srgb[place : place + 16] = (
+                b"curv\0\0\0\0" + (1).to_bytes(4, "big") + round(gamma * 256).to_bytes(2, "big") + b"\0\0"
+            )
+    assert name in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(bytes(srgb))))
+    return bytes(srgb)
+
+
+def test_a_profile_is_judged_by_what_it_does():
+    """A linear profile that calls itself sRGB used to be taken for sRGB, and red products came out dark."""
+    red = Image.new("RGB", (8, 8), (200, 20, 20))
+    linear = named_profile(1.0, "sRGB")
+    image, steps = decode(encode(red, "PNG", icc_profile=linear), "x")
+    expected = 255 * (1.055 * (np.array([200, 20, 20]) / 255) ** (1 / 2.4) - 0.055)
+    np.testing.assert_allclose(np.asarray(image)[0, 0], expected, atol=2)
+    assert steps == ["from sRGB built-in to sRGB"]
+    assert decode(encode(red, "PNG", icc_profile=named_profile(2.2, "sRGB")), "x")[1] != []
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1.8])
+def test_gamma_of_a_png_is_applied(gamma):
+    from PIL import PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    info.add(b"gAMA", round(100000 / gamma).to_bytes(4, "big"))
+    grey = Image.new("RGB", (4, 4), (100, 100, 100))
+    image, steps = decode(encode(grey, "PNG", pnginfo=info), "x")
+    light = (100 / 255) ** gamma
+    assert abs(image.getpixel((0, 0))[0] - 255 * (1.055 * light ** (1 / 2.4) - 0.055)) <= 1
+    assert steps == ["from gAMA to sRGB"]
+
+
+def test_gamma_that_stands_for_srgb_changes_nothing():
+    from PIL import PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    info.add(b"gAMA", (45455).to_bytes(4, "big"))
+    assert decode(encode(picture(), "PNG", pnginfo=info), "x")[1] == []
+
+
+def with_chunk(png, name, content):
+    """A PNG with one more chunk behind its header."""
+    chunk = len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")
+    return png[:33] + chunk + png[33:]
+
+
+def test_display_p3_by_a_cicp_chunk_is_converted():
+    grey, red = Image.new("RGB", (4, 4), (90, 90, 90)), Image.new("RGB", (4, 4), (200, 60, 60))
+    p3 = bytes((12, 13, 0, 1))
+    assert decode_image(with_chunk(encode(grey, "PNG"), b"cICP", p3), "x").getpixel((0, 0)) == (90, 90, 90)
+    seen = decode_image(with_chunk(encode(red, "PNG"), b"cICP", p3), "x").getpixel((0, 0))
+    assert seen[0] > 208
+    assert seen[1] < 60
+    _, steps = decode(with_chunk(encode(red, "PNG"), b"cICP", bytes((9, 16, 0, 1))), "x")
+    assert steps == ["cICP colours 9/16 (HDR or rare), read as sRGB"]
+    assert decode(with_chunk(encode(red, "PNG"), b"cICP", bytes((1, 13, 0, 1))), "x")[1] == []
+
+
+def test_adobe_rgb_by_exif_is_converted():
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ColorSpace] = 0xFFFF
+    red = Image.new("RGB", (32, 32), (190, 60, 50))
+    _, steps = decode(encode(red, "JPEG", quality=98, exif=exif), "x")
+    assert steps == ["Exif calls its colours uncalibrated, read as sRGB"]
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.IFD.Interop] = {1: "R03"}
+    image, steps = decode(encode(adobe_rgb(red), "JPEG", quality=98, subsampling=0, exif=exif), "x")
+    assert steps == ["from Exif R03 (Adobe RGB) to sRGB"]
+    np.testing.assert_allclose(image.getpixel((9, 9)), (190, 60, 50), atol=4)
+
+
+def test_a_grey_profile_is_applied_to_grey_pictures():
+    grey = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    curve = b"curv\0\0\0\0" + (1).to_bytes(4, "big") + (256).to_bytes(2, "big") + b"\0\0"
+    white = b"XYZ \0\0\0\0" + b"".join(round(v * 65536).to_bytes(4, "big") for v in (0.9642, 1, 0.8249))
+    tags = ((b"kTRC", curve), (b"wtpt", white))
+    table, body, at = (len(tags)).to_bytes(4, "big"), b"", 132 + 12 * len(tags)
+    for name, content in tags:
+        table += name + (at + len(body)).to_bytes(4, "big") + len(content).to_bytes(4, "big")
+        body += content
+    header = bytearray(grey[:128])
+    header[16:20], header[0:4] = b"GRAY", (128 + len(table) + len(body)).to_bytes(4, "big")
+    image, steps = decode(encode(Image.new("L", (4, 4), 60), "PNG", icc_profile=bytes(header) + table + body), "x")
+    assert image.getpixel((0, 0))[0] == pytest.approx(255 * (1.055 * (60 / 255) ** (1 / 2.4) - 0.055), abs=2)
+    assert steps
+
+
+def test_heic_is_read_with_the_extra(monkeypatch):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    data = encode(Image.new("RGB", (64, 64), (200, 30, 30)), "HEIF", quality=90)
+    assert decode_image(data, "x").size == (64, 64)
+    monkeypatch.setattr("packshot.imaging.decode._reads_heif", lambda: False)
+    with pytest.raises(DecodeError, match="needs the package pillow-heif"):
+        decode_image(data, "x")

@@ -12,6 +12,7 @@ from packshot.errors import ConfigError
 
 DatasetKind = Names("DatasetKind", ["background", "product", "rendered"])
 RenderSplit = Names("RenderSplit", ["all", "train", "heldout"])
+ProductNaming = Names("ProductNaming", ["keep", "report", "reject"])
 ExecutorKind = Names("ExecutorKind", ["local", "ray"])
 
 
@@ -30,6 +31,20 @@ class SourceConfig:
     download_seconds: float = opt(20.0, "lists of URLs: longest wait for a picture, each try", min=0.1, max=3600)
     download_mib: float = opt(64.0, "lists of URLs: largest picture", min=0.01, max=4096)
     download_retries: int = opt(3, "lists of URLs: further tries after an error that may pass", min=0, max=20)
+
+
+@dataclass
+class CaptionsConfig:
+    product: ProductNaming = opt(
+        ProductNaming.keep,
+        "captions of the source that name a product: keep them; report them in rejected.parquet and keep them; or "
+        "reject their images",
+    )
+
+
+@dataclass
+class StorageConfig:
+    max_side: int | None = opt(None, "scale pictures down to this longer side, px; null: as they are", min=64)
 
 
 @dataclass
@@ -87,6 +102,8 @@ class BuildData(Script):
     licenses: LicenseConfig = field(default_factory=LicenseConfig)
     dataset: DatasetKind = opt(DatasetKind.product, "background (image, text), product (image, mask, text) or rendered")
     source: SourceConfig = field(default_factory=SourceConfig)
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
+    data: StorageConfig = field(default_factory=StorageConfig)
     matte: MatteConfig = field(default_factory=MatteConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)

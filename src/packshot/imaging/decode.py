@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import threading
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from packshot.errors import PackshotError
+from packshot.imaging import profiles
 from packshot.runs.folder import log
 
 # Content decides, never the extension. Formats that run code (EPS), have no signature (TGA) or hold no photograph
@@ -64,7 +66,7 @@ def decode(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) -> tup
         )
     try:
         image.load()
-        return normalize(image, name)
+        return normalize(image, name, data)
     except DecodeError:
         raise
     except Exception as error:  # decoders answer damaged input with a dozen exception types
@@ -72,8 +74,8 @@ def decode(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) -> tup
         raise DecodeError(f"{name} is {reason}: {error}.", reason, str(error), "Export the image again.") from error
 
 
-def normalize(image: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
-    """What :func:`decode` does to an open picture of any mode.
+def normalize(image: Image.Image, name: str, data: bytes = b"") -> tuple[Image.Image, list[str]]:
+    """What :func:`decode` does to an open picture of any mode. data: of its file, for what Pillow does not tell.
 
     Raises:
         DecodeError: its samples have no black and white.
@@ -82,7 +84,11 @@ def normalize(image: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     if orientation in range(2, 9):
         steps.append(f"turned upright (EXIF orientation {orientation})")
-    return _to_eight_bit(ImageOps.exif_transpose(image), name, steps), steps
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":
+        steps.append(f"the first of {frames} frames")
+    encoding = profiles.own_encoding(image, data)
+    return _to_eight_bit(ImageOps.exif_transpose(image), name, steps, encoding), steps
 
 
 def open_up_to(max_pixels: int | None, data: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
@@ -116,15 +122,16 @@ def _read(source: Path | bytes, name: str) -> bytes:
 
 
 def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
-    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+    heif = data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS
+    if heif and not _reads_heif():
         raise DecodeError(
-            f"{name} is a HEIC/HEIF image, which is not supported.",
+            f"{name} is a HEIC/HEIF image, which needs the package pillow-heif.",
             "unsupported_format",
             "HEIC",
-            "Convert it to JPEG or PNG (heif-convert, or the camera's 'most compatible' setting).",
+            "pip install 'packshot[heic]', or convert it to JPEG or PNG (heif-convert).",
         )
     try:
-        return open_up_to(max_pixels, data, FORMATS)
+        return open_up_to(max_pixels, data, ("HEIF",) if heif else FORMATS)
     except Image.DecompressionBombError as error:
         raise DecodeError(
             f"{name} has more than {max_pixels} pixels.", "too_many_pixels", str(error), "Scale it down."
@@ -138,7 +145,20 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
         ) from error
 
 
-def _to_eight_bit(image: Image.Image, name: str, steps: list[str]) -> Image.Image:
+@cache
+def _reads_heif() -> bool:
+    """Whether the extra for HEIC is installed; it registers itself with Pillow."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def _to_eight_bit(
+    image: Image.Image, name: str, steps: list[str], encoding: profiles.Encoding | str | None
+) -> Image.Image:
     """RGB or RGBA; appends to ``steps`` what was done."""
     if is_high_depth(image):
         steps.append("16 bits to 8 per channel")
@@ -147,12 +167,13 @@ def _to_eight_bit(image: Image.Image, name: str, steps: list[str]) -> Image.Imag
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         alpha = rgba.getchannel("A")
-        colour = _to_srgb(rgba.convert("RGB"), profile, name, steps)
+        grey = profile is not None and profiles.profile_mode(profile) == "L"
+        colour = _to_srgb(rgba.convert("L" if grey and image.mode == "LA" else "RGB"), profile, name, steps, encoding)
         if alpha.getextrema() == (255, 255):
             return colour
         colour.putalpha(alpha)
         return colour
-    return _to_srgb(image if image.mode == "CMYK" else image.convert("RGB"), profile, name, steps)
+    return _to_srgb(image if image.mode in ("CMYK", "L") else image.convert("RGB"), profile, name, steps, encoding)
 
 
 def is_high_depth(image: Image.Image) -> bool:
@@ -178,25 +199,29 @@ def high_depth_to_uint8(image: Image.Image, name: str) -> np.ndarray:
     return np.round(grey_HW.astype(np.float32) / 257.0).astype(np.uint8)
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None, name: str, steps: list[str]) -> Image.Image:
-    """Through the embedded profile if there is one that is not sRGB already; else the plain conversion to RGB."""
-    if not profile:
-        if image.mode != "RGB":
-            steps.append(f"{image.mode} to RGB without a colour profile")
+def _to_srgb(
+    image: Image.Image, profile: bytes | None, name: str, steps: list[str], encoding: profiles.Encoding | str | None
+) -> Image.Image:
+    """RGB in sRGB: by the file's other notes on colour, else through its profile, else by the plain conversion.
+
+    A profile that does nothing to colours leaves the picture's bytes alone. One for another number of channels (a grey
+    one left in an RGB file) says nothing about these pixels.
+    """
+    if isinstance(encoding, str):
+        steps.append(encoding)
         return image.convert("RGB")
+    if encoding is not None:
+        steps.append(f"from {encoding.name} to sRGB")
+        return profiles.from_encoding(image.convert("RGB"), encoding)
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    except OSError as error:
+        if profile and profiles.profile_mode(profile) == image.mode and profiles.changes_colors(profile, image.mode):
+            converted = profiles.through_profile(image, profile)
+            steps.append(f"from {profiles.description(profile)} to sRGB")
+            return converted
+    except (OSError, ImageCms.PyCMSError) as error:
+        steps.append(f"colour profile damaged, {profiles.READ_AS_SRGB}")
         log.warning("%s: its colour profile is damaged (%s); read as sRGB", name, error)
         return image.convert("RGB")
-    space = profile[16:20]  # the data colour space of an ICC header (ICC.1:2022, 7.2.8)
-    channels = {b"RGB ": "RGB", b"CMYK": "CMYK"}.get(space)
-    # Most files carry sRGB: leaving them alone keeps their bytes. A profile for another number of channels (a grey
-    # one left in an RGB file) says nothing about these pixels.
-    described = ImageCms.getProfileDescription(source).strip()
-    if channels != image.mode or "srgb" in described.lower():
-        return image.convert("RGB")
-    steps.append(f"from {described} to sRGB")
-    converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    assert converted is not None  # only None for inPlace=True
-    return converted
+    if image.mode == "CMYK":
+        steps.append("CMYK to RGB without a colour profile")
+    return image.convert("RGB")

@@ -15,7 +15,8 @@ from packshot.config.schema import BuildData, CaptionerKind, DatasetKind
 from packshot.imaging.masks import load_segmentation
 from packshot.imaging.onnx import load_session
 from packshot.make_dataset import sources, steps
-from packshot.pipeline import Step
+from packshot.pipeline import Report, Step
+from packshot.pipeline.shards import read_outcomes
 from packshot.pipeline.step import Outcome, Sample
 from packshot.render import blender_pool
 
@@ -26,7 +27,7 @@ _PLACES = (
 )  # fmt: skip
 # Keys of the source that decide how it is reached.
 _NOT_SHAPING = ("downloads", "download_seconds", "download_mib", "download_retries")
-_PHOTO_SETTINGS = ("dataset", "source", "matte", "depth", "quality", "captioner", "shard_size")
+_PHOTO_SETTINGS = ("dataset", "source", "captions", "data", "matte", "depth", "quality", "captioner", "shard_size")
 _COLUMNS = ("text", "id", "scene", "source", "license", "width", "height")
 
 
@@ -40,6 +41,7 @@ class Recipe:
     fingerprint: digest of the content behind the items of a shard.
     steps: in their order; the last one writes the rows.
     settings: what the card tells about how the set was made: all that shaped it, nothing about where.
+    notes: lines for the screen about what was built.
     hold: keeps other builds from shared folders. finish: removes what the set holds now.
     """
 
@@ -48,25 +50,30 @@ class Recipe:
     refuse: Callable[[BuildData], None]
     items: Callable[[BuildData, str], tuple[list[Sample], list[str]]]
     fingerprint: Callable[[Sequence[Sample]], str]
-    steps: Callable[[BuildData, Path], list[Step]]
+    steps: Callable[[BuildData, Path, Sequence[Sample]], list[Step]]
     settings: Callable[[BuildData], dict[str, Any]]
+    notes: Callable[[BuildData, Report], list[str]] = lambda config, report: []
     hold: Callable[[BuildData], AbstractContextManager[object]] = lambda config: nullcontext()
     finish: Callable[[BuildData, Path], None] = lambda config, folder: None
 
 
-def photo_steps(config: BuildData, folder: Path, masked: bool) -> list[Step]:
-    """From photographs to rows. masked: the product is found in each."""
-    made = [steps.ingest_step(config), steps.dedup_step(config)]
+def photo_steps(config: BuildData, folder: Path, items: Sequence[Sample], masked: bool) -> list[Step]:
+    """From photographs to rows. masked: the product is found in each. items: of the source."""
+    made = [steps.ingest_step(config), steps.naming_step(config), steps.dedup_step(config)]
     pictures = ["image"]
+    added = ["caption_origin"]
     if masked:
         made.append(steps.mask_step(config))
         pictures.append("mask")
+        added += ["status", "reasons"]
         if config.depth.onnx:
             made.append(steps.depth_step(config))
             pictures.append("depth")
     if config.captioner.kind is not CaptionerKind.none:
         made.append(steps.caption_step(config, masked))
-    columns = (*pictures, *_COLUMNS)
+    if any(item.get("repeats", 1) > 1 for item in items):
+        added.append("repeats")
+    columns = (*pictures, *_COLUMNS, *added)
     settings = {"dataset": config.dataset.name, "columns": list(columns)}
     return [*made, steps.final_step(columns, partial(steps.finish, columns=columns), settings)]
 
@@ -89,6 +96,18 @@ def photo_settings(config: BuildData) -> dict[str, Any]:
     return {name: plain[name] for name in names}
 
 
+def naming_notes(config: BuildData, report: Report) -> list[str]:
+    """How many captions of the source name a product, and the key that decides what becomes of them."""
+    named = captioned = 0
+    for file in report.files("naming"):
+        for row in read_outcomes(file, ["naming"]):
+            named += bool(row["naming"])
+    for file in report.files("ingest"):
+        captioned += sum(bool(row["text"]) for row in read_outcomes(file, ["text"]))
+    policy = config.captions.product
+    return [f"{named} of {captioned} captions name a product (captions.product={policy}; keep, report or reject)"]
+
+
 def refuse_networks(config: BuildData) -> None:
     """Load what finds products and depth once."""
     load_segmentation(config.matte)
@@ -106,7 +125,7 @@ def copy_rows(samples: list[Sample]) -> list[Outcome]:
     return [Outcome(sample) for sample in samples]
 
 
-def render_steps(config: BuildData, folder: Path) -> list[Step]:
+def render_steps(config: BuildData, folder: Path, items: Sequence[Sample]) -> list[Step]:
     """From render jobs to rows."""
     render = blender_pool.render_step(blender_pool.open_farm(config, folder))
     return [render, steps.final_step(render.schema.names, copy_rows, {"dataset": "rendered"})]
@@ -144,6 +163,7 @@ RECIPES: dict[DatasetKind, Recipe] = {
         sources.fingerprint,
         partial(photo_steps, masked=False),
         photo_settings,
+        naming_notes,
     ),
     DatasetKind.product: Recipe(
         source_name,
@@ -153,6 +173,7 @@ RECIPES: dict[DatasetKind, Recipe] = {
         sources.fingerprint,
         partial(photo_steps, masked=True),
         photo_settings,
+        naming_notes,
     ),
     DatasetKind.rendered: Recipe(
         lambda config: "rendered",
@@ -162,7 +183,7 @@ RECIPES: dict[DatasetKind, Recipe] = {
         blender_pool.fingerprint,
         render_steps,
         render_settings,
-        hold_scenes,
-        drop_scenes,
+        hold=hold_scenes,
+        finish=drop_scenes,
     ),
 }

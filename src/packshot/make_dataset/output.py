@@ -34,6 +34,10 @@ MEANING = {
     "depth": "inverse depth, near is bright; in rendered sets the product is at 0.5",
     "normals": "surface normals in camera space: x right, y up, z to the camera",
     "product_id": "design of the product",
+    "status": "accepted, or needs_review where the mask is in doubt",
+    "reasons": "codes of what is in doubt; empty when accepted",
+    "caption_origin": "source: a person's caption; else the captioner that wrote it; empty when there is none",
+    "repeats": "how often training should see the image in an epoch",
 }
 
 
@@ -73,6 +77,18 @@ def write_extras(
     for entries in report.entries.values():
         lost += sum(entry.rejected for entry in entries)
     return {"images": images, "accepted": images - lost, "rejected": lost}
+
+
+def reason_counts(report: Report, steps: Sequence[Step]) -> list[str]:
+    """A line on what was left out and one on remarks, by reason, each only where there are any."""
+    rows = rejected_rows(report, steps)
+    lines = []
+    for kept, what in ((False, "left out"), (True, "kept with a remark")):
+        counts = cards.count(row["reason"] for row in rows if row["kept"] is kept)
+        if counts:
+            shown = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+            lines.append(f"{what}: {shown} (rejected.parquet has each with its measure)")
+    return lines
 
 
 def rejected_rows(report: Report, steps: Sequence[Step]) -> list[Sample]:

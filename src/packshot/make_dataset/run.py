@@ -9,7 +9,7 @@ from pathlib import Path
 from packshot.config.schema import BuildData
 from packshot.errors import PackshotError
 from packshot.make_dataset.kinds import RECIPES, Recipe
-from packshot.make_dataset.output import write_extras
+from packshot.make_dataset.output import reason_counts, write_extras
 from packshot.pipeline import run_steps
 from packshot.pipeline.shards import split
 from packshot.runs.folder import default_dir, log, open_run
@@ -40,7 +40,7 @@ def build_held(config: BuildData, recipe: Recipe) -> None:
     run = open_run("build_data", config)
     for note in notes:
         log.info(note)
-    steps = recipe.steps(config, run.path)
+    steps = recipe.steps(config, run.path, items)
     tracker = open_tracker(run, config, "build_data")
     started = time.monotonic()
     shards = split(items, config.shard_size)
@@ -53,6 +53,8 @@ def build_held(config: BuildData, recipe: Recipe) -> None:
         tracker.log({key: float(value) for key, value in line.items()}, 0)
     else:
         log.info("everything was done already")
+    for note in [*recipe.notes(config, report), *reason_counts(report, steps)]:
+        log.info(note)
     log.info("%(accepted)d of %(images)d images accepted, %(rejected)d rejected", figures)
     sheet = run.path / "contact_sheet.png"
     if sheet.exists():

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+from PIL.Image import Image, Resampling
 
 from packshot.caption.models.captioner import Captioner, identity, load_captioner
-from packshot.config.schema import BuildData, LicenseConfig, MatteConfig, QualityConfig
-from packshot.imaging.decode import MAX_PIXELS, DecodeError, decode_image, flatten
+from packshot.config.make_dataset import BuildData, ProductNaming
+from packshot.config.schema import MatteConfig
+from packshot.imaging.decode import MAX_PIXELS, DecodeError, decode, decode_image, flatten
 from packshot.imaging.depth import estimate_depth
 from packshot.imaging.masks import ONNX_LEVELS, MaskFileError, NoProductError, find_mask
-from packshot.make_dataset.dedup import find_duplicates, perceptual_hash
-from packshot.make_dataset.pictures import open_png, png
+from packshot.imaging.profiles import READ_AS_SRGB
+from packshot.make_dataset.dedup import color_map, find_duplicates, perceptual_hash
+from packshot.make_dataset.pictures import encode_scaled, keeps_bytes, open_png, picture, png, scaled, stored_picture
 from packshot.make_dataset.quality import check
 from packshot.make_dataset.sources import read_items
 from packshot.make_dataset.sources.base import Raw
@@ -26,52 +30,74 @@ from packshot.render import rows
 from packshot.runs.files import file_sha256, folder_hash, readable, sha256
 from packshot.runs.licenses import allows
 from packshot.scene import Scene
-from packshot.scene.scores import product_words
+from packshot.scene.naming import names_product
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from packshot.caption.data import CaptionedRow
 
+NAMES_PRODUCT = "caption_names_product"
+# What a step reads to see the picture.
+PICTURE = ("id", "source", "image", "item", "width", "height")
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def without_product(text: str) -> Outcome:
-    """The columns ``text`` for a caption; one that names the product is blanked, with a remark."""
-    words = product_words(text)
-    if words:
-        return Outcome({"text": ""}, "caption_names_product", ", ".join(words))
-    return Outcome({"text": text})
+def ingest(samples: list[Sample], config: BuildData) -> list[Outcome]:
+    """Decode and check the pictures behind items of the source."""
+    return [ingest_one(raw, item, config) for raw, item in zip(read_items(samples), samples, strict=True)]
 
 
-def ingest(samples: list[Sample], quality: QualityConfig, license: str, licenses: LicenseConfig) -> list[Outcome]:
-    return [ingest_one(raw, quality, raw.license or license, licenses) for raw in read_items(samples)]
-
-
-def ingest_one(raw: Raw, quality: QualityConfig, license: str, licenses: LicenseConfig) -> Outcome:
-    known = {"id": sha256(raw.data) if raw.data is not None else "", "source": raw.name}
+def ingest_one(raw: Raw, item: Sample, config: BuildData) -> Outcome:
+    """One picture, or the reason why it is left out."""
+    known: Sample = {"id": sha256(raw.data) if raw.data is not None else "", "source": raw.name}
+    license_name = raw.license or config.source.license
     if raw.data is None:
         return Outcome(known, "unreadable", raw.error, kept=False)
-    if not allows(licenses, license):
-        return Outcome(known, "license", license, kept=False)
+    if not allows(config.licenses, license_name):
+        return Outcome(known, "license", license_name, kept=False)
     try:
-        image = decode_image(raw.data, raw.name, quality.max_pixels)
+        image, changes = decode(raw.data, raw.name, config.quality.max_pixels)
     except DecodeError as error:
         return Outcome(known, error.reason, error.measure, kept=False)
-    if problem := check(image, quality):
+    if problem := check(image, config.quality):
         return Outcome(known, *problem, kept=False)
-    text = without_product(raw.text)
+    flat = flatten(image)
+    small = scaled(image, config.data.max_side)
+    if small is not image:
+        stored = encode_scaled(small, raw.data)
+    else:
+        stored = None if keeps_bytes(raw.data, image, changes) else png(image)
     columns = {
         **known,
-        **text.columns,
-        "image": png(image),
+        "text": raw.text,
+        "caption_origin": raw.origin if raw.text else "",
+        "encoding": raw.encoding,
+        "image": stored,
+        "item": json.dumps({key: value for key, value in item.items() if key != "index"}),
         "mask_file": raw.mask,
-        "license": license,
-        "width": image.width,
-        "height": image.height,
-        "phash": f"{perceptual_hash(flatten(image)):016x}",
+        "license": license_name,
+        "width": small.width,
+        "height": small.height,
+        "repeats": raw.repeats,
+        "phash": f"{perceptual_hash(flat):016x}",
+        "colors": color_map(flat),
     }
-    return dataclasses.replace(text, columns=columns)
+    doubts = [change for change in changes if change.endswith(READ_AS_SRGB)]
+    return Outcome(columns, "color_unknown", doubts[0]) if doubts else Outcome(columns)
+
+
+def check_captions(samples: list[Sample], policy: ProductNaming) -> list[Outcome]:
+    """Look for captions that name a product, where the policy decides what becomes of them, and in odd encodings."""
+    outcomes = []
+    for sample in samples:
+        hits = ", ".join(names_product(sample["text"]))
+        columns = {"naming": hits}
+        if hits and policy is not ProductNaming.keep:
+            outcomes.append(Outcome(columns, NAMES_PRODUCT, hits, kept=policy is ProductNaming.report))
+        elif sample["encoding"]:
+            outcomes.append(Outcome(columns, "caption_encoding", f"read as {sample['encoding']}"))
+        else:
+            outcomes.append(Outcome(columns))
+    return outcomes
 
 
 def dedup(samples: list[Sample], max_distance: int) -> list[Outcome]:
@@ -82,7 +108,9 @@ def dedup(samples: list[Sample], max_distance: int) -> list[Outcome]:
     for position, sample in enumerate(samples):
         first.setdefault(sample["id"], position)
     unique = sorted(first.values())
-    matches = find_duplicates([int(samples[position]["phash"], 16) for position in unique], max_distance)
+    hashes = [int(samples[position]["phash"], 16) for position in unique]
+    colors = [samples[position]["colors"] for position in unique]
+    matches = find_duplicates(hashes, max_distance, colors)
     near = {position: unique[match] for position, match in zip(unique, matches, strict=True) if match is not None}
 
     def judge(position: int, sample: Sample) -> Outcome:
@@ -96,6 +124,7 @@ def dedup(samples: list[Sample], max_distance: int) -> list[Outcome]:
 
 
 def find_masks(samples: list[Sample], matte: MatteConfig, from_files: bool) -> list[Outcome]:
+    """The product in every picture."""
     return [find_one_mask(sample, matte, from_files) for sample in samples]
 
 
@@ -104,34 +133,65 @@ def find_one_mask(sample: Sample, matte: MatteConfig, from_files: bool) -> Outco
     if from_files and sample["mask_file"] is None:
         wanted = mask_pattern(sample["source"].partition("/")[2])
         return Outcome({}, "no_mask", f"source.masks has no {wanted}", kept=False)
-    name, image = sample["source"], open_png(sample["image"])
-    limit = max(MAX_PIXELS, image.width * image.height)  # a mask may be as large as its picture
+    name = sample["source"]
+    image = picture(sample)
     try:
-        given = None
-        if sample["mask_file"] is not None:
-            given = decode_image(sample["mask_file"], f"the mask of {name}", limit)
+        given = given_mask(sample, image)
         found = find_mask(image, matte, given, name)
     except NoProductError as error:
         return Outcome({}, "no_product", f"confidence {error.confidence:.2f}", kept=False)
     except (DecodeError, MaskFileError) as error:
         return Outcome({}, "bad_mask", str(error.args[0]), kept=False)
-    return Outcome({"mask": png(found.to_image()), "mask_method": found.method, "mask_confidence": found.confidence})
+    reasons = list(getattr(found, "reasons", ()))
+    columns = {
+        "mask": png(found.to_image()),
+        "mask_method": found.method,
+        "mask_confidence": found.confidence,
+        "status": "needs_review" if reasons else "accepted",
+        "reasons": reasons,
+    }
+    if reasons:
+        return Outcome(columns, "needs_review", ", ".join(reasons))
+    return Outcome(columns)
+
+
+def given_mask(sample: Sample, image: Image) -> Image | None:
+    """The mask that was drawn for a picture, scaled as the picture was."""
+    if sample["mask_file"] is None:
+        return None
+    limit = max(MAX_PIXELS, image.width * image.height)  # a mask may be as large as its picture
+    mask = decode_image(sample["mask_file"], f"the mask of {sample['source']}", limit)
+    ratio = mask.width / image.width
+    if ratio > 1 and (round(mask.width / ratio), round(mask.height / ratio)) == image.size:
+        return mask.resize(image.size, Resampling.BOX)
+    return mask
 
 
 def add_depth(samples: list[Sample], onnx: str) -> list[Outcome]:
-    return [Outcome({"depth": png(estimate_depth(flatten(open_png(sample["image"])), onnx))}) for sample in samples]
+    """Inverse depth of every picture."""
+    return [Outcome({"depth": png(estimate_depth(flatten(picture(sample)), onnx))}) for sample in samples]
 
 
 def finish(samples: list[Sample], columns: Sequence[str]) -> list[Outcome]:
+    """The rows of the dataset."""
     return [Outcome(finished_row(sample, columns)) for sample in samples]
 
 
 def finished_row(sample: Sample, columns: Sequence[str]) -> Sample:
-    image = open_png(sample["image"])
-    # Over white: readers take RGB, and would show whatever colour lies hidden under alpha 0.
-    flat = {"image": png(flatten(image))} if image.mode == "RGBA" else {}
-    whole = {**sample, **flat, "scene": Scene.parse(sample["text"]).scene.to_dict()}
+    """One row. Transparent pictures lie over white: readers take RGB, and would show the colours under alpha 0."""
+    stored = stored_picture(sample)
+    if sample["image"] is not None and open_png(stored).mode == "RGBA":
+        stored = png(flatten(open_png(stored)))
+    whole = {**sample, "image": stored, "scene": Scene.parse(sample["text"]).scene.to_dict()}
     return {name: whole[name] for name in columns}
+
+
+def added_features() -> dict[str, Any]:
+    """Columns of built sets that rendered ones do not have, as types of ``datasets``."""
+    from datasets import List, Value
+
+    text = Value("string")
+    return {"status": text, "reasons": List(text), "caption_origin": text, "repeats": Value("int32")}
 
 
 def final_step(
@@ -139,31 +199,39 @@ def final_step(
 ) -> Step:
     from datasets import Features
 
-    known = rows.features()
+    known = {**rows.features(), **added_features()}
     schema = Features({name: known[name] for name in columns}).arrow_schema
-    return Step("part", 1, config, schema, function, final=True)
+    return Step("part", 2, config, schema, function, final=True)
 
 
 def ingest_step(config: BuildData) -> Step:
     """Decodes and checks every picture."""
-    quality = config.quality
-    settings: dict[str, object] = dataclasses.asdict(quality)
+    settings: dict[str, object] = dataclasses.asdict(config.quality)
     del settings["duplicate_distance"]
-    settings["license"] = config.source.license
+    settings |= {"license": config.source.license, "max_side": config.data.max_side}
     if config.licenses.commercial:
         settings["licenses"] = dataclasses.asdict(config.licenses)
-    text = [(name, pa.string()) for name in ("id", "text", "source", "license", "phash")]
-    sizes = [("width", pa.int32()), ("height", pa.int32())]
-    schema = pa.schema([*text, ("image", _IMAGE), ("mask_file", pa.binary()), *sizes])
-    function = partial(ingest, quality=quality, license=config.source.license, licenses=config.licenses)
-    return Step("ingest", 1, settings, schema, function)
+    names = ("id", "text", "caption_origin", "encoding", "source", "license", "phash", "item")
+    numbers = [(name, pa.int32()) for name in ("width", "height", "repeats")]
+    binary = [("mask_file", pa.binary()), ("colors", pa.binary())]
+    schema = pa.schema([*((name, pa.string()) for name in names), ("image", _IMAGE), *binary, *numbers])
+    return Step("ingest", 2, settings, schema, partial(ingest, config=config))
+
+
+def naming_step(config: BuildData) -> Step:
+    """Finds captions that name a product."""
+    policy = config.captions.product
+    schema = pa.schema([("naming", pa.string())])
+    function = partial(check_captions, policy=policy)
+    return Step("naming", 1, {"policy": policy.name}, schema, function, reads=("id", "text", "encoding"))
 
 
 def dedup_step(config: BuildData) -> Step:
     """Compares every picture with those before it."""
     distance = config.quality.duplicate_distance
     function = partial(dedup, max_distance=distance)
-    return Step("dedup", 1, {"max_distance": distance}, pa.schema([]), function, reads=("id", "phash"), whole=True)
+    reads = ("id", "phash", "colors")
+    return Step("dedup", 2, {"max_distance": distance}, pa.schema([]), function, reads=reads, whole=True)
 
 
 def mask_step(config: BuildData) -> Step:
@@ -172,9 +240,17 @@ def mask_step(config: BuildData) -> Step:
     from_files = config.source.masks is not None
     if from_files:
         settings["from_files"] = True
-    columns = pa.schema([("mask", _IMAGE), ("mask_method", pa.string()), ("mask_confidence", pa.float32())])
+    columns = pa.schema(
+        [
+            ("mask", _IMAGE),
+            ("mask_method", pa.string()),
+            ("mask_confidence", pa.float32()),
+            ("status", pa.string()),
+            ("reasons", pa.list_(pa.string())),
+        ]
+    )
     function = partial(find_masks, matte=config.matte, from_files=from_files)
-    return Step("mask", 1, settings, columns, function, reads=("image", "mask_file", "source"))
+    return Step("mask", 2, settings, columns, function, reads=(*PICTURE, "mask_file"))
 
 
 def depth_step(config: BuildData) -> Step:
@@ -182,7 +258,7 @@ def depth_step(config: BuildData) -> Step:
     onnx = config.depth.onnx or ""
     settings = {"onnx": file_sha256(readable("depth.onnx", onnx))}
     function = partial(add_depth, onnx=onnx)
-    return Step("depth", 1, settings, pa.schema([("depth", _IMAGE)]), function, reads=("image",))
+    return Step("depth", 2, settings, pa.schema([("depth", _IMAGE)]), function, reads=PICTURE)
 
 
 def network_identity(matte: MatteConfig) -> dict[str, Any]:
@@ -202,40 +278,40 @@ def caption_step(config: BuildData, masked: bool) -> Step:
     def captioner() -> Captioner:  # loaded when the first image needs it: never, on finished work
         return load_captioner(config.model, config.captioner)
 
-    named = identity(config.model, config.captioner)
-    function = partial(write_captions, captioner=captioner)
-    schema = pa.schema([("text", pa.string())])
-    return Step(
-        "caption",
-        1,
-        named,
-        schema,
-        function,
-        reads=("image", "text", "mask") if masked else ("image", "text"),
-        exclusive=True,
-    )
+    named = {**identity(config.model, config.captioner), "origin": config.captioner.kind.name}
+    function = partial(write_captions, captioner=captioner, origin=config.captioner.kind.name)
+    schema = pa.schema([("text", pa.string()), ("caption_origin", pa.string())])
+    reads = (*PICTURE, "text", "caption_origin", *(("mask",) if masked else ()))
+    return Step("caption", 2, named, schema, function, reads=reads, exclusive=True)
 
 
-def write_captions(samples: list[Sample], captioner: Callable[[], Captioner]) -> list[Outcome]:
+def write_captions(samples: list[Sample], captioner: Callable[[], Captioner], origin: str) -> list[Outcome]:
+    """Captions for the pictures that came without one; those of the source stay."""
     from packshot.caption.write import write_rows
 
-    bare = {index: sample for index, sample in enumerate(samples) if not sample["text"]}
-    pictures = {index: picture_and_mask(sample) for index, sample in bare.items()}
-    written = write_rows(pictures, captioner()) if bare else {}
-    return [
-        caption_outcome(written[index]) if index in written else Outcome({"text": sample["text"]})
-        for index, sample in enumerate(samples)
-    ]
+    pictures = {}
+    for index, sample in enumerate(samples):
+        if not sample["text"]:
+            pictures[index] = picture_and_mask(sample)
+    written = write_rows(pictures, captioner()) if pictures else {}
+    outcomes = []
+    for index, sample in enumerate(samples):
+        if index in written:
+            outcomes.append(caption_outcome(written[index], origin))
+        else:
+            outcomes.append(Outcome({"text": sample["text"], "caption_origin": sample["caption_origin"]}))
+    return outcomes
 
 
 def picture_and_mask(sample: Sample) -> tuple[Image, Image | None]:
+    """What the captioner sees: the picture over white, and the mask where it is known."""
     mask = open_png(sample["mask"]).convert("L") if sample.get("mask") else None
-    return flatten(open_png(sample["image"])), mask
+    return flatten(picture(sample)), mask
 
 
-def caption_outcome(row: CaptionedRow) -> Outcome:
+def caption_outcome(row: CaptionedRow, origin: str) -> Outcome:
     """An image without a usable caption stays, with the reason on record; training refuses empty captions."""
     if row.text is not None:
-        return Outcome({"text": row.text})
-    reason = "caption_names_product" if (row.error or "").startswith("names the product") else "no_caption"
-    return Outcome({"text": ""}, reason, row.error)
+        return Outcome({"text": row.text, "caption_origin": origin})
+    reason = NAMES_PRODUCT if (row.error or "").startswith("names the product") else "no_caption"
+    return Outcome({"text": "", "caption_origin": ""}, reason, row.error)

@@ -70,7 +70,7 @@ def fingerprint(items: Sequence[Item]) -> str:
     """Digest over names and contents (image, mask, caption) of a shard."""
     digest = hashlib.sha256()
     for raw in read_items(items):
-        texts = (raw.name, raw.text, raw.encoding, raw.license or "", raw.error, str(raw.repeats))
+        texts = (raw.name, raw.text, raw.encoding, raw.license or "", raw.error, str(raw.repeats), raw.origin)
         for part in (*(text.encode() for text in texts), raw.data or b"", raw.mask or b""):
             digest.update(len(part).to_bytes(8, "big") + part)
     return digest.hexdigest()

@@ -24,8 +24,10 @@ class Raw:
     """The bytes of one sample.
 
     data: of the image file, None when it cannot be read (``error`` says why).
-    text: the caption as its bytes, or as text where the source holds text; ``caption_error`` says why there is none.
+    text: the caption, "" where there is none.
+    encoding: what the caption was read as, "" for UTF-8.
     repeats: how often training should see the picture in an epoch.
+    origin: who wrote the caption, where the source says it.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Raw:
     license: str | None = None
     error: str = ""
     repeats: int = 1
+    origin: str = "source"
 
 
 @dataclass

@@ -146,6 +146,7 @@ _COLUMNS: dict[str, Column] = {
     "mask": Column(("mask",), lambda kind: holds_pictures(kind) or pa.types.is_null(kind), "the bytes of image files"),
     "text": Column(CAPTION_COLUMNS, holds_text, "one caption per row, as text"),
     "license": Column(LICENSE_COLUMNS, holds_text, "the name of a licence, as text"),
+    "origin": Column(("caption_origin",), holds_text, "who wrote the caption, as text"),
 }
 
 
@@ -181,7 +182,9 @@ def read_item(item: Item) -> Raw:
     mask = image_bytes(row.get(names["mask"]))
     error = "" if data is not None else f"row {item['row']} has no bytes in its column '{names['image']}'"
     text = text_of(item["text"] or row.get(names["text"]))
-    return Raw(item["name"], data, text, mask=mask, license=row.get(names["license"]), error=error)
+    origin = "" if item["text"] else row.get(names["origin"])  # a corrected caption is a person's
+    license_name = row.get(names["license"])
+    return Raw(item["name"], data, text, mask=mask, license=license_name, error=error, origin=origin or "source")
 
 
 def image_bytes(value: Any) -> bytes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import bz2
 import gzip
 import json
@@ -119,6 +120,12 @@ def note_member(samples: dict[str, dict[str, tuple[int, int]]], member: tarfile.
 _open_shard: tuple[str, Any] | None = None
 
 
+def close_shard() -> None:
+    """Let go of the shard that was read last."""
+    if _open_shard is not None:
+        _open_shard[1].close()
+
+
 def member_bytes(item: Item, role: str) -> bytes | None:
     """The content of one file of a sample; None where it has none."""
     global _open_shard
@@ -127,6 +134,8 @@ def member_bytes(item: Item, role: str) -> bytes | None:
     if _open_shard is None or _open_shard[0] != item["place"]:
         if _open_shard is not None:
             _open_shard[1].close()
+        else:
+            atexit.register(close_shard)
         _open_shard = item["place"], open_shard(item["place"])
     offset, size = item["spans"][role]
     _open_shard[1].seek(offset)
