@@ -1,7 +1,9 @@
 """Render jobs are keyed by seed and speak the vocabulary; splits share neither product nor combination."""
 
 import ast
+import hashlib
 import json
+import math
 import random
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from packshot.config.compose import compose
 from packshot.errors import ConfigError
 from packshot.make_dataset.run import build
-from packshot.render import blender_pool, phrase_lookup
+from packshot.render import blender_pool, phrase_lookup, varied
 from packshot.render import sample as sampling
 from packshot.render.sample import (
     design,
@@ -249,3 +251,73 @@ def test_named_seeds_are_rendered_in_their_order():
     assert [job["seed"] for job in jobs("render.seeds=[41,7]")] == [41, 7]
     with pytest.raises(ConfigError, match=r"render\.seeds"):
         jobs("render.seeds=[1,1]")
+
+
+# ---- the second generation ----
+
+VARIED = [sample_job(seed) for seed in range(varied.FIRST_SEED, varied.FIRST_SEED + 1500)]
+
+
+def test_earlier_seeds_keep_their_scenes():
+    """Shipped sets can be rendered again: the digest is of the jobs before there was a second generation."""
+    seeds = [*range(300), *range(1_000_000, 1_000_300)]
+    text = json.dumps([sample_job(seed) for seed in seeds])
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "c685e548cea21309"
+
+
+def test_varied_jobs_survive_json_and_follow_from_their_seed():
+    assert json.loads(json.dumps(VARIED)) == VARIED
+    assert [sample_job(job["seed"]) for job in VARIED[:50]] == VARIED[:50]
+
+
+def test_varied_scenes_keep_what_is_held_out():
+    for job in VARIED:
+        kept = is_test_seed(job["seed"])
+        assert {is_held_out(name) for name in [job["product_id"], *(o["product_id"] for o in job["others"])]} == {kept}
+        scene = job["scene"]
+        if scene["surface"] in vocabulary.SURFACES and scene["background"] in vocabulary.BACKGROUNDS:
+            assert is_held_out_combination(scene["surface"], scene["background"]) == kept
+
+
+def test_varied_products_are_one_design_each_and_of_every_kind():
+    kinds = {job["product"]["kind"] for job in VARIED}
+    assert {*sampling.KINDS, *varied.ASPECTS, "object"} == kinds
+    assert all(job["product"] == design(job["product_id"]) for job in VARIED)
+    assert {design(name)["label"] for name in sampling.varied_pool() if name.startswith("q")} == set(varied.LABELS)
+
+
+def test_a_view_is_named_in_the_words_of_the_scene():
+    names = {
+        style: [job["camera"]["elevation"] for job in VARIED if job["scene"]["style"] == [style]]
+        for style in vocabulary.VIEWS
+    }
+    assert (
+        max(names["low angle"]) < 0 < 30 < min(names["high angle"]) <= max(names["high angle"]) < min(names["top view"])
+    )
+    assert all((job["scene"]["background"] is None) == (job["scene"]["style"] == ["top view"]) for job in VARIED)
+    for job in VARIED[:200]:
+        scene = Scene.from_dict(job["scene"])
+        assert Scene.parse(scene.render()).scene == scene
+
+
+def test_a_sweep_stands_before_its_own_backdrop():
+    for job in VARIED:
+        surface, background = job["scene"]["surface"], job["scene"]["background"]
+        if surface in vocabulary.SWEEPS and background is not None:
+            assert vocabulary.SWEEPS.index(surface) == vocabulary.BACKDROPS.index(background)
+    colours = {job["scene"]["surface"] for job in VARIED} & set(vocabulary.SWEEPS)
+    assert colours == set(vocabulary.SWEEPS)
+
+
+def test_frames_are_square_portrait_and_landscape_and_some_show_a_set():
+    frames = [tuple(job["frame"]) for job in VARIED]
+    assert {frame: frames.count(frame) > 150 for frame in set(frames)} == dict.fromkeys(
+        [(1.0, 1.0), (0.75, 1.0), (1.0, 0.75)], True
+    )
+    assert {len(job["others"]) for job in VARIED} == {0, 1, 2}
+    for job in VARIED:
+        width, height = job["frame"]
+        across, up = (abs(value) for value in job["camera"]["offset"])
+        assert across < width / 2
+        tall = job["height"] * math.cos(math.radians(job["camera"]["elevation"]))
+        assert up + tall / 2 < height / 2

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 
 from packshot.dataset.rows import load_rows
 from packshot.errors import ConfigError
@@ -49,8 +48,19 @@ class Render:
         return self.cutout[..., 3] > 127
 
 
-def _pixels(image: Image.Image, size: int) -> np.ndarray:
-    array = np.array(image)
+def _square(images: list[np.ndarray], alpha_HW: np.ndarray) -> list[np.ndarray]:
+    """Every image of a portrait or landscape frame cut to the square around the product; whole if it needs more."""
+    height, width = alpha_HW.shape
+    side = min(height, width)
+    rows, columns = np.nonzero(alpha_HW)
+    if height == width or max(np.ptp(rows), np.ptp(columns)) >= side:
+        return images
+    top = int(np.clip((rows.min() + rows.max() - side) // 2, 0, height - side))
+    left = int(np.clip((columns.min() + columns.max() - side) // 2, 0, width - side))
+    return [image[top : top + side, left : left + side] for image in images]
+
+
+def _resized(array: np.ndarray, size: int) -> np.ndarray:
     if array.shape[:2] == (size, size):
         return array
     method = cv2.INTER_AREA if min(array.shape[:2]) >= size else cv2.INTER_CUBIC
@@ -68,7 +78,8 @@ def read_renders(key: str, path: str, size: int = SIZE) -> Iterator[Render]:
                 f"{key} {path}: sample {row['id']} lacks {', '.join(missing)}.",
                 "The mini family learns from rendered sets: build_data.py dataset=rendered writes them.",
             )
-        image, plate, cutout = (_pixels(row[name], size) for name in _LAYERS)
+        layers = [np.array(row[name]) for name in _LAYERS]
+        image, plate, cutout = (_resized(layer, size) for layer in _square(layers, layers[-1][..., 3]))
         product = design(row["product_id"])
         yield Render(row["id"], row["product_id"], product, row["scene"], image, plate, cutout)
 

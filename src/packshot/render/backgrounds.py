@@ -14,6 +14,7 @@ from packshot.render import materials
 from packshot.render.frame import BACKDROP_Y, WALL_Y
 from packshot.render.materials import Color
 from packshot.render.mesh import add_mesh, cuboid, loft, plane
+from packshot.scene.vocabulary import BACKDROPS, SWEEPS
 
 _PAINTS: dict[str, Color] = {
     "a white wall": (0.85, 0.85, 0.84),
@@ -25,6 +26,17 @@ _PAINTS: dict[str, Color] = {
     "a yellow wall": (0.92, 0.55, 0.06),
     "a dark wall": (0.009, 0.009, 0.011),
 }
+STUDIO_PAINTS: tuple[Color, ...] = (  # of the vocabulary's STUDIO_COLORS
+    (0.92, 0.92, 0.91),
+    (0.34, 0.34, 0.34),
+    (0.012, 0.012, 0.013),
+    (0.74, 0.6, 0.45),
+    (0.86, 0.44, 0.5),
+    (0.16, 0.36, 0.66),
+    (0.24, 0.42, 0.27),
+    (0.92, 0.6, 0.1),
+)
+_PAINTS |= dict(zip(BACKDROPS, STUDIO_PAINTS, strict=True))
 _GRADIENTS: dict[str, tuple[Color, Color]] = {  # at the table, at the top of the frame
     "a pink and orange gradient": ((0.95, 0.42, 0.12), (0.85, 0.2, 0.42)),
     "a blue and white gradient": ((0.86, 0.9, 0.93), (0.08, 0.3, 0.72)),
@@ -42,13 +54,15 @@ _WALL_MATERIALS: dict[str, Callable[[], bpy.types.Material]] = {
 }
 
 
-def has_wall(background: str) -> bool:
+def has_wall(background: str | None) -> bool:
     """Whether the surface can run up to a wall; else it ends in an edge before a far backdrop."""
     return background in _WALL_MATERIALS
 
 
-def floor_below(background: str) -> bpy.types.Material:
+def floor_below(background: str | None) -> bpy.types.Material:
     """The floor of a podium that stands on no named table: what goes with the background."""
+    if background is None:
+        return materials.painted("floor", (0.66, 0.62, 0.56), 0.03)
     if background in _PAINTS:
         return _WALL_MATERIALS[background]()
     if background in _GRADIENTS:
@@ -235,5 +249,7 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 def build_background(job: dict[str, Any]) -> None:
-    """Build what the job's scene has in the background."""
+    """Build what the job's scene has in the background: nothing if the camera does not see it, or the surface is it."""
+    if job["scene"]["background"] is None or job["scene"]["surface"] in SWEEPS:
+        return
     BUILDERS[job["scene"]["background"]](job)

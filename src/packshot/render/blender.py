@@ -25,7 +25,7 @@ from PIL import Image
 
 from packshot.render import camera, materials
 from packshot.render.backgrounds import build_background
-from packshot.render.frame import FRAME
+from packshot.render.frame import FRAME, items_of
 from packshot.render.lights import build_light
 from packshot.render.products import add_product
 from packshot.render.props import add_surroundings
@@ -77,7 +77,10 @@ def build(job: dict[str, Any]) -> list[bpy.types.Object]:
     ground = build_surface(job)
     build_background(job)
     add_surroundings(job["scene"]["surroundings"], job["seed"], ground.clear, ground.floor_z)
-    product = add_product(job["product"], job["height"] * FRAME, ground.product_z, job["turn"])
+    product: list[bpy.types.Object] = []
+    for item in items_of(job):
+        at = (*item["place"], ground.product_z)
+        product += add_product(item["product"], item["height"] * FRAME, at, item["turn"])
     grade = camera.GRADES[job["scene"]["mood"]]
     build_light(job, grade.fill)
     camera.apply_grade(grade)
@@ -149,7 +152,7 @@ def cut_out(image: np.ndarray, coverage: np.ndarray) -> np.ndarray:
 def _check_in_frame(coverage: np.ndarray, job: dict[str, Any]) -> None:
     border = np.concatenate([coverage[0], coverage[-1], coverage[:, 0], coverage[:, -1]])
     share = float((coverage > 127).mean())
-    if border.max() > 0 or share < 0.02:
+    if border.max() > 0 or share < (0.006 if "frame" in job else 0.02):
         raise ValueError(f"job {job['seed']}: the product leaves the frame or is hidden (it covers {share:.1%})")
 
 
@@ -158,7 +161,16 @@ def _show(parts: list[bpy.types.Object], camera_sees: bool, exists: bool = True)
         part.hide_render, part.visible_camera = not exists, camera_sees
 
 
-def _render_layers(job: dict[str, Any], folder: Path) -> None:
+def _set_frame(job: dict[str, Any], size: int) -> None:
+    """The picture's width and height; the longer side is `size`, the other a multiple of 8."""
+    width, height = job.get("frame", (1.0, 1.0))
+    render = bpy.context.scene.render
+    render.resolution_x = size if width == 1 else 8 * round(size * width / 8)
+    render.resolution_y = size if height == 1 else 8 * round(size * height / 8)
+
+
+def _render_layers(job: dict[str, Any], folder: Path, size: int) -> None:
+    _set_frame(job, size)
     product = build(job)
     image = _render_to(folder / "image.png")
     _show(product, camera_sees=True, exists=False)
@@ -177,7 +189,7 @@ def _render_layers(job: dict[str, Any], folder: Path) -> None:
     Image.fromarray(depth).save(folder / "depth.png")
 
 
-def render_job(job: dict[str, Any], folder: Path) -> None:
+def render_job(job: dict[str, Any], folder: Path, size: int) -> None:
     """Render one job into `folder` by way of a temporary one beside it.
 
     Raises ValueError if the product leaves the frame or is hidden.
@@ -187,7 +199,7 @@ def render_job(job: dict[str, Any], folder: Path) -> None:
     draft.mkdir(parents=True)
     try:
         clear_scene()
-        _render_layers(job, draft)
+        _render_layers(job, draft, size)
         (draft / "job.json").write_text(json.dumps(job, indent=1))
         os.replace(draft, folder)
     finally:
@@ -218,7 +230,7 @@ def main() -> int:
         folder = args.out / str(job.get("name", job["seed"]))
         try:
             if not folder.exists():
-                render_job(job, folder)
+                render_job(job, folder, args.size)
         except ValueError as problem:
             error = str(problem)
         print(json.dumps({"name": folder.name, "error": error}), file=answers)

@@ -9,7 +9,7 @@ from typing import Any
 import bpy
 from mathutils import Vector
 
-from packshot.render.frame import FRAME
+from packshot.render.frame import FRAME, items_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def apply_grade(grade: Grade) -> None:
 
 def build_camera(job: dict[str, Any], product_z: float) -> None:
     """Camera so far away that the frame is FRAME wide at the product, looking at its middle from a little above."""
-    spec, height = job["camera"], job["height"] * FRAME
+    spec = job["camera"]
+    height = max(item["height"] for item in items_of(job)) * FRAME
     data = bpy.data.cameras.new("camera")
     data.lens, data.sensor_width, data.clip_end = spec["lens"], 36, 100
     distance = FRAME * spec["lens"] / 36

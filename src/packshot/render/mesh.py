@@ -80,6 +80,31 @@ def cuboid(name, size, material, bevel=0.02) -> bpy.types.Object:
     return box
 
 
+def tube(
+    name: str, points: Sequence[Sequence[float]], radius: float, material, across: Sequence[float], closed=False
+) -> bpy.types.Object:
+    """A round wire along a line of points. `across` is a direction that the line never takes, as its plane's normal."""
+    line = np.array(points, float)
+    ahead = np.roll(line, -1, axis=0) - np.roll(line, 1, axis=0) if closed else np.gradient(line, axis=0)
+    ahead /= np.linalg.norm(ahead, axis=1, keepdims=True)
+    side = np.cross(ahead, np.array(across, float))
+    side /= np.linalg.norm(side, axis=1, keepdims=True)
+    up = np.cross(side, ahead)
+    angles = np.linspace(0, 2 * np.pi, 10, endpoint=False)[:, None, None]
+    rings = line + radius * (np.cos(angles) * side + np.sin(angles) * up)  # (10, points, 3)
+    count = len(line)
+    faces = []
+    for around in range(10):
+        beside = (around + 1) % 10
+        for k in range(count if closed else count - 1):
+            after = (k + 1) % count
+            faces.append((around * count + k, beside * count + k, beside * count + after, around * count + after))
+    if not closed:
+        faces.append([around * count for around in range(9, -1, -1)])
+        faces.append([around * count + count - 1 for around in range(10)])
+    return add_mesh(name, rings.reshape(-1, 3), faces, material, smooth=60.0)
+
+
 def plane(name, half_x, half_y, material, location=(0, 0, 0), rotation=(0, 0, 0)) -> bpy.types.Object:
     corners = [(-half_x, -half_y, 0), (half_x, -half_y, 0), (half_x, half_y, 0), (-half_x, half_y, 0)]
     obj = add_mesh(name, corners, [(0, 1, 2, 3)], material, smooth=None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import bpy
@@ -13,107 +12,34 @@ from mathutils import Matrix
 
 from packshot.render import materials
 from packshot.render.mesh import add_mesh, arc, loft, pillar
+from packshot.render.more_products import MORE_BUILDERS
 from packshot.render.objects import add_object
-
-
-@dataclass(frozen=True)
-class Body:
-    """Outer skin of the labelled part: profile (radius, z), y/x ratio for each point, superellipse power."""
-
-    profile: list[tuple[float, float]]
-    depths: list[float]
-    power: float = 2.0
-    label: tuple[float, float] = (0.2, 0.6)  # z range that takes print
-
-    def rows(self, low: float, high: float) -> np.ndarray:
-        """Heights for print from `low` to `high`: with the body's own rows, or the skin would poke through."""
-        own = [z for _, z in self.profile if low < z < high]
-        return np.unique([low, *own, *np.linspace(low, high, 6)])
-
-    def front(self, x: np.ndarray, z: np.ndarray, offset: float) -> np.ndarray:
-        """y of the front surface at (x, z), moved outwards by `offset`."""
-        heights = [point[1] for point in self.profile]
-        radius = np.interp(z, heights, [point[0] for point in self.profile])
-        depth = radius * np.interp(z, heights, self.depths)
-        inside = np.clip(1 - np.abs(x / radius) ** self.power, 0, 1)
-        return -depth * inside ** (1 / self.power) - offset
-
-
-def _rgb(design: dict[str, Any], name: str) -> list[float]:
-    return design["colors"][name]
-
-
-def _skin(design: dict[str, Any]) -> bpy.types.Material:
-    color, finish = _rgb(design, "body"), design["finish"]
-    if finish == "glass":
-        return materials.glass("body", [0.25 + 0.75 * c for c in color])
-    if finish == "frosted":
-        return materials.plain(
-            "body", [0.15 + 0.85 * c for c in color], 0.32, Transmission_Weight=0.35, Coat_Weight=0.2
-        )
-    if finish == "metal":
-        tone = [0.35 + 0.6 * c for c in color]
-        return materials.metal("body", tone, 0.28)
-    return materials.plain(
-        "body", color, 0.14 if finish == "glossy" else 0.55, Coat_Weight=0.6 if finish == "glossy" else 0.0
-    )
-
-
-def _cap_material(design: dict[str, Any]) -> bpy.types.Material:
-    choices: dict[str, Callable[[], bpy.types.Material]] = {
-        "gold": lambda: materials.metal("gold"),
-        "silver": lambda: materials.metal("silver"),
-        "black": lambda: materials.plain("black", (0.012, 0.012, 0.014), 0.25, Coat_Weight=0.4),
-        "white": lambda: materials.plain("white", (0.86, 0.86, 0.85), 0.3),
-        "wood": lambda: materials.mottled(
-            "cap_wood", [(0.3, (0.3, 0.15, 0.06)), (0.7, (0.6, 0.36, 0.17))], 9, 0.5, stretch=(1, 1, 0.1)
-        ),
-        "accent": lambda: materials.plain("accent", _rgb(design, "accent"), 0.35),
-    }
-    return choices[design["cap"]]()
-
-
-def _raise(obj: bpy.types.Object, z: float) -> bpy.types.Object:
-    obj.location.z += z
-    return obj
-
-
-def _draw_body(body: Body, material: bpy.types.Material, name="body") -> bpy.types.Object:
-    return loft(name, body.profile, material, body.power, body.depths, 64 if body.power == 2 else 96)
-
-
-def _cylinder_body(radius, bottom, top, bevel, power=2.0, depth=1.0, label=(0.15, 0.85)) -> Body:
-    profile = [*arc(radius - bevel, bottom + bevel, bevel, -90, 0), *arc(radius - bevel, top - bevel, bevel, 0, 90)]
-    span = top - bottom
-    return Body(profile, [depth] * len(profile), power, (bottom + label[0] * span, bottom + label[1] * span))
-
-
-def _shouldered(radius, shoulder_z, neck_radius, top, roundness) -> Body:
-    bend = 0.03 + 0.6 * roundness * (radius - neck_radius)
-    foot = min(0.05, radius * 0.3)
-    profile = [
-        *arc(radius - foot, foot, foot, -90, 0),
-        *arc(radius - bend, shoulder_z - bend, bend, 0, 75, 8),
-        (neck_radius, shoulder_z + 0.35 * (radius - neck_radius)),
-        (neck_radius, top),
-    ]
-    return Body(profile, [1.0] * len(profile), 2.0, (foot + 0.06, shoulder_z - bend - 0.04))
+from packshot.render.package_parts import (
+    Body,
+    cap_material,
+    color_of,
+    cylinder_body,
+    draw_body,
+    raise_by,
+    shouldered,
+    skin,
+)
 
 
 def _bottle(design):
     radius, cap = design["aspect"] / 2, 0.13 * design["cap_height"]
     neck = radius * design["neck"]
-    body = _shouldered(radius, 0.66 - 0.1 * design["roundness"] * radius, neck, 1 - cap, design["roundness"])
-    _draw_body(body, _skin(design))
-    _raise(pillar("cap", neck * 1.25, cap + 0.03, _cap_material(design), 0.012), 1 - cap - 0.03)
+    body = shouldered(radius, 0.66 - 0.1 * design["roundness"] * radius, neck, 1 - cap, design["roundness"])
+    draw_body(body, skin(design))
+    raise_by(pillar("cap", neck * 1.25, cap + 0.03, cap_material(design), 0.012), 1 - cap - 0.03)
     return body
 
 
 def _dropper(design):
     radius, neck = design["aspect"] / 2, design["aspect"] / 2 * 0.5
-    body = _shouldered(radius, 0.6, neck, 0.68, design["roundness"])
-    _draw_body(body, _skin(design))
-    _raise(pillar("collar", neck * 1.2, 0.12, _cap_material(design), 0.01), 0.66)
+    body = shouldered(radius, 0.6, neck, 0.68, design["roundness"])
+    draw_body(body, skin(design))
+    raise_by(pillar("collar", neck * 1.2, 0.12, cap_material(design), 0.01), 0.66)
     rubber = materials.plain("rubber", (0.02, 0.02, 0.022) if design["cap"] != "white" else (0.8, 0.8, 0.78), 0.6)
     bulb = neck * 0.72
     loft(
@@ -127,12 +53,12 @@ def _dropper(design):
 
 def _pump(design):
     radius, neck = design["aspect"] / 2, 0.07
-    body = _shouldered(radius, 0.68, neck, 0.76, design["roundness"])
-    _draw_body(body, _skin(design))
-    material = _cap_material(design)
-    _raise(pillar("collar", neck * 1.45, 0.09, material, 0.01), 0.74)
-    _raise(pillar("stem", 0.025, 0.12, material, 0.005), 0.83)
-    _raise(pillar("head", 0.075, 0.07, material, 0.015), 0.93)
+    body = shouldered(radius, 0.68, neck, 0.76, design["roundness"])
+    draw_body(body, skin(design))
+    material = cap_material(design)
+    raise_by(pillar("collar", neck * 1.45, 0.09, material, 0.01), 0.74)
+    raise_by(pillar("stem", 0.025, 0.12, material, 0.005), 0.83)
+    raise_by(pillar("head", 0.075, 0.07, material, 0.015), 0.93)
     nozzle = pillar("nozzle", 0.024, 0.24, material, 0.008)
     nozzle.rotation_euler = (0, math.radians(-97), 0)
     nozzle.location = (0.02, 0, 0.965)
@@ -142,9 +68,9 @@ def _pump(design):
 def _jar(design):
     radius = design["aspect"] / 2
     seam = 0.62
-    body = _cylinder_body(radius * 0.97, 0.0, seam, 0.02 + 0.14 * design["roundness"] * radius, label=(0.25, 0.8))
-    _draw_body(body, _skin(design))
-    _raise(pillar("lid", radius, 1 - seam, _cap_material(design), 0.03), seam)
+    body = cylinder_body(radius * 0.97, 0.0, seam, 0.02 + 0.14 * design["roundness"] * radius, label=(0.25, 0.8))
+    draw_body(body, skin(design))
+    raise_by(pillar("lid", radius, 1 - seam, cap_material(design), 0.03), seam)
     return body
 
 
@@ -154,8 +80,8 @@ def _tube(design):
     t = (heights - cap) / (1 - cap)
     profile = [(radius * (0.9 + 0.1 * u), z) for u, z in zip(t, heights, strict=True)]
     body = Body(profile, [max(0.03, 1 - u**1.4) for u in t], 2.0, (0.3, 0.8))
-    _draw_body(body, _skin(design))
-    pillar("cap", radius * 0.8, cap + 0.01, _cap_material(design), 0.015)
+    draw_body(body, skin(design))
+    pillar("cap", radius * 0.8, cap + 0.01, cap_material(design), 0.015)
     return body
 
 
@@ -163,7 +89,7 @@ def _can(design):
     radius = design["aspect"] / 2
     profile = [(radius * 0.72, 0), (radius * 0.78, 0.012), (radius, 0.07), (radius, 0.87), (radius * 0.83, 0.955)]
     body = Body(profile, [1.0] * 5, 2.0, (0.09, 0.85))
-    _draw_body(body, _skin(design))
+    draw_body(body, skin(design))
     rim = radius * 0.83
     aluminium = materials.metal("silver", roughness=0.25)
     loft(
@@ -176,22 +102,22 @@ def _can(design):
 
 def _aerosol(design):
     radius, cap = design["aspect"] / 2, 0.2
-    body = _cylinder_body(radius, 0.0, 1 - cap - 0.02, 0.03, label=(0.1, 0.9))
-    _draw_body(body, _skin(design))
+    body = cylinder_body(radius, 0.0, 1 - cap - 0.02, 0.03, label=(0.1, 0.9))
+    draw_body(body, skin(design))
     profile = [
         (radius * 0.9, 0),
         (radius * 0.9, cap - 0.06),
         *arc(radius * 0.9 - 0.05, cap - 0.05, 0.05, 0, 88),
         (0.001, cap),
     ]
-    _raise(loft("cap", profile, _cap_material(design)), 1 - cap)
+    raise_by(loft("cap", profile, cap_material(design)), 1 - cap)
     return body
 
 
 def _carton(design):
     radius = design["aspect"] / 2
-    body = _cylinder_body(radius, 0.0, 1.0, 0.012, power=40, depth=0.65, label=(0.1, 0.9))
-    _draw_body(body, _skin(design))
+    body = cylinder_body(radius, 0.0, 1.0, 0.012, power=40, depth=0.65, label=(0.1, 0.9))
+    draw_body(body, skin(design))
     return body
 
 
@@ -199,15 +125,15 @@ def _perfume(design):
     radius, cap = design["aspect"] / 2, 0.2 * design["cap_height"]
     top = 1 - cap - 0.04
     power = 2.0 + 8 * design["roundness"]
-    body = _cylinder_body(radius, 0.0, top, 0.04, power, 0.55, label=(0.2, 0.75))
-    _draw_body(body, _skin(design))
+    body = cylinder_body(radius, 0.0, top, 0.04, power, 0.55, label=(0.2, 0.75))
+    draw_body(body, skin(design))
     liquid = materials.plain(
-        "liquid", [min(1.0, 0.2 + 0.9 * c) for c in _rgb(design, "accent")], 0.05, Transmission_Weight=0.6, IOR=1.33
+        "liquid", [min(1.0, 0.2 + 0.9 * c) for c in color_of(design, "accent")], 0.05, Transmission_Weight=0.6, IOR=1.33
     )
-    _raise(pillar("liquid", radius * 0.84, top * 0.72, liquid, 0.03, power, 0.45), 0.05)
-    _raise(pillar("collar", radius * 0.26, 0.06, materials.metal("gold"), 0.008), top - 0.01)
-    _raise(
-        pillar("cap", radius * 0.36, cap, _cap_material(design), 0.02, 2.0 if design["roundness"] < 0.5 else 6.0),
+    raise_by(pillar("liquid", radius * 0.84, top * 0.72, liquid, 0.03, power, 0.45), 0.05)
+    raise_by(pillar("collar", radius * 0.26, 0.06, materials.metal("gold"), 0.008), top - 0.01)
+    raise_by(
+        pillar("cap", radius * 0.36, cap, cap_material(design), 0.02, 2.0 if design["roundness"] < 0.5 else 6.0),
         top + 0.04,
     )
     return body
@@ -215,24 +141,24 @@ def _perfume(design):
 
 def _tin(design):
     radius = design["aspect"] / 2
-    body = _cylinder_body(radius * 0.97, 0.0, 0.62, 0.03, label=(0.12, 0.9))
-    _draw_body(body, _skin(design))
-    lid = _cap_material(design) if design["finish"] != "metal" else materials.metal("silver", roughness=0.3)
-    _raise(pillar("lid", radius, 0.4, lid, 0.035), 0.6)
+    body = cylinder_body(radius * 0.97, 0.0, 0.62, 0.03, label=(0.12, 0.9))
+    draw_body(body, skin(design))
+    lid = cap_material(design) if design["finish"] != "metal" else materials.metal("silver", roughness=0.3)
+    raise_by(pillar("lid", radius, 0.4, lid, 0.035), 0.6)
     return body
 
 
 def _spray(design):
     """Bottle with a trigger head."""
     radius, neck = design["aspect"] / 2, 0.075
-    body = _shouldered(radius, 0.62, neck, 0.74, design["roundness"])
-    _draw_body(body, _skin(design))
-    material, trigger = _cap_material(design), materials.plain("trigger", _rgb(design, "accent"), 0.4)
-    _raise(pillar("collar", neck * 1.35, 0.08, material, 0.01), 0.72)
+    body = shouldered(radius, 0.62, neck, 0.74, design["roundness"])
+    draw_body(body, skin(design))
+    material, trigger = cap_material(design), materials.plain("trigger", color_of(design, "accent"), 0.4)
+    raise_by(pillar("collar", neck * 1.35, 0.08, material, 0.01), 0.72)
     head = pillar("head", 0.09, 0.26, material, 0.02, power=5.0, depth=0.55)
     head.rotation_euler = (0, math.radians(-90), 0)
     head.location = (0.13, 0, 0.905)
-    _raise(pillar("throat", 0.06, 0.12, material, 0.012), 0.79)
+    raise_by(pillar("throat", 0.06, 0.12, material, 0.012), 0.79)
     nozzle = pillar("nozzle", 0.035, 0.05, trigger, 0.008)
     nozzle.rotation_euler = (0, math.radians(-90), 0)
     nozzle.location = (-0.12, 0, 0.915)
@@ -247,15 +173,15 @@ def _spray(design):
 def _lipstick(design):
     """Open lipstick: sleeve, metal collar, slanted bullet."""
     radius = design["aspect"] / 2
-    body = _cylinder_body(radius, 0.0, 0.52, 0.015, 6.0 if design["roundness"] > 0.6 else 2.0, label=(0.1, 0.9))
-    _draw_body(body, _skin(design))
+    body = cylinder_body(radius, 0.0, 0.52, 0.015, 6.0 if design["roundness"] > 0.6 else 2.0, label=(0.1, 0.9))
+    draw_body(body, skin(design))
     metal = materials.metal("gold" if design["cap"] in ("gold", "wood", "black") else "silver")
-    _raise(pillar("collar", radius * 0.82, 0.2, metal, 0.01), 0.5)
-    bullet = pillar("bullet", radius * 0.62, 0.34, materials.plain("wax", _rgb(design, "accent"), 0.3), 0.02)
+    raise_by(pillar("collar", radius * 0.82, 0.2, metal, 0.01), 0.5)
+    bullet = pillar("bullet", radius * 0.62, 0.34, materials.plain("wax", color_of(design, "accent"), 0.3), 0.02)
     for vertex in bullet.data.vertices:  # cut at a slant
         if vertex.co.z > 0.2:
             vertex.co.z -= (vertex.co.x / radius + 0.62) * 0.11
-    _raise(bullet, 0.66)
+    raise_by(bullet, 0.66)
     return body
 
 
@@ -268,6 +194,7 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], Body | None]] = {
     "bottle": _bottle, "dropper": _dropper, "pump": _pump, "jar": _jar, "tube": _tube,
     "can": _can, "aerosol": _aerosol, "carton": _carton, "perfume": _perfume, "tin": _tin,
     "spray": _spray, "lipstick": _lipstick, "object": _object,
+    **MORE_BUILDERS,
 }  # fmt: skip
 
 
@@ -315,36 +242,76 @@ def _print_text(text, body: Body, size, z, material, offset) -> None:
     ink.visible_shadow = False
 
 
+def _print_front(body: Body, half_width: float, paper: bpy.types.Material, accent: bpy.types.Material) -> None:
+    _patch("label", body, half_width, *body.label, paper)
+
+
+def _print_wrap(body: Body, half_width: float, paper: bpy.types.Material, accent: bpy.types.Material) -> None:
+    _ring("label", body, *body.label, paper)
+
+
+def _print_badge(body: Body, half_width: float, paper: bpy.types.Material, accent: bpy.types.Material) -> None:
+    """A tall oval in the middle of the front, cut from strips."""
+    low, high = body.label
+    for share in np.linspace(-0.95, 0.95, 9):
+        middle = (low + high) / 2 + share * (high - low) / 2
+        width = half_width * math.sqrt(1 - share**2)
+        _patch("label", body, width, middle - (high - low) / 17, middle + (high - low) / 17, paper)
+
+
+def _print_band(body: Body, half_width: float, paper: bpy.types.Material, accent: bpy.types.Material) -> None:
+    """A coloured band around the foot, and paper above it."""
+    low, high = body.label
+    seam = low + 0.3 * (high - low)
+    _ring("band", body, low, seam, accent)
+    _ring("label", body, seam, high, paper)
+
+
+def _print_block(body: Body, half_width: float, paper: bpy.types.Material, accent: bpy.types.Material) -> None:
+    """The upper part of the print in paper, all the way round."""
+    low, high = body.label
+    _ring("label", body, low + 0.4 * (high - low), high, paper)
+
+
+_LAYOUTS: dict[str, Callable[[Body, float, bpy.types.Material, bpy.types.Material], None]] = {
+    "front": _print_front,
+    "wrap": _print_wrap,
+    "badge": _print_badge,
+    "band": _print_band,
+    "block": _print_block,
+}
+
+
 def _print_label(design: dict[str, Any], body: Body) -> None:
     low, high = body.label
     radius = float(np.interp((low + high) / 2, [p[1] for p in body.profile], [p[0] for p in body.profile]))
-    paper = materials.plain("paper", _rgb(design, "label"), 0.65)
-    accent = materials.plain("stripe", _rgb(design, "accent"), 0.5)
+    paper = materials.plain("paper", color_of(design, "label"), 0.65)
+    accent = materials.plain("stripe", color_of(design, "accent"), 0.5)
     half_width = radius * (0.8 if body.power == 2 else 0.72)
-    if design["label"] == "wrap":
-        _ring("label", body, low, high, paper)
-    elif design["label"] == "front":
-        _patch("label", body, half_width, low, high, paper)
     labelled = design["label"] != "none"
+    if labelled:
+        _LAYOUTS[design["label"]](body, half_width, paper, accent)
     span = high - low
     for index in range(design["stripes"]):
         bottom = low + span * (0.08 + 0.1 * index)
         _patch("stripe", body, half_width * (0.86 if labelled else 0.7), bottom, bottom + span * 0.05, accent, 0.004)
-    dark_body = sum(_rgb(design, "body")) < 0.9
-    ink_color = _rgb(design, "ink") if labelled else ((0.9, 0.87, 0.8) if dark_body else _rgb(design, "ink"))
+    dark_body = sum(color_of(design, "body")) < 0.9
+    ink_color = color_of(design, "ink") if labelled else ((0.9, 0.87, 0.8) if dark_body else color_of(design, "ink"))
     size = min(span * 0.5, half_width * 2.5 / len(design["brand"]))
     _print_text(design["brand"], body, size, low + span * 0.6, materials.plain("ink", ink_color, 0.55), 0.0045)
 
 
-def add_product(design: dict[str, Any], height: float, base_z: float, turn: float) -> list[bpy.types.Object]:
-    """Build the product `height` scene units high on z = `base_z`, turned by `turn` degrees; returns its objects."""
+def add_product(
+    design: dict[str, Any], height: float, at: tuple[float, float, float], turn: float
+) -> list[bpy.types.Object]:
+    """Build the product `height` scene units high at (x, y, z), turned by `turn` degrees; returns its objects."""
     before = set(bpy.context.scene.objects)
     body = BUILDERS[design["kind"]](design)
     if body is not None:
         _print_label(design, body)
     parts = [obj for obj in bpy.context.scene.objects if obj not in before]
     bpy.context.view_layer.update()
-    place = Matrix.Translation((0, 0, base_z)) @ Matrix.Rotation(math.radians(turn), 4, "Z") @ Matrix.Scale(height, 4)
+    place = Matrix.Translation(at) @ Matrix.Rotation(math.radians(turn), 4, "Z") @ Matrix.Scale(height, 4)
     for part in parts:
         part.matrix_world = place @ part.matrix_world
         part.pass_index = 1

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from packshot.render import varied
+from packshot.render.frame import FRAME
 from packshot.runs.files import resolve
 from packshot.scene.vocabulary import (
     BACKGROUNDS,
@@ -69,7 +71,12 @@ ASPECTS = {  # width / height
     "can": (0.46, 0.55), "aerosol": (0.28, 0.36), "carton": (0.5, 0.75), "perfume": (0.55, 0.8), "tin": (1.2, 1.6),
     "spray": (0.36, 0.46), "lipstick": (0.22, 0.28),
 }  # fmt: skip
-_CORNERED = {"carton": 1.2, "perfume": 1.15}  # diameter / width of what is not round
+_CORNERED = {
+    "carton": 1.2,
+    "perfume": 1.15,
+    "paper-bag": 1.1,
+    "sunglasses": 1.15,
+}  # diameter / width of what is not round
 CAPS = ("gold", "silver", "black", "white", "wood", "accent")
 LABELS = ("front", "wrap", "none")
 # Objects of one plain colour: the pool has them in the colours of these palettes too.
@@ -135,6 +142,12 @@ def _share(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
+@cache
+def varied_pool() -> tuple[str, ...]:
+    """The ids that the second generation's scenes choose from: packages `q000` to `q223` and the first pool."""
+    return (*(f"q{index:03d}" for index in range(varied.PACKAGE_COUNT)), *product_pool())
+
+
 def is_held_out(product_id: str) -> bool:
     """Which products are kept from all training: data sets, and the mini family that ships, split by it.
 
@@ -171,17 +184,20 @@ def design(product_id: str) -> dict[str, Any]:
 
 def _package(product_id: str) -> dict[str, Any]:
     rng = random.Random(f"packshot-product-{product_id}")
-    kind = KINDS[int(product_id[1:]) % len(KINDS)]
+    second = product_id.startswith("q")
+    kinds = (*KINDS, *varied.ASPECTS) if second else KINDS
+    kind = kinds[int(product_id[1:]) % len(kinds)]
     palette = rng.choice(tuple(PALETTES))
-    finish = rng.choice(FINISHES[kind])
-    aspect = round(rng.uniform(*ASPECTS[kind]), 3)
+    finish = rng.choice((FINISHES | varied.FINISHES)[kind])
+    aspect = round(rng.uniform(*(ASPECTS | varied.ASPECTS)[kind]), 3)
+    labels = varied.LABELS if second else LABELS
     return {
         "kind": kind,
         "palette": palette,
         "colors": {name: list(color) for name, color in PALETTES[palette].items()},
         "finish": finish,
         "cap": rng.choice(CAPS),
-        "label": rng.choice(LABELS[:2] if finish == "glass" else LABELS),  # ink alone drowns in glass
+        "label": rng.choice(LABELS[:2] if finish == "glass" else labels),  # ink alone drowns in glass
         "brand": rng.choice(BRANDS),
         "aspect": aspect,
         "footprint": round(aspect * _CORNERED.get(kind, 1.0), 3),
@@ -277,8 +293,9 @@ def is_test_seed(seed: int) -> bool:
 
 
 @cache
-def _products_of(held_out: bool) -> tuple[str, ...]:
-    return tuple(product for product in product_pool() if is_held_out(product) == held_out)
+def _products_of(held_out: bool, second: bool = False) -> tuple[str, ...]:
+    pool = varied_pool() if second else product_pool()
+    return tuple(product for product in pool if is_held_out(product) == held_out)
 
 
 def sample_job(seed: int, given: dict[str, Any] | None = None, products: Sequence[str] | None = None) -> dict[str, Any]:
@@ -290,6 +307,8 @@ def sample_job(seed: int, given: dict[str, Any] | None = None, products: Sequenc
 
     given: slots of the scene (as `Scene.to_dict` names them) that are set instead of drawn. products: narrows the pool.
     """
+    if seed >= varied.FIRST_SEED:
+        return _sample_varied(seed, given, products)
     rng = random.Random(f"packshot-scene-{seed}")
     product_id = rng.choice(products or _products_of(is_test_seed(seed)))
     product = design(product_id)
@@ -308,6 +327,92 @@ def sample_job(seed: int, given: dict[str, Any] | None = None, products: Sequenc
             "elevation": round(rng.triangular(2, 30, 9), 2),
             "azimuth": round(rng.uniform(-9, 9), 2),
             "offset": [round(rng.gauss(0, 0.05), 3), round(rng.uniform(-0.07, 0.03), 3)],
+        },
+        "podium": {"shape": rng.choice(("round", "round", "square")), "height": round(rng.uniform(0.22, 0.5), 3)},
+    }
+
+
+def _tallest(product: dict[str, Any], rng: random.Random, frame: tuple[float, float]) -> float:
+    """A height for the product, as a share of the frame's longer side: from small to nearly filling the frame."""
+    room = min(frame[1], frame[0] / product["aspect"])
+    return room * rng.triangular(0.28, 0.78, 0.62)
+
+
+def _draw_set(pool: Sequence[str], rng: random.Random, frame: tuple[float, float]) -> list[tuple[str, float]]:
+    """Ids and heights of a scene's products: one, or a set of two or three that share the frame's width."""
+    count = rng.choice((2, 2, 3)) if rng.random() < varied.SEVERAL else 1
+    first = rng.choice(pool)
+    chosen = [first]
+    while len(chosen) < count:
+        chosen.append(first if rng.random() < 0.3 else rng.choice(pool))
+    narrow = (frame[0] / count, frame[1])
+    return [(product_id, round(_tallest(design(product_id), rng, narrow), 3)) for product_id in chosen]
+
+
+def _varied_scene(rng: random.Random, given: dict[str, Any] | None, held_out: bool, view: str | None) -> dict[str, Any]:
+    """A scene of the first generation's slots, moved to a studio or seen from elsewhere for some of the seeds.
+
+    A studio's surface and backdrop are one paper, so that the rule on held-out pairs says nothing of them.
+    """
+    scene: dict[str, Any] = sample_scene(random.Random(rng.random()), None, held_out)
+    scene = varied.studio(scene, rng)
+    if view is not None:
+        scene = scene | {"style": [view]}
+    if view == varied.VIEWS[-1]:  # from above nothing but the ground is seen
+        scene = scene | {"background": None}
+        if "wall" in scene["lighting"]:
+            scene = scene | {"lighting": "soft daylight"}
+    return scene | (given or {})
+
+
+def _sample_varied(seed: int, given: dict[str, Any] | None, products: Sequence[str] | None) -> dict[str, Any]:
+    """A job of the second generation. In addition to :func:`sample_job`: `frame` is the picture's (width, height), the
+    longer one 1, and `others` are the further products of a set with their heights, places and turns."""
+    rng = random.Random(f"packshot-varied-{seed}")
+    frame = varied.draw_frame(rng)
+    chosen = _draw_set(products or _products_of(is_test_seed(seed), second=True), rng, frame)
+    designs = [design(product_id) for product_id, _ in chosen]
+    heights = [height for _, height in chosen]
+    places = varied.place_set(designs, heights, rng)
+    elevation, view = varied.draw_view(rng)
+    lens = rng.choice((40, 50, 60, 70, 85, 100))
+    wide, tall = varied.extent(designs, heights, places, elevation, lens)
+    shrink = min(1.0, (frame[0] - 2 * varied.MARGIN) / wide, (frame[1] - 2 * varied.MARGIN) / tall)
+    heights = [round(height * shrink, 3) for height in heights]
+    places = [(round(x * shrink, 3), round(y * shrink, 3)) for x, y in places]
+    elevation = max(elevation, varied.lowest_elevation(lens, max(heights) * FRAME / 2))
+    if elevation > -1 and view == varied.VIEWS[0]:  # too small to be seen from below
+        view = None
+    scene = _varied_scene(rng, given, is_test_seed(seed), view)
+    others = []
+    for number in range(1, len(chosen)):
+        others.append(
+            {
+                "product_id": chosen[number][0],
+                "product": designs[number],
+                "height": heights[number],
+                "place": list(places[number]),
+                "turn": round(rng.uniform(-24, 24), 1),
+            }
+        )
+    return {
+        "seed": seed,
+        "scene": scene,
+        "product_id": chosen[0][0],
+        "product": designs[0],
+        "height": heights[0],
+        "turn": round(rng.uniform(-40, 40), 1),
+        "place": list(places[0]),
+        "others": others,
+        "frame": list(frame),
+        "camera": {
+            "lens": lens,
+            "elevation": round(elevation, 2),
+            "azimuth": round(rng.uniform(-14, 14), 2),
+            "offset": [
+                varied.offset_within(rng, wide * shrink, frame[0]),
+                varied.offset_within(rng, tall * shrink, frame[1]),
+            ],
         },
         "podium": {"shape": rng.choice(("round", "round", "square")), "height": round(rng.uniform(0.22, 0.5), 3)},
     }

@@ -12,10 +12,12 @@ import bpy
 import numpy as np
 
 from packshot.render import materials
-from packshot.render.backgrounds import floor_below, has_wall
-from packshot.render.frame import FRAME, WALL_Y
-from packshot.render.mesh import add_mesh, bumps, cuboid, link_copy, pebble, pillar, relief, sphere_points
-from packshot.scene.vocabulary import ON
+from packshot.render.backgrounds import STUDIO_PAINTS, floor_below, has_wall
+from packshot.render.frame import WALL_Y, reach_of
+from packshot.render.mesh import add_mesh, arc, bumps, cuboid, link_copy, pebble, pillar, relief, sphere_points
+from packshot.scene.vocabulary import ON, SWEEPS
+
+OPEN_BACK = 8.0  # y where the ground ends if nothing is behind it: the camera looks down
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,25 @@ PODIUMS: dict[str, Callable[[], bpy.types.Material]] = {
 }
 
 
-def _table(material: bpy.types.Material, background: str) -> None:
+def _table(material: bpy.types.Material, background: str | None) -> None:
     """Up to the wall, or ending in an edge in front of a far backdrop."""
-    back = WALL_Y if has_wall(background) else 1.7
+    back = OPEN_BACK if background is None else WALL_Y if has_wall(background) else 1.7
     top = cuboid("table", (16, back + 12, 0.3), material, 0.01)
     top.location = (0, back - (back + 12) / 2, -0.3)
+
+
+def _sweep(color: int, rng: random.Random, reach: float) -> Ground:
+    """Paper, or a glossy board, that bends up from the floor behind the product."""
+    paint = STUDIO_PAINTS[color]
+    gloss = rng.random() < 0.25
+    material = materials.plain("sweep", paint, 0.12) if gloss else materials.painted("sweep", paint, 0.015, 0.7)
+    start = max(0.9, reach + 0.2) + rng.uniform(0, 0.8)
+    bend = rng.uniform(0.4, 1.6)
+    line = [(-10.0, 0.0), *arc(start, bend, bend, -90, 0, 16), (start + bend, 10.0)]
+    points = [(x, y, z) for y, z in line for x in (-10.0, 10.0)]
+    faces = [(2 * k, 2 * k + 1, 2 * k + 3, 2 * k + 2) for k in range(len(line) - 1)]
+    add_mesh("sweep", points, faces, material, smooth=180.0)
+    return Ground(0.0, reach * 1.1)
 
 
 def _podium(material: bpy.types.Material, job: dict[str, Any], reach: float) -> Ground:
@@ -73,13 +89,13 @@ def _fade(x, y, inner, outer):
     return t * t * (3 - 2 * t)
 
 
-def _ground(name: str, material, height: Callable, sink: float, reach: float, steps=200) -> Ground:
+def _ground(name: str, material, height: Callable, sink: float, reach: float, back: float, steps=200) -> Ground:
     """A relief up to the wall in which the product sinks by `sink`."""
-    relief(name, (-5, 5), (-6, WALL_Y), height, material, steps)
+    relief(name, (-5, 5), (-6, back), height, material, steps)
     return Ground(-sink, reach * 1.1, lambda x, y: float(height(np.array(x), np.array(y))))
 
 
-def _sand(rng: random.Random, reach: float) -> Ground:
+def _sand(rng: random.Random, reach: float, back: float) -> Ground:
     phase, turn = rng.uniform(0, 6), rng.uniform(-0.5, 0.5)
 
     def height(x, y):
@@ -87,10 +103,10 @@ def _sand(rng: random.Random, reach: float) -> Ground:
         dunes = 0.16 * np.sin(0.9 * x + phase) * np.sin(1.1 * y + phase)
         return (dunes * 0.5 + 0.035 * np.sin(across * 13)) * _fade(x, y, reach, reach + 0.8)
 
-    return _ground("sand", materials.sand(), height, 0.015, reach)
+    return _ground("sand", materials.sand(), height, 0.015, reach, back)
 
 
-def _snow(rng: random.Random, reach: float) -> Ground:
+def _snow(rng: random.Random, reach: float, back: float) -> Ground:
     waves = [(rng.gauss(0, 2.2), rng.gauss(0, 2.2), rng.uniform(0, 6.28)) for _ in range(9)]
 
     def height(x, y):
@@ -98,10 +114,10 @@ def _snow(rng: random.Random, reach: float) -> Ground:
         crust = sum(np.sin(5 * a * x + 5 * b * y + 2 * c) for a, b, c in waves)
         return (0.075 * drifts + 0.006 * crust) * _fade(x, y, reach, reach + 0.5)
 
-    return _ground("snow", materials.snow(), height, 0.03, reach)
+    return _ground("snow", materials.snow(), height, 0.03, reach, back)
 
 
-def _water(rng: random.Random, reach: float) -> Ground:
+def _water(rng: random.Random, reach: float, back: float) -> Ground:
     """Rings around the product over a light cross swell."""
     phase, turn = rng.uniform(0, 6), rng.uniform(-0.6, 0.6)
 
@@ -111,7 +127,7 @@ def _water(rng: random.Random, reach: float) -> Ground:
         along = x * math.sin(turn) + y * math.cos(turn)
         return (rings + 0.01 * np.sin(6 * along + np.sin(2.2 * x + phase))) * _fade(x, y, reach * 0.8, reach + 0.2)
 
-    return _ground("water", materials.water(), height, 0.02, reach, 260)
+    return _ground("water", materials.water(), height, 0.02, reach, back, 260)
 
 
 def _folds(rng: random.Random, depth: float, sharpness: float, reach: float) -> Callable:
@@ -124,17 +140,17 @@ def _folds(rng: random.Random, depth: float, sharpness: float, reach: float) -> 
     return height
 
 
-def _linen(rng: random.Random, reach: float) -> Ground:
-    return _ground("linen", materials.linen(), _folds(rng, 0.11, 0.5, reach), 0.0, reach)
+def _linen(rng: random.Random, reach: float, back: float) -> Ground:
+    return _ground("linen", materials.linen(), _folds(rng, 0.11, 0.5, reach), 0.0, reach, back)
 
 
-def _silk(rng: random.Random, reach: float) -> Ground:
+def _silk(rng: random.Random, reach: float, back: float) -> Ground:
     tones = ((0.62, 0.4, 0.22), (0.55, 0.09, 0.13), (0.72, 0.62, 0.52), (0.08, 0.16, 0.34), (0.6, 0.3, 0.34))
     height = _folds(rng, 0.26, 0.32, reach)
-    return _ground("silk", materials.silk(rng.choice(tones)), height, 0.0, reach, 260)
+    return _ground("silk", materials.silk(rng.choice(tones)), height, 0.0, reach, back, 260)
 
 
-def _pebbles(rng: random.Random, reach: float) -> Ground:
+def _pebbles(rng: random.Random, reach: float, back: float) -> Ground:
     """A bed of copies of a few stones; those under the product lie lower, so that it stands on them."""
     tones = ((0.8, 0.79, 0.76), (0.7, 0.68, 0.64), (0.84, 0.83, 0.81))
     stones = []
@@ -143,7 +159,7 @@ def _pebbles(rng: random.Random, reach: float) -> Ground:
             material = materials.mottled("pebble", [(0.3, [c * 0.85 for c in tone]), (0.7, tone)], 10, 0.55, bump=0.1)
             radius = rng.uniform(0.1, 0.14)
             stones.append(pebble("pebble", (radius, radius * rng.uniform(0.7, 0.9), radius * 0.55), rng, material))
-    relief("gravel", (-5, 5), (-6, WALL_Y), lambda x, y: 0 * x - 0.02, materials.stone((0.5, 0.48, 0.45)), 2)
+    relief("gravel", (-5, 5), (-6, back), lambda x, y: 0 * x - 0.02, materials.stone((0.5, 0.48, 0.45)), 2)
     for x in np.arange(-2.3, 2.3, 0.165):
         for y in np.arange(-2.2, WALL_Y - 0.05, 0.165):
             place = (x + rng.uniform(-0.05, 0.05), y + rng.uniform(-0.05, 0.05))
@@ -156,7 +172,7 @@ def _pebbles(rng: random.Random, reach: float) -> Ground:
     return Ground(0.07, reach * 1.05, lambda x, y: 0.1)
 
 
-def _moss(rng: random.Random, reach: float) -> Ground:
+def _moss(rng: random.Random, reach: float, back: float) -> Ground:
     points, faces = sphere_points(72, 108)
     radius, top = max(0.95, reach * 1.5), 0.36
     rough = 0.09 * bumps(points, rng, 8, 1.6) + 0.035 * bumps(points, rng, 12, 7)
@@ -168,7 +184,7 @@ def _moss(rng: random.Random, reach: float) -> Ground:
     return Ground(top + 0.012, radius * 1.02)
 
 
-GROUNDS: dict[str, Callable[[random.Random, float], Ground]] = {
+GROUNDS: dict[str, Callable[[random.Random, float, float], Ground]] = {
     "a bed of sand": _sand,
     "a bed of white pebbles": _pebbles,
     "a moss-covered stone": _moss,
@@ -182,7 +198,9 @@ GROUNDS: dict[str, Callable[[random.Random, float], Ground]] = {
 def build_surface(job: dict[str, Any]) -> Ground:
     """Build what the product stands on, and the floor below it if that is a podium or a stone."""
     surface, background = job["scene"]["surface"], job["scene"]["background"]
-    reach = job["height"] * FRAME * job["product"]["footprint"] / 2
+    reach = reach_of(job)
+    if surface in SWEEPS:
+        return _sweep(SWEEPS.index(surface), random.Random(f"packshot-ground-{job['seed']}"), reach)
     top, _, below = surface.partition(ON)
     if top in TABLES:
         _table(TABLES[top](), background)
@@ -191,4 +209,5 @@ def build_surface(job: dict[str, Any]) -> Ground:
         _table(TABLES[below]() if below else floor_below(background), background)
     if top in PODIUMS:
         return _podium(PODIUMS[top](), job, reach)
-    return GROUNDS[top](random.Random(f"packshot-ground-{job['seed']}"), reach)
+    back = WALL_Y if background else OPEN_BACK
+    return GROUNDS[top](random.Random(f"packshot-ground-{job['seed']}"), reach, back)

@@ -111,6 +111,14 @@ MOODS = ("minimalist", "warm", "cool", "dramatic", "luxurious", "fresh", "calm",
 STYLES = ("product photography", "shallow depth of field")
 
 
+# The second generation of rendered scenes adds these. They stand apart from the tuples above, because the scenes of the
+# first generation are drawn from those by seed, and because shipped weights know no other words.
+STUDIO_COLORS = ("white", "grey", "black", "beige", "pink", "blue", "green", "yellow")
+SWEEPS = tuple(f"a {color} studio sweep" for color in STUDIO_COLORS)  # paper that bends from floor to wall
+BACKDROPS = tuple(f"a {color} studio backdrop" for color in STUDIO_COLORS)
+VIEWS = ("low angle", "high angle", "top view")
+
+
 def split_position(phrase: str) -> tuple[str, str | None]:
     """A thing of the surroundings and where it stands: "lemons behind it" -> ("lemons", "behind it")."""
     for position in POSITIONS:
