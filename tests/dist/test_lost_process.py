@@ -35,8 +35,8 @@ def test_a_killed_process_stops_the_other_with_a_reason(tmp_path):
         assert all(process.poll() is None for process in processes), processes[0].stderr.read()
         time.sleep(0.2)
     processes[1].send_signal(signal.SIGKILL)
-    _, said = processes[0].communicate(timeout=120)
+    _, stderr = processes[0].communicate(timeout=120)
     assert processes[0].returncode == 1
-    assert "has lost another process" in said
-    assert "run.resume=true" in said
+    assert "has lost another process" in stderr
+    assert "run.resume=true" in stderr
     assert json.loads(metrics.read_text().splitlines()[-1])["step"] < 1000

@@ -25,25 +25,25 @@ def fill(folder, chunks, value, accelerator):
 
 
 def test_no_chunk_is_left_out_while_another_run_writes(tmp_path, monkeypatch):
-    """What is missing is said by the main process, whatever another run has written when the second one looks."""
-    chunks, said = [["a"], ["b"], ["c"], ["d"]], []
+    """The main process decides what is missing, even if files appear before the second process looks."""
+    chunks, decided = [["a"], ["b"], ["c"], ["d"]], []
 
     def broadcast_from_main(accelerator, make):
         if accelerator.process_index == 0:
-            said.append(make())
+            decided.append(make())
             TensorCache(tmp_path).put({"a": {"x": torch.tensor([9.0])}})
-            heard.wait()
+            written.wait()
         else:
-            heard.wait()
+            written.wait()
             make()
-        return said[0]
+        return decided[0]
 
-    heard, meet = threading.Barrier(2), threading.Barrier(2)
+    written, meet = threading.Barrier(2), threading.Barrier(2)
     monkeypatch.setattr("packshot.engine.tensor_cache.broadcast_from_main", broadcast_from_main)
     with ThreadPoolExecutor(2) as pool:
         accelerators = [process(rank, 2, meet.wait) for rank in range(2)]
         caches = list(pool.map(lambda accelerator: fill(tmp_path, chunks, 1.0, accelerator), accelerators))
-    assert said == [[0, 1, 2, 3]]
+    assert decided == [[0, 1, 2, 3]]
     assert all(key in cache for key in "abcd" for cache in caches)
 
 
@@ -54,6 +54,7 @@ def test_a_folder_that_is_not_shared_is_reported(tmp_path, monkeypatch):
 
 
 def test_an_existing_entry_stays_when_its_chunk_is_redone(tmp_path):
+    """File names are digests, so several are tried to get both orders."""
     for number in range(8):  # the names of files are digests: in whatever order they come
         folder = tmp_path / str(number)
         fill(folder, [[f"old{number}"]], 1.0, process())
@@ -78,7 +79,7 @@ def test_the_older_of_two_copies_wins(tmp_path):
 
 
 def test_unreadable_files_are_skipped_and_kept(tmp_path, monkeypatch, caplog):
-    """Another user's, or on storage that is away for a moment."""
+    """They may be another user's, or their storage may be away for a moment."""
     cache = fill(tmp_path, [["a", "b"]], 1.0, process())
     (file,) = tmp_path.glob("*.safetensors")
     assert file.stat().st_mode & 0o777 == 0o666 & ~UMASK  # others may read what they share
@@ -96,6 +97,7 @@ def test_unreadable_files_are_skipped_and_kept(tmp_path, monkeypatch, caplog):
 
 
 def test_entries_of_another_run_are_not_written_again(tmp_path, monkeypatch):
+    """Another run wrote them after the main process looked; an empty file must not be written."""
     fill(tmp_path, [["a"], ["b"]], 1.0, process())
     before = set(tmp_path.glob("*.safetensors"))
     monkeypatch.setattr(

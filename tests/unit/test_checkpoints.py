@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, which settings may change on resume, what a full disk leaves behind."""
+"""Checkpoints: their contents, the settings that may change on resume, and a disk that is full."""
 
 import errno
 import json
@@ -33,7 +33,7 @@ CONSTANT = {"lr_schedule": LRSchedule.constant}
 
 
 @pytest.fixture
-def said(caplog, monkeypatch):
+def log_text(caplog, monkeypatch):
     """Lines of the log."""
     monkeypatch.setattr(log, "propagate", True)
     with caplog.at_level(logging.INFO):
@@ -60,6 +60,7 @@ def test_the_page_names_every_file_and_key(tmp_path, root):
 
 
 def test_the_page_names_every_setting_that_may_change(root):
+    """Each pattern is in docs/checkpoints.md, and each matches a key that exists."""
     known = {key for schema in SCRIPTS.values() for key, _, _ in fields(schema)}
     for pattern in (*FREE, *RATES, *BY_EFFECT):
         assert pattern in named_in_page(root), pattern
@@ -116,7 +117,7 @@ def test_every_difference_is_named_with_both_values():
     assert "step 50" in str(caught.value)
 
 
-def test_settings_that_leave_the_weights_alone_may_change(said):
+def test_settings_that_leave_the_weights_alone_may_change(log_text):
     then = made("train_lora", "run.dir=/a", "data.num_workers=0")
     now = made(
         "train_lora", "run.dir=/b", "run.resume=true", "data.num_workers=2", "tracking=none", "data.cache=false",
@@ -124,7 +125,7 @@ def test_settings_that_leave_the_weights_alone_may_change(said):
     )  # fmt: skip
     check(then, now, 50)
     for key in ("run.dir: /a -> /b", "data.num_workers: 0 -> 2", "tracking.kind: wandb -> none", "export.kohya: false"):
-        assert key in said()
+        assert key in log_text()
 
 
 @pytest.mark.parametrize(
@@ -140,6 +141,7 @@ def test_settings_that_leave_the_weights_alone_may_change(said):
     ],
 )
 def test_a_schedule_may_change_after_the_steps_so_far(before, after, steps, allowed):
+    """Allowed if every step so far would have had the same learning rate."""
     then, now = made("train_lora", *before), made("train_lora", *before, *after)
     if allowed:
         check(then, now, steps)
@@ -150,6 +152,7 @@ def test_a_schedule_may_change_after_the_steps_so_far(before, after, steps, allo
 
 
 def test_processes_may_change_if_the_step_size_stays():
+    """Processes, micro-steps and batch size are compared by their product."""
     then = made("train_lora", "train.batch_size=4", processes=2)
     check(then, made("train_lora", "train.batch_size=2", "train.gradient_accumulation_steps=4"), 50)
     with pytest.raises(PackshotError, match=r"samples per optimizer step: 8 \(2 processes x 1 .* x 4\) -> 4 \(1 "):
@@ -165,6 +168,8 @@ def test_processes_may_change_if_the_step_size_stays():
     ids=["processes", "accumulation"],
 )
 def test_with_dropout_the_split_of_a_step_must_stay(overrides, processes, arithmetic):
+    """Dropout masks inside the network depend on how processes and micro-steps split a step."""
+
     def run(dropout, *keys, processes=1):
         return made("train_lora", f"method.dropout={dropout}", *keys, processes=processes)
 
@@ -175,10 +180,10 @@ def test_with_dropout_the_split_of_a_step_must_stay(overrides, processes, arithm
         check(then, now, 50)
 
 
-def test_the_data_may_move_but_not_change(said):
+def test_the_data_may_move_but_not_change(log_text):
     then = made("train_lora", "data.train=/old")
     check(then, made("train_lora", "data.train=/new"), 50)
-    assert "data.train: /old -> /new" in said()
+    assert "data.train: /old -> /new" in log_text()
     with pytest.raises(PackshotError, match=r"data\.train: 7 samples .* -> 6 samples"):
         check(then, made("train_lora", "data.train=/old", rows=ROWS[:6]), 50)
 
@@ -191,20 +196,20 @@ def old_names(then):
     return replace(then, config={**then.config, "objective": objective})
 
 
-def test_renamed_keys_of_a_checkpoint_are_translated(said):
+def test_renamed_keys_of_a_checkpoint_are_translated(log_text):
     """A resumed run compares the values of renamed keys, and reports none of them when they are equal."""
     then = made("train_lora", "objective.loss_weighting=debiased")
     check(old_names(then), then, 50)
-    assert not said()
+    assert not log_text()
     with pytest.raises(PackshotError, match=r"objective\.loss_weighting: debiased -> none"):
         check(old_names(then), made("train_lora"), 50)
 
 
-def test_a_key_unknown_to_one_version_is_reported(said):
+def test_a_key_unknown_to_one_version_is_reported(log_text):
     then = made()
     older = {**then.config, "optim": {k: v for k, v in then.config["optim"].items() if k != "eps"}}
     check(replace(then, config=older), then, 50)
-    assert "optim.eps: (no such key) -> 1e-08" in said()
+    assert "optim.eps: (no such key) -> 1e-08" in log_text()
 
 
 def test_other_settings_stop_before_anything_is_restored(tmp_path):
@@ -229,7 +234,7 @@ def test_a_lengthened_constant_run_equals_a_long_one(tmp_path):
 
 @contextmanager
 def files_up_to(size):
-    """The nearest thing to a full disk that needs no rights: writing beyond ``size`` bytes of a file fails."""
+    """Make writes beyond ``size`` bytes of a file fail, which is like a full disk and needs no rights."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -239,7 +244,7 @@ def files_up_to(size):
 
 
 class Large(Regression):
-    """4 MiB of weights, 8 MiB of optimizer state: more than a test's log, which the limit holds for too."""
+    """4 MiB of weights and 8 MiB of optimizer state: more than the log of a test, which the limit also holds."""
 
     def __init__(self):
         super().__init__()
@@ -251,6 +256,7 @@ class Large(Regression):
 
 @pytest.mark.parametrize("size", [3_000_000, 6_000_000], ids=["weights", "optimizer"])
 def test_a_failed_checkpoint_leaves_the_one_before(tmp_path, size):
+    """The run stops, and the resumed one ends with the weights of an unbroken run."""
     settings = {"max_steps": 4, "checkpointing_steps": 2, "checkpoints_total_limit": 1, "ema_decay": 0.0, **CONSTANT}
     whole, _ = run_fit(tmp_path / "a", Large(), **settings)
     run_fit(tmp_path / "b", Large(), **{**settings, "max_steps": 2})
@@ -353,6 +359,7 @@ def train_text(path, tmp_path, *overrides):
 
 
 def test_a_text_encoder_lora_resumes_and_exports_again(tmp_path, root, monkeypatch):
+    """A whole run with text encoders: stock loaders read it, a kill changes no bit, a failed export is made up for."""
     shards = sorted((root / "data" / "rendered" / "heldout").glob("*.parquet"))
     (tmp_path / "set").mkdir()
     pq.write_table(pq.read_table(shards[0]).slice(0, 5), tmp_path / "set" / "part-00000.parquet")

@@ -111,6 +111,7 @@ def test_accumulated_gradient_is_the_mean_over_all_samples(tmp_path):
 
 
 def test_every_sample_comes_once_an_epoch():
+    """For any batch size and number of processes, in the same order."""
     seen = {}
     for world, size in ((1, 3), (2, 4), (3, 1)):
         streams = [
@@ -140,6 +141,7 @@ def test_every_sample_comes_once_an_epoch():
     seed=st.integers(0, 5),
 )
 def test_steps_hold_one_bucket_and_drop_no_sample(groups, size, seed):
+    """Steps continue over the ends of epochs, and any number of processes cuts the same ones."""
     order = SampleOrder(groups, seed, size)
     taken = []
     while len(taken) < 6 * len(groups) + 4 * size:
@@ -249,7 +251,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
 
 
 def test_damaged_checkpoints_never_cost_good_ones(tmp_path):
-    """With a limit of two, the damaged ones were counted among the newest, so that new ones went as soon as written."""
+    """Damaged ones were counted among the newest, so that new ones were deleted as soon as they were written."""
     settings = {"checkpointing_steps": 2, "checkpoints_total_limit": 2, "lr_schedule": LRSchedule.constant}
     unbroken, _ = run_fit(tmp_path / "a", max_steps=14, **settings)
     run_fit(tmp_path / "b", max_steps=12, **settings)
@@ -280,7 +282,7 @@ def test_damaged_checkpoints_never_cost_good_ones(tmp_path):
 
 
 def test_the_checkpoint_just_written_is_never_pruned(tmp_path):
-    """Not even when folders with later numbers lie beside it."""
+    """Even if folders with later numbers exist."""
     for step in (2, 50, 60):
         (tmp_path / str(step)).mkdir()
     checkpoints.prune(tmp_path, 1, protected={2})
@@ -384,6 +386,7 @@ def test_a_non_finite_loss_stops_despite_a_finite_gradient(tmp_path):
 
 
 def test_a_non_finite_loss_stops_an_fp16_run():
+    """The scaler may skip a step whose gradient overflows, but would skip a lost loss until the end of the run."""
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(()))
     fp16, plain = (SimpleNamespace(scaler=scaler, num_processes=1) for scaler in (scaler, None))
@@ -424,6 +427,7 @@ def test_a_truncated_metrics_line_costs_no_other(tmp_path):
 
 
 def test_validation_time_does_not_count_as_training(tmp_path, monkeypatch):
+    """The speed in the metrics leaves out the time of validations."""
     clock = SimpleNamespace(now=0.0)
 
     def monotonic():

@@ -1,4 +1,4 @@
-"""Switches that trade memory against time: the same weights with them as without, and a sentence where they cannot."""
+"""Switches that trade memory against time: they change no weights, and are refused where they cannot work."""
 
 import json
 import os
@@ -158,6 +158,7 @@ def test_checkpointing_covers_networks_and_keeps_gradients(config, networks, par
 
 @pytest.mark.parametrize("kind", STEPWISE, ids=str)
 def test_a_fused_backward_gives_the_same_bits(tmp_path, kind):
+    """Weights, losses and optimizer state of ordinary steps."""
     plain = run_fit(tmp_path / "a", Deep(), kind)
     fused = run_fit(tmp_path / "b", Deep(), kind, fused_backward=True)
     assert_same_weights(plain, fused)
@@ -217,6 +218,7 @@ def test_a_gradient_that_is_not_finite_stops_a_fused_run_too(tmp_path):
     ids=["accumulation", "clipping", "fp16", "prodigy"],
 )
 def test_conflicts_of_a_fused_backward_are_refused(overrides, key):
+    """The message names the key, and the hint how to change it."""
     with pytest.raises(ConfigError, match=rf"fused_backward=true with {key}") as caught:
         compose("train_controlnet", ["train.fused_backward=true", *overrides])
     assert key.split("=")[0] in caught.value.hint
@@ -224,7 +226,7 @@ def test_conflicts_of_a_fused_backward_are_refused(overrides, key):
 
 
 class Others:
-    """An accelerator that has company."""
+    """An accelerator of two processes."""
 
     num_processes, device = 2, torch.device("cpu")
 
@@ -353,6 +355,7 @@ def test_compiling_for_captions_of_every_length_is_refused():
 
 
 def test_encoders_load_when_needed_and_are_released():
+    """Encoding prompts loads no image encoder; release() frees the text encoders."""
     parts = load_parts(ModelConfig())
     encoder = Encoder(parts, METHODS[LoraMethod](parts, LoraMethod()), 128, DataConfig())
     encoder.text(["a stone counter"])
@@ -400,6 +403,7 @@ def test_loader_processes_cannot_encode_on_a_gpu():
 
 
 def test_deterministic_kernels_are_set_before_the_first_runs(monkeypatch):
+    """cuBLAS reads its setting only once."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
         make_accelerator(TrainConfig())

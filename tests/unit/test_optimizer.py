@@ -135,6 +135,8 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, kind):
 
 
 def test_schedule_free_validates_and_saves_the_average(tmp_path):
+    """Not the point at which it takes gradients."""
+
     class Watched(Regression):
         def __init__(self):
             super().__init__()
@@ -161,6 +163,7 @@ def test_schedule_free_validates_and_saves_the_average(tmp_path):
 
 @pytest.mark.parametrize("kind", [kind for kind in OptimizerKind if kind is not OptimizerKind.prodigy])
 def test_a_matrix_of_zeros_moves_at_the_learning_rate(kind):
+    """As a LoRA's second matrix: Adafactor as published would give it a thousandth of the step."""
     up = nn.Parameter(torch.zeros(64, 80))  # as a LoRA's second matrix
     optimizer = build_optimizer({"up": up}, OptimConfig(kind=kind), 1e-5)
     for step in range(20):
@@ -199,12 +202,12 @@ def test_a_state_of_other_groups_is_refused():
 
 
 def test_a_small_rate_for_prodigy_gives_a_warning(monkeypatch):
-    said = []
-    monkeypatch.setattr(log, "warning", lambda text, *values: said.append(text % values))
+    warnings = []
+    monkeypatch.setattr(log, "warning", lambda text, *values: warnings.append(text % values))
     for rate in (1.0, 0.1):
         build_optimizer({"a": nn.Parameter(torch.ones(2))}, OptimConfig(kind=OptimizerKind.prodigy), rate)
-    assert len(said) == 1
-    assert "train.learning_rate=1; 0.1 shrinks" in said[0]
+    assert len(warnings) == 1
+    assert "train.learning_rate=1; 0.1 shrinks" in warnings[0]
 
 
 def test_eight_bit_moments_are_eight_bit():
@@ -254,7 +257,7 @@ def test_every_schedule_warms_up_and_stays_below_its_peak(kind):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (["optim=schedule_free", "train.lr_schedule=cosine"], "train.lr_schedule=constant"),
         (["optim=prodigy", "train.learning_rate=1e-4"], "train.learning_rate=1"),
@@ -274,8 +277,8 @@ def test_every_schedule_warms_up_and_stays_below_its_peak(kind):
         (["optim.eps=0"], "out of range"),  # 0/0 wherever a gradient is zero
     ],
 )
-def test_settings_an_optimizer_cannot_use_are_refused(overrides, says):
-    with pytest.raises(ConfigError, match=says):
+def test_settings_an_optimizer_cannot_use_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
         compose("train_lora", overrides)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_loop import run_fit
 
+from packshot.config.compose import compose
 from packshot.config.schema import LRSchedule, MixedPrecision, TrainConfig
 from packshot.engine.processes import (
     UNSUPPORTED,
@@ -17,6 +18,7 @@ from packshot.engine.processes import (
     missing_processes,
     refuse_launcher,
     resolve_precision,
+    start,
 )
 from packshot.errors import ConfigError
 from packshot.runs.folder import Run, log
@@ -59,6 +61,15 @@ def test_a_precision_that_only_the_launcher_has_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match="mixed precision fp8") as caught:
         resolve_precision(MixedPrecision.auto)
     assert "train.mixed_precision=bf16" in caught.value.hint
+
+
+def test_the_launchers_precision_must_fit_the_other_settings(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    overrides = ["train.fused_backward=true", "train.max_grad_norm=0", f"run.dir={tmp_path / 'run'}", "tracking=none"]
+    config = compose("train_controlnet", overrides)
+    with pytest.raises(ConfigError, match=r"fused_backward=true with train\.mixed_precision=fp16"):
+        start("train_controlnet", config, config.train)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_from_before_auto_is_resumed(tmp_path):

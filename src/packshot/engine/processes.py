@@ -22,7 +22,7 @@ from accelerate.utils import (
     gather_object,
 )
 
-from packshot.config.schema import MixedPrecision, TrainConfig
+from packshot.config.train import MixedPrecision, TrainConfig, check_steps
 from packshot.engine.task import TrainingConfig
 from packshot.errors import ConfigError, PackshotError
 from packshot.runs.folder import Run, log, open_run
@@ -153,9 +153,12 @@ def start(script: str, config: TrainingConfig, train: TrainConfig, resumable: bo
 
     Raises:
         PackshotError: on every process, when the main one cannot open the folder.
+        ConfigError: the launcher's precision does not go with the other settings.
     """
-    accelerator = make_accelerator(train)
+    train.mixed_precision = resolve_precision(train.mixed_precision)
     config.train.mixed_precision = train.mixed_precision  # ``train`` may be a copy with other settings
+    check_steps(config.train, config.optim)  # once more: the launcher may have chosen fp16
+    accelerator = make_accelerator(train)
     run: Run | None = None
     tracker: Tracker | None = None
     outcome: Path | PackshotError = Path()
