@@ -236,7 +236,7 @@ def test_a_published_card_says_nothing_of_disks_and_networks(photos, tmp_path, c
     given.paste(255, (10, 10, 50, 50))
     for seed in range(5):
         given.save(masks / f"{seed}.png")
-    keys = [f"source.masks={masks}", f"matte.onnx={network}", f"captioner.adapter={tmp_path}/weights"]
+    keys = [f"source.masks={masks}", f"matte.model={network}", f"captioner.adapter={tmp_path}/weights"]
     out = run(photos, tmp_path / "out", *captioner, *keys, "captioner.endpoint='http://10.0.0.7:8001/v1?key=secret'")
     card = (out / "README.md").read_text()
     for private in (str(tmp_path), "10.0.0.7", "secret"):

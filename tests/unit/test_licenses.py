@@ -120,7 +120,7 @@ def test_weights_say_their_licence_in_a_card_beside_them_or_by_their_data(tmp_pa
 @pytest.mark.parametrize(
     ("script", "key"),
     [
-        ("build_data", "matte.onnx"),
+        ("build_data", "matte.model"),
         ("train_lora", "model.vae"),
         ("train_controlnet", "method.init"),
         ("train_ip_adapter", "model.base"),

@@ -8,12 +8,14 @@ import pytest
 from onnx_fixtures import dark_is_product
 from PIL import Image, ImageDraw
 
+from packshot.config.compose import compose
 from packshot.config.schema import MatteConfig
 from packshot.dataset.rows import load_rows
 from packshot.errors import ConfigError
 from packshot.imaging.decode import decode_image
 from packshot.imaging.depth import _input_size, estimate_depth
-from packshot.imaging.masks import MaskFileError, NoProductError, find_mask, load_segmentation
+from packshot.imaging.mask_doubt import Finding, doubts, evidence
+from packshot.imaging.masks import DoubtfulMaskError, MaskFileError, NoProductError, find_mask, load_segmentation
 from packshot.imaging.onnx import load_session
 
 COFFEE = Path(__file__).resolve().parents[2] / "data/products/coffee.png"
@@ -44,7 +46,7 @@ def product(background, colour, noise=4, size=(240, 180)):
 )
 def test_grabcut_finds_a_product(background, colour, noise):
     image, truth = product(background, colour, noise)
-    mask = find_mask(image, MatteConfig())
+    mask = find_mask(image, MatteConfig(model="grabcut"))
     assert mask.method == "grabcut"
     assert mask.alpha_HW.shape == truth.shape
     assert mask.alpha_HW.dtype == np.float32
@@ -53,7 +55,7 @@ def test_grabcut_finds_a_product(background, colour, noise):
 
 
 def test_grabcut_finds_the_cup_with_saucer_and_spoon_on_a_wooden_table():
-    mask = find_mask(decode_image(COFFEE, "coffee.png"), MatteConfig(), name="coffee.png")
+    mask = find_mask(decode_image(COFFEE, "coffee.png"), MatteConfig(model="grabcut"), name="coffee.png")
     assert mask.confidence > 0.7
     inside = {
         "coffee": (290, 160),
@@ -70,23 +72,112 @@ def test_grabcut_finds_the_cup_with_saucer_and_spoon_on_a_wooden_table():
     assert 0.44 < (mask.alpha_HW > 0.5).mean() < 0.50
 
 
-def test_the_network_guides_grabcut_where_colours_alone_mislead_it():
+def test_the_default_is_better_than_colours_alone():
+    """By default the family's network guides GrabCut, which colours alone mislead in scenes."""
     rows = load_rows("set", "data/rendered/showcase", pictures=("image", "mask"))
-    found = {None: [], "data/models/matting": []}
+    scores = {"grabcut": [], "auto": []}
     for row in (rows.read(index, ("image", "mask")) for index in range(0, len(rows), 6)):
-        for network, scores in found.items():
-            mask = find_mask(row["image"], MatteConfig(network=network, min_confidence=0.0))
-            assert mask.method == ("network" if network else "grabcut")
+        for model, found in scores.items():
+            mask = find_mask(row["image"], MatteConfig(model=model, min_confidence=0.0))
+            assert mask.method == ("network" if model == "auto" else "grabcut")
             assert mask.alpha_HW.shape == row["image"].size[::-1]
-            scores.append(iou(mask.alpha_HW >= 0.5, np.asarray(row["mask"]) >= 128))
-    assert np.mean(found["data/models/matting"]) > np.mean(found[None])
+            found.append(iou(mask.alpha_HW >= 0.5, np.asarray(row["mask"]) >= 128))
+    assert np.mean(scores["auto"]) > np.mean(scores["grabcut"])
 
 
 def test_a_network_that_is_not_there_is_refused():
     image, _ = product("white", "navy")
     for ask in (lambda matte: find_mask(image, matte), load_segmentation):
-        with pytest.raises(ConfigError, match=r"matte\.network=nowhere: no such file"):
-            ask(MatteConfig(network="nowhere"))
+        with pytest.raises(ConfigError, match=r"matte\.model=nowhere: no such file"):
+            ask(MatteConfig(model="nowhere"))
+
+
+@pytest.mark.parametrize(("old", "instead"), [("matte.onnx=a.onnx", "<file.onnx>"), ("matte.network=a", "mini")])
+def test_old_keys_of_masks_are_refused_with_the_new_one(old, instead):
+    with pytest.raises(ConfigError, match=rf"matte\.model[\s\S]*matte\.model={instead}"):
+        compose("generate", ["product=a.png", old])
+
+
+# --- doubts
+
+
+def bottle(ground, body, size=384):
+    """A bottle with a dark cap and a label on a studio's ground, and where it is."""
+    image, truth = Image.new("RGB", (size, size), ground), Image.new("L", (size, size))
+    parts = (((150, 90, 234, 330), body), ((168, 50, 216, 92), (40, 40, 46)), ((152, 180, 232, 250), (200, 60, 50)))
+    for box, color in parts:
+        ImageDraw.Draw(image).rounded_rectangle(box, 8, fill=color)
+        ImageDraw.Draw(truth).rounded_rectangle(box, 8, fill=255)
+    pixels = np.asarray(image) + np.random.default_rng(1).normal(0, 1.5, (size, size, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), np.asarray(truth) > 0
+
+
+@pytest.mark.parametrize("ground", [(250, 250, 250), (200, 200, 202), (235, 220, 200)], ids=["white", "grey", "cream"])
+@pytest.mark.parametrize("body", [(30, 80, 160), (238, 238, 240), (252, 252, 252)], ids=["blue", "pale", "white"])
+def test_a_bottle_is_whole_or_in_doubt(ground, body):
+    """A cap or a label alone is never accepted for the bottle."""
+    image, truth = bottle(ground, body)
+    try:
+        mask = find_mask(image, MatteConfig())
+    except NoProductError:
+        return
+    assert mask.reasons or iou(mask.alpha_HW >= 0.5, truth) > 0.9
+
+
+@pytest.mark.parametrize("kept", ["cap", "label"])
+def test_a_part_of_a_bottle_is_incomplete(kept):
+    image, _ = bottle((250, 250, 250), (210, 214, 220))
+    part = np.zeros((384, 384), bool)
+    part[(slice(50, 92), slice(168, 216)) if kept == "cap" else (slice(180, 250), slice(152, 232))] = True
+    found = Finding(np.asarray(image), part, None, part, 1.0, np.zeros_like(part))
+    assert "mask_incomplete" in doubts(found)
+
+
+def test_a_whole_coloured_bottle_is_accepted():
+    image, truth = bottle((235, 235, 235), (30, 80, 160))
+    mask = find_mask(image, MatteConfig())
+    assert iou(mask.alpha_HW >= 0.5, truth) > 0.95
+    assert mask.reasons == ()
+
+
+def test_strict_refuses_a_mask_in_doubt():
+    image = Image.new("RGB", (64, 64), "white")
+    inverted = Image.new("L", (64, 64), 255)
+    ImageDraw.Draw(inverted).rectangle((20, 20, 40, 40), fill=0)
+    assert find_mask(image, MatteConfig(), inverted).reasons == ("mask_inverted",)
+    with pytest.raises(DoubtfulMaskError, match="in doubt: mask_inverted"):
+        find_mask(image, MatteConfig(strict=True), inverted)
+    turned = find_mask(image, MatteConfig(invert=True), inverted)
+    assert turned.reasons == ()
+    assert turned.alpha_HW[30, 30] == 1
+    assert turned.alpha_HW[0, 0] == 0
+
+
+def test_a_mask_along_the_frame_is_in_doubt():
+    mask = np.zeros((60, 60), bool)
+    mask[20:, 20:40] = True
+    found = Finding(np.zeros((60, 60, 3), np.uint8), mask, None, mask, 1.0, np.zeros_like(mask))
+    assert "mask_touches_frame" in doubts(found)
+
+
+def test_evidence_falls_with_the_frame_that_a_mask_touches():
+    """A mask that runs along half of the frame has no evidence by its border; one inside has all of it."""
+    image, truth = product("white", "navy")
+    inside = evidence(np.asarray(image), truth.astype(np.float32), truth, truth)
+    assert inside["border"] == 1
+    along = truth.copy()
+    along[:, :3] = along[:, -3:] = along[:3] = True
+    assert evidence(np.asarray(image), along.astype(np.float32), along, along)["border"] < 0.2
+
+
+def test_glass_keeps_its_alpha():
+    """Large clear areas make a cut-out, although its alpha never gets near full."""
+    alpha = np.zeros((100, 100), np.uint8)
+    alpha[20:80, 30:70] = 90
+    image = Image.merge("RGBA", [*Image.new("RGB", (100, 100), "skyblue").split(), Image.fromarray(alpha)])
+    mask = find_mask(image, MatteConfig())
+    assert mask.method == "alpha"
+    assert np.array_equal(mask.to_image(), alpha)
 
 
 def test_grabcut_gives_the_same_bytes_twice():
@@ -176,13 +267,13 @@ def test_alpha_that_cuts_nothing_out_is_not_taken_for_a_mask():
 def test_an_onnx_network_is_used_at_its_own_size_with_isnet_normalisation(tmp_path):
     path = dark_is_product(tmp_path / "dark.onnx", 64)
     image, truth = product("white", "black", noise=0)
-    mask = find_mask(image, MatteConfig(onnx=path))
+    mask = find_mask(image, MatteConfig(model=path))
     assert mask.method == "onnx"
     assert mask.confidence > 0.9
     assert iou(mask.alpha_HW > 0.5, truth) > 0.93
     # A product of value 64 is (64 - 128) / 256 = -0.25, so exactly 0.5: that normalisation and no other.
     image, truth = product("white", (64, 64, 64), noise=0)
-    found = find_mask(image, MatteConfig(onnx=path, min_confidence=0.0)).alpha_HW
+    found = find_mask(image, MatteConfig(model=path, min_confidence=0.0)).alpha_HW
     np.testing.assert_allclose(np.median(found[truth]), 0.5, atol=1e-6)
 
 
@@ -190,7 +281,7 @@ def test_the_inside_of_a_networks_soft_matte_is_product_and_nothing_else(tmp_pat
     path = dark_is_product(tmp_path / "dark.onnx", 64)
     # 4 and 124 are 0.97 and 0.03 to this network: as sure as a sigmoid gets
     image, truth = product((124, 124, 124), (4, 4, 4), noise=0)
-    mask = find_mask(image, MatteConfig(onnx=path))
+    mask = find_mask(image, MatteConfig(model=path))
     inner = cv2.erode(truth.astype(np.uint8), np.ones((17, 17), np.uint8)) > 0
     outer = cv2.dilate(truth.astype(np.uint8), np.ones((17, 17), np.uint8)) == 0
     assert (np.asarray(mask.to_image())[inner] == 255).all()
@@ -201,7 +292,7 @@ def test_the_inside_of_a_networks_soft_matte_is_product_and_nothing_else(tmp_pat
 def test_an_unsure_network_is_not_believed(tmp_path):
     image, _ = product("white", (90, 90, 90), noise=0)  # 0.3 where the product is
     with pytest.raises(NoProductError, match=r"confidence 0\.00"):
-        find_mask(image, MatteConfig(onnx=dark_is_product(tmp_path / "dark.onnx", 32)))
+        find_mask(image, MatteConfig(model=dark_is_product(tmp_path / "dark.onnx", 32)))
 
 
 def test_unusable_onnx_files_are_refused(tmp_path):

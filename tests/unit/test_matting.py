@@ -130,9 +130,9 @@ def test_the_shipped_network_finds_held_out_products() -> None:
 
 
 def test_what_is_no_segmentation_network_is_refused(tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"matte\.network=.*nowhere: no such file or folder"):
+    with pytest.raises(ConfigError, match=r"matte\.model=.*nowhere: no such file or folder"):
         load_matting(str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match=r"matte\.network=.* cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"matte\.model: .* cannot be loaded"):
         load_matting(str(tmp_path))
     from diffusers import UNet2DModel
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, make_dataclass
 from typing import Any, ClassVar
 
 from packshot.config.keys import Names, opt
+from packshot.config.mask_models import MASK_MODELS
 from packshot.errors import ConfigError
 from packshot.scene import SLOTS
 
@@ -98,11 +99,15 @@ class Script:
 
 @dataclass
 class MatteConfig:
-    onnx: str | None = opt(None, "ONNX file of a salient-object network, used instead of matte.network")
-    network: str | None = opt(
-        None, "folder of the family's segmentation network, which guides GrabCut; null: GrabCut alone"
+    model: str = opt(
+        "auto",
+        "what finds the product: "
+        + "; ".join(f"{row.name} ({row.about})" for row in MASK_MODELS.values())
+        + "; or the ONNX file of a salient-object network",
     )
     min_confidence: float = opt(0.5, "masks below this confidence are rejected", min=0, max=1)
+    strict: bool = opt(False, "refuse masks that are in doubt, instead of marking them needs_review")
+    invert: bool = opt(False, "mask files are black where the product is")
 
 
 @dataclass

@@ -41,6 +41,11 @@ def min_snr_gamma(objective: dict[str, Any]) -> float:
     return objective["snr_gamma"] or ObjectiveConfig.min_snr_gamma
 
 
+def mask_model(matte: dict[str, Any]) -> str:
+    """``matte.model`` from ``matte.network``, without which GrabCut worked alone."""
+    return "mini" if matte["network"] else "grabcut"
+
+
 RENAMED = (
     Renamed(
         "objective.debiased", "objective.loss_weighting", loss_weighting, "Write objective.loss_weighting=debiased."
@@ -52,6 +57,8 @@ RENAMED = (
         "Write objective.loss_weighting=min_snr, and objective.min_snr_gamma=<value> if it is not 5.",
     ),
     Renamed("objective.product_shown", "objective.product_conditioning"),
+    Renamed("matte.onnx", "matte.model", hint="Write matte.model=<file.onnx>."),
+    Renamed("matte.network", "matte.model", mask_model, "Write matte.model=mini."),
     Renamed("method.lent_share", "method.peer_reference_prob"),
     Renamed("method.beside", "method.extra_controlnets"),
     Renamed("method.joint", "method.train_extras"),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from packshot.config.mask_models import MASK_MODELS
 from packshot.config.schema import Evaluate, Generate, SceneConfig, Suite, TrackerKind, TrackingConfig
 from packshot.evaluate.adherence import adherence
 from packshot.evaluate.preservation import preservation, segmenter
@@ -116,7 +117,7 @@ def score_preservation(config: Evaluate, runs: list[FinishedRun], folder: Path) 
                     pictures.setdefault(system, {})[stem] = row
                 advance()
     return {
-        "segmenter": config.matte.onnx or "GrabCut seeded by the keep mask",
+        "segmenter": "GrabCut seeded by the keep mask" if config.matte.model in MASK_MODELS else config.matte.model,
         "systems": {system: summary(list(rows.values())) for system, rows in pictures.items()},
         "pictures": pictures,
     }

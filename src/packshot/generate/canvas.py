@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ class Canvas:
     core_HW: bool, the pixels that must come out unchanged.
     transform: how a pixel of the photo got here, in words and numbers; part of the certificate.
     depth_HW: uint8 nearness in any scale, None where it is not known.
+    mask_reasons: codes of what speaks against the mask (``imaging.mask_doubt``).
     """
 
     rgb_HW3: np.ndarray
@@ -37,11 +38,12 @@ class Canvas:
     core_HW: np.ndarray
     transform: dict[str, Any]
     depth_HW: np.ndarray | None = None
+    mask_reasons: tuple[str, ...] = ()
 
 
 def place(product: Product, settings: GenerateSettings) -> Canvas:
     """Put the product on the canvas that the settings ask for."""
-    return PLACEMENTS[settings.placement](product, settings)
+    return replace(PLACEMENTS[settings.placement](product, settings), mask_reasons=product.mask_reasons)
 
 
 def place_original(product: Product, settings: GenerateSettings) -> Canvas:

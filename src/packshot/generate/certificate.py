@@ -114,6 +114,7 @@ REASONS: dict[str, Callable[[np.ndarray, Canvas, dict[str, Any]], bool]] = {
 def judge(picture_HW3: np.ndarray, canvas: Canvas, measured: dict[str, Any]) -> dict[str, Any]:
     """``{"status": "accepted" | "needs_review", "reasons": [codes]}``."""
     reasons = [code for code, holds in REASONS.items() if holds(picture_HW3, canvas, measured)]
+    reasons = [*canvas.mask_reasons, *reasons]
     return {"status": "needs_review" if reasons else "accepted", "reasons": reasons}
 
 

@@ -46,6 +46,7 @@ class Product:
     matte_HW: the alpha that compositing uses: alpha_HW, with a one-pixel soft edge where the mask had none.
     foreground_HW3: the product's own colours, uint8; equals the photo wherever matte_HW is 255.
     method, confidence: where the mask came from (``file``, ``alpha``, ``onnx``, ``grabcut``) and how sure that is.
+    mask_reasons: codes of what speaks against the mask, see ``imaging.mask_doubt``.
     sha256, mask_sha256: of the files of the photo and, where one was given, of the mask (see :func:`open_image`).
     decoding: what was done to the file's own pixels before, in words.
     depth_HW: uint8 nearness, larger is nearer, in any scale; None where nothing asks for it.
@@ -59,6 +60,7 @@ class Product:
     method: str
     confidence: float
     sha256: str
+    mask_reasons: tuple[str, ...] = ()
     decoding: tuple[str, ...] = ()
     depth_HW: np.ndarray | None = None
     mask_sha256: str | None = None
@@ -151,6 +153,7 @@ def prepare(
         foreground_HW3=unmix(rgb, soft),
         method=found.method,
         confidence=float(found.confidence),
+        mask_reasons=found.reasons,
         sha256=opened.sha256,
         mask_sha256=given.sha256 if given else None,
         decoding=opened.decoding,
@@ -172,6 +175,8 @@ def _open_alike(key: str, source: Source, photo: Image.Image, name: str) -> Phot
 
 def _check_alpha(alpha_HW: np.ndarray, name: str, method: str) -> None:
     share = float((alpha_HW >= 128).mean())
+    if method == "alpha" and alpha_HW.any():  # glass may be clear everywhere
+        share = max(share, 1e-6)
     kind = ConfigError if method == "file" else PackshotError
     source = "the given mask" if method == "file" else f"the mask found ({method})"
     if share == 0:

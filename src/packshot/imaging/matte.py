@@ -17,13 +17,17 @@ _CROP_MARGIN = 32  # px around the product that foreground estimation sees
 def soften_hard_edge(alpha_HW: np.ndarray) -> np.ndarray:
     """Anti-alias a mask that has no half-covered pixels; a soft matte is returned as it is.
 
-    Only the pixels on both sides of the contour change, so the core is the same before and after.
+    Only the pixels on both sides of the contour change, so the core is the same before and after. Parts of one or two
+    pixels stay full.
     """
     ring = cv2.dilate(alpha_HW, _SQUARE) != cv2.erode(alpha_HW, _SQUARE)
     partial = (alpha_HW > 0) & (alpha_HW < 255)
     if partial.sum() >= 0.2 * ring.sum():
         return alpha_HW
-    return np.where(ring, cv2.GaussianBlur(alpha_HW, (3, 3), 0), alpha_HW)
+    softened = np.where(ring, cv2.GaussianBlur(alpha_HW, (3, 3), 0), alpha_HW)
+    # A wire of one or two pixels has no inside that would stay full: it keeps its own pixels, and softens outwards.
+    thin = (alpha_HW > 0) & (cv2.morphologyEx(alpha_HW, cv2.MORPH_OPEN, _SQUARE) == 0)
+    return np.where(thin, alpha_HW, softened)
 
 
 def unmix(rgb_HW3: np.ndarray, alpha_HW: np.ndarray) -> np.ndarray:
@@ -42,10 +46,11 @@ def unmix(rgb_HW3: np.ndarray, alpha_HW: np.ndarray) -> np.ndarray:
     rows, columns = np.nonzero(alpha_HW)
     top, left = max(rows.min() - _CROP_MARGIN, 0), max(columns.min() - _CROP_MARGIN, 0)
     window = np.s_[top : rows.max() + 1 + _CROP_MARGIN, left : columns.max() + 1 + _CROP_MARGIN]
-    solid = alpha_HW >= 128
+    solid = alpha_HW >= min(128, int(alpha_HW.max()))  # glass may be clear everywhere
     foreground = np.empty_like(rgb_HW3)
     foreground[:] = np.rint(rgb_HW3[solid].mean(axis=0))
     estimate = estimate_foreground_ml(to_unit(rgb_HW3[window]), to_unit(alpha_HW[window]))
+    assert isinstance(estimate, np.ndarray)  # a pair only if the background is asked for
     # numba starts a thread per core and leaves OpenMP set so: torch would go on with another number of threads, which
     # is slow where processes share the cores and changes the last bits of what is computed
     torch.set_num_threads(threads)

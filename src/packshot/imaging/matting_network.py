@@ -50,17 +50,20 @@ def load_matting(path: str) -> Any:
     """The network of a folder, once per process. Raises ConfigError: there is none, or of another shape."""
     from diffusers import UNet2DModel
 
-    folder = readable("matte.network", path)
+    folder = readable("matte.model", path)
     try:
         network: Any = UNet2DModel.from_pretrained(folder, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"matte.network={path} cannot be loaded: {reason}", "Name a folder of the family.") from error
+        raise ConfigError(
+            f"matte.model: the network in {path} cannot be loaded: {reason}",
+            "Set matte.model=grabcut, or install the family anew.",
+        ) from error
     patch = patch_side(network)
     shape = network.config.in_channels, network.config.out_channels
     if shape != (3 * patch**2, patch**2):
         raise ConfigError(
-            f"matte.network={path} has {shape[0]} input and {shape[1]} output channels.",
+            f"matte.model: the network in {path} has {shape[0]} input and {shape[1]} output channels.",
             "It needs a square number of output channels and three times as many inputs, as data/models/matting has.",
         )
     return network.eval()

@@ -22,7 +22,7 @@ from packshot.render import blender_pool
 
 # Paths, of which a card that is published names the last part only: the rest is the layout of a disk or a bucket.
 _PLACES = (
-    ("source", "path"), ("source", "masks"), ("matte", "onnx"), ("matte", "network"), ("depth", "onnx"),
+    ("source", "path"), ("source", "masks"), ("matte", "model"), ("depth", "onnx"),
     ("captioner", "adapter"),
 )  # fmt: skip
 # Keys of the source that decide how it is reached.

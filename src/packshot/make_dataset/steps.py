@@ -13,10 +13,11 @@ from PIL.Image import Image, Resampling
 
 from packshot.caption.models.captioner import Captioner, identity, load_captioner
 from packshot.config.make_dataset import BuildData, ProductNaming
+from packshot.config.mask_models import MASK_MODELS
 from packshot.config.schema import MatteConfig
 from packshot.imaging.decode import MAX_PIXELS, DecodeError, decode, decode_image, flatten
 from packshot.imaging.depth import estimate_depth
-from packshot.imaging.masks import ONNX_LEVELS, MaskFileError, NoProductError, find_mask
+from packshot.imaging.masks import ONNX_LEVELS, DoubtfulMaskError, MaskFileError, NoProductError, find_mask
 from packshot.imaging.profiles import READ_AS_SRGB
 from packshot.make_dataset.dedup import color_map, find_duplicates, perceptual_hash
 from packshot.make_dataset.pictures import encode_scaled, keeps_bytes, open_png, picture, png, scaled, stored_picture
@@ -27,7 +28,7 @@ from packshot.make_dataset.sources.files import mask_pattern
 from packshot.pipeline import Outcome, Step
 from packshot.pipeline.step import Sample
 from packshot.render import rows
-from packshot.runs.files import file_sha256, folder_hash, readable, sha256
+from packshot.runs.files import file_sha256, folder_hash, readable, resolve, sha256
 from packshot.runs.licenses import allows
 from packshot.scene import Scene
 from packshot.scene.naming import names_product
@@ -138,11 +139,13 @@ def find_one_mask(sample: Sample, matte: MatteConfig, from_files: bool) -> Outco
     try:
         given = given_mask(sample, image)
         found = find_mask(image, matte, given, name)
+    except DoubtfulMaskError as error:
+        return Outcome({}, "mask_in_doubt", ", ".join(error.reasons), kept=False)
     except NoProductError as error:
         return Outcome({}, "no_product", f"confidence {error.confidence:.2f}", kept=False)
     except (DecodeError, MaskFileError) as error:
         return Outcome({}, "bad_mask", str(error.args[0]), kept=False)
-    reasons = list(getattr(found, "reasons", ()))
+    reasons = list(found.reasons)
     columns = {
         "mask": png(found.to_image()),
         "mask_method": found.method,
@@ -237,6 +240,7 @@ def dedup_step(config: BuildData) -> Step:
 def mask_step(config: BuildData) -> Step:
     """Finds the product, or takes the masks that were drawn by hand."""
     settings = {**network_identity(config.matte), "min_confidence": config.matte.min_confidence}
+    settings |= {"strict": config.matte.strict, "invert": config.matte.invert}
     from_files = config.source.masks is not None
     if from_files:
         settings["from_files"] = True
@@ -250,7 +254,7 @@ def mask_step(config: BuildData) -> Step:
         ]
     )
     function = partial(find_masks, matte=config.matte, from_files=from_files)
-    return Step("mask", 2, settings, columns, function, reads=(*PICTURE, "mask_file"))
+    return Step("mask", 3, settings, columns, function, reads=(*PICTURE, "mask_file"))
 
 
 def depth_step(config: BuildData) -> Step:
@@ -263,9 +267,11 @@ def depth_step(config: BuildData) -> Step:
 
 def network_identity(matte: MatteConfig) -> dict[str, Any]:
     """What finds products, by its digest: another network makes other masks."""
-    if matte.onnx:
-        return {"onnx": file_sha256(readable("matte.onnx", matte.onnx)), "levels": ONNX_LEVELS}
-    return {"network": folder_hash(readable("matte.network", matte.network)) if matte.network else None}
+    row = MASK_MODELS.get(matte.model)
+    if row is None:
+        return {"onnx": file_sha256(readable("matte.model", matte.model)), "levels": ONNX_LEVELS}
+    folder = resolve(row.weights) if row.weights else None
+    return {"network": folder_hash(folder) if folder and folder.is_dir() else None}
 
 
 def caption_step(config: BuildData, masked: bool) -> Step:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from packshot.config.common import LicenseConfig
+from packshot.config.mask_models import MASK_MODELS
 from packshot.errors import ConfigError
 from packshot.runs.files import resolve
 from packshot.runs.folder import log
@@ -21,7 +22,7 @@ COMMERCIAL = re.compile(
 )
 # Every key that can name weights, in any script. The keys of the base depend on the script; see named_weights.
 WEIGHT_KEYS = (
-    "matte.onnx", "matte.network", "depth.onnx", "captioner.adapter", "method.init", "method.extra_controlnets",
+    "matte.model", "depth.onnx", "captioner.adapter", "method.init", "method.extra_controlnets",
     "adapters.lora", "adapters.controlnets", "adapters.ip_adapter",
 )  # fmt: skip
 
@@ -132,5 +133,7 @@ def named_weights(config: object) -> Iterator[tuple[str, str]]:
         for name in key.split("."):
             value = getattr(value, name, None)
         for source in value if isinstance(value, list) else [value]:
-            if source:
-                yield key, str(source)
+            named = MASK_MODELS.get(str(source))
+            weights = named.weights if named else source
+            if weights:
+                yield key, str(weights)
