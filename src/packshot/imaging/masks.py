@@ -244,7 +244,7 @@ def _from_grabcut(image: Image.Image, model: str) -> Mask:
         chosen = _candidate(small_HWC, (network_HW + salient_HW) / 2 if spread < PLAIN_FRAME else network_HW)
         if spread < PLAIN_FRAME and salient.evidence > chosen.evidence:
             chosen = salient
-    if chosen.evidence == 0:
+    if not chosen.clean_HW.any():
         return Mask(np.zeros(rgb_HWC.shape[:2], np.float32), method, 0.0)
     near_HW = cv2.dilate(chosen.clean_HW.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
     lost_HW = chosen.raw_HW & ~near_HW
@@ -265,6 +265,9 @@ def _object_from(rgb_HWC: np.ndarray, saliency_HW: np.ndarray, iterations: int =
     likely_HW, threshold = first_guess(saliency_HW)
     labels_HW = np.where(likely_HW, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
     labels_HW[saliency_HW < 0.3 * threshold] = cv2.GC_BGD
+    likely_share = float(likely_HW.mean())
+    if likely_share in (0.0, 1.0):  # GrabCut learns the colours of both
+        return np.zeros_like(likely_HW)
     return grabcut(rgb_HWC, labels_HW, iterations)
 
 
