@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import logging
 import os
 import signal
 import socket
@@ -29,6 +30,7 @@ from packshot.serve.logs import limit_logs
 from packshot.serve.requests import max_steps
 from packshot.serve.service import CLOSE_SECONDS, Service
 
+SPARE_SECONDS = 2.0  # of serve.timeout_seconds, kept for everything at the server's end that cannot be timed
 ENDED_EARLY = 1  # exit code after a second signal: requests in work were not finished
 
 
@@ -71,7 +73,7 @@ class GuardedServer(uvicorn.Server):
         self.seconds = limits.timeout_seconds
         self.guard = Connections(connection_limit(limits.max_connections), limits.header_seconds, time.monotonic)
         # What is left of the time after the requests is for the devices and the jobs.
-        graceful = max(0.1, self.seconds - 2 * CLOSE_SECONDS)
+        graceful = max(0.1, self.seconds - CLOSE_SECONDS - SPARE_SECONDS)
         config = uvicorn.Config(
             app,
             http=guarded(self.guard),
@@ -93,13 +95,20 @@ class GuardedServer(uvicorn.Server):
             sweeping.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._captured_signals:
+        if self.should_exit:
             self.end_now()
         # In case anything that is not ours does not end: nobody should have to reach for kill -9.
         last_resort = threading.Timer(max(0.1, self.seconds - 0.2), self.end_now)
         last_resort.daemon = True
         last_resort.start()
         super().handle_exit(sig, frame)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn does, but without raising the signals again at the end: the caller has to finish its run."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
 
     def end_now(self) -> None:
         """End without waiting for anything. Stored jobs are drawn after the next start."""
@@ -114,7 +123,7 @@ def end_well(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def ending_well() -> Iterator[None]:
-    """SIGINT and SIGTERM end the program with exit code 0, also when uvicorn raises them again after its shutdown."""
+    """SIGINT and SIGTERM end the program with exit code 0, also before the server listens to them."""
     before = {number: signal.signal(number, end_well) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -164,3 +173,5 @@ def serve(config: Serve) -> None:
         finally:
             tracker.finish()
             log.info("stopped after %d requests with a key", service.requests)
+        logging.shutdown()
+        os._exit(0)  # all is stored and closed; on a busy machine the interpreter's own end takes seconds

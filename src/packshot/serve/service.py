@@ -151,6 +151,12 @@ class Service:
             raise ApiError(504, "timeout", f"There was no result within {limit:g} s.", "Try again later.")
         except (Refused, DeviceLost) as error:
             raise drawing_error(error) from error
+        except asyncio.CancelledError:
+            if not self.closing:
+                raise
+            raise ApiError(
+                503, "shutting_down", "The server ends before the pictures are drawn.", "Try again."
+            ) from None
         finally:
             gone.cancel()
             self.queue.cancel(turn)
