@@ -17,6 +17,7 @@ from serving_fixtures import eventually
 from packshot.config.compose import compose
 from packshot.generate import Packshot
 from packshot.generate.certificate import REASONS
+from packshot.scene import SLOTS
 from packshot.serve.app import create_app
 from packshot.serve.routes import wants_json
 from packshot.serve.schemas import GenerateForm
@@ -32,7 +33,15 @@ class Page(HTMLParser):
         super().__init__()
         self.elements = []
         self.feed(text)
-        self.controls = {a["name"]: (tag, a) for tag, a in self.elements if tag in CONTROLS and "name" in a}
+        self.controls = {}
+        self.options = {}  # values by the select's id
+        for tag, a in self.elements:
+            if tag in CONTROLS and "name" in a and "form" not in a:
+                self.controls[a["name"]] = (tag, a)
+            if tag == "select":
+                select = self.options.setdefault(a.get("id"), [])
+            if tag == "option" and "value" in a:
+                select.append(a["value"])
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
@@ -86,14 +95,18 @@ def test_ranges_lengths_and_choices_are_the_apis(page, schema):
         elif "pattern" in wanted:
             assert f"^{attributes['pattern']}$" == wanted["pattern"], name
         elif tag == "select":
-            assert [a["value"] for tag, a in page.elements if tag == "option"] == wanted["enum"]
+            assert page.options[name] == wanted["enum"]
         else:
             assert attributes["type"] == "file", name
 
 
 def test_every_field_has_a_label(page):
     labelled = {a.get("for") for tag, a in page.elements if tag == "label"}
-    fields = [a["id"] for tag, a in page.elements if tag in CONTROLS and a.get("type") != "checkbox"]
+    fields = []
+    for tag, a in page.elements:
+        wrapped = a.get("type") in ("checkbox", "radio")  # by their labels
+        if tag in CONTROLS and not wrapped and "aria-label" not in a:
+            fields.append(a["id"])
     assert len(fields) > 15
     assert set(fields) <= labelled
 
@@ -119,6 +132,12 @@ def test_the_page_runs_its_own_script_and_nothing_else(answer, page):
 
 def test_the_page_puts_no_markup_together(answer):
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", answer.text)
+
+
+def test_the_vocabulary_is_offered_for_every_slot(answer):
+    for row in SLOTS.values():
+        for phrase in row.vocabulary:
+            assert f"<option>{phrase}</option>" in answer.text
 
 
 def test_programs_get_json_at_the_same_address(app):

@@ -12,11 +12,18 @@ from packshot.scene.slots import Slot
 
 
 def slot_control(name: str, row: Slot) -> str:
-    """Label and input of one slot: a line of text, or a text per line for a slot that takes many."""
-    label = f'<label for="{name}">{name.capitalize()}: {row.help}{", one a line" if row.many else ""}</label>\n'
-    if row.many:
-        return f'{label}<textarea id="{name}" name="{name}" rows="2" data-lines placeholder="{row.example}"></textarea>'
-    return f'{label}<input id="{name}" name="{name}" maxlength="2000" placeholder="{row.example}">'
+    """Label and input of one slot with its vocabulary: suggestions for a line of text, a list to add from for several.
+
+    The vocabulary consists of plain phrases, so nothing has to be escaped.
+    """
+    title = f"{name.capitalize()}: {row.help}"
+    phrases = "".join(f"<option>{phrase}</option>" for phrase in row.vocabulary)
+    if not row.many:
+        field = f'<input id="{name}" name="{name}" maxlength="2000" placeholder="{row.example}" list="{name}-words">'
+        return f'<label for="{name}">{title}</label>\n{field}\n<datalist id="{name}-words">{phrases}</datalist>'
+    field = f'<textarea id="{name}" name="{name}" rows="2" data-lines placeholder="{row.example}"></textarea>'
+    choice = f'<select data-add="{name}" aria-label="Add to {name}"><option value="">add …</option>{phrases}</select>'
+    return f'<label for="{name}">{title}, one a line</label>\n{field}\n{choice}'
 
 
 PAGE = (

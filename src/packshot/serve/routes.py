@@ -183,6 +183,7 @@ def add_public_routes(app: FastAPI, service: Service) -> None:
         """What this server can do, and words for the slots of a scene."""
         return server_options(service)
 
+    @app.head("/docs", response_model=None, include_in_schema=False)
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
         page = docs_page(app.openapi())
