@@ -64,6 +64,7 @@ class Browser:
         self.post(f"/element/{self.element(selector)}/value", text=text)
 
     def click(self, selector):
+        self.run("document.querySelector(arguments[0]).scrollIntoView({ block: 'center' })", selector)
         self.post(f"/element/{self.element(selector)}/click")
 
     def text(self, selector):

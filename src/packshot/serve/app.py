@@ -20,10 +20,10 @@ from packshot.runs.tracking import NullTracker, Tracker
 from packshot.serve.devices import Device, LocalDevice
 from packshot.serve.docs import clean_schema
 from packshot.serve.edge import Edge, error_response
-from packshot.serve.job_routes import add_job_routes
+from packshot.serve.job_routes import add_job_changes, add_job_views
 from packshot.serve.keys import load_keys
 from packshot.serve.requests import without_paths
-from packshot.serve.routes import add_drawing_routes, add_public_routes
+from packshot.serve.routes import add_generate_route, add_mask_route, add_public_routes
 from packshot.serve.schemas import ApiError, GenerateForm, Json, MaskForm, first_field_error
 from packshot.serve.service import VERSION, Service
 
@@ -51,6 +51,17 @@ def add_error_handlers(app: FastAPI) -> None:
         return error_response(ApiError(422, "invalid_field", message, hint), request.state.request_id)
 
 
+def publish_schema(app: FastAPI) -> None:
+    """Let the app publish its schema with forms as they can be sent."""
+
+    def openapi() -> Json:
+        if not app.openapi_schema:
+            app.openapi_schema = clean_schema(get_openapi(title=app.title, version=app.version, routes=app.routes))
+        return app.openapi_schema
+
+    app.openapi = openapi
+
+
 def create_app(
     config: Serve,
     devices: Sequence[Device] | Packshot | Callable[[], Packshot],
@@ -63,9 +74,8 @@ def create_app(
         starts at once and answers 503 until a model is loaded.
     run, tracker: where requests and jobs are recorded; without a run, jobs live as long as the app.
     """
-    service = Service(
-        config, devices if isinstance(devices, Sequence) else [LocalDevice(devices)], run, tracker or NullTracker()
-    )
+    drawn_on = devices if isinstance(devices, Sequence) else [LocalDevice(devices)]
+    service = Service(config, drawn_on, run, tracker or NullTracker())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -79,15 +89,9 @@ def create_app(
     )
     app.state.service = service
 
-    def openapi() -> Json:
-        if not app.openapi_schema:
-            app.openapi_schema = clean_schema(get_openapi(title=app.title, version=app.version, routes=app.routes))
-        return app.openapi_schema
-
-    app.openapi = openapi
-    add_public_routes(app, service)
-    add_drawing_routes(app, service)
-    add_job_routes(app, service)
+    publish_schema(app)
+    for add in (add_public_routes, add_generate_route, add_mask_route, add_job_changes, add_job_views):
+        add(app, service)
     add_error_handlers(app)
     app.add_middleware(Edge, keys=load_keys(config.serve), service=service)
     if config.serve.cors_origins:

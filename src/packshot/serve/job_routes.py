@@ -110,8 +110,8 @@ def accept(service: Service, owner: str, form: SceneForm, files: dict[str, bytes
     return job
 
 
-def add_job_routes(app: FastAPI, service: Service) -> None:
-    """All of them need a key, which Edge checks."""
+def add_job_changes(app: FastAPI, service: Service) -> None:
+    """The endpoints that make and delete jobs. As all of jobs they need a key, which Edge checks."""
 
     @app.post("/jobs", status_code=202, response_model=JobStatus, responses=ERRORS, dependencies=KEY)
     async def create(
@@ -133,6 +133,15 @@ def add_job_routes(app: FastAPI, service: Service) -> None:
         response.headers["Location"] = f"/jobs/{job.id}"
         return job_status(service, job)
 
+    @app.delete("/jobs/{job_id}", status_code=204, responses=ERRORS, dependencies=KEY)
+    async def delete(request: Request, job_id: str) -> None:
+        """Stop a job, if it has not ended, and delete it with its files."""
+        await service.delete_job(own_job(service, job_id, request))
+
+
+def add_job_views(app: FastAPI, service: Service) -> None:
+    """The endpoints that show jobs and their files."""
+
     @app.get("/jobs", response_model=JobList, responses=ERRORS, dependencies=KEY)
     def list_jobs(request: Request) -> JobList:
         """The newest jobs of this key."""
@@ -143,11 +152,6 @@ def add_job_routes(app: FastAPI, service: Service) -> None:
     def status(request: Request, job_id: str) -> JobStatus:
         """Where a job is: its place in the queue, how much is done, how long it will take, and its files."""
         return job_status(service, own_job(service, job_id, request))
-
-    @app.delete("/jobs/{job_id}", status_code=204, responses=ERRORS, dependencies=KEY)
-    async def delete(request: Request, job_id: str) -> None:
-        """Stop a job, if it has not ended, and delete it with its files."""
-        await service.delete_job(own_job(service, job_id, request))
 
     @app.get("/jobs/{job_id}/events", response_class=StreamingResponse, responses=ERRORS, dependencies=KEY)
     def events(request: Request, job_id: str) -> StreamingResponse:

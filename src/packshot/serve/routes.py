@@ -190,8 +190,8 @@ def add_public_routes(app: FastAPI, service: Service) -> None:
         return HTMLResponse(page, headers=headers(page))
 
 
-def add_drawing_routes(app: FastAPI, service: Service) -> None:
-    """The endpoints for which a client waits."""
+def add_generate_route(app: FastAPI, service: Service) -> None:
+    """The endpoint whose client waits for its pictures."""
     config = service.config
 
     @app.post(
@@ -227,11 +227,16 @@ def add_drawing_routes(app: FastAPI, service: Service) -> None:
             model_version=service.model_version,
         )
 
+
+def add_mask_route(app: FastAPI, service: Service) -> None:
+    """The endpoint that shows what would be taken for the product."""
+
     @app.post("/mask", response_model=MaskResponse, responses=ERRORS, dependencies=KEY)
     async def mask(request: Request, form: Annotated[MaskForm, Form(media_type="multipart/form-data")]) -> MaskResponse:
         """The mask that would be found for this photo. Mend it and send it as `mask_file` where it is wrong."""
         await refuse_repeated(request)
-        return await run_in_threadpool(mask_of, await read_upload("product_file", form.product_file, config), service)
+        data = await read_upload("product_file", form.product_file, service.config)
+        return await run_in_threadpool(mask_of, data, service)
 
 
 async def read_files(form: GenerateForm, service: Service) -> dict[str, bytes]:
