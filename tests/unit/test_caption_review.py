@@ -33,16 +33,16 @@ def captioned(tmp_path):
 
 def review(folder, *overrides):
     run = caption_vlm(folder.parent, "review", f"data.input={folder}", *overrides, task="review")
-    with (run / "review.csv").open(newline="") as file:
+    with (run / "review.csv").open(newline="", encoding="utf-8-sig") as file:
         return run, list(csv.DictReader(file))
 
 
 def edited(run, changes):
-    with (run / "review.csv").open(newline="") as file:
+    with (run / "review.csv").open(newline="", encoding="utf-8-sig") as file:
         lines = list(csv.DictReader(file))
     for line in lines:
         line["corrected"] = changes.get(line["id"], "")
-    with (run / "edited.csv").open("w", newline="") as file:
+    with (run / "edited.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, lines[0])
         table.writeheader()
         table.writerows(lines)
@@ -105,6 +105,25 @@ def test_every_mistake_is_named_and_nothing_is_taken_over(captioned):
     for part in ("names the product (bottle, perfume)", "describes no scene", "no sample id9"):
         assert part in str(caught.value)
     assert not (captioned / corrections.FILE).exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8", "cp1252", "utf-16"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_from_any_spreadsheet_is_read(captioned, encoding, separator):
+    run, _ = review(captioned)
+    better = "Professional photo of an object on a café table"
+    edited(run, {"id1": better})
+    with (run / "edited.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.reader(file))
+    with (run / "edited.csv").open("w", newline="", encoding=encoding) as file:
+        csv.writer(file, delimiter=separator).writerows(lines)
+    correct(captioned, run / "edited.csv")
+    assert load_rows("data.train", str(captioned)).texts[1] == better
+
+
+def test_the_review_table_opens_in_excel_as_utf8(captioned):
+    run, _ = review(captioned)
+    assert (run / "review.csv").read_bytes().startswith(b"\xef\xbb\xbf")
 
 
 def test_a_table_that_is_none_is_refused(captioned, tmp_path):

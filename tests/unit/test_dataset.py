@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from packshot.dataset import arrow_copy as spools
+from packshot.dataset import arrow_copy
 from packshot.dataset.rows import load_rows
 from packshot.errors import ConfigError, PackshotError
 from packshot.scene import Scene
@@ -179,13 +179,13 @@ def stored(image):
     return buffer.getvalue()
 
 
-def test_spooled_pictures_are_those_in_memory_and_take_none(tmp_path):
-    path, spool = shards(tmp_path / "set"), str(tmp_path / "cache")
-    load_rows("data.train", path, spool=spool)
+def test_copied_pictures_equal_those_in_memory_and_take_none(tmp_path):
+    path, cache = shards(tmp_path / "set"), str(tmp_path / "cache")
+    load_rows("data.train", path, cache=cache)
     (file,) = (tmp_path / "cache").glob("[!.]*")  # a lock stays beside it
     written = file.stat().st_mtime_ns
     before = pa.total_allocated_bytes()
-    mapped = load_rows("data.train", path, spool=spool)
+    mapped = load_rows("data.train", path, cache=cache)
     assert pa.total_allocated_bytes() - before < 100_000  # of 740 kB of pictures
     assert file.stat().st_mtime_ns == written
     held = load_rows("data.train", path)
@@ -200,10 +200,10 @@ def test_spooled_pictures_are_those_in_memory_and_take_none(tmp_path):
 
 
 def test_changed_files_are_copied_anew(tmp_path):
-    path, spool = write(tmp_path), str(tmp_path / "cache")
-    load_rows("data.train", path, spool=spool)
+    path, cache = write(tmp_path), str(tmp_path / "cache")
+    load_rows("data.train", path, cache=cache)
     write(tmp_path, image=[png(), png(color=(200, 0, 0))])
-    assert load_rows("data.train", path, spool=spool)[1]["image"].getpixel((0, 0)) == (200, 0, 0)
+    assert load_rows("data.train", path, cache=cache)[1]["image"].getpixel((0, 0)) == (200, 0, 0)
 
 
 def test_a_file_that_breaks_off_among_its_pictures_is_named_and_nothing_is_kept(tmp_path):
@@ -215,26 +215,26 @@ def test_a_file_that_breaks_off_among_its_pictures_is_named_and_nothing_is_kept(
     data[column.data_page_offset : column.data_page_offset + 64] = bytes(64)
     file.write_bytes(data)
     with pytest.raises(ConfigError, match="cannot be read as Parquet"):
-        load_rows("data.train", path, spool=str(tmp_path / "cache"))
+        load_rows("data.train", path, cache=str(tmp_path / "cache"))
     assert {file.suffix for file in (tmp_path / "cache").iterdir()} <= {".lock"}
 
 
 def test_processes_that_want_one_set_copy_its_pictures_once(tmp_path, monkeypatch):
     """They do not know each other yet; threads lock each other out as processes do."""
-    path, spool, copied = write(tmp_path), str(tmp_path / "cache"), []
-    batches = spools._batches
+    path, cache, copied = write(tmp_path), str(tmp_path / "cache"), []
+    batches = arrow_copy.read_batches
 
     def slowly(*arguments):
         copied.append(1)
         time.sleep(0.2)
         return batches(*arguments)
 
-    monkeypatch.setattr(spools, "_batches", slowly)
-    threads = [threading.Thread(target=load_rows, args=("data.train", path), kwargs={"spool": spool}) for _ in range(4)]
+    monkeypatch.setattr(arrow_copy, "read_batches", slowly)
+    threads = [threading.Thread(target=load_rows, args=("data.train", path), kwargs={"cache": cache}) for _ in range(4)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert len(copied) == 1
-    assert len(load_rows("data.train", path, spool=spool)) == 2
+    assert len(load_rows("data.train", path, cache=cache)) == 2
 
 
 def test_a_set_may_have_more_shards_than_a_process_may_open_files(tmp_path):
@@ -242,7 +242,21 @@ def test_a_set_may_have_more_shards_than_a_process_may_open_files(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
     try:
-        rows = load_rows("data.train", path, spool=str(tmp_path / "cache"))
+        rows = load_rows("data.train", path, cache=str(tmp_path / "cache"))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(rows.files) == 40
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+def test_a_damaged_copy_of_the_pictures_is_written_again(tmp_path, caplog, damage):
+    """A damaged file of the cache costs a copy; the dataset is not blamed."""
+    path, cache = write(tmp_path), str(tmp_path / "cache")
+    load_rows("data.train", path, cache=cache)
+    (copy,) = (tmp_path / "cache").glob("pictures-*.arrow")
+    whole = copy.read_bytes()
+    copy.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello" * 100}[damage])
+    rows = load_rows("data.train", path, cache=cache)
+    assert rows[1]["image"].getpixel((0, 0)) == load_rows("data.train", path)[1]["image"].getpixel((0, 0))
+    assert copy.read_bytes() == whole
+    assert "is damaged" in caplog.text

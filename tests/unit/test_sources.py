@@ -19,10 +19,10 @@ import pytest
 from PIL import Image
 
 from packshot.config.compose import compose
+from packshot.dataset.text_files import EncodingError, decode_text
 from packshot.errors import ConfigError, PackshotError
 from packshot.make_dataset.run import build
 from packshot.make_dataset.sources import list_items
-from packshot.make_dataset.sources.captions import EncodingError, decode_text
 
 CAPTIONS = [f"Professional photo of an object on a {thing}" for thing in ("marble table", "café table", "bed of sand")]
 
@@ -422,3 +422,59 @@ def test_colour_variants_are_not_duplicates(tmp_path):
         Image.fromarray(pixels).resize((100, 100)).save(made / f"{name}_small.jpg", quality=80)
     rows = run(made, tmp_path / "out", "quality.duplicate_distance=64")
     assert [row["source"] for row in rows] == ["set/blue.png", "set/green.png", "set/red.png"]
+
+
+class Downtime(OSError):
+    """A store's own error, without a number."""
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """Two pictures on a store of its own, and its file class."""
+    import fsspec
+
+    from packshot.make_dataset import sources
+
+    monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
+    made = fsspec.filesystem("memory")
+    for number in range(2):
+        made.pipe(f"/shelf/{number}.png", picture(number))
+    yield made
+    made.rm("/shelf", recursive=True)
+
+
+@pytest.mark.parametrize("failures", [2, 99])
+def test_a_store_that_is_down_is_tried_again_and_then_named(store, tmp_path, monkeypatch, failures):
+    """A pause costs seconds; a longer one ends the build with an error and rejects no picture."""
+    from packshot.make_dataset.sources import base, files
+
+    left = [failures]
+
+    def read(place):
+        if left[0]:
+            left[0] -= 1
+            raise Downtime("connection refused")
+        return base.read_place(place)
+
+    monkeypatch.setattr(files, "read_place", read)
+    if failures < 4:
+        assert len(run("memory://shelf", tmp_path / "out")) == 2
+        return
+    with pytest.raises(PackshotError, match=r"shelf/0\.png cannot be read: Downtime: connection refused"):
+        run("memory://shelf", tmp_path / "out")
+
+
+def test_a_store_that_cannot_be_listed_is_a_config_error(store, tmp_path, monkeypatch):
+    def fail(self, path, **kwargs):
+        raise RuntimeError("no route")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "exists", fail)
+        with pytest.raises(ConfigError, match=r"source.path=memory://shelf cannot be read: RuntimeError: no route"):
+            run("memory://shelf", tmp_path / "out")
+
+
+def test_json_that_is_nested_too_deep_is_named(folder, tmp_path):
+    (folder / "metadata.jsonl").write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(ConfigError, match="line 1 is not JSON"):
+        run(folder, tmp_path / "out")

@@ -10,9 +10,11 @@ from typing import Any
 from packshot.caption.data import CONFIDENCE_COLUMN, ERROR_COLUMN
 from packshot.caption.evaluate import THUMBNAIL
 from packshot.dataset.rows import Rows
+from packshot.dataset.text_files import EncodingError, csv_rows, decode_text
 from packshot.errors import ConfigError
 from packshot.imaging.data_url import data_url
 from packshot.runs.files import replacing_file
+from packshot.runs.folder import log
 from packshot.scene import Scene
 from packshot.scene.scores import product_words
 
@@ -54,7 +56,9 @@ def doubtful(rows: Rows, count: int) -> list[tuple[dict[str, Any], str]]:
 
 def write_review(folder: Path, samples: list[tuple[dict[str, Any], str]], dataset: str) -> None:
     """``review.csv``, to be edited, and ``review.html``, to look at."""
-    with replacing_file(folder / "review.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    table_file = folder / "review.csv"
+    # The byte order mark tells Excel that it is UTF-8; without one it shows é as Ã©.
+    with replacing_file(table_file) as temporary, temporary.open("w", newline="", encoding="utf-8-sig") as file:
         table = csv.writer(file)
         table.writerow(COLUMNS)
         table.writerows([row["id"], why, row["text"] or "", ""] for row, why in samples)
@@ -76,10 +80,14 @@ def read_corrections(path: Path, known: set[str]) -> dict[str, str]:
             a product. All of them are listed, and nothing is taken over.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"data.corrections={path} cannot be read ({error}).", "task=review writes it.") from error
+        text, encoding = decode_text(path.read_bytes())
+        lines = csv_rows(text)
+    except (OSError, EncodingError, csv.Error) as error:
+        raise ConfigError(
+            f"data.corrections={path} cannot be read ({error}).", "Save it as CSV UTF-8; task=review writes it."
+        ) from error
+    if encoding == "windows-1252":
+        log.warning("data.corrections=%s is not UTF-8: read as %s; save it as CSV UTF-8", path, encoding)
     if not lines or not {"id", "corrected"} <= set(lines[0]):
         raise ConfigError(f"data.corrections={path} has no columns id and corrected.", "task=review writes it.")
     found, wrong = {}, []

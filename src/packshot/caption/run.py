@@ -74,7 +74,7 @@ def run(config: CaptionVLM) -> None:
 def train(config: CaptionVLM) -> None:
     """Fine-tune the captioner on ``data.train``; writes ``export/``."""
     refuse_launcher()
-    load = partial(load_rows, pictures=PICTURES, spool=config.data.cache_dir, licenses=config.licenses)
+    load = partial(load_rows, pictures=PICTURES, cache=config.data.cache_dir, licenses=config.licenses)
     rows, validation = load("data.train", config.data.train), load("data.validation", config.data.validation)
     torch.manual_seed(config.run.seed)  # the start of a LoRA's weights
     adapter = load_adapter(config.model, config.captioner, trainable=True)
@@ -150,7 +150,7 @@ def _card(run: Path, config: CaptionVLM, data: dict[str, Any]) -> str:
 
 def evaluate(config: CaptionVLM) -> None:
     """Score the captioner on ``data.validation``; writes ``scores.json`` and ``worst.html``."""
-    load = partial(load_rows, pictures=PICTURES, spool=config.data.cache_dir, licenses=config.licenses)
+    load = partial(load_rows, pictures=PICTURES, cache=config.data.cache_dir, licenses=config.licenses)
     rows = load("data.validation", config.data.validation)
     if len(rows) < 2:
         raise ConfigError(f"data.validation={config.data.validation} has one row.", "The baselines need two or more.")

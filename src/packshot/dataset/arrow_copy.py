@@ -10,48 +10,70 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
 from packshot.runs.files import replacing_file, writing
+from packshot.runs.folder import log
 from packshot.runs.progress import progress
 
 BATCH = 16  # rows copied at a time
 
 
-def read_tables(files: Sequence[Path], pictures: Sequence[str] | None, spool: str | None) -> tuple[Any, Any]:
+def read_tables(files: Sequence[Path], pictures: Sequence[str] | None, cache: str | None) -> tuple[pa.Table, pa.Table]:
     """(all but pictures, pictures) of Parquet files, as two tables of as many rows.
 
-    pictures: names of the columns to read; None: all. spool: folder for the Arrow file; None: read into memory.
+    pictures: names of the columns to read; None: all. cache: folder for the Arrow file; None: read into memory.
 
     Raises:
         OSError, ValueError: as pyarrow does, when a file is not whole.
         PackshotError: the Arrow file cannot be written.
     """
-    tables, shown = [], []
+    tables: list[pa.Table] = []
+    shown: list[pa.Schema] = []
     for file in files:  # one by one: pq.read_table imports pandas, and a process may open 1,024 files
         with pq.ParquetFile(file) as opened:
             fields = list(opened.schema_arrow)
-            tables.append(opened.read([field.name for field in fields if not _shows(field)]))
-            shown.append(pa.schema([field for field in fields if _shows(field)]))
-    table, schema = pa.concat_tables(tables, promote_options="default"), pa.unify_schemas(shown)
+            tables.append(opened.read([field.name for field in fields if not holds_pictures(field)]))
+            shown.append(pa.schema([field for field in fields if holds_pictures(field)]))
+    table = pa.concat_tables(tables, promote_options="default")
+    schema = pa.unify_schemas(shown)
     if pictures is not None:
         schema = pa.schema([field for field in schema if field.name in pictures])
     schema = schema.remove_metadata()
-    if spool is None:
-        return table, pa.Table.from_batches(_batches(files, schema), schema)
-    return table, pa.ipc.open_file(pa.memory_map(str(_spooled(files, table.num_rows, schema, Path(spool))))).read_all()
+    if cache is None:
+        return table, pa.Table.from_batches(read_batches(files, schema), schema)
+    return table, mapped_copy(files, table.num_rows, schema, Path(cache))
 
 
-def _shows(field: Any) -> bool:
+def mapped_copy(files: Sequence[Path], rows: int, schema: pa.Schema, folder: Path) -> pa.Table:
+    """The memory-mapped copy of the pictures. One that is damaged is removed and written again.
+
+    Raises:
+        PackshotError: the Arrow file cannot be written.
+        ValueError: the dataset's own files are damaged.
+    """
+    path = copied(files, rows, schema, folder)
+    try:
+        found = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        log.warning("cache file %s is damaged (%s): removed, the pictures are copied again", path, error)
+    else:
+        if found.num_rows == rows:
+            return found
+        log.warning("cache file %s has %d rows instead of %d: copied again", path, found.num_rows, rows)
+    path.unlink(missing_ok=True)
+    return pa.ipc.open_file(pa.memory_map(str(copied(files, rows, schema, folder)))).read_all()
+
+
+def holds_pictures(field: pa.Field) -> bool:
     """Whether a column holds encoded pictures."""
     return pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
 
 
-def _batches(files: Sequence[Path], schema: Any) -> Iterator[Any]:
+def read_batches(files: Sequence[Path], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """The columns of a schema, ``BATCH`` rows at a time; null where a file lacks one."""
     for path in files:
         try:
@@ -69,7 +91,7 @@ def _batches(files: Sequence[Path], schema: Any) -> Iterator[Any]:
             raise ValueError(str(error)) from error
 
 
-def _spooled(files: Sequence[Path], rows: int, schema: Any, folder: Path) -> Path:
+def copied(files: Sequence[Path], rows: int, schema: pa.Schema, folder: Path) -> Path:
     """The Arrow file of these columns of these files, which is written unless it is there.
 
     By one process, while others that want it wait: those of a run do not know each other yet, and a large set must not
@@ -90,7 +112,7 @@ def _spooled(files: Sequence[Path], rows: int, schema: Any, folder: Path) -> Pat
                 pa.ipc.new_file(str(temporary), schema) as out,
                 progress(f"copying the pictures of {files[0].parent}", rows) as advance,
             ):
-                for batch in _batches(files, schema):
+                for batch in read_batches(files, schema):
                     out.write_batch(batch)
                     advance(len(batch))
     return path

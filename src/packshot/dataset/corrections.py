@@ -42,7 +42,7 @@ def parse(content: str, name: str) -> dict[str, str]:
         try:
             values = json.loads(line)
             found[str(values["id"])] = str(values["text"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise PackshotError(
                 f"{name}, line {number} is no correction.", 'A line is {"id": ..., "text": ...}.'
             ) from error

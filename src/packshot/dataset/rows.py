@@ -149,13 +149,13 @@ def load_rows(
     *,
     captions: bool = True,
     pictures: Sequence[str] | None = None,
-    spool: str | None = None,
+    cache: str | None = None,
     licenses: LicenseConfig | None = None,
 ) -> Rows:
     """Open a dataset folder (or one Parquet file) that the config names under ``key``.
 
     captions: refuse a set in which a sample has no text. pictures: read only these of the picture columns; default:
-    all. spool: folder in which pictures may lie for access by memory map (see ``data.spool``); default: in memory.
+    all. cache: folder in which a copy of the pictures may lie for access by memory map; default: in memory.
     licenses: refuse a set with rows that this profile does not let in.
 
     Raises:
@@ -167,13 +167,16 @@ def load_rows(
     if not files:
         raise ConfigError(f"{key}={path} holds no part-*.parquet.", "build_data.py writes such folders.")
     try:
-        table, shown = read_tables(files, pictures, spool)
+        table, shown = read_tables(files, pictures, cache)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{key}={path} cannot be read as Parquet ({reason}).", "Build the dataset again.") from error
     missing = {"id", "image", "text"} - {*table.column_names, *shown.column_names}
     if missing:
-        raise ConfigError(f"{key}={path} lacks the column {', '.join(sorted(missing))}.", "build_data.py writes them.")
+        raise ConfigError(
+            f"{key}={path} lacks the column {', '.join(sorted(missing))}.",
+            f"This prepares it: python build_data.py dataset=background source.path={path} run.dir=<new folder>",
+        )
     table = corrections.apply(table, corrections.read(folder))
     places = list(range(table.num_rows))
     if captions and "caption_error" in table.column_names:

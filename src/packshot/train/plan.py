@@ -234,7 +234,7 @@ def plan(config: TrainScript, script: str) -> None:
     if int(os.environ.get("RANK", 0)):
         return
     rows = load_rows(
-        "data.train", config.data.train, pictures=("image",), spool=config.data.cache_dir, licenses=config.licenses
+        "data.train", config.data.train, pictures=("image",), cache=config.data.cache_dir, licenses=config.licenses
     )
     run = open_run(script, config)
     result = make_plan(config, len(rows), processes=int(os.environ.get("WORLD_SIZE", 1)))

@@ -53,7 +53,7 @@ def _with_task(work: Callable[[Session, DiffusionTask, Examples, Any], None]) ->
     """A mode that needs models and data: loads them, and closes the tracker whatever happens."""
 
     def mode(config: TrainScript, script: str) -> None:
-        load = partial(load_rows, pictures=PICTURES, spool=config.data.cache_dir, licenses=config.licenses)
+        load = partial(load_rows, pictures=PICTURES, cache=config.data.cache_dir, licenses=config.licenses)
         rows = load("data.train", config.data.train)
         validation = load("data.validation", config.data.validation)
         parts = load_parts(config.model)

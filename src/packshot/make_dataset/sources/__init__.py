@@ -6,15 +6,18 @@ An item names one picture without reading it. Reading happens in the workers, a 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Protocol, cast
 
 from packshot.config.schema import SourceConfig
 from packshot.config.sources import SOURCES, conventions
-from packshot.errors import ConfigError
+from packshot.errors import ConfigError, PackshotError
 from packshot.make_dataset.sources.base import Item, Listing, Raw, by_extension
 from packshot.make_dataset.sources.walk import list_files
+
+_TRIES = 4  # with 1, 2 and 4 seconds between them
 
 
 class Reader(Protocol):
@@ -46,13 +49,23 @@ def list_items(source: SourceConfig, cache: str = "") -> tuple[list[Item], list[
     Raises:
         ConfigError: nothing there, no picture there, or columns, masks or shards that cannot be used.
     """
-    listing = list_files(source.path, cache)
-    for kind in SOURCES:
-        paths = reader(kind).claims(listing)
-        if paths:
-            items = reader(kind).list_items(listing, paths, source)
-            notes = [*listing.notes, *listing.unread.lines()]
-            return [{**item, "kind": kind} for item in items], notes
+    try:
+        listing = list_files(source.path, cache)
+        for kind in SOURCES:
+            paths = reader(kind).claims(listing)
+            if paths:
+                items = reader(kind).list_items(listing, paths, source)
+                notes = [*listing.notes, *listing.unread.lines()]
+                return [{**item, "kind": kind} for item in items], notes
+    except PackshotError:
+        raise
+    except Exception as error:  # every store has errors of its own
+        if "://" not in source.path and not isinstance(error, OSError):
+            raise
+        raise ConfigError(
+            f"source.path={source.path} cannot be read: {type(error).__name__}: {str(error)[:200]}.",
+            "Check the address, the network and your rights there.",
+        ) from error
     kinds = by_extension(listing.paths) or "none that can be read"
     raise ConfigError(
         f"source.path={source.path} holds no image ({len(listing.paths)} files: {kinds}).",
@@ -63,7 +76,33 @@ def list_items(source: SourceConfig, cache: str = "") -> tuple[list[Item], list[
 def read_items(items: Sequence[Item]) -> Iterator[Raw]:
     """The samples behind items, in order."""
     for item in items:
-        yield reader(item["kind"]).read_item(item)
+        yield read_item(item)
+
+
+def read_item(item: Item) -> Raw:
+    """One sample. What is not there, or not for us to read, is a rejected sample; a store that is down ends the build.
+
+    Raises:
+        PackshotError: a remote store does not answer, after several tries.
+    """
+    for attempt in range(_TRIES):
+        try:
+            return reader(item["kind"]).read_item(item)
+        except PackshotError:
+            raise
+        except Exception as error:  # every store has errors of its own
+            lasting = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
+            if isinstance(error, OSError) and (lasting or item["place"].startswith("/")):
+                return Raw(item["name"], None, error=error.strerror or str(error))
+            if item["place"].startswith("/"):
+                raise
+            if attempt + 1 == _TRIES:
+                raise PackshotError(
+                    f"{item['name']} cannot be read: {type(error).__name__}: {str(error)[:200]}.",
+                    "The store does not answer. run.resume=true goes on from here.",
+                ) from error
+        time.sleep(2.0**attempt)
+    raise AssertionError("unreachable")
 
 
 def fingerprint(items: Sequence[Item]) -> str:

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from packshot.config.schema import SourceConfig
+from packshot.dataset.text_files import EncodingError, decode_text
 from packshot.errors import ConfigError
 from packshot.imaging.files import IMAGE_SUFFIXES, is_image, pair_masks
 from packshot.make_dataset.sources.base import (
@@ -24,7 +25,6 @@ from packshot.make_dataset.sources.base import (
     read_place,
     text_of,
 )
-from packshot.make_dataset.sources.captions import EncodingError, decode_text
 from packshot.make_dataset.sources.tabular import is_table_file, read_rows
 from packshot.make_dataset.sources.walk import hidden, open_path
 
@@ -175,8 +175,6 @@ def read_item(item: Item) -> Raw:
         mask = read_place(item["mask"]) if item["mask"] else None
         text, encoding = decode_text(read_place(item["text"])) if item["text"] else ("", "")
         described = item["described"] or (json_fields(item) if item["json"] else {})
-    except OSError as error:
-        return Raw(item["name"], None, error=error.strerror or str(error))
     except EncodingError as error:
         return Raw(item["name"], None, error=f"its caption is {error}")
     text = text or str(described.get("text") or "")
@@ -187,7 +185,7 @@ def json_fields(item: Item) -> dict[str, str]:
     """Caption and licence of the .json beside an image, as img2dataset and booru tools write it."""
     try:
         values = json.loads(decode_text(read_place(item["json"]))[0] or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):  # not a caption's JSON; tools keep all sorts of things there
         return {}
     return described_by(values, item["caption_column"])
 

@@ -109,8 +109,6 @@ def read_item(item: Item) -> Raw:
             data = read_place(item["place"].removeprefix("file://"))
     except DownloadError as error:
         return Raw(item["name"], None, error=str(error))
-    except OSError as error:
-        return Raw(item["name"], None, error=f"{item['place']}: {error.strerror or error}")
     for kind, wanted in item["checksums"].items():
         found = hashlib.new(kind, data, usedforsecurity=False).hexdigest()
         if found != wanted:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 from pathlib import PurePosixPath
 from typing import Any
@@ -11,12 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from packshot.dataset.text_files import EncodingError, csv_rows, decode_text
 from packshot.errors import ConfigError
 from packshot.make_dataset.sources.base import open_place, read_place
-from packshot.make_dataset.sources.captions import EncodingError, decode_text
 
 _SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-csv.field_size_limit(2**27)  # Python's own limit of 128 KiB cuts embedded data URLs
 
 
 def is_table_file(path: str) -> bool:
@@ -49,22 +47,11 @@ def json_rows(text: str, place: str) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"source.path: {place}, line {number} is not JSON ({error}).", "Each line is one object."
             ) from error
         if not isinstance(row, dict):
             raise ConfigError(f"source.path: {place}, line {number} is not an object.", "Each line is one object.")
         rows.append(row)
-    return rows
-
-
-def csv_rows(text: str) -> list[dict[str, Any]]:
-    """Rows under the names of the first line; the separator is the one that the first line has most of."""
-    header = text.partition("\n")[0]
-    separator = max(",;\t|", key=header.count)
-    rows = []
-    for row in csv.DictReader(io.StringIO(text), delimiter=separator):
-        row.pop(None, None)  # type: ignore[call-overload]  # cells beyond the header
-        rows.append({name.strip(): value for name, value in row.items() if name})
     return rows

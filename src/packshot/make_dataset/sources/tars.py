@@ -13,10 +13,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from packshot.config.schema import SourceConfig
+from packshot.dataset.text_files import EncodingError, decode_text
 from packshot.errors import ConfigError
 from packshot.imaging.files import is_image
 from packshot.make_dataset.sources.base import Item, Listing, Raw, caption_count, open_place
-from packshot.make_dataset.sources.captions import EncodingError, decode_text
 from packshot.make_dataset.sources.files import described_by
 from packshot.make_dataset.sources.tables import refuse_masks
 from packshot.make_dataset.sources.walk import hidden
@@ -150,11 +150,11 @@ def read_item(item: Item) -> Raw:
         written = member_bytes(item, "txt") or member_bytes(item, "caption") or b""
         described = described_by(json.loads(member_bytes(item, "json") or b"{}"), item["caption_column"])
         text, encoding = decode_text(written)
-    except _DAMAGED as error:
-        return Raw(item["name"], None, error=getattr(error, "strerror", None) or str(error))
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        return Raw(item["name"], None, error=f"the shard is damaged ({error})")
     except EncodingError as error:
         return Raw(item["name"], None, error=f"its caption is {error}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Raw(item["name"], None, error=f"its .json is damaged ({error})")
     error = "" if data is not None else f"the shard has no image named {item['name'].rpartition('#')[2]}"
     text = text or described.get("text", "")

@@ -1,9 +1,14 @@
-"""Caption files as people have them: text in any of the usual encodings."""
+"""Text and tables as people have them: in any of the usual encodings, with any of the usual separators."""
 
 from __future__ import annotations
 
 import codecs
+import csv
+import io
+import re
+from typing import Any
 
+csv.field_size_limit(2**27)  # Python's own limit of 128 KiB cuts embedded data URLs
 # The longer marks first: UTF-32's begins with UTF-16's.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -12,6 +17,9 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+
+
+_CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1f]")
 
 
 class EncodingError(ValueError):
@@ -35,6 +43,8 @@ def decode_text(data: bytes) -> tuple[str, str]:
     try:
         return clean(data.decode("utf-8")), ""
     except UnicodeDecodeError:
+        if _CONTROL.search(data):
+            raise EncodingError("not text: it has control characters") from None
         return decoded(data, "windows-1252"), "windows-1252"
 
 
@@ -64,3 +74,16 @@ def utf16_without_mark(data: bytes) -> str | None:
 def clean(text: str) -> str:
     """Without zero characters, which no tokenizer expects, and outer white space."""
     return text.replace("\0", "").replace("\r\n", "\n").strip()
+
+
+def csv_rows(text: str) -> list[dict[str, Any]]:
+    """Rows under the names of the first line; the separator is the one that the first line has most of."""
+    if text.lower().startswith("sep="):  # a hint that Excel writes
+        text = text.partition("\n")[2]
+    header = text.partition("\n")[0]
+    separator = max(",;\t|", key=header.count)
+    rows = []
+    for row in csv.DictReader(io.StringIO(text, newline=None), delimiter=separator):
+        row.pop(None, None)  # type: ignore[call-overload]  # cells beyond the header
+        rows.append({name.strip(): value for name, value in row.items() if name})
+    return rows
