@@ -10,26 +10,88 @@ import os
 import sys
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any
+from pathlib import Path
 
 from packshot.config.compose import compose, groups, options, to_yaml
 from packshot.config.keys import describe, fields
 from packshot.config.schema import SCRIPTS
-from packshot.errors import PackshotError
+from packshot.errors import ConfigError, PackshotError
 
 
-def _default(field: dataclasses.Field) -> str:
-    value: Any = field.default_factory() if callable(field.default_factory) else field.default
+@dataclasses.dataclass
+class CommandLine:
+    """What the arguments of a stage ask for.
+
+    prints_config: print the resolved config instead of running. multirun: one process for each combination of the
+    values that overrides list. dry: only print the commands of these processes. config_dir: a folder laid out as
+    ``conf/``, whose files are found besides the shipped ones.
+    """
+
+    overrides: list[str]
+    help: bool = False
+    prints_config: bool = False
+    multirun: bool = False
+    dry: bool = False
+    config_dir: Path | None = None
+
+
+FLAGS = ("--help", "--cfg", "--multirun", "--multirun.dry", "--config-dir")
+
+
+def read_arguments(arguments: Sequence[str]) -> CommandLine:
+    """Flags and overrides, in any order; Hydra's short flags are known too.
+
+    Raises:
+        ConfigError: a flag is not known, or its value is missing or wrong.
+    """
+    line = CommandLine(overrides=[])
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        flag, _, value = argument.partition("=")
+        if argument in ("-h", "--help"):
+            line.help = True
+        elif argument in ("-c", "--cfg"):
+            line.prints_config = True
+            if rest and rest[0] in ("job", "hydra", "all") and rest.pop(0) != "job":
+                raise ConfigError("--cfg prints the config of the job only.", "Write --cfg job, or --cfg alone.")
+        elif argument in ("-m", "--multirun"):
+            line.multirun = True
+        elif flag == "--multirun.dry":
+            if value not in ("true", "false"):
+                raise ConfigError(f"{argument} is not a valid flag.", "Write --multirun.dry=true or false.")
+            line.multirun = True
+            line.dry = value == "true"
+        elif flag in ("-cd", "--config-dir"):
+            if not value and not rest:
+                raise ConfigError("--config-dir names no folder.", "Write --config-dir <folder>.")
+            line.config_dir = Path(value or rest.pop(0)).expanduser()
+        elif argument.startswith("-"):
+            raise ConfigError(f"There is no flag {argument}.", f"Known are {', '.join(FLAGS)}.")
+        else:
+            line.overrides.append(argument)
+    return line
+
+
+def default_text(field: dataclasses.Field) -> str:
+    """The default of a key, as it is written in an override."""
+    value = field.default_factory() if callable(field.default_factory) else field.default
     if isinstance(value, Enum):
         return value.name
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def help_text(script: str, doc: str) -> str:
     """Usage, groups and every key with default, type and meaning; costs no heavy import."""
-    lines = [doc.strip(), "", f"usage: python {script}.py [key=value ...] [--cfg] [--help]", "", "Groups:"]
+    lines = [doc.strip(), "", f"usage: python {script}.py [key=value ...] [flag ...]"]
+    lines += [f"   or: packshot {script} [key=value ...] [flag ...]", "", "Flags:"]
+    lines += ["  --cfg [job]          print the resolved config and stop"]
+    lines += ["  --multirun           run every combination of listed values: a=1,2 b=range(0,3) group=glob(*)"]
+    lines += ["  --multirun.dry=true  print the commands of these runs instead"]
+    lines += ["  --config-dir DIR     also find config files in DIR, a folder laid out as conf/"]
+    lines += ["", "Groups (experiment also takes the path of a .yaml file):"]
     schema = SCRIPTS[script]
     names = {field.name for field in dataclasses.fields(schema)}
     for group in groups():
@@ -38,12 +100,12 @@ def help_text(script: str, doc: str) -> str:
     lines += ["", "Keys (default: type: meaning):"]
     for key, field, hint in fields(schema):
         text = field.metadata.get("help", "")
-        lines.append(f"  {key}={_default(field)}\n      {describe(field, hint)}: {text}")
+        lines.append(f"  {key}={default_text(field)}\n      {describe(field, hint)}: {text}")
     return "\n".join(lines)
 
 
-def _quiet_libraries() -> None:
-    """Silence remarks that libraries make on import about parts we do not use (torchvision, GPU kernels)."""
+def quiet_libraries() -> None:
+    """Silence messages of libraries on import about parts that are not used here (torchvision, GPU kernels)."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also transformers' bar for weights
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -82,31 +144,44 @@ STAGES: dict[str, Stage] = {
 }
 
 
+def run_target(target: str, config: object) -> None:
+    """Call ``package.module:function`` with a config. A run that is refused before it did any work leaves no folder."""
+    quiet_libraries()
+    module, function = target.split(":")
+    try:
+        getattr(importlib.import_module(module), function)(config)
+    except ConfigError:
+        from packshot.runs.folder import discard_refused
+
+        discard_refused()
+        raise
+
+
 def run_stage(name: str, arguments: Sequence[str] | None = None) -> None:
     """Run a stage and exit: 0 done, 1 failed, 2 bad arguments or config.
 
     name: a key of ``STAGES``. arguments: overrides and flags; those of the command line by default.
     """
     stage = STAGES[name]
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(arguments):
-        print(help_text(name, stage.about))
-        raise SystemExit(0)
     try:
-        config = compose(name, [argument for argument in arguments if argument != "--cfg"])
-        if "--cfg" in arguments:
-            print(to_yaml(config), end="")
-            raise SystemExit(0)
-        _quiet_libraries()
-        module, function = stage.target.split(":")
-        getattr(importlib.import_module(module), function)(config)
+        line = read_arguments(sys.argv[1:] if arguments is None else arguments)
+        if line.help:
+            print(help_text(name, stage.about))
+        elif line.multirun:
+            from packshot.multirun import multirun
+
+            multirun(name, line.overrides, line.config_dir, line.dry)
+        elif line.prints_config:
+            print(to_yaml(compose(name, line.overrides, line.config_dir)), end="")
+        else:
+            run_target(stage.target, compose(name, line.overrides, line.config_dir))
     except PackshotError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        # Most writers say this themselves, with what is safe; whoever does not is no reason for a traceback.
+        # Most writers raise a PackshotError that also names what is safe. The others deserve no traceback either.
         print(
             f"error: {error.filename or 'A file that the system does not name'} cannot be written: {error.strerror}.",
             file=sys.stderr,
@@ -114,8 +189,9 @@ def run_stage(name: str, arguments: Sequence[str] | None = None) -> None:
         print("  Free some space; run.resume=true continues from what is finished.", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt as error:
-        print("interrupted; the run folder keeps what was finished, run.resume=true goes on", file=sys.stderr)
+        print("interrupted; the run folder keeps what is finished, run.resume=true continues", file=sys.stderr)
         raise SystemExit(130) from error
+    raise SystemExit(0)
 
 
 def main() -> None:
@@ -123,7 +199,11 @@ def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in STAGES:
         run_stage(name, arguments)
-    lines = ["usage: packshot <stage> [key=value ...] [--cfg] [--help]", "", "Stages:"]
+    lines = [
+        "usage: packshot <stage> [key=value ...] [flag ...]; packshot <stage> --help lists keys and flags",
+        "",
+        "Stages:",
+    ]
     lines += [f"  {stage:18}{row.about}" for stage, row in STAGES.items()]
     if name in ("-h", "--help"):
         print("\n".join(lines))

@@ -1,20 +1,25 @@
 """Composition, refusals and help (a typo is refused everywhere, before a model is loaded)."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import assume, given
 from hypothesis.strategies import text
 
+from packshot.cli import STAGES, Stage, run_stage
 from packshot.config import compose as composing
-from packshot.config.compose import _QUOTED, _quoted, compose, to_plain, to_yaml
+from packshot.config.compose import QUOTED, compose, quoted, to_plain, to_yaml
 from packshot.config.keys import fields
 from packshot.config.renamed import RENAMED, translate
 from packshot.config.schema import SCRIPTS, Mode
 from packshot.errors import ConfigError
+from packshot.multirun import expand, jobs
+from packshot.runs.folder import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +43,9 @@ def test_every_script_composes_validates_and_round_trips(script):
         ("method.alpha=0", "number >= 0.001"),  # an update that counts nothing never learns
         ("method.conv_alpha=0", ">= 0.001"),
         ("model=sdlx", "model=sdxl"),
-        ("mode=trian", "train | plan | check"),
+        ("mode=trian", "Allowed are train, plan, check"),
+        ("train.lr=1e-4", "train.learning_rate"),
+        ("train=5", "a group of keys"),
         ("learning_rate=1e-4", "train.learning_rate"),
         ("train.max_steps=1.5", "integer"),
         ("train.max_steps=[1", "cannot be read"),
@@ -141,7 +148,7 @@ def test_exit_code_of_a_wrong_key():
         (["objective.min_timestep=-1"], "out of range"),
         (["objective.min_snr_gamma=0"], "out of range"),
         (["objective.input_perturbation=2"], "out of range"),
-        (["objective.timestep_sampling=cubix"], "uniform . logit_normal . cubic"),
+        (["objective.timestep_sampling=cubix"], "Allowed are uniform, logit_normal, cubic"),
         (["objective.min_timestep=500", "objective.max_timestep=500"], "not above"),
     ],
 )
@@ -177,8 +184,8 @@ def test_a_base_that_predicts_epsilon_refuses_zero_terminal_snr():
 
 @given(text().filter(lambda t: t != "null" and "${" not in t))
 def test_the_value_of_a_text_key_arrives_as_it_was_typed(value):
-    assume(not _QUOTED.fullmatch(value))
-    [parsed] = OverridesParser.create().parse_overrides([_quoted(f"prompt={value}", {"prompt"})])
+    assume(not QUOTED.fullmatch(value))
+    [parsed] = OverridesParser.create().parse_overrides([quoted(f"prompt={value}", {"prompt"})])
     assert parsed.value() == value
 
 
@@ -262,3 +269,105 @@ def test_a_finished_config_of_an_older_version_is_translated(old, new):
 def test_a_config_with_today_s_keys_is_left_alone():
     today = to_plain(compose("train_lora", ["objective.loss_weighting=min_snr", "objective.min_snr_gamma=4"]))
     assert translate(today) == today
+
+
+# ---- config files from anywhere, and sweeps ----
+
+
+def experiment_file(path, steps):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"# @package _global_\ntrain:\n  max_steps: {steps}\n")
+    return path
+
+
+def test_an_experiment_file_may_lie_anywhere(tmp_path):
+    file = experiment_file(tmp_path / "mine.yaml", 7)
+    assert compose("train_lora", [f"experiment={file}"]).train.max_steps == 7
+    with pytest.raises(ConfigError, match="no such file"):
+        compose("train_lora", [f"experiment={tmp_path}/gone.yaml"])
+
+
+def test_a_config_folder_adds_options_to_the_shipped_ones(tmp_path):
+    experiment_file(tmp_path / "experiment" / "mine.yaml", 7)
+    config = compose("train_lora", ["experiment=mine", "model=sdxl"], tmp_path)
+    assert (config.train.max_steps, config.model.resolution) == (7, 1024)
+    with pytest.raises(ConfigError, match=r"experiment takes .*mine"):
+        compose("train_lora", ["experiment=other"], tmp_path)
+    with pytest.raises(ConfigError, match="no such folder"):
+        compose("train_lora", [], tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["a=1,2", "b=x"], [["a=1", "b=x"], ["a=2", "b=x"]]),
+        (["a=1,2", "b=range(0,2)"], [["a=1", "b=0"], ["a=1", "b=1"], ["a=2", "b=0"], ["a=2", "b=1"]]),
+        (["a=choice(x,y)"], [["a=x"], ["a=y"]]),
+        (["a=[1,2]", "b='x, y'"], [["a=[1,2]", "b='x, y'"]]),
+    ],
+)
+def test_a_sweep_expands_in_hydras_grammar(overrides, expected):
+    assert expand("train_lora", overrides) == expected
+
+
+def test_the_jobs_of_a_sweep_have_their_own_folders_and_one_group():
+    found = jobs("train_lora", ["run.dir=outputs/rates", "train.learning_rate=1e-4,2e-4"])
+    assert found == [
+        [f"train.learning_rate={rate}", "tracking.group=rates", f"run.dir=outputs/rates/{index}"]
+        for index, rate in enumerate(("0.0001", "0.0002"))
+    ]
+
+
+def test_multirun_prints_its_commands_or_starts_them(tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr("subprocess.run", lambda command: started.append(command) or SimpleNamespace(returncode=0))
+    arguments = ["--multirun", "method.rank=4,8", f"run.dir={tmp_path}/sweep"]
+    with pytest.raises(SystemExit) as ended:
+        run_stage("train_lora", [*arguments, "--multirun.dry=true"])
+    printed = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert (ended.value.code, started) == (0, [])
+    with pytest.raises(SystemExit):
+        run_stage("train_lora", arguments)
+    assert [command[1:3] for command in started] == [["-m", "packshot"]] * 2
+    assert [command[3:] for command in started] == [command[1:] for command in printed]
+
+
+def test_a_sweep_with_one_refused_job_starts_none(monkeypatch, capsys):
+    monkeypatch.setattr("subprocess.run", lambda command: pytest.fail("started"))
+    with pytest.raises(SystemExit) as ended:
+        run_stage("train_lora", ["-m", "method.rank=4,0"])
+    assert ended.value.code == 2
+    assert "method.rank=0 is out of range" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--cfg"], ["--cfg", "job"], ["-c", "job"]])
+def test_the_config_of_the_job_is_printed(flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_stage("evaluate", ["suite=scene", *flags])
+    assert ended.value.code == 0
+    assert "suite: scene" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--cfg", "all"], ["--foo"], ["--multirun.dry=maybe"], ["--config-dir"]])
+def test_a_flag_that_is_not_known_is_refused(flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_stage("evaluate", flags)
+    assert ended.value.code == 2
+
+
+def test_a_refused_config_leaves_no_run_folder(tmp_path, monkeypatch, capsys):
+    """The rule: unless the folder was resumed, or holds work."""
+
+    def refuse(config):
+        run = open_run("evaluate", config)
+        if config.suite.name == "scene":
+            run.metrics({"step": 0})
+        raise ConfigError("It does not fit.")
+
+    monkeypatch.setitem(sys.modules, "work", SimpleNamespace(refuse=refuse))
+    monkeypatch.setitem(STAGES, "evaluate", Stage("", "work:refuse"))
+    for suite, stays in (("full", False), ("scene", True)):
+        with pytest.raises(SystemExit) as ended:
+            run_stage("evaluate", [f"run.dir={tmp_path}/{suite}", f"suite={suite}"])
+        assert ended.value.code == 2
+        assert (tmp_path / suite).exists() is stays

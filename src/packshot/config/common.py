@@ -10,7 +10,7 @@ from packshot.config.mask_models import MASK_MODELS
 from packshot.errors import ConfigError
 from packshot.scene import SLOTS
 
-TrackerKind = Names("TrackerKind", ["wandb", "none"])
+TrackerKind = Names("TrackerKind", ["wandb", "tensorboard", "wandb_tensorboard", "none"])
 Quantization = Names("Quantization", ["none", "nf4", "int8"])
 
 LONGEST_TAG = 64  # characters that W&B accepts
@@ -45,10 +45,16 @@ class LicenseConfig:
 
 @dataclass
 class TrackingConfig:
-    kind: TrackerKind = opt(TrackerKind.wandb, "wandb (offline when no key is set) or none")
+    kind: TrackerKind = opt(
+        TrackerKind.wandb, "wandb (offline when no key is set), tensorboard (in <run.dir>/tensorboard), both, or none"
+    )
     project: str = opt("packshot", "W&B project")
+    entity: str | None = opt(None, "W&B user or team; default: that of the key")
+    group: str | None = opt(None, "W&B group of runs; --multirun sets one for its jobs")
     name: str | None = opt(None, "W&B run name; default: the name of run.dir")
+    notes: str | None = opt(None, "W&B notes: what the run is for")
     tags: list[str] = opt([], "W&B tags, at most 64 characters each")
+    upload: bool = opt(True, "log export/ as a W&B artifact with its files; false: only as a reference to the folder")
 
     def check(self) -> None:
         for tag in self.tags:

@@ -3,71 +3,97 @@
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import Enum
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from packshot.config.checks import validate
-from packshot.config.keys import describe, fields, nearest
+from packshot.config.keys import Hint, describe, fields, nearest
 from packshot.config.renamed import refuse_renamed
 from packshot.config.schema import SCRIPTS
 from packshot.errors import ConfigError
 
 CONF = Path(str(files("packshot.conf")))  # the checkout's conf/, or the wheel's copy of it
+HELP = "--help lists the keys."
 
 
-def groups() -> list[str]:
-    """Config groups: folders of ``conf/`` from which ``group=option`` picks a file."""
-    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+def groups(config_dir: Path | None = None) -> list[str]:
+    """Config groups: folders of ``conf/`` and of ``config_dir``, from which ``group=option`` picks a file."""
+    names: set[str] = set()
+    for folder in filter(None, (CONF, config_dir)):
+        names.update(path.parent.name for path in folder.glob("*/*.yaml"))
+    return sorted(names)
 
 
-def options(group: str) -> list[str]:
+def options(group: str, config_dir: Path | None = None) -> list[str]:
     """The choices of a group, by name."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    names: set[str] = set()
+    for folder in filter(None, (CONF, config_dir)):
+        names.update(path.stem for path in (folder / group).glob("*.yaml"))
+    return sorted(names)
 
 
-def _nodes(keys: list[str]) -> set[str]:
-    return {key.rsplit(".", depth)[0] for key in keys for depth in range(1, key.count(".") + 1)}
+def parents(keys: Iterable[str]) -> set[str]:
+    """The groups of dotted keys: ``a`` and ``a.b`` of ``a.b.c``."""
+    found: set[str] = set()
+    for key in keys:
+        while "." in key:
+            key = key.rpartition(".")[0]
+            found.add(key)
+    return found
 
 
-def _check_override(override: str, keys: dict[str, str]) -> None:
-    """Refuses an override whose key or group option does not exist, with the nearest that does."""
-    if "=" not in override:
-        raise ConfigError(f"{override!r} is no override.", "Write key=value; --help lists the keys.")
-    key, value = override.split("=", 1)
+def check_override(override: str, keys: Mapping[str, str], config_dir: Path | None) -> None:
+    """Refuses an override whose key or group option does not exist, and names the nearest that does.
+
+    keys: what each key takes, in words.
+    """
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"{override!r} is not an override.", f"Write key=value; {HELP}")
     key = key.lstrip("+~")
-    if key in groups():
-        if value and value not in (*options(key), "null"):
-            close = nearest(value, options(key))
+    if key in groups(config_dir):
+        known = options(key, config_dir)
+        if value and value not in (*known, "null"):
+            close = nearest(value, known)
+            suggestion = f"Did you mean {key}={close}? " if close else ""
             raise ConfigError(
                 f"{key}={value}: there is no conf/{key}/{value}.yaml.",
-                (f"Did you mean {key}={close}? " if close else "")
-                + f"{key} takes {', '.join(options(key)) or 'null'}.",
+                f"{suggestion}{key} takes {', '.join(known) or 'null'}.",
             )
-        return
-    if key in keys or key in _nodes(list(keys)):
-        return
-    refuse_renamed(key, keys, value)
-    close = nearest(key, [*keys, *groups()])
-    raise ConfigError(
-        f"There is no key {key!r}.",
-        f"Did you mean {close} ({keys.get(close, 'a config group')})?" if close else "--help lists the keys.",
-    )
+    elif key not in keys and key not in parents(keys):
+        refuse_renamed(key, keys, value)
+        raise unknown_key(key, keys, groups(config_dir))
 
 
-_QUOTED = re.compile(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*\"""", re.DOTALL)
+def unknown_key(key: str, keys: Mapping[str, str], others: Sequence[str] = ()) -> ConfigError:
+    """The error for a key that does not exist. others: names that are not keys, but that could be meant."""
+    close = nearest(key, [*keys, *others])
+    hint = f"Did you mean {close} ({keys.get(close, 'a config group')})?" if close else HELP
+    return ConfigError(f"There is no key {key!r}.", hint)
 
 
-def _is_text(hint: Any) -> bool:
-    return str in (hint, *getattr(hint, "__args__", ())) and getattr(hint, "__origin__", None) is not list
+QUOTED = re.compile(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*\"""", re.DOTALL)
 
 
-def _quoted(override: str, texts: set[str]) -> str:
-    """The override with the value of a text key quoted, so that Hydra's grammar leaves it as it was typed: commas,
-    apostrophes, brackets and letters of every alphabet are normal in prompts and file names. ``null``, interpolations
-    and what is quoted already are left to Hydra."""
+def is_text(hint: Hint) -> bool:
+    """Whether a key takes text, or text or null."""
+    return hint is str or (str in get_args(hint) and get_origin(hint) is not list)
+
+
+def quoted(override: str, texts: set[str]) -> str:
+    """The override with the value of a text key quoted, so that Hydra's grammar leaves it as it was typed.
+
+    Commas, apostrophes, brackets and letters of every alphabet are normal in prompts and file names. ``null``,
+    interpolations and values that are already quoted are left to Hydra.
+    """
     key, _, value = override.partition("=")
-    ready = value == "null" or "${" in value or _QUOTED.fullmatch(value)
+    ready = value == "null" or "${" in value or QUOTED.fullmatch(value)
     if key.lstrip("+") not in texts or ready:
         return override
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes are literal to Hydra except before a quote
@@ -75,37 +101,74 @@ def _quoted(override: str, texts: set[str]) -> str:
     return f"{key}='{escaped}'"
 
 
-def _translate(error: Exception, keys: dict[str, str]) -> ConfigError:
-    """A Hydra or OmegaConf exception as a sentence with the key, the value and what is allowed."""
+def wrong_value(key: str, value: str, hint: Hint, takes: str) -> ConfigError:
+    """The error for a value of the wrong kind."""
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        allowed = ", ".join(member.name for member in hint)
+        return ConfigError(f"{key}={value} is not an allowed value.", f"Allowed are {allowed}.")
+    return ConfigError(f"{key}={value} has a value of the wrong type.", f"{key} takes {takes}.")
+
+
+def explain(error: Exception, schema: type, overrides: Sequence[str]) -> ConfigError:
+    """A Hydra or OmegaConf exception as an error message with the key, the value and what is allowed."""
     from hydra.errors import OverrideParseException
 
-    parts: list[str] = []
+    messages: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        parts.append(str(cause))
+        messages.append(str(cause))
         cause = cause.__cause__ or cause.__context__
-    text = "\n".join(parts)
-    full_key = re.search(r"full_key: ([\w.\[\]]+)", text)
-    unknown = re.search(r"Key '([^']+)' (?:is )?not in", text)
-    key = full_key.group(1) if full_key else (unknown.group(1) if unknown else "")
-    first = parts[0].strip().splitlines()[0] if parts[0].strip() else type(error).__name__
-    plain = re.sub(r"\[\d+\]$", "", key)
-    if plain in keys:
-        value = re.search(r"Value '([^']*)'|Invalid value '([^']*)'", text)
-        shown = next((group for group in value.groups() if group is not None), "?") if value else "?"
-        return ConfigError(f"{plain}={shown} has the wrong type.", f"{plain} takes {keys[plain]}.")
+    text = "\n".join(messages)
+    keys = {key: describe(field, hint) for key, field, hint in fields(schema)}
+    hints = {key: hint for key, _, hint in fields(schema)}
+    found = re.search(r"full_key: ([\w.\[\]]+)", text) or re.search(r"Key '([^']+)' (?:is )?not in", text)
+    key = re.sub(r"\[\d+\]$", "", found.group(1)) if found else ""
+    if key in keys:
+        given = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
+        quoted_value = re.search(r"[Vv]alue '([^']*)'", text)  # of a YAML file
+        value = given.get(key) or (quoted_value.group(1) if quoted_value else "…")
+        return wrong_value(key, value, hints[key], keys[key])
+    if key in parents(keys):
+        members = [name for name in keys if name.startswith(f"{key}.")]
+        return ConfigError(f"{key} is a group of keys and takes no value.", f"Set {', '.join(members[:4])}, …")
     if key:
         refuse_renamed(key, keys)
-        close = nearest(key, list(keys))
-        return ConfigError(f"There is no key {key!r}.", f"Did you mean {close}?" if close else "--help lists the keys.")
-    way_out = "Overrides are key=value; --help lists the keys."
+        return unknown_key(key, keys)
+    hint = f"Overrides are key=value; {HELP}"
     if isinstance(error, OverrideParseException):
-        way_out = "Put odd characters in quotes, and those in quotes for the shell: \"key=['a, b.png']\"."
-    return ConfigError(f"The configuration cannot be read: {first}", way_out)
+        hint = "Put unusual characters in quotes, and those in quotes for the shell: \"key=['a, b.png']\"."
+    first = messages[0].strip().partition("\n")[0] or type(error).__name__
+    return ConfigError(f"The configuration cannot be read: {first}", hint)
 
 
-def compose(script: str, overrides: list[str]) -> Any:
+@contextmanager
+def experiment_files(overrides: Sequence[str]) -> Iterator[tuple[list[str], Path | None]]:
+    """The overrides with ``experiment=<path>.yaml`` as a group option, and the config folder that holds the option.
+
+    Raises:
+        ConfigError: the file does not exist.
+    """
+    with tempfile.TemporaryDirectory(prefix="packshot-") as folder:
+        named: list[str] = []
+        found = False
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if key.lstrip("+") == "experiment" and value.endswith((".yaml", ".yml")):
+                file = Path(value).expanduser()
+                if not file.is_file():
+                    raise ConfigError(f"experiment={value}: there is no such file.", f"Looked for {file.absolute()}.")
+                (Path(folder) / "experiment").mkdir(exist_ok=True)
+                shutil.copyfile(file, Path(folder) / "experiment" / f"{file.stem}.yaml")
+                override = f"{key}={file.stem}"
+                found = True
+            named.append(override)
+        yield named, Path(folder) if found else None
+
+
+def compose(script: str, overrides: Sequence[str], config_dir: Path | None = None) -> Any:
     """The validated config dataclass of a script.
+
+    config_dir: a folder laid out as ``conf/``, whose files are found besides the shipped ones.
 
     Raises:
         ConfigError: for an unknown key (also inside a YAML file), a wrong type, a value out of range, or values that
@@ -120,28 +183,36 @@ def compose(script: str, overrides: list[str]) -> Any:
 
     schema = SCRIPTS[script]
     keys = {key: describe(field, hint) for key, field, hint in fields(schema)}
-    texts = {key for key, _, hint in fields(schema) if _is_text(hint)}
-    for override in overrides:
-        _check_override(override, keys)
-    ConfigStore.instance().store(name=f"{script}_schema", node=schema)
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            node = hydra_compose(script, [_quoted(override, texts) for override in overrides])
-        config = OmegaConf.to_object(node)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _translate(error, keys) from error
+    texts = {key for key, _, hint in fields(schema) if is_text(hint)}
+    if config_dir is not None and not config_dir.is_dir():
+        raise ConfigError(f"--config-dir {config_dir}: there is no such folder.", "Name a folder laid out as conf/.")
+    with experiment_files(overrides) as (named, own_dir):
+        for override in named:
+            if not (own_dir and override.partition("=")[0].lstrip("+") == "experiment"):
+                check_override(override, keys, config_dir)
+        given = [quoted(override, texts) for override in named]
+        folders = [f"'file://{folder.absolute()}'" for folder in (own_dir, config_dir) if folder]
+        if folders:
+            given.append(f"hydra.searchpath=[{','.join(folders)}]")
+        ConfigStore.instance().store(name=f"{script}_schema", node=schema)
+        try:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                node = hydra_compose(script, given)
+            config = OmegaConf.to_object(node)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise explain(error, schema, overrides) from error
     validate(config)
     return config
 
 
-def to_yaml(config: Any) -> str:
+def to_yaml(config: object) -> str:
     """The resolved config as YAML, ready to be read back."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def to_plain(config: Any) -> dict[str, Any]:
+def to_plain(config: object) -> dict[str, Any]:
     """The config as plain containers (trackers and JSON); enums by name."""
     from omegaconf import OmegaConf
 

@@ -60,8 +60,23 @@ def describe(field: dataclasses.Field, hint: Hint) -> str:
     return describe_type(hint) if high is None else f"{describe_type(hint)} <= {high}"
 
 
+ABBREVIATIONS = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "steps": "max_steps",
+    "grad_accum": "gradient_accumulation_steps",
+    "cfg": "guidance_scale",
+}
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known key that is most like ``word``. The last part also counts alone, so a wrong group is forgiven."""
+    known = list(known)
+    meant = ABBREVIATIONS.get(word.rpartition(".")[2])
+    for key in known:
+        if meant and key.rpartition(".")[2] == meant:
+            return key
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
         return close[0]

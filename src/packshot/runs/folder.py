@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TextIO
+from weakref import WeakSet
 
 from packshot.config.common import RunConfig
 from packshot.config.compose import to_yaml
@@ -27,6 +28,10 @@ LOCK = ".lock"
 OWN_FOLDERS = (".", "checkpoints", "samples", "layers")
 # What a run holds before it has done any work.
 WITHOUT_WORK = {LOCK, "config.yaml", "log.txt", "wandb", "wandb_id.txt", "tensorboard"}
+
+
+# The runs that this process has opened, as long as anything holds them: a run's lock goes with it.
+opened: WeakSet[Run] = WeakSet()
 
 
 class RunScript(Protocol):
@@ -107,6 +112,7 @@ def open_run(script: str, config: RunScript, resumable: bool = True) -> Run:
     try:
         path.mkdir(parents=True, exist_ok=True)
         run = Run(path, resumed=used, lock=claim(path))
+        opened.add(run)
         start_log(path / "log.txt")
         if used:  # the folder is locked, so whoever left half-written files there has died
             for name in OWN_FOLDERS:
@@ -119,15 +125,15 @@ def open_run(script: str, config: RunScript, resumable: bool = True) -> Run:
     return run
 
 
-def discard_unused(run: Run) -> bool:
-    """Delete the folder of a run that was refused before it did any work; returns whether it was deleted.
+def discard_refused() -> None:
+    """Delete the folders of this process's runs that have done no work, because their config was refused.
 
     A folder that was resumed, or that holds anything else than what opening a run writes, is kept.
     """
-    if run.resumed or any(entry.name not in WITHOUT_WORK for entry in run.path.iterdir()):
-        return False
-    shutil.rmtree(run.path)
-    return True
+    for run in list(opened):
+        used = run.resumed or any(entry.name not in WITHOUT_WORK for entry in run.path.iterdir())
+        if not used:
+            shutil.rmtree(run.path)
 
 
 def claim(path: Path) -> TextIO | None:
