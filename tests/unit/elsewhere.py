@@ -108,7 +108,7 @@ KERNELS.impl("empty.memory_format", lambda size, dtype=None, **_: Elsewhere(torc
 
 
 def place(task: Any, parts: Any, accelerator: Any, train: Any) -> None:
-    """Stands for ``train.run._place``, whose way of moving a parameter in place no subclass can go."""
+    """Stands for ``train.run.place``, whose way of moving a parameter in place no subclass can go."""
     from packshot.base.load import NETWORKS
 
     moved: dict[int, Any] = {}
@@ -146,7 +146,7 @@ def train(folder: Path) -> None:
     from packshot.config.compose import compose
     from packshot.train import run
 
-    run._place = place
+    run.place = place
     run.export = lambda *_: None  # files are written from memory, which such tensors have none of
     save = torch.save
     torch.save = lambda state, file: save(tree_map(held, state), file)

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 
 from packshot.config.compose import compose
 from packshot.dataset.rows import load_rows
+from packshot.methods import method_class
 from packshot.train.card import write_card
 
 USED_AS = {
@@ -23,7 +24,8 @@ def test_the_hub_reads_a_cards_head_and_its_command_is_one(script, base, publish
     config = compose(script, [f"model.base={base}", "data.train=data/rendered/heldout", "tracking=none"])
     export = tmp_path / "export"
     export.mkdir()
-    write_card(export, tmp_path, load_rows("data.train", config.data.train), config)
+    rows = load_rows("data.train", config.data.train)
+    write_card(export, tmp_path, rows, config, method_class(config).used_as)
     card = ModelCard.load(export / "README.md")
     assert card.data.library_name == "diffusers"
     assert card.data.base_model == published

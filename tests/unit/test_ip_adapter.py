@@ -28,7 +28,7 @@ from packshot.methods.ip_adapter import look, place
 from packshot.methods.ip_adapter_file import read_original, to_original
 from packshot.runs.files import resolve
 from packshot.scene import Scene
-from packshot.train.encode import MOST_KIN, Encoder, Examples, choose_kin
+from packshot.train.encode import MAX_PEERS, Encoder, Examples, choose_peers
 from packshot.train.plan import make_plan
 from packshot.train.task import DiffusionTask
 from packshot.train.validation import prepare_held_out, sample_picture
@@ -86,19 +86,19 @@ def whose(examples, reference):
 
 def test_kin_share_a_look_are_at_most_eight_and_follow_from_the_ids_alone():
     ids = [f"sample {number}" for number in range(40)]
-    kinds = [None if number == 7 else "big" if number < 30 else f"pair {number // 2}" for number in range(40)]
-    chosen = choose_kin(kinds, ids)
+    keys = [None if number == 7 else "big" if number < 30 else f"pair {number // 2}" for number in range(40)]
+    chosen = choose_peers(keys, ids)
     assert chosen[7] == []
-    for index, kin in enumerate(chosen):
-        assert index not in kin
-        assert len(set(kin)) == len(kin) == (0 if index == 7 else MOST_KIN if index < 30 else 1)
-        assert all(kinds[other] == kinds[index] for other in kin)
-    named = {ids[index]: [ids[other] for other in kin] for index, kin in enumerate(chosen)}
-    again = choose_kin(kinds[::-1], ids[::-1])
-    assert named == {ids[39 - index]: [ids[39 - other] for other in kin] for index, kin in enumerate(again)}
-    counts = torch.bincount(torch.tensor([other for kin in chosen[:7] + chosen[8:30] for other in kin]))
-    assert set(counts[counts > 0].tolist()) == {MOST_KIN}  # nobody is shown more often than others
-    assert choose_kin(["x", "x"], ["same", "same"]) == [[], []]
+    for index, peers in enumerate(chosen):
+        assert index not in peers
+        assert len(set(peers)) == len(peers) == (0 if index == 7 else MAX_PEERS if index < 30 else 1)
+        assert all(keys[other] == keys[index] for other in peers)
+    named = {ids[index]: [ids[other] for other in peers] for index, peers in enumerate(chosen)}
+    again = choose_peers(keys[::-1], ids[::-1])
+    assert named == {ids[39 - index]: [ids[39 - other] for other in peers] for index, peers in enumerate(again)}
+    counts = torch.bincount(torch.tensor([other for peers in chosen[:7] + chosen[8:30] for other in peers]))
+    assert set(counts[counts > 0].tolist()) == {MAX_PEERS}  # nobody is shown more often than others
+    assert choose_peers(["x", "x"], ["same", "same"]) == [[], []]
 
 
 def test_a_look_is_surface_and_mood_and_none_is_known_of_a_bare_caption():
@@ -177,8 +177,8 @@ def test_the_first_samples_of_a_set_find_their_kin_in_the_whole_of_it(alike, tmp
     task, examples = make_task(alike)
     first = Examples(alike, examples.encoder, tmp_path, count=1)
     first.fill(Accelerator(cpu=True))
-    assert first.kin == examples.kin[:1]
-    assert sorted(first.kin[0]) == [1, 2]
+    assert first.peers == examples.peers[:1]
+    assert sorted(first.peers[0]) == [1, 2]
     assert len(first._caches["latents"]._where) == 1
     key = SampleKey(0, -1, alike.ids[0])
     a, b = (task.collate([of[0]], [key])["reference"] for of in (first, examples))
@@ -190,7 +190,7 @@ def test_methods_without_references_read_no_scene(alike, monkeypatch):
     method = METHODS[LoraMethod](parts, LoraMethod(rank=2))
     examples = Examples(alike, Encoder(parts, method, 128, TrainIPAdapter().data), None)
     monkeypatch.setattr(alike, "read", None)
-    assert examples.kin == [[], [], [], []]
+    assert examples.peers == [[], [], [], []]
 
 
 class Drawn(Exception):
@@ -212,7 +212,7 @@ def test_validation_draws_with_the_reference_of_the_last_of_its_kin(alike):
         sample_picture(task, Pipeline(), held_out, {"prompt_embeds": torch.zeros(1)}, seed=0)
     null, reference = caught.value.args[0][:, 0]
     assert torch.equal(null, task.method.null_reference)
-    assert whose(examples, reference) == examples.kin[0][-1] != 0
+    assert whose(examples, reference) == examples.peers[0][-1] != 0
 
 
 # ---- weights to start from ----

@@ -30,7 +30,7 @@ from packshot.engine.task import Task, Validated
 from packshot.errors import ConfigError, Interrupted, PackshotError
 from packshot.runs.folder import Run, log, read_metrics
 from packshot.runs.tracking import NullTracker
-from packshot.train.card import _last_figures
+from packshot.train.card import last_figures
 
 
 class Regression(Task):
@@ -421,7 +421,7 @@ def test_a_truncated_metrics_line_costs_no_other(tmp_path):
         file.write('{"step": 2, "lo')
     run.metrics({"step": 3, "loss": 1.0})
     run.metrics({"step": 9, "loss": 0.0})
-    assert _last_figures(tmp_path, 3) == {"loss": 1.0}
+    assert last_figures(tmp_path, 3) == {"loss": 1.0}
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3, 9]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from packshot.config.common import Quantization
 from packshot.config.keys import Names, opt
-from packshot.config.train import ProductConditioning, TrainScript
+from packshot.config.train import TrainScript
 from packshot.errors import ConfigError
 
 LoraKind = Names("LoraKind", ["lora", "dora", "rslora", "loha", "lokr"])
@@ -134,6 +134,7 @@ class ExportConfig:
 @dataclass
 class TrainLora(TrainScript):
     can_quantize: ClassVar[bool] = True
+    trains_input_layer: ClassVar[bool] = True
 
     method: LoraMethod = field(default_factory=LoraMethod)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -156,28 +157,11 @@ class TrainLora(TrainScript):
             )
 
 
-def refuse_channels(config: TrainScript) -> None:
-    """Raises ConfigError when another trainer than train_lora.py is asked to train more input channels."""
-    if config.objective.product_conditioning is ProductConditioning.channels:
-        raise ConfigError(
-            "objective.product_conditioning=channels changes the UNet's first layer, which only train_lora.py trains.",
-            "Set objective.product_conditioning=noised or clean.",
-        )
-
-
 @dataclass
 class TrainIPAdapter(TrainScript):
     method: IPAdapterMethod = field(default_factory=IPAdapterMethod)
-
-    def check(self) -> None:
-        super().check()
-        refuse_channels(self)
 
 
 @dataclass
 class TrainControlNet(TrainScript):
     method: ControlNetMethod = field(default_factory=ControlNetMethod)
-
-    def check(self) -> None:
-        super().check()
-        refuse_channels(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from packshot.config.common import LicenseConfig, Script
 from packshot.config.keys import Names, opt
@@ -270,7 +271,12 @@ def check_objective(objective: ObjectiveConfig, prediction_type: str, num_timest
 
 @dataclass
 class TrainScript(Script):
-    """Keys that the three trainers share."""
+    """Keys that the trainers share.
+
+    trains_input_layer: whether the method can train further input channels of the UNet's first layer.
+    """
+
+    trains_input_layer: ClassVar[bool] = False
 
     licenses: LicenseConfig = field(default_factory=LicenseConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -283,4 +289,11 @@ class TrainScript(Script):
 
     def check(self) -> None:
         super().check()
+        conditioning = self.objective.product_conditioning
+        if conditioning is ProductConditioning.channels and not self.trains_input_layer:
+            raise ConfigError(
+                "objective.product_conditioning=channels changes the UNet's first layer, which only train_lora.py "
+                "trains.",
+                "Set objective.product_conditioning=noised or clean.",
+            )
         check_steps(self.train, self.optim)

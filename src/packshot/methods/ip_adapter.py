@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,15 @@ from packshot.base.adapter_metadata import NO_METADATA, write_metadata
 from packshot.base.load import Parts, weights_hash
 from packshot.config.schema import IPAdapterMethod, IPAdapterVariant, ReferenceSource
 from packshot.engine.keyed_random import SampleKey
-from packshot.methods.base import trainable_fp32, unet_conditioning
+from packshot.methods.base import (
+    FramedSample,
+    Method,
+    PeerKey,
+    Row,
+    Tensors,
+    trainable_fp32,
+    unet_conditioning,
+)
 from packshot.methods.ip_adapter_file import EXPORT, check_fit, from_original, read_original, resampler_dim, to_original
 
 if TYPE_CHECKING:  # imported where one is built
@@ -28,7 +36,7 @@ RESAMPLER_DIM_HEAD = 64
 RESAMPLER_DEPTH = 4
 
 
-class IPAdapter(nn.Module):
+class IPAdapter(Method):
     """Decoupled cross-attention for image tokens (Ye et al. 2023, arXiv 2308.06721).
 
     The modules are those that diffusers itself builds when it loads an IP-Adapter, so that what is trained is what
@@ -39,19 +47,18 @@ class IPAdapter(nn.Module):
         ConfigError: ``method.init`` cannot be read or does not fit.
     """
 
-    pictures = ()
-    trains_text = False
+    config: IPAdapterMethod
+    used_as = "adapters.ip_adapter=FOLDER"
+    encoders = ("image_encoder",)
 
     def __init__(self, parts: Parts, config: IPAdapterMethod) -> None:
-        super().__init__()
-        self.config, self._parts = config, parts
-        self.kinship = KINSHIP[config.reference]
-        self.unet: Any = parts.unet
-        self.image_encoder: Any = parts.image_encoder
+        super().__init__(parts, config)
+        self.peer_key = PEER_KEYS[config.reference]
+        self.image_encoder = parts.image_encoder
         without_values = self.unet.device.type == "meta"
-        given = read_original("method.init", config.init, without_values) if config.init else None
-        self.projection = _projection(self.unet, self.image_encoder.config, config, resampler_dim(given or {}))
-        self.processors: Any = nn.ModuleList(_add_image_attention(self.unet, config))
+        given = read_original("method.init", config.init, without_values) if config.init else {}
+        self.projection = image_projection(self.unet, self.image_encoder.config, config, resampler_dim(given))
+        self.processors = nn.ModuleList(add_image_attention(self.unet, config))
         self.unet.encoder_hid_proj = MultiIPAdapterImageProjection([self.projection])
         self.unet.config.encoder_hid_dim_type = "ip_image_proj"
         if given:
@@ -63,10 +70,10 @@ class IPAdapter(nn.Module):
             trainable_fp32(module)
 
     @torch.no_grad()
-    def encode(self, samples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-        """``reference``: what CLIP says of the picture without its product: (D,) for base, (tokens, D) for plus."""
-        pictures = [_without_product(sample) for sample in samples]
-        pixels_BCHW = self._parts.feature_extractor(images=pictures, return_tensors="pt").pixel_values
+    def encode(self, samples: Sequence[FramedSample]) -> list[Tensors]:
+        """``reference``: the CLIP encoding of the picture without its product; (D,) for base, (tokens, D) for plus."""
+        pictures = [without_product(sample) for sample in samples]
+        pixels_BCHW = self.parts.feature_extractor(images=pictures, return_tensors="pt").pixel_values
         return [{"reference": states} for states in self._states(pixels_BCHW)]
 
     def _states(self, pixels_BCHW: Tensor) -> Tensor:
@@ -87,20 +94,24 @@ class IPAdapter(nn.Module):
 
     def cache_key(self) -> str:
         """Variant, encoder weights, and how pictures are brought to the encoder."""
-        prepared = self._parts.identity("feature_extractor")
+        prepared = self.parts.identity("feature_extractor")
         return f"reference-{self.config.variant.name}-{weights_hash(self.image_encoder)}-{prepared}"
 
-    def condition(self, sample: Any, encoded: Sequence[dict[str, Tensor]], key: SampleKey) -> dict[str, Tensor]:
+    def condition(self, sample: FramedSample | None, encoded: Sequence[Tensors], key: SampleKey) -> Tensors:
         """``reference``: that of a peer with probability ``peer_reference_prob`` if there is one, else the
         sample's own; the null reference with probability ``image_dropout``."""
         if key.uniform("image_dropout") < self.config.image_dropout:
             return {"reference": self.null_reference}
-        number, kin = 0, len(encoded) - 1
-        if kin and key.uniform("lent") < self.config.peer_reference_prob:
-            number = 1 + int(key.uniform("reference") * kin)
-        return {"reference": encoded[number]["reference"]}
+        peers = len(encoded) - 1
+        if peers and key.uniform("lent") < self.config.peer_reference_prob:
+            return {"reference": encoded[1 + int(key.uniform("reference") * peers)]["reference"]}
+        return {"reference": encoded[0]["reference"]}
 
-    def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def condition_shapes(self, resolution: int) -> dict[str, tuple[int, ...]]:
+        """The encoding of a reference."""
+        return {"reference": tuple(self.null_reference.shape)}
+
+    def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, batch: Tensors) -> Tensor:
         """The UNet's output with image tokens attended to."""
         conditioning = unet_conditioning(batch)
         conditioning["added_cond_kwargs"]["image_embeds"] = [batch["reference"].unsqueeze(1)]
@@ -110,9 +121,9 @@ class IPAdapter(nn.Module):
         """Text and reference to image."""
         from diffusers import StableDiffusionXLPipeline
 
-        return StableDiffusionXLPipeline(**self._parts.pipeline_components())
+        return StableDiffusionXLPipeline(**self.parts.pipeline_components())
 
-    def pipeline_inputs(self, sample: Any, encoded: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+    def pipeline_inputs(self, sample: FramedSample, encoded: Sequence[Tensors]) -> dict[str, list[Tensor]]:
         """The reference, that of another sample of the same look if there is one; unconditional half first, as the
         pipeline expects."""
         pair = torch.stack([self.null_reference, encoded[-1]["reference"]])
@@ -126,7 +137,7 @@ class IPAdapter(nn.Module):
         write_metadata(folder, {**described, **metadata})
 
 
-def look(row: dict[str, Any]) -> Hashable | None:
+def look(row: Row) -> Hashable | None:
     """What samples of one look have in common: surface and mood of their scenes; None if neither is known.
 
     Props, background and light may differ: what is the same in every pair is all that a reference can be used for.
@@ -136,30 +147,30 @@ def look(row: dict[str, Any]) -> Hashable | None:
     return known if any(known) else None
 
 
-def place(row: dict[str, Any]) -> Hashable | None:
+def place(row: Row) -> Hashable | None:
     """Surface and background of a sample's scene; None if neither is known. Props and light may differ."""
     scene = row["scene"]
     known = (scene.surface.casefold(), (scene.background or "").casefold())
     return known if any(known) else None
 
 
-KINSHIP: dict[ReferenceSource, Callable[[dict[str, Any]], Hashable | None] | None] = {
+PEER_KEYS: dict[ReferenceSource, PeerKey | None] = {
     ReferenceSource.self: None,
     ReferenceSource.look: look,
     ReferenceSource.place: place,
 }
 
 
-def _without_product(sample: dict[str, Any]) -> Image.Image:
+def without_product(sample: FramedSample) -> Image.Image:
     """The picture with its product painted over in mid-grey: a reference lends its scene, not its object."""
     image = sample["image"]
-    if sample.get("mask") is None:
+    if sample["mask"] is None:
         return image
     grey = Image.new("RGB", image.size, (127, 127, 127))
     return Image.composite(grey, image, sample["mask"])
 
 
-def _projection(unet: Any, vision: Any, config: IPAdapterMethod, given_dim: int | None) -> nn.Module:
+def image_projection(unet: Any, vision: Any, config: IPAdapterMethod, given_dim: int | None) -> nn.Module:
     """From the image encoder's states to image tokens. given_dim: width of the resampler in ``method.init``."""
     width = unet.config.cross_attention_dim
     if config.variant is IPAdapterVariant.base:
@@ -177,7 +188,7 @@ def _projection(unet: Any, vision: Any, config: IPAdapterMethod, given_dim: int 
     )
 
 
-def _add_image_attention(unet: Any, config: IPAdapterMethod) -> list[IPAdapterAttnProcessor2_0]:
+def add_image_attention(unet: Any, config: IPAdapterMethod) -> list[IPAdapterAttnProcessor2_0]:
     """Give every cross-attention image keys and values, copied from its text ones; returns them in order."""
     processors, added = {}, []
     modules = dict(unet.named_modules())

@@ -1,4 +1,4 @@
-"""The model card beside every exported adapter."""
+"""The model card of every exported adapter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from packshot.config.compose import to_yaml
-from packshot.config.schema import SCRIPTS
+from packshot.config.schema import SCRIPTS, CaptionVLM, TrainScript
 from packshot.dataset.rows import Rows
 from packshot.engine.checkpoints import Best, read_best
 from packshot.runs.files import resolve
@@ -16,9 +16,11 @@ from packshot.runs.folder import read_metrics
 from packshot.runs.licenses import licenses_of_weights
 
 
-def write_provenance(folder: Path, rows: Rows, config: Any) -> dict[str, Any]:
-    """``config.yaml`` and ``data.json`` (the data: manifest hash and licences; those of the weights it began with);
-    returns the latter.
+def write_provenance(folder: Path, rows: Rows, config: TrainScript | CaptionVLM) -> dict[str, Any]:
+    """Write ``config.yaml`` and ``data.json``; returns the latter.
+
+    ``data.json`` holds the manifest hash and the licences of the data, and the licences of the weights that training
+    began with.
     """
     (folder / "config.yaml").write_text(to_yaml(config))
     data = {"path": rows.path, "rows": len(rows), "sha256": rows.fingerprint(), "licenses": rows.licenses}
@@ -27,79 +29,71 @@ def write_provenance(folder: Path, rows: Rows, config: Any) -> dict[str, Any]:
     return data
 
 
-def exported(run: Path, config: Any) -> tuple[int, Best | None]:
+def exported(run: Path, config: TrainScript | CaptionVLM) -> tuple[int, Best | None]:
     """The step whose weights are exported, and the best validation if they were chosen by it."""
     best = read_best(run / "checkpoints") if config.train.export_best else None
     return (best.step, best) if best and best.step is not None else (config.train.max_steps, None)
 
 
-def weights_line(run: Path, config: Any) -> str:
+def weights_line(run: Path, config: TrainScript | CaptionVLM) -> str:
     """Which step's weights these are, and why, as a line of a model card."""
     step, best = exported(run, config)
     why = f", the best checkpoint by {best.figure} ({best.value:.4g})" if best else ", the last"
     return f"- weights: step {step} of {config.train.max_steps}{why}"
 
 
-# By script: how generate.py and serve.py are given its export.
-USED_AS = {
-    "train_lora": "adapters.lora=FOLDER",
-    "train_ip_adapter": "adapters.ip_adapter=FOLDER",
-    "train_controlnet": "'adapters.controlnets=[FOLDER]'",
-}
-
-
-def _hub_head(script: str, base: str) -> list[str]:
-    """What the hub reads of a card. No licence: whoever publishes chooses one, within those of base and data."""
+def hub_head(name: str, base: str) -> list[str]:
+    """What the hub reads of a card. No licence: the publisher chooses one, within those of base and data."""
     published = [] if resolve(base).exists() else [f"base_model: {base}"]
-    tags = ["packshot", "stable-diffusion-xl", script.removeprefix("train_").replace("_", "-")]
+    tags = ("packshot", "stable-diffusion-xl", name.replace("_", "-"))
     return ["---", *published, "library_name: diffusers", "tags:", *(f"- {tag}" for tag in tags), "---", ""]
 
 
-def write_card(folder: Path, run: Path, rows: Rows, config: Any) -> dict[str, Any]:
+def write_card(folder: Path, run: Path, rows: Rows, config: TrainScript, used_as: str) -> dict[str, Any]:
     """Provenance, and a ``README.md`` with the pictures of the last validation until the exported step.
 
-    Returns what the adapter was made from: ``base``, ``step`` and the identity of the data.
+    used_as: see ``methods.base.Method``. Returns what the adapter was made from: ``base``, ``step`` and the identity
+    of the data.
     """
     data = write_provenance(folder, rows, config)
     script = next(name for name, schema in SCRIPTS.items() if schema is type(config))
+    name = script.removeprefix("train_")
     step, _ = exported(run, config)
-    pictures = _copy_samples(run / "samples", folder / "samples", step)
-    figures = _last_figures(run, step)
     lines = [
-        *_hub_head(script, config.model.base),
-        f"# {script.removeprefix('train_')} trained by Packshot",
+        *hub_head(name, config.model.base),
+        f"# {name} trained by Packshot",
         "",
         f"- base: `{config.model.base}`",
         f"- data: `{data['path']}`, {data['rows']} samples, manifest sha256 `{data['sha256']}`",
         f"- licences of the data: {', '.join(data['licenses']) or 'not recorded'}",
         weights_line(run, config),
         f"- samples per step and process: {config.train.batch_size * config.train.gradient_accumulation_steps}",
-        *(f"- {name}: {value:.4g}" for name, value in figures.items()),
+        *(f"- {figure}: {value:.4g}" for figure, value in last_figures(run, step).items()),
         "",
-        f"    python generate.py product=photo.png {USED_AS[script]}",
+        f"    python generate.py product=photo.png {used_as}",
         "",
         "with the `model` keys of `config.yaml`, which holds the full configuration. Validation pictures: the held-out "
         "truth, then what the model draws around the held product, before the product's own pixels are laid over it.",
         "",
-        *(f"![sample](samples/{name})" for name in pictures),
+        *(f"![sample](samples/{picture})" for picture in copy_samples(run / "samples", folder / "samples", step)),
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
     return {"base": config.model.base, "step": step, **data}
 
 
-def _copy_samples(samples: Path, target: Path, step: int) -> list[str]:
+def copy_samples(samples: Path, target: Path, step: int) -> list[str]:
     """The sheet of the last validation until a step: single pictures would make a large folder of a small adapter."""
-    sheets = [path / "grid.png" for path in samples.glob("*") if path.name.isdigit() and int(path.name) <= step]
-    found = [sheet for sheet in sheets if sheet.exists()]
-    if not found:
-        return []
-    target.mkdir()
-    sheet = max(found, key=lambda path: int(path.parent.name))
-    shutil.copyfile(sheet, target / sheet.name)
-    return [sheet.name]
+    validated = [int(path.name) for path in samples.glob("*") if path.name.isdigit()]
+    for number in sorted(validated, reverse=True):
+        sheet = samples / str(number) / "grid.png"
+        if number <= step and sheet.exists():
+            target.mkdir()
+            shutil.copyfile(sheet, target / sheet.name)
+            return [sheet.name]
+    return []
 
 
-def _last_figures(run: Path, step: int) -> dict[str, float]:
+def last_figures(run: Path, step: int) -> dict[str, float]:
     """The newest value, until a step, of each figure of a run."""
     figures: dict[str, float] = {}
     for line in read_metrics(run):

@@ -1,13 +1,13 @@
-"""Everything of a sample that is the same at each access: encoded once and cached, or anew each time, equally."""
+"""Encodes what stays the same at every access to a sample; cached or recomputed with identical results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,53 +29,84 @@ from packshot.errors import ConfigError, PackshotError
 from packshot.imaging import framing
 from packshot.imaging.matte import held_by_mask
 from packshot.imaging.pixels import to_network, to_unit
+from packshot.methods.base import FramedSample, Method
 from packshot.runs.folder import log
 
 VERSION = 7  # raise it when the same sample gives other tensors
 # Pictures that go through an encoder together: so many at most, and so many pixels, which is one picture of SDXL's. The
 # VAE takes 2.5 GiB for that in fp32; eight of them would fill a card beside the network.
-ENCODE_BATCH, ENCODE_PIXELS = 8, 1024 * 1024
+ENCODE_BATCH = 8
+ENCODE_PIXELS = 1024 * 1024
 TEXT_BATCH = 32
-MOST_KIN = 8  # other samples whose encodings a sample may be conditioned on
-# what letterbox bars show of a sample's other pictures, see framing.apply
-PADDING = {"mask": "constant", "depth": "edge", "shadow": "edge"}
+MAX_PEERS = 8  # other samples whose encodings a sample may be conditioned on
+T = TypeVar("T")
+
+
+class Example(TypedDict):
+    """An encoded sample, without batch dimension.
+
+    mean, std: of the VAE's posterior, (C, h, w). alpha: the product's share of each latent cell, (1, h, w). held: 1 in
+    the cells that are held to the product, else 0. inside: 0 in cells that a letterbox bar touches, else 1. time_ids:
+    (6,). product: (5, h, w), if the UNet reads it. prompt, empty: what the network reads of the caption and of the
+    empty text, see ``Encoder.text``. encoded: what the method made of the sample, then of its peers. seen: the framed
+    sample, if the method reads pictures.
+    """
+
+    id: str
+    mean: Tensor
+    std: Tensor
+    alpha: Tensor
+    held: Tensor
+    inside: Tensor
+    time_ids: Tensor
+    product: NotRequired[Tensor]
+    prompt: Tensors
+    empty: Tensors
+    encoded: Sequence[Tensors]
+    seen: FramedSample | None
 
 
 def encode_batch(shape: tuple[int, int]) -> int:
-    """How many pictures of (height, width) px are encoded together: it follows from the data, as no bit may depend on
-    the machine."""
+    """How many pictures of (height, width) px are encoded together.
+
+    It follows from the data alone, because no bit may depend on the machine.
+    """
     return max(1, min(ENCODE_BATCH, ENCODE_PIXELS // (shape[0] * shape[1])))
 
 
-def _cut(items: list[Any], size: int) -> list[list[Any]]:
-    return [items[first : first + size] for first in range(0, len(items), size)]
+def chunked(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The items, ``size`` at a time."""
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
 
 
-def framed(sample: dict[str, Any], target: tuple[int, int]) -> dict[str, Any]:
+def framed(sample: Mapping[str, Any], target: tuple[int, int]) -> FramedSample:
     """The sample as the model sees it: its pictures through one geometry, which is added as ``geometry``.
 
     Raises:
         PackshotError: they differ in size.
     """
-    image, mask = sample["image"], sample["mask"]
-    others = {name: sample[name] for name in PADDING if sample.get(name) is not None}
-    for name, other in others.items():
-        if other.size != image.size:
+    image = sample["image"]
+    geometry = framing.plan((image.height, image.width), target, framing.product_box(sample["mask"]))
+    seen = {**sample, "geometry": geometry}
+    for name, picture in sample.items():
+        if not isinstance(picture, Image.Image):
+            continue
+        if picture.size != image.size:
             raise PackshotError(
                 f"sample {sample['id']}: the picture has {image.width}x{image.height} px, its {name} "
-                f"{other.width}x{other.height}.",
+                f"{picture.width}x{picture.height}.",
                 f"Build the dataset again: it is not known where in the picture the {name} belongs.",
             )
-    frame = framing.plan((image.height, image.width), target, framing.product_box(mask))
-    seen = {**sample, "image": Image.fromarray(framing.apply(frame, np.asarray(image))), "geometry": frame}
-    for name, other in others.items():
-        seen[name] = Image.fromarray(framing.apply(frame, np.asarray(other), pad=PADDING[name]))
-    return seen
+        # letterbox bars hold no product; other pictures go on as they are at the rim
+        pad = "constant" if name == "mask" else "edge"
+        seen[name] = Image.fromarray(framing.apply(geometry, np.asarray(picture), pad=pad))
+    return cast("FramedSample", seen)
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What encoded a sample: part of the names of cache entries."""
+    """Digests of the encoders: part of the names of cache entries."""
 
     vae: str
     text: str
@@ -89,9 +120,10 @@ class Encoder:
         ConfigError: the base cannot draw squares of that side.
     """
 
-    def __init__(self, parts: Parts, method: Any, resolution: int, data: DataConfig) -> None:
-        self.parts, self.method = parts, method
-        self.shows_product = isinstance(parts.unet.conv_in, ProductConv)
+    def __init__(self, parts: Parts, method: Method, resolution: int, data: DataConfig) -> None:
+        self.parts = parts
+        self.method = method
+        self.reads_product = isinstance(parts.unet.conv_in, ProductConv)
         cell = 2 ** (len(parts.unet.config.block_out_channels) - 1) * self.vae_scale
         try:
             step = buckets.bucket_step(resolution, cell)
@@ -118,11 +150,6 @@ class Encoder:
         return 2 ** (len(self.parts.vae_config("block_out_channels")) - 1)
 
     @cached_property
-    def _vae(self) -> Any:
-        # NHWC in memory, as the pictures are: the fast layout of convolutions
-        return self.parts.vae.to(memory_format=torch.channels_last)
-
-    @cached_property
     def _pipeline(self) -> Any:
         from diffusers import StableDiffusionXLPipeline
 
@@ -132,38 +159,44 @@ class Encoder:
         """Free the encoders that are not trained; the VAE stays, for validation pictures."""
         self.__dict__.pop("_pipeline", None)
         text = () if self.method.trains_text else ("text_encoder", "text_encoder_2")
-        for name in (*text, "image_encoder"):
+        for name in (*text, *self.method.encoders):
             setattr(self.parts, name, None)
-        self.method.image_encoder = None
+            if hasattr(self.method, name):
+                setattr(self.method, name, None)
         return_freed_memory()
 
-    @torch.no_grad()
-    def latents(self, seen: Sequence[dict[str, Any]]) -> list[Tensors]:
-        """Of framed samples of one size: ``mean`` and ``std`` (C, h, w) of the posterior, ``alpha`` (1, h, w), the
-        product's share of each cell, ``held`` (1, h, w), 1 in the cells that are held to it, ``inside`` (1, h, w), 0 in
-        cells that a letterbox bar touches, else 1, and ``time_ids`` (6,)."""
-        posterior = self._vae.encode(_pixels(seen).to(self._vae.device)).latent_dist
-        size = tuple(posterior.mean.shape[-2:])
-        rows = zip(posterior.mean.cpu(), posterior.std.cpu(), seen, strict=True)
-        return [
-            {
-                "mean": mean,
-                "std": std,
-                "alpha": _alpha(sample["mask"], size),
-                "held": _held(sample["mask"], size, self.vae_scale),
-                "inside": _share(sample["geometry"].inside(), size).floor(),
-                "time_ids": torch.tensor(sample["geometry"].time_ids()),
-            }
-            for mean, std, sample in rows
-        ]
+    @cached_property
+    def _vae(self) -> Any:
+        # NHWC in memory, as the pictures are: the fast layout of convolutions
+        return self.parts.vae.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def product(self, seen: Sequence[dict[str, Any]]) -> list[Tensors]:
-        """Of framed samples of one size: ``product`` (5, h, w), see ``models.inpainting.product_channels``."""
-        keep = np.stack([_solid(sample["mask"], sample["image"].size) for sample in seen])[:, None]
-        keep_B1HW = torch.from_numpy(keep)
-        latents = encode_pixels(self._vae, _pixels(seen) * keep_B1HW).cpu()
-        return [{"product": one} for one in product_channels(keep_B1HW, latents)]
+    def latents(self, seen: Sequence[FramedSample]) -> list[Tensors]:
+        """``mean`` to ``time_ids`` of an Example, for framed samples of one size."""
+        posterior = self._vae.encode(vae_pixels(seen).to(self._vae.device)).latent_dist
+        size = (posterior.mean.shape[-2], posterior.mean.shape[-1])
+        entries = []
+        for mean, std, sample in zip(posterior.mean.cpu(), posterior.std.cpu(), seen, strict=True):
+            inside_HW = sample["geometry"].inside()
+            held_HW = held_by_mask(product_mask(sample), self.vae_scale)
+            entry = {
+                "mean": mean,
+                "std": std,
+                "alpha": cell_means(to_unit(product_mask(sample)), size),
+                "held": torch.from_numpy(held_HW.astype(np.float32))[None],
+                "inside": cell_means(inside_HW, size).floor(),
+                "time_ids": torch.tensor(sample["geometry"].time_ids()),
+            }
+            entries.append(entry)
+        return entries
+
+    @torch.no_grad()
+    def product(self, seen: Sequence[FramedSample]) -> list[Tensors]:
+        """``product`` of an Example, for framed samples of one size; see ``base.inpainting``."""
+        solid = np.stack([product_mask(sample) >= 128 for sample in seen])
+        keep_B1HW = torch.from_numpy(solid[:, None].astype(np.float32))
+        latents = encode_pixels(self._vae, vae_pixels(seen) * keep_B1HW).cpu()
+        return [{"product": channels} for channels in product_channels(keep_B1HW, latents)]
 
     @torch.no_grad()
     def text(self, texts: Sequence[str]) -> list[Tensors]:
@@ -172,80 +205,69 @@ class Encoder:
         If the text encoders are trained: what they read, ``input_ids`` and ``input_ids_2``, (77,) each.
         """
         for text in texts:
-            self._warn_if_truncated(text)
+            lost = lost_words(self.parts.tokenizer, text)
+            if lost:
+                log.warning("a caption is longer than the %d tokens the model reads; lost: %r", 77, lost)
         if self.method.trains_text:
-            pairs = (("input_ids", self.parts.tokenizer), ("input_ids_2", self.parts.tokenizer_2))
-            return [{name: _token_ids(tokenizer, text) for name, tokenizer in pairs} for text in texts]
+            return [self._token_ids(text) for text in texts]
         prompt_embeds, _, pooled, _ = self._pipeline.encode_prompt(list(texts), do_classifier_free_guidance=False)
         rows = zip(prompt_embeds.float().cpu(), pooled.float().cpu(), strict=True)
         return [{"prompt_embeds": embeds, "pooled_prompt_embeds": one} for embeds, one in rows]
 
-    def _warn_if_truncated(self, text: str) -> None:
-        lost = lost_words(self.parts.tokenizer, text)
-        if lost:
-            log.warning("a caption is longer than the %d tokens the model reads; lost: %r", 77, lost)
+    def _token_ids(self, text: str) -> Tensors:
+        ids = {}
+        for name, tokenizer in (("input_ids", self.parts.tokenizer), ("input_ids_2", self.parts.tokenizer_2)):
+            length = tokenizer.model_max_length
+            read = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            ids[name] = read.input_ids[0]
+        return ids
 
 
-def _pixels(seen: Sequence[dict[str, Any]]) -> Tensor:
+def vae_pixels(seen: Sequence[FramedSample]) -> Tensor:
+    """What the VAE reads of framed samples of one size: (B, 3, H, W) in [-1, 1]."""
     return to_network(np.stack([np.asarray(sample["image"]) for sample in seen]))
 
 
-def _solid(mask: Image.Image | None, size: tuple[int, int]) -> np.ndarray:
-    """1 where the product is, else 0; float32 (H, W)."""
-    if mask is None:
-        return np.zeros(size[::-1], np.float32)
-    return (np.asarray(mask) >= 128).astype(np.float32)
+def product_mask(sample: FramedSample) -> np.ndarray:
+    """The product's mask, uint8 (H, W); 0 everywhere without a mask."""
+    if sample["mask"] is None:
+        return np.zeros((sample["image"].height, sample["image"].width), np.uint8)
+    return np.asarray(sample["mask"])
 
 
-def _alpha(mask: Image.Image | None, size: tuple[int, int]) -> Tensor:
-    """The product's share of each latent cell, shape (1, h, w), in [0, 1]."""
-    if mask is None:
-        return torch.zeros(1, *size)
-    return _share(to_unit(np.asarray(mask)), size)
-
-
-def _held(mask: Image.Image | None, size: tuple[int, int], cell: int) -> Tensor:
-    """1 in the latent cells that inference holds, else 0, shape (1, h, w)."""
-    if mask is None:
-        return torch.zeros(1, *size)
-    return torch.from_numpy(held_by_mask(np.asarray(mask), cell).astype(np.float32))[None]
-
-
-def _share(values_HW: np.ndarray, size: tuple[int, int]) -> Tensor:
+def cell_means(values_HW: np.ndarray, size: tuple[int, int]) -> Tensor:
     """Mean over each latent cell, shape (1, h, w), fp32."""
     return F.adaptive_avg_pool2d(torch.from_numpy(values_HW)[None], size)
 
 
-def _token_ids(tokenizer: Any, text: str) -> Tensor:
-    length = tokenizer.model_max_length
-    read = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return read.input_ids[0]
+def choose_peers(keys: Sequence[Hashable | None], ids: Sequence[str]) -> list[list[int]]:
+    """For each sample the ``MAX_PEERS`` others, or as many as there are, whose encodings it may be conditioned on.
 
-
-def choose_kin(kinds: Sequence[Hashable | None], ids: Sequence[str]) -> list[list[int]]:
-    """For each sample the ``MOST_KIN`` others, or as many as there are, that may lend it their encodings.
-
-    kinds: what kin have in common (see ``Method.kinship``); None: a sample without any. The choice follows from the ids
-    of those of one kind alone, whatever their order; each is chosen as often as any other.
+    keys: equal for peers (see ``Method.peer_key``); None: a sample without peers. The choice follows from the ids of
+    the peers alone, whatever their order, and each sample is chosen as often as any other.
     """
-    chosen: list[list[int]] = [[] for _ in kinds]
     members: dict[Hashable, list[int]] = {}
-    for index, kind in enumerate(kinds):
-        if kind is not None:
-            members.setdefault(kind, []).append(index)
+    for index, key in enumerate(keys):
+        if key is not None:
+            members.setdefault(key, []).append(index)
+    chosen: list[list[int]] = [[] for _ in keys]
     for indices in members.values():
+        # each takes those that follow it on a ring in the order of their hashed ids
         ring = sorted(indices, key=lambda index: content_key(ids[index]))
+        twice_around = ring + ring
+        count = min(MAX_PEERS, len(ring) - 1)
         for place, index in enumerate(ring):
-            following = (ring[(place + step) % len(ring)] for step in range(1, min(MOST_KIN + 1, len(ring))))
+            following = twice_around[place + 1 : place + 1 + count]
             chosen[index] = [other for other in following if ids[other] != ids[index]]
     return chosen
 
 
 class Encodings(Sequence[Tensors]):
-    """Results of ``Method.encode`` for some samples, each read or made when it is asked for: one access uses one."""
+    """Results of ``Method.encode`` for some samples, each read or made when it is indexed: one access uses one."""
 
-    def __init__(self, indices: list[int], read: Callable[[int], Tensors]) -> None:
-        self._indices, self._read = indices, read
+    def __init__(self, indices: Sequence[int], read: Callable[[int], Tensors]) -> None:
+        self._indices = indices
+        self._read = read
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -254,49 +276,50 @@ class Encodings(Sequence[Tensors]):
         return self._read(self._indices[number])
 
 
-class Examples(Sequence[dict[str, Any]]):
+class Examples(Sequence[Example]):
     """A dataset as the loop reads it: encoded samples by index.
 
-    Each has the tensors of :meth:`Encoder.latents`, :meth:`Encoder.text` and, if the UNet reads the product,
-    :meth:`Encoder.product`; under ``encoded`` what the method made of it and, after that, of its kin
-    (:class:`Encodings`), the embeddings of the empty prompt under ``empty`` and,
-    if the method reads pictures, the framed sample under ``seen`` (else None). ``groups`` names the bucket of each
-    sample. count: use only the first samples of the set.
+    ``groups`` names the bucket of each sample. folder: of the cache; None: every access encodes. count: use only the
+    first samples of the set.
     """
 
     def __init__(self, rows: Rows, encoder: Encoder, folder: Path | None, count: int | None = None) -> None:
-        self.rows, self.ids, self.encoder = rows, rows.ids[:count], encoder
+        self.rows = rows
+        self.ids = rows.ids[:count]
+        self.encoder = encoder
         self._nearest = [buckets.nearest(size, encoder.shapes) for size in rows.sizes]
         self.groups = self._nearest[:count]
         self._folder = folder
 
     @cached_property
     def _caches(self) -> dict[str, TensorCache]:
-        folder = self._folder
-        return {name: TensorCache(folder / f"{name}-{id[:12]}") for name, id in self._kinds()} if folder else {}
-
-    def _kinds(self) -> list[tuple[str, str]]:
+        """One cache for each kind of encoding; none without a folder."""
+        if self._folder is None:
+            return {}
+        method = self.encoder.method
         identity = self.encoder.identity
-        names = [("latents", identity.vae)]
-        if self.encoder.shows_product:
-            names.append(("product", identity.vae))
-        if not self.encoder.method.trains_text:
-            names.append(("text", identity.text))
-        return [*names, ("method", content_key(identity.method))] if identity.method else names
+        kinds = {"latents": identity.vae}
+        if self.encoder.reads_product:
+            kinds["product"] = identity.vae
+        if not method.trains_text:
+            kinds["text"] = identity.text
+        if identity.method:
+            kinds["method"] = content_key(identity.method)
+        return {name: TensorCache(self._folder / f"{name}-{digest[:12]}") for name, digest in kinds.items()}
 
     @cached_property
-    def kin(self) -> list[list[int]]:
-        """The samples whose encodings each can be conditioned on instead of its own; see :func:`choose_kin`. Of a set
-        of which only the first are used the others may be among them."""
-        kinship, ids = self.encoder.method.kinship, self.rows.ids
-        if kinship is None:
+    def peers(self) -> list[list[int]]:
+        """The samples whose encodings each may be conditioned on instead of its own; see :func:`choose_peers`.
+
+        Where only the first samples of a set are used, peers may come from the rest.
+        """
+        peer_key = self.encoder.method.peer_key
+        if peer_key is None:
             return [[] for _ in self.ids]
-        chosen = choose_kin([kinship(self.rows.read(index, ())) for index in range(len(ids))], ids)[: len(self)]
-        log.info(
-            "%d of %d samples can be shown the reference of another of their look",
-            sum(map(bool, chosen)),
-            len(self),
-        )
+        keys = [peer_key(self.rows.read(index, ())) for index in range(len(self.rows.ids))]
+        chosen = choose_peers(keys, self.rows.ids)[: len(self)]
+        count = sum(bool(peers) for peers in chosen)
+        log.info("%d of %d samples can be shown the reference of another of their look", count, len(self))
         return chosen
 
     def __len__(self) -> int:
@@ -306,8 +329,8 @@ class Examples(Sequence[dict[str, Any]]):
         """Identity of the samples and their captions, in order."""
         return self.rows.fingerprint()
 
-    def seen(self, index: int) -> dict[str, Any]:
-        """The framed sample: ``image``, ``mask``, ``text``, ``id``, ``geometry``, and what else the method reads."""
+    def seen(self, index: int) -> FramedSample:
+        """The framed sample, with the pictures that the method reads besides image and mask."""
         pictures = {"image", "mask", *self.encoder.method.pictures}
         return framed(self.rows.read(index, sorted(pictures)), self._shape(index))
 
@@ -318,70 +341,97 @@ class Examples(Sequence[dict[str, Any]]):
         return content_key(VERSION, self.rows.digest(index), self._shape(index))
 
     def _chunks(self, indices: Iterable[int]) -> list[list[Job]]:
-        """Samples, a batch of the encoders at a time, of one bucket each."""
+        """Samples of one bucket each, as many as go through an encoder together."""
         ordered = sorted(indices, key=lambda index: (self._nearest[index], index))
-        together = (list(members) for _, members in groupby(ordered, key=lambda index: self._nearest[index]))
-        # jobs hold an index, not a sample: a large set must not be decoded into memory
-        return [
-            [Job(self._key(index), f"sample {self.rows.ids[index]}", index) for index in chunk]
-            for members in together
-            for chunk in _cut(members, encode_batch(self._shape(members[0])))
-        ]
+        chunks = []
+        for _, members in groupby(ordered, key=lambda index: self._nearest[index]):
+            bucket = list(members)
+            for chunk in chunked(bucket, encode_batch(self._shape(bucket[0]))):
+                # jobs hold an index, not a sample: a large set must not be decoded into memory
+                chunks.append([Job(self._key(index), f"sample {self.rows.ids[index]}", index) for index in chunk])
+        return chunks
 
     def fill(self, accelerator: Accelerator) -> None:
         """Encode what no earlier run has encoded. Without a cache there is nothing to do."""
-        _ = self.kin  # read once, before the loader's processes are forked
+        _ = self.peers  # read once, before the loader's processes are forked
         if not self._caches:  # every access encodes: the loader's processes share what is loaded before they are forked
             self.encoder.parts.load("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
             return
-        encoder, chunks = self.encoder, self._chunks(range(len(self)))
-
-        def seen(indices: list[int]) -> list[dict[str, Any]]:
-            return [self.seen(index) for index in indices]
-
-        self._caches["latents"].fill("encoding pictures", chunks, lambda i: encoder.latents(seen(i)), accelerator)
-        if "product" in self._caches:
-            self._caches["product"].fill("encoding products", chunks, lambda i: encoder.product(seen(i)), accelerator)
+        encoder = self.encoder
+        chunks = self._chunks(range(len(self)))
+        self._fill_from_pictures("latents", "encoding pictures", chunks, encoder.latents, accelerator)
+        self._fill_from_pictures("product", "encoding products", chunks, encoder.product, accelerator)
         if "method" in self._caches:
-            encode, lenders = encoder.method.encode, {*range(len(self)), *chain.from_iterable(self.kin)}
-            chunks = self._chunks(lenders)
-            self._caches["method"].fill("encoding references", chunks, lambda i: encode(seen(i)), accelerator)
+            chunks = self._chunks({*range(len(self)), *chain.from_iterable(self.peers)})
+            self._fill_from_pictures("method", "encoding references", chunks, encoder.method.encode, accelerator)
         if "text" in self._caches:
             texts = sorted({*self.rows.texts[: len(self)], ""})
             jobs = [Job(content_key(text), f"caption {text!r}", text) for text in texts]
-            self._caches["text"].fill("encoding captions", _cut(jobs, TEXT_BATCH), encoder.text, accelerator)
+            chunked_jobs = list(chunked(jobs, TEXT_BATCH))
+            self._caches["text"].fill("encoding captions", chunked_jobs, encoder.text, accelerator)
+
+    def _fill_from_pictures(
+        self,
+        name: str,
+        description: str,
+        chunks: Sequence[Sequence[Job]],
+        encode: Callable[[Sequence[FramedSample]], list[Tensors]],
+        accelerator: Accelerator,
+    ) -> None:
+        """Fill one cache, if there is one of that name, from framed samples."""
+
+        def encode_indices(indices: Sequence[int]) -> list[Tensors]:
+            return encode([self.seen(index) for index in indices])
+
+        if name in self._caches:
+            self._caches[name].fill(description, chunks, encode_indices, accelerator)
 
     def __getitem__(self, index: Any) -> Any:
         if not self._caches:
             return self.fresh(index)
         key = self._key(index)
-        example: dict[str, Any] = self._caches["latents"].get(key)
+        tensors = self._caches["latents"].get(key)
         if "product" in self._caches:
-            example |= self._caches["product"].get(key)
-        example["encoded"] = Encodings([index, *self.kin[index]], self._cached_encoding)
-        example["seen"] = self.seen(index) if self.encoder.method.pictures else None
-        text, empty = (self._text(words) for words in (self.rows.texts[index], ""))
-        return {**example, "id": self.ids[index], **text, "empty": empty}
+            tensors |= self._caches["product"].get(key)
+        seen = self.seen(index) if self.encoder.method.pictures else None
+        encodings = Encodings([index, *self.peers[index]], self._cached_encoding)
+        return self._example(index, tensors, self._text, encodings, seen)
+
+    def fresh(self, index: int) -> Example:
+        """The same without the cache."""
+        encoder = self.encoder
+        seen = self.seen(index)
+
+        def encoding(other: int) -> Tensors:
+            return encoder.method.encode([seen if other == index else self.seen(other)])[0]
+
+        tensors = encoder.latents([seen])[0]
+        if encoder.reads_product:
+            tensors |= encoder.product([seen])[0]
+        encodings = Encodings([index, *self.peers[index]], encoding)
+        shown = seen if encoder.method.pictures else None
+        return self._example(index, tensors, lambda text: encoder.text([text])[0], encodings, shown)
+
+    def _example(
+        self,
+        index: int,
+        tensors: Tensors,
+        encode_text: Callable[[str], Tensors],
+        encoded: Sequence[Tensors],
+        seen: FramedSample | None,
+    ) -> Example:
+        example = {
+            **tensors,
+            "id": self.ids[index],
+            "prompt": encode_text(self.rows.texts[index]),
+            "empty": encode_text(""),
+            "encoded": encoded,
+            "seen": seen,
+        }
+        return cast("Example", example)
 
     def _cached_encoding(self, index: int) -> Tensors:
         return self._caches["method"].get(self._key(index)) if "method" in self._caches else {}
 
     def _text(self, text: str) -> Tensors:
         return self._caches["text"].get(content_key(text)) if "text" in self._caches else self.encoder.text([text])[0]
-
-    def fresh(self, index: int) -> dict[str, Any]:
-        """The same without the cache."""
-        seen, encoder = self.seen(index), self.encoder
-
-        def encoded(other: int) -> Tensors:
-            return encoder.method.encode([seen if other == index else self.seen(other)])[0]
-
-        return {
-            **encoder.latents([seen])[0],
-            **(encoder.product([seen])[0] if encoder.shows_product else {}),
-            "encoded": Encodings([index, *self.kin[index]], encoded),
-            "seen": seen if encoder.method.pictures else None,
-            "id": self.ids[index],
-            **encoder.text([self.rows.texts[index]])[0],
-            "empty": encoder.text([""])[0],
-        }

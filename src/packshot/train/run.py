@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +24,7 @@ from packshot.engine.processes import (
     translate_lost_process,
 )
 from packshot.errors import ConfigError
-from packshot.methods import METHODS
+from packshot.methods import build_method, method_class
 from packshot.runs.folder import log
 from packshot.runs.licenses import refuse_weights
 from packshot.train.card import write_card
@@ -37,43 +34,49 @@ from packshot.train.plan import plan
 from packshot.train.task import DiffusionTask
 from packshot.train.validation import LOSS_SAMPLES
 
-PICTURES = ("image", "mask", "depth", "shadow")  # all that training may look at
 DTYPES = {MixedPrecision.no: torch.float32, MixedPrecision.fp16: torch.float16, MixedPrecision.bf16: torch.bfloat16}
 
 
 def train(config: TrainScript) -> None:
-    """Entry point of train_lora.py, train_ip_adapter.py and train_controlnet.py."""
+    """Entry point of the training scripts: load data and models, build the task, run the mode."""
     refuse_weights(config)
     refuse_launcher()
     script = next(name for name, schema in SCRIPTS.items() if schema is type(config))
-    MODES[config.mode](config, script)
-
-
-def _with_task(work: Callable[[Session, DiffusionTask, Examples, Any], None]) -> Callable[[TrainScript, str], None]:
-    """A mode that needs models and data: loads them, and closes the tracker whatever happens."""
-
-    def mode(config: TrainScript, script: str) -> None:
-        load = partial(load_rows, pictures=PICTURES, cache=config.data.cache_dir, licenses=config.licenses)
-        rows = load("data.train", config.data.train)
-        validation = load("data.validation", config.data.validation)
-        parts = load_parts(config.model)
-        session = start(script, config, config.train, resumable=False)
+    if config.mode is Mode.plan:
+        plan(config, script)
+        return
+    rows = load_set("data.train", config.data.train, config)
+    validation = load_set("data.validation", config.data.validation, config)
+    parts = load_parts(config.model)
+    session = start(script, config, config.train, resumable=False)
+    try:
         announce(session, config.train)
         task, examples = build_task(config, parts, rows, validation, session.accelerator)
-        try:
-            rows.refuse_without("data.train", task.method.pictures)
-            validation.refuse_without("data.validation", task.method.pictures)
-            with translate_lost_process(session.accelerator):
-                work(session, task, examples, config)
-        finally:
-            if session.tracker:
-                session.tracker.finish()
+        with translate_lost_process(session.accelerator):
+            if config.mode is Mode.check:
+                check(session, task, examples, config)
+            else:
+                fit_and_export(session, task, examples, config)
+    finally:
+        if session.tracker:
+            session.tracker.finish()
 
-    return mode
+
+def load_set(key: str, path: str, config: TrainScript) -> Rows:
+    """The dataset under ``key``, with the pictures that training reads.
+
+    Raises:
+        ConfigError: it cannot be read, or lacks a picture that the method reads.
+    """
+    read = method_class(config).pictures_of(config.method)
+    pictures = ("image", "mask", *read)
+    rows = load_rows(key, path, pictures=pictures, cache=config.data.cache_dir, licenses=config.licenses)
+    rows.refuse_without(key, read)
+    return rows
 
 
 def build_task(
-    config: Any, parts: Parts, rows: Rows, validation: Rows, accelerator: Accelerator
+    config: TrainScript, parts: Parts, rows: Rows, validation: Rows, accelerator: Accelerator
 ) -> tuple[DiffusionTask, Examples]:
     """The task of a training config, on its device, and the samples it is trained on.
 
@@ -83,10 +86,10 @@ def build_task(
         ConfigError: the machine cannot do what the config asks for.
     """
     if not config.data.cache and accelerator.device.type != "cpu":
-        _refuse_encoding_beside_training(config, accelerator.device.type)
+        refuse_encoding_while_training(config, accelerator.device.type)
     refuse_unavailable(config.train, accelerator)  # fit asks too, but after the data has been encoded
     torch.manual_seed(config.run.seed)
-    method: Any = METHODS[type(config.method)](parts, config.method)
+    method = build_method(parts, config)
     prepare_unet(parts.unet, config.objective.product_conditioning)
     if config.train.gradient_checkpointing:
         enable_checkpointing(method)
@@ -95,11 +98,11 @@ def build_task(
     examples = Examples(rows, encoder, folder)
     held_out = Examples(validation, encoder, folder, max(LOSS_SAMPLES, config.train.validation_samples))
     task = DiffusionTask(method, parts, config, held_out)
-    _place(task, parts, accelerator, config.train)
+    place(task, parts, accelerator, config.train)
     return task, examples
 
 
-def _refuse_encoding_beside_training(config: Any, device: str) -> None:
+def refuse_encoding_while_training(config: TrainScript, device: str) -> None:
     """Raises ConfigError for settings under which samples cannot be encoded on a GPU at each access."""
     if config.data.num_workers:
         raise ConfigError(
@@ -115,9 +118,10 @@ def _refuse_encoding_beside_training(config: Any, device: str) -> None:
         )
 
 
-def _place(task: DiffusionTask, parts: Any, accelerator: Accelerator, train: TrainConfig) -> None:
+def place(task: DiffusionTask, parts: Parts, accelerator: Accelerator, train: TrainConfig) -> None:
     """Frozen weights in the mixed-precision dtype, trained ones in fp32, all on the device."""
-    device, dtype = accelerator.device, DTYPES[resolve_precision(train.mixed_precision)]
+    device = accelerator.device
+    dtype = DTYPES[resolve_precision(train.mixed_precision)]
     trained = {id(p): p.data for p in task.parameters() if p.requires_grad}
     parts.to(device, dtype)
     for parameter in task.parameters():
@@ -128,7 +132,8 @@ def _place(task: DiffusionTask, parts: Any, accelerator: Accelerator, train: Tra
     task.alphas_cumprod_T = task.alphas_cumprod_T.to(accelerator.device)
 
 
-def _train(session: Session, task: DiffusionTask, examples: Examples, config: TrainScript) -> None:
+def fit_and_export(session: Session, task: DiffusionTask, examples: Examples, config: TrainScript) -> None:
+    """``mode=train``: encode, train to ``train.max_steps``, export."""
     if config.train.compile:
         compile_networks(task.method, session.accelerator.device)
     examples.fill(session.accelerator)
@@ -141,25 +146,20 @@ def _train(session: Session, task: DiffusionTask, examples: Examples, config: Tr
         session.tracker.record({"base": config.model.base, "data": rows.path, "data_sha256": rows.fingerprint()})
     ema = fit(task, examples, config, session)
     if session.run:
-        export(session, task, task.method, ema, examples.rows, config)
+        export(session, task, ema, examples.rows, config)
 
 
-def export(session: Session, module: torch.nn.Module, exporter: Any, ema: EMA | None, rows: Rows, config: Any) -> None:
+def export(session: Session, task: DiffusionTask, ema: EMA | None, rows: Rows, config: TrainScript) -> None:
     """``<run>/export``: the adapter (its moving average, if kept), its config, its data's identity and a model card."""
+    method = task.method
     if ema:
-        ema.swap(module)
+        ema.swap(task)
     with exporting(session.path) as folder:
-        exporter.export(folder, objective_metadata(config.objective))
-        if getattr(getattr(config, "export", None), "kohya", False):
-            exporter.export_kohya(folder)
-        made_from = write_card(folder, session.path, rows, config)
+        method.export(folder, objective_metadata(config.objective))
+        for layout, write in method.layouts.items():
+            if getattr(config.export, layout):
+                write(folder)
+        made_from = write_card(folder, session.path, rows, config, method.used_as)
     if session.tracker:
         session.tracker.artifact("adapter", session.path / "export", made_from)
     log.info("exported step %d to %s", made_from["step"], session.path / "export")
-
-
-MODES: dict[Mode, Callable[[TrainScript, str], None]] = {
-    Mode.train: _with_task(_train),
-    Mode.plan: plan,
-    Mode.check: _with_task(check),
-}

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from packshot.base.load import Parts, trained_scheduler
 from packshot.config.schema import PredictionType, ProductConditioning, TrainScript, Unconditional, check_objective
 from packshot.diffusion import hold_product, schedule
 from packshot.engine.keyed_random import SampleKey
 from packshot.engine.task import Task, Validated
+from packshot.engine.tensor_cache import Tensors
 from packshot.errors import PackshotError
-from packshot.train.encode import Examples
+from packshot.methods.base import Method
+from packshot.train.encode import Example, Examples
 from packshot.train.validation import Validator
 
 
 class DiffusionTask(Task):
     """Loss of a Method (see ``methods.base``) on encoded samples (see ``train.encode``); the loop's Task."""
 
-    def __init__(self, method: nn.Module, parts: Parts, config: TrainScript, validation: Examples) -> None:
+    def __init__(self, method: Method, parts: Parts, config: TrainScript, validation: Examples) -> None:
         super().__init__()
-        self.method: Any = method
+        self.method = method
         self.alphas_cumprod_T: Tensor
-        self.config, self._latent_scale = config, parts.latent_scale()
+        self.config = config
+        self._latent_scale = parts.latent_scale()
         self.validator = Validator(validation, config)
-        objective, scheduler = config.objective, parts.scheduler.config
-        own = objective.prediction_type is PredictionType.base
-        self.prediction_type: str = scheduler.prediction_type if own else objective.prediction_type.name
+        objective = config.objective
+        scheduler = parts.scheduler.config
+        self.prediction_type: str = scheduler.prediction_type
+        if objective.prediction_type is not PredictionType.base:
+            self.prediction_type = objective.prediction_type.name
         rescaled = objective.zero_terminal_snr or bool(scheduler.get("rescale_betas_zero_snr"))
         effective = replace(objective, zero_terminal_snr=rescaled)
         check_objective(effective, self.prediction_type, scheduler.num_train_timesteps)
@@ -44,21 +49,18 @@ class DiffusionTask(Task):
 
     # ---- one access to one sample ----
 
-    def _prompt(self, sample: dict[str, Any], key: SampleKey) -> dict[str, Tensor]:
-        """The prompt of one access; ``prompt_kept`` is 0 where it is dropped to zeros, for what is encoded later."""
-        objective, empty = self.config.objective, sample["empty"]
-        kept = {name: sample[name] for name in empty}
-        if key.uniform("caption_dropout") < objective.caption_dropout:
-            if objective.unconditional is Unconditional.zeros:
-                # sequence and pooled embedding are dropped together, as at inference
-                return {
-                    **{name: torch.zeros_like(tensor) for name, tensor in kept.items()},
-                    "prompt_kept": torch.zeros(()),
-                }
-            kept = empty
-        return {**kept, "prompt_kept": torch.ones(())}
+    def _prompt(self, sample: Example, key: SampleKey) -> Tensors:
+        """The prompt of one access; ``prompt_kept`` is 0 where it is dropped to zeros, for prompts encoded later."""
+        objective = self.config.objective
+        if key.uniform("caption_dropout") >= objective.caption_dropout:
+            return {**sample["prompt"], "prompt_kept": torch.ones(())}
+        if objective.unconditional is not Unconditional.zeros:
+            return {**sample["empty"], "prompt_kept": torch.ones(())}
+        # sequence and pooled embedding are dropped together, as at inference
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in sample["prompt"].items()}
+        return {**zeros, "prompt_kept": torch.zeros(())}
 
-    def encode_prompt(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def encode_prompt(self, batch: Tensors) -> Tensors:
         """Embeddings by the text encoders as they are now, zero where the prompt was dropped."""
         prompt_embeds, pooled = self.method.encode_prompt([batch["input_ids"], batch["input_ids_2"]])
         kept_B = batch["prompt_kept"]
@@ -67,13 +69,15 @@ class DiffusionTask(Task):
             "pooled_prompt_embeds": pooled * kept_B[:, None],
         }
 
-    def _drawn(self, sample: dict[str, Any], key: SampleKey) -> dict[str, Tensor]:
-        objective, shape = self.config.objective, sample["mean"].shape
+    def _drawn(self, sample: Example, key: SampleKey) -> Tensors:
+        """Every random draw of one access, and what the step reads besides."""
+        objective = self.config.objective
+        shape = sample["mean"].shape
         latents = sample["mean"] + sample["std"] * torch.randn(shape, generator=key.generator("posterior"))
         noise = torch.randn(shape, generator=key.generator("noise"))
         noise = schedule.offset_noise(noise, key.generator("noise_offset"), objective.noise_offset)
         perturbation = key.generator("input_perturbation")
-        return {
+        drawn = {
             "latents": self._latent_scale.to_unet(latents),
             "noise": noise,
             "seen_noise": schedule.perturb_noise(noise, perturbation, objective.input_perturbation),
@@ -87,44 +91,49 @@ class DiffusionTask(Task):
                 objective.logit_normal_scale,
             ),
             "time_ids": sample["time_ids"],
-            **self._weighed(sample),
-            **{name: sample[name] for name in ("product",) if name in sample},
+            **self._weights(sample),
             **self._prompt(sample, key),
             **self.method.condition(sample["seen"], sample["encoded"], key),
         }
+        if "product" in sample:
+            drawn["product"] = sample["product"]
+        return drawn
 
-    def _weighed(self, sample: dict[str, Any]) -> dict[str, Tensor]:
-        """The loss weight of each cell, 0 in letterbox bars, which are no scene; and, if the product is shown clean,
-        the cells where it is: they weigh 0 too."""
-        objective, alpha_1HW = self.config.objective, sample["alpha"]
-        weight_1HW = schedule.boundary_weight(
+    def _weights(self, sample: Example) -> Tensors:
+        """``weight``: the loss weight of each cell, 0 in letterbox bars, which are not part of the scene.
+
+        If the product is shown clean, also ``held``: 1 in the product's cells, whose weight is 0 too.
+        """
+        objective = self.config.objective
+        alpha_1HW = sample["alpha"]
+        conditioning = objective.product_conditioning
+        if conditioning is not ProductConditioning.noised and not alpha_1HW.any():
+            raise PackshotError(
+                f"sample {sample['id']} has no product: objective.product_conditioning={conditioning} needs masks.",
+                "Use a product dataset (build_data.py dataset=product), or set objective.product_conditioning=noised.",
+            )
+        weight_1HW = sample["inside"] * schedule.boundary_weight(
             alpha_1HW,
             objective.product_weight,
             objective.background_weight,
             objective.boundary_weight,
             objective.boundary_width,
         )
-        weight_1HW = weight_1HW * sample["inside"]
-        shown = objective.product_conditioning
-        if shown is not ProductConditioning.noised and not alpha_1HW.any():
-            raise PackshotError(
-                f"sample {sample['id']} has no product to show: objective.product_conditioning={shown} needs masks.",
-                "Use a product dataset (build_data.py dataset=product), or set objective.product_conditioning=noised.",
-            )
-        if shown is not ProductConditioning.clean:
+        if conditioning is not ProductConditioning.clean:
             return {"weight": weight_1HW}
         return {"weight": weight_1HW * (1 - sample["held"]), "held": sample["held"]}
 
-    def collate(self, samples: list[dict[str, Any]], keys: list[SampleKey]) -> dict[str, Any]:
+    def collate(self, samples: Sequence[Example], keys: Sequence[SampleKey]) -> Tensors:
         """Latents (scaled), noise, timesteps, embeddings, time_ids and the method's condition, all with B first."""
         drawn = [self._drawn(sample, key) for sample, key in zip(samples, keys, strict=True)]
         return {name: torch.stack([example[name] for example in drawn]) for name in drawn[0]}
 
     # ---- loss ----
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+    def forward(self, batch: Tensors) -> Tensor:
         """Weighted squared error per sample, shape (B,); noising, target and loss in fp32."""
-        timesteps, schedule_T = batch["timesteps"], self.alphas_cumprod_T
+        timesteps = batch["timesteps"]
+        schedule_T = self.alphas_cumprod_T
         if self.method.trains_text:
             batch = batch | self.encode_prompt(batch)
         noisy = schedule.add_noise(batch["latents"], batch["seen_noise"], timesteps, schedule_T)
@@ -139,7 +148,7 @@ class DiffusionTask(Task):
         return loss * weight(timesteps, schedule_T, objective.min_snr_gamma, self.prediction_type)
 
     def show_product(self, product_B5HW: Tensor | None) -> None:
-        """Hand the UNet what it reads of the product besides the noisy latents, if it does."""
+        """Hand the UNet its further input channels, if it reads the product (``base.inpainting``)."""
         if product_B5HW is not None:
             self.method.unet.conv_in.show(product_B5HW)
 

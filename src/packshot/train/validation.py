@@ -29,8 +29,9 @@ from packshot.errors import ConfigError, PackshotError
 from packshot.imaging.matte import soften_hard_edge, unmix
 from packshot.imaging.outline import compare_size, is_extended, measure_extension, segment_near
 from packshot.imaging.pixels import from_network, to_bytes
+from packshot.methods.base import FramedSample
 from packshot.runs.files import replacing_file
-from packshot.train.encode import Examples
+from packshot.train.encode import Example, Examples
 
 LOSS_SAMPLES = 32
 STEPS = 20
@@ -50,9 +51,9 @@ class HeldOutSample:
     is 0, and no raw decode has a sharper outline.
     """
 
-    sample: dict[str, Any]
+    sample: Example
     truth_HW3: np.ndarray
-    seen: dict[str, Any]
+    seen: FramedSample
     matte_HW: np.ndarray
     known_1CHW: Tensor
     held_1HW: Tensor
@@ -180,8 +181,7 @@ class Validator:
     ) -> dict[str, Any]:
         """Draw one picture and measure it: its row of the table."""
         held_out = self._ready(spec.index, accelerator.device)
-        own = {name: held_out.sample[name] for name in held_out.sample["empty"]}
-        given = own if spec.prompt is None else self._text(spec.prompt)
+        given = held_out.sample["prompt"] if spec.prompt is None else self._text(spec.prompt)
         with accelerator.autocast():
             prompt = self._embeddings(task, given, held_out.sample["empty"], accelerator.device)
             raw_HW3 = sample_picture(task, pipeline, held_out, prompt, spec.seed)
@@ -215,7 +215,7 @@ def prepare_held_out(examples: Examples, index: int, device: torch.device) -> He
     mask = np.zeros(truth.shape[:2], np.uint8) if seen["mask"] is None else np.asarray(seen["mask"])
     matte = soften_hard_edge(mask)
     if (matte >= 128).any():
-        seen = {**seen, "image": Image.fromarray(unmix(truth, matte))}
+        seen["image"] = Image.fromarray(unmix(truth, matte))
     vae, sample = encoder.parts.vae, examples[index]
     known = encoder.parts.latent_scale().to_unet(encoder.latents([seen])[0]["mean"])
     given_back = to_bytes(from_network(vae.decode(sample["mean"][None].to(vae.device)).sample[0]))
