@@ -182,7 +182,7 @@ class ServeConfig:
         120, "POST requests per minute and key; further ones are answered with 429", min=1, max=1_000_000
     )
     max_work: float = opt(
-        400.0, "largest request: denoising steps x pictures x pixels, in pictures of the model's own size", min=1
+        400.0, "largest request: denoising steps x pictures x pixels, a canvas up to 1024 x 1024 px counts as 1", min=1
     )
     max_jobs: int = opt(100, "jobs that may wait; further ones are answered with 429", min=1, max=100_000)
     keep_hours: float = opt(24.0, "how long finished jobs and their files are kept", min=0.01, max=87600)

@@ -20,6 +20,7 @@ from packshot.serve.schemas import ApiError, SceneForm
 
 FILES = ("product_file", "mask_file", "reference_file")
 REPEATED = {name for name, row in SLOTS.items() if row.many}  # the fields that a form may have several times
+CANVAS_PIXELS = 1024 * 1024
 ABSOLUTE_PATH = re.compile(r"(?<![\w.])/(?:[^\s/:,;'\"]+/)+[^\s/:,;'\"]*")
 
 
@@ -122,11 +123,11 @@ def read_settings(form: SceneForm, config: Serve, reference: bool) -> PromptSett
 def max_steps(config: Serve, settings: GenerateSettings) -> int:
     """How many denoising steps all pictures of a request may take together.
 
-    The working copy has about as many pixels as the pictures that the model was trained on, whatever the photo's size.
-    A larger canvas counts with its own size, because every picture is composited at that size.
+    A canvas counts as 1 up to CANVAS_PIXELS, because the model's working copy is of about one size, and by its pixels
+    beyond that, because every picture is composited at the canvas's size.
     """
     pixels = settings.size[0] * settings.size[1] if settings.size else 0
-    return int(config.serve.max_work / max(1.0, pixels / max(config.model.resolution, 1024) ** 2))
+    return int(config.serve.max_work / max(1.0, pixels / CANVAS_PIXELS))
 
 
 def refuse_work(num_images: int, settings: GenerateSettings, config: Serve) -> None:
