@@ -81,7 +81,6 @@ def fit(task: Task, rows: Samples, config: TrainingConfig, session: Session) -> 
                 records.after_step()
                 if step.save_requested:
                     records.on_signal(step.stop_requested)
-                    signals.save = False
     step.close()
     accelerator.wait_for_everyone()
     if train.export_best:

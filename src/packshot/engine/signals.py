@@ -10,13 +10,13 @@ from types import FrameType
 class SignalWatch:
     """A context that notes SIGTERM (write a checkpoint and stop) and SIGUSR1 (write a checkpoint and continue).
 
-    The loop looks at ``save`` and ``stop`` after each step. A second SIGTERM ends the process at once. Python lets only
-    the main thread set handlers; in another thread the signals keep their meaning.
+    The loop asks :meth:`take_save` and ``stop`` in each step. A second SIGTERM ends the process at once. Python lets
+    only the main thread set handlers; in another thread the signals keep their meaning.
     """
 
     def __init__(self) -> None:
-        self.save = False
         self.stop = False
+        self._save = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> SignalWatch:
@@ -26,10 +26,17 @@ class SignalWatch:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.save = True
+        self._save = True
         if number == signal.SIGTERM:
             self.stop = True
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def take_save(self) -> bool:
+        """Whether a checkpoint was asked for since the last call."""
+        asked = self._save
+        if asked:  # only then: the signal may arrive right here
+            self._save = False
+        return asked
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():

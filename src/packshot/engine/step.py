@@ -110,11 +110,11 @@ class OptimizerStep:
 
         All processes must stop at the same step, and one reduction tells them all.
         """
-        signals = lost.new_tensor([self.signals.save, self.signals.stop])
+        signals = lost.new_tensor([self.signals.take_save(), self.signals.stop])
         seen = self.accelerator.reduce(torch.cat([lost[None], signals]).float(), "sum")
         assert isinstance(seen, Tensor)
         any_lost, save, stop = (bool(count) for count in seen.tolist())
-        self.save_requested = save
+        self.save_requested = save or stop
         self.stop_requested = stop
         return any_lost
 
