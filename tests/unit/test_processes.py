@@ -3,11 +3,13 @@
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_loop import run_fit
 
+from packshot.cli import STAGES, Stage, run_stage
 from packshot.config.compose import compose
 from packshot.config.schema import LRSchedule, MixedPrecision, TrainConfig
 from packshot.engine.processes import (
@@ -20,7 +22,7 @@ from packshot.engine.processes import (
     resolve_precision,
     start,
 )
-from packshot.errors import ConfigError
+from packshot.errors import ConfigError, Interrupted
 from packshot.runs.folder import Run, log
 from packshot.runs.tracking import NullTracker
 
@@ -122,6 +124,20 @@ def test_accelerate_launch_on_a_cpu_is_caught(tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "asked for several processes" in done.stdout
+
+
+def test_a_script_that_sigterm_stopped_exits_with_143(monkeypatch, capsys):
+    """The exit code of a process that the signal ended, which schedulers know."""
+
+    def stop(config):
+        raise Interrupted("SIGTERM stopped the run after step 5.", "run.resume=true continues from its checkpoint.")
+
+    monkeypatch.setitem(sys.modules, "work", SimpleNamespace(stop=stop))
+    monkeypatch.setitem(STAGES, "train_lora", Stage("", "work:stop"))
+    with pytest.raises(SystemExit) as ended:
+        run_stage("train_lora", [])
+    assert ended.value.code == 143
+    assert "run.resume=true continues" in capsys.readouterr().err
 
 
 # ---- the announcement ----
