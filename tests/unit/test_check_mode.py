@@ -181,7 +181,7 @@ def checked(script, path, *overrides):
     return report, Image.open(path / "check" / "batch.png")
 
 
-def test_check_writes_sheet_findings_and_a_measured_step_and_nothing_else(tmp_path, capsys, monkeypatch):
+def test_check_writes_sheet_findings_and_a_measured_step(tmp_path, capsys, monkeypatch):
     steps, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: steps.append(1) or step(self, *a, **k))
     report, lora = checked(

@@ -108,7 +108,7 @@ def test_light_is_read_off_the_shadows_of_rendered_scenes(rows):
     assert np.mean(towards < -0.3) < 0.02
 
 
-def test_a_shadow_on_no_side_or_none_at_all_leaves_the_light_open():
+def test_light_is_open_without_a_shadow_on_one_side():
     mask = np.zeros((64, 64), np.float32)
     mask[20:40, 28:36] = 1
     down, across = np.indices(mask.shape) + 0.5
@@ -142,7 +142,7 @@ def test_training_starts_from_a_controlnet_that_is_named(exports, row):
     assert not torch.equal(predict(parts, method, row), predict(parts, plain, row))
 
 
-def test_a_controlnet_of_another_base_is_refused_with_what_differs(exports, tmp_path, parts):
+def test_a_controlnet_of_another_base_is_refused(exports, tmp_path, parts):
     file = exports[0] / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "cross_attention_dim": 2048}))
     for key, settings in (
@@ -155,7 +155,7 @@ def test_a_controlnet_of_another_base_is_refused_with_what_differs(exports, tmp_
         build(parts, init=str(tmp_path / "nothing"))
 
 
-def test_at_sdxls_size_keys_and_shapes_are_those_of_published_controlnets():
+def test_controlnet_at_sdxl_size_has_the_published_shapes():
     """The layout of diffusers' SDXL ControlNets, of which EcomXL's is one, written down by hand."""
     parts = meta_parts(ModelConfig(base="stabilityai/stable-diffusion-xl-base-1.0", resolution=1024))
     with torch.device("meta"):
@@ -242,7 +242,7 @@ def test_only_joint_training_trains_and_exports_all_of_them(exports, row, tmp_pa
 # ---- masks ----
 
 
-def test_the_outline_jitters_from_access_to_access_and_only_in_training(parts, row):
+def test_the_outline_jitters_in_training_only(parts, row):
     exact, jittered = build(parts), build(parts, mask_jitter=4.0)
 
     def known(method, epoch):
@@ -276,7 +276,7 @@ def test_letterbox_bars_have_the_depth_of_the_rim():
     assert np.asarray(seen["depth"])[0, -1] == 63
 
 
-def test_a_set_without_what_a_map_is_drawn_from_is_refused_before_anything_is_encoded(tmp_path):
+def test_a_set_without_a_needed_picture_is_refused_first(tmp_path):
     table = pq.read_table("data/rendered/heldout/part-00000.parquet").drop_columns("shadow")
     (tmp_path / "set").mkdir()
     pq.write_table(table, tmp_path / "set" / "part-00000.parquet")

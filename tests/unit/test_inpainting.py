@@ -78,7 +78,7 @@ def test_taken_apart_an_inpainting_unet_computes_the_same():
     torch.testing.assert_close(predict(parted, given), theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_shown_of_one_picture_serves_both_halves_of_guidance():
+def test_one_shown_product_serves_both_halves_of_guidance():
     unet = nine_channels()
     conv = take_apart(unet)
     noisy = inputs(unet, 4)["sample"]
@@ -88,7 +88,7 @@ def test_what_is_shown_of_one_picture_serves_both_halves_of_guidance():
     torch.testing.assert_close(both, conv(noisy))
 
 
-def test_a_base_that_is_given_channels_starts_as_it_was_and_trains_them_alone():
+def test_added_channels_start_without_effect_and_are_trained():
     unet = load_parts(ModelConfig()).unet
     given = inputs(unet)
     before = predict(unet, given)
@@ -115,7 +115,7 @@ def task_of(rows, *overrides):
     return build_task(config, load_parts(config.model), rows, rows, Accelerator(cpu=True))
 
 
-def test_the_lora_and_the_new_channels_are_trained_and_see_the_product(rows):
+def test_lora_and_new_channels_train_and_see_the_product(rows):
     task, examples = task_of(rows)
     sample = examples[0]
     assert sample["product"].shape == (5, 16, 16)
@@ -133,7 +133,7 @@ def test_the_lora_and_the_new_channels_are_trained_and_see_the_product(rows):
     assert task.method.unet.conv_in.product.weight.grad.abs().sum() > 0
 
 
-def test_what_is_cached_of_the_product_is_what_is_encoded_on_the_fly(rows, tmp_path):
+def test_cached_product_channels_equal_those_on_the_fly(rows, tmp_path):
     cached = [f"data.cache_dir={tmp_path}", "data.cache=true"]
     _, examples = task_of(rows, *cached)
     examples.ids = examples.ids[:3]
@@ -156,7 +156,7 @@ def test_samples_without_a_product_are_refused(rows):
         task.collate([sample], [SampleKey(0, 0, "x")])
 
 
-def test_other_methods_other_ways_and_an_adapted_first_layer_are_refused():
+def test_unsuited_methods_for_product_channels_are_refused():
     for script in ("train_controlnet", "train_ip_adapter"):
         with pytest.raises(ConfigError, match=r"product_conditioning=channels changes the UNet's first layer"):
             compose(script, ["objective.product_conditioning=channels"])
@@ -238,7 +238,7 @@ def test_scale_zero_switches_lora_and_channels_off(export):
     assert np.abs(np.asarray(full.image).astype(int) - np.asarray(bare.image)).max() > 1
 
 
-def test_an_inpainting_base_is_drawn_with_as_it_is_and_a_plain_one_needs_the_file(export, tmp_path):
+def test_an_inpainting_base_needs_no_conv_file(export, tmp_path):
     folder, _ = export
     base = tmp_path / "base"
     base.mkdir()

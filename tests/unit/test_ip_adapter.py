@@ -84,7 +84,7 @@ def whose(examples, reference):
     return far.index(min(far))
 
 
-def test_kin_share_a_look_are_at_most_eight_and_follow_from_the_ids_alone():
+def test_peers_share_a_look_and_follow_from_the_ids_alone():
     ids = [f"sample {number}" for number in range(40)]
     keys = [None if number == 7 else "big" if number < 30 else f"pair {number // 2}" for number in range(40)]
     chosen = choose_peers(keys, ids)
@@ -101,7 +101,7 @@ def test_kin_share_a_look_are_at_most_eight_and_follow_from_the_ids_alone():
     assert choose_peers(["x", "x"], ["same", "same"]) == [[], []]
 
 
-def test_a_look_is_surface_and_mood_and_none_is_known_of_a_bare_caption():
+def test_a_look_is_surface_and_mood():
     scene = Scene(surface="A wooden table", mood="calm", background="a wall", surroundings=("leaves",))
     same = Scene(surface="a wooden table", mood="Calm", lighting="soft light", style=("macro",))
     assert look({"scene": scene}) == look({"scene": same})
@@ -117,7 +117,7 @@ def test_a_place_is_surface_and_background():
     assert place({"scene": Scene(mood="calm")}) is None
 
 
-def test_the_reference_is_another_sample_of_the_look_drawn_anew_at_each_access(alike):
+def test_the_reference_is_a_peer_drawn_at_each_access(alike):
     task, examples = make_task(alike)
     drawn = []
     for epoch in range(12):
@@ -131,7 +131,7 @@ def test_the_reference_is_another_sample_of_the_look_drawn_anew_at_each_access(a
     assert torch.equal(alone, own(examples, 3))
 
 
-def test_a_drawn_reference_does_not_depend_on_the_order_of_the_set(alike, rows):
+def test_a_drawn_reference_ignores_the_order_of_the_set(alike, rows):
     backwards = Chosen(rows, alike._indices[::-1])
     key = SampleKey(0, 5, alike.ids[0])
     here, there = make_task(alike), make_task(backwards)
@@ -159,7 +159,7 @@ def test_a_sample_is_its_own_reference_if_that_is_asked_for(alike):
         assert torch.equal(batch["reference"][0], own(examples, 0))
 
 
-def test_cached_references_are_those_encoded_on_the_fly_and_every_picture_is_encoded_once(alike, tmp_path):
+def test_cached_references_equal_those_encoded_on_the_fly(alike, tmp_path):
     task, cached = make_task(alike, tmp_path)
     _, fresh = make_task(alike)
     assert len(cached._caches["method"]._where) == len(alike)
@@ -172,7 +172,7 @@ def test_cached_references_are_those_encoded_on_the_fly_and_every_picture_is_enc
     assert torch.isfinite(task(task.collate([cached[0]], [SampleKey(0, 0, alike.ids[0])]))).all()
 
 
-def test_the_first_samples_of_a_set_find_their_kin_in_the_whole_of_it(alike, tmp_path):
+def test_the_first_samples_find_peers_in_the_whole_set(alike, tmp_path):
     """Validation uses a few samples, of which hardly two have one look."""
     task, examples = make_task(alike)
     first = Examples(alike, examples.encoder, tmp_path, count=1)
@@ -197,7 +197,7 @@ class Drawn(Exception):
     """Raised in place of a picture."""
 
 
-def test_validation_draws_with_the_reference_of_the_last_of_its_kin(alike):
+def test_validation_draws_with_the_last_peers_reference(alike):
     task, examples = make_task(alike)
     held_out = prepare_held_out(examples, 0, torch.device("cpu"))
 
@@ -316,7 +316,7 @@ def predicted(unet, reference):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 @pytest.mark.parametrize("variant", [BASE, PLUS], ids=str)
-def test_published_weights_land_where_stock_diffusers_puts_them_and_come_out_as_they_were(
+def test_published_weights_are_read_and_written_unchanged(
     variant, suffix, parts, alike, tmp_path
 ):
     file, tensors = mini_file(tmp_path, variant, suffix)
@@ -347,7 +347,7 @@ def test_an_export_folder_is_a_start_too(parts, tmp_path):
 
 
 @pytest.mark.parametrize("variant", [BASE, PLUS], ids=str)
-def test_the_adapter_of_sdxl_has_the_names_and_shapes_of_the_published_one(variant):
+def test_ip_adapter_at_sdxl_size_has_the_published_shapes(variant):
     with torch.device("meta"):
         config = IPAdapterMethod(variant=variant, num_tokens={BASE: 4, PLUS: 16}[variant])
         method = METHODS[IPAdapterMethod](meta_parts(SDXL), config)
@@ -369,7 +369,7 @@ def header_only(file, shapes):
 
 
 @pytest.mark.parametrize("variant", [BASE, PLUS], ids=str)
-def test_the_published_files_fit_sdxl_without_their_values_being_read(variant, tmp_path):
+def test_published_files_fit_sdxl_without_reading_values(variant, tmp_path):
     file = tmp_path / "published.safetensors"
     header_only(file, documented(variant))
     assert all(tensor.is_meta for tensor in read_original("method.init", str(file), meta=True).values())
@@ -411,7 +411,7 @@ def test_weights_of_other_settings_are_refused_with_both_shapes(variant, setting
     caught.match(says)
 
 
-def test_weights_of_another_base_or_of_something_else_are_refused(parts, tmp_path):
+def test_weights_of_another_base_or_kind_are_refused(parts, tmp_path):
     file, tensors = mini_file(tmp_path, BASE, ".safetensors")
     first = "ip_adapter.1.to_k_ip.weight"
     cases = {

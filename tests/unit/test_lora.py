@@ -113,7 +113,7 @@ def one_thread():
 
 
 @pytest.mark.parametrize(("kind", "targets"), EXPORTED, ids=str)
-def test_a_kind_starts_as_nothing_and_its_export_is_loaded_alike(kind, targets, parts, tmp_path):
+def test_each_kind_starts_as_identity_and_loads_alike(kind, targets, parts, tmp_path):
     arguments = inputs(parts)
     plain = bare(parts.unet, *arguments)
     method = Lora(parts, LoraMethod(rank=4, alpha=8, kind=kind, targets=targets))
@@ -266,7 +266,7 @@ def test_ones_own_expression_wins_over_the_preset(parts):
 
 
 @pytest.mark.parametrize("kind", [LoraKind.lora, LoraKind.loha], ids=str)
-def test_an_expression_that_matches_nothing_is_refused_with_examples(kind, parts):
+def test_target_modules_without_a_match_are_refused(kind, parts):
     with pytest.raises(
         ConfigError, match=r"(?s)target_modules='to_q' matches no layer.*attn1\.to_q.*resnets\.0\.conv1"
     ):
@@ -383,7 +383,7 @@ CARRIED = [
 
 @pytest.mark.parametrize(("quantization", "kind"), CARRIED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_lora_trains_on_a_quantised_base_and_fits_the_whole_one(quantization, kind, dtype, parts, tmp_path):
+def test_a_lora_trains_on_a_quantised_base(quantization, kind, dtype, parts, tmp_path):
     arguments = inputs(parts)
     plain = bare(parts.unet, *arguments)
     small = quantised(quantization)
@@ -433,7 +433,7 @@ def test_a_lora_trains_on_a_quantised_base_and_fits_the_whole_one(quantization, 
 
 
 @pytest.mark.parametrize("quantization", [Quantization.nf4, Quantization.int8], ids=str)
-def test_gradients_over_a_quantised_base_are_those_of_its_values(quantization, parts):
+def test_gradients_over_a_quantised_base_follow_its_values(quantization, parts):
     """Also after an evaluation: a layer that repacked itself there would let no gradient pass."""
     arguments = inputs(parts)
     method, small = Lora(parts, LoraMethod(rank=4)), Lora(quantised(quantization), LoraMethod(rank=4))

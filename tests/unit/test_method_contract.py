@@ -126,7 +126,7 @@ def tint(monkeypatch, tmp_path, root):
     return run
 
 
-def test_a_method_of_ones_own_trains_resumes_and_exports(tint, tmp_path, monkeypatch):
+def test_a_fourth_method_trains_resumes_and_exports(tint, tmp_path, monkeypatch):
     """Its own pictures, encodings of peers, cache, validation, checkpoint, layout and metadata; bit for bit."""
     export = tint("whole", "export.plain=true", "method.width=5") / "export"
     whole = load_file(export / "tint.safetensors")
@@ -160,7 +160,7 @@ def test_a_method_of_ones_own_trains_resumes_and_exports(tint, tmp_path, monkeyp
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_method_of_ones_own_is_planned_and_checked(tint):
+def test_a_fourth_method_is_planned_and_checked(tint):
     planned = json.loads((tint("plan", "mode=plan") / "plan.json").read_text())
     assert planned["trained_parameters"] == 6 * 8 + 8 + 8 * 4 + 4
     assert planned["tflop_per_step"] > 0

@@ -263,7 +263,7 @@ def test_cached_samples_are_those_encoded_on_the_fly(rows, tmp_path, method):
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=2e-5)
 
 
-def test_a_filled_cache_is_not_filled_again_and_heals_what_is_damaged(rows, tmp_path, monkeypatch, caplog):
+def test_a_filled_cache_is_kept_and_damage_is_encoded_again(rows, tmp_path, monkeypatch, caplog):
     few = Few(rows, 3)
     _, first = make_task(few, tmp_path)
     before = first[1]
@@ -307,7 +307,7 @@ def test_cached_bits_depend_on_the_dataset_alone(rows, tmp_path):
         assert all(torch.equal(whole[index][name], healed[index][name]) for name in ("mean", "std"))
 
 
-def test_latents_that_are_not_finite_are_refused_by_their_sample(rows, tmp_path, monkeypatch):
+def test_latents_that_are_not_finite_name_their_sample(rows, tmp_path, monkeypatch):
     original = Encoder.latents
 
     def broken(encoder, seen):
@@ -348,7 +348,7 @@ def test_pictures_of_other_shapes_go_to_their_bucket(rows, tmp_path):
     assert torch.isfinite(task(task.collate([sample], [SampleKey(0, 0, "wide")]))).all()
 
 
-def test_dropped_captions_lose_sequence_and_pooled_embedding_together(rows):
+def test_dropped_captions_lose_both_embeddings_together(rows):
     task, examples = make_task(Few(rows, 1), caption_dropout=0.5)
     sample, kinds = examples[0], set()
     for epoch in range(20):
@@ -370,7 +370,7 @@ def test_text_embeddings_are_those_of_the_stock_pipeline(rows):
     assert bool((negative == 0).all()) == (str(task.config.objective.unconditional) == "zeros")
 
 
-def test_a_changed_picture_mask_or_vae_never_meets_an_old_latent(rows, tmp_path):
+def test_a_changed_picture_mask_or_vae_is_encoded_again(rows, tmp_path):
     few = Few(rows, 2)
     _, examples = make_task(few)
     known = examples._key(0)
@@ -387,7 +387,7 @@ def test_a_changed_picture_mask_or_vae_never_meets_an_old_latent(rows, tmp_path)
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2", "feature_extractor"])
-def test_what_prepares_texts_and_references_is_part_of_the_names_of_their_encodings(part, tmp_path):
+def test_tokenizer_and_image_processor_are_part_of_cache_names(part, tmp_path):
     def names(changed):
         encoder = Encoder(changed, METHODS[IPAdapterMethod](changed, IPAdapterMethod()), 128, TrainLora().data)
         return encoder.identity.vae, encoder.identity.text, encoder.identity.method
@@ -440,3 +440,39 @@ def test_pictures_are_encoded_together_by_their_size(parts, rows):
         encoder = Encoder(parts, method, side, DataConfig(buckets=False))
         chunks = Examples(rows, encoder, None)._chunks(range(16))
         assert {len(chunk) for chunk in chunks} == {batches[side]}
+
+
+# ---- letterbox bars ----
+
+
+def test_cells_of_letterbox_bars_are_outside(rows):
+    """A product as wide as its picture is letterboxed into the square: 32 px above and below, four cells each."""
+    _, examples = make_task(Few(rows, 1))
+    photo = rows[0]["image"].resize((128, 64))
+    sample = {"id": "wide", "text": "", "image": photo, "mask": Image.new("L", photo.size, 255)}
+    inside = examples.encoder.latents([framed(sample, (128, 128))])[0]["inside"]
+    assert not inside[:, :4].any()
+    assert not inside[:, 12:].any()
+    assert bool((inside[:, 4:12] == 1).all())
+
+
+def test_letterbox_bars_do_not_count_in_the_loss(rows, monkeypatch):
+    """Whatever the network predicts there; the same error elsewhere counts."""
+    task, examples = make_task(Few(rows, 1), background_weight=2.0, boundary_weight=3.0)
+    sample = {**examples[0], "inside": examples[0]["inside"].clone()}
+    sample["inside"][..., :3] = 0
+    batch = task.collate([sample], [SampleKey(0, 0, rows.ids[0])])
+    assert not batch["weight"][..., :3].any()
+    assert bool((batch["weight"][..., 3:] > 0).all())
+
+    def loss_with_error(columns):
+        def predict(noisy_BCHW, timesteps_B, batch):
+            prediction = torch.zeros_like(noisy_BCHW)
+            prediction[..., columns] += 100
+            return prediction
+
+        monkeypatch.setattr(task.method, "predict", predict)
+        return task(batch).item()
+
+    assert loss_with_error(slice(0, 3)) == loss_with_error(slice(0, 0))
+    assert loss_with_error(slice(0, 4)) > 10 * loss_with_error(slice(0, 0))

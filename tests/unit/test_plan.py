@@ -163,7 +163,7 @@ def test_several_processes_make_one_plan_for_all_of_them(tmp_path, monkeypatch):
     assert planned["samples_per_step"] == 4 * compose("train_lora", []).train.batch_size
 
 
-def test_encoding_is_planned_for_as_many_pictures_as_go_through_the_vae_together(parts):
+def test_encoding_is_planned_for_a_whole_vae_batch(parts):
     """Against the tensors that a real pass makes; at SDXL's size one picture goes at a time."""
     config = compose("train_lora", [])
     planned = make_plan(config, samples=10)

@@ -69,7 +69,7 @@ def few(tmp_path):
     return overrides
 
 
-def test_a_lora_whose_samples_are_encoded_loads_and_imports_nothing_else(few, tmp_path):
+def test_a_lora_with_a_full_cache_loads_nothing_else(few, tmp_path):
     seen = json.loads(python("-c", RUN, *few, "tracking=none", f"run.dir={tmp_path / 'run'}").splitlines()[-1])
     assert seen["parts"] == ["unet", "scheduler"]
     imported = {name: by for name, by in UNUSED.items() if name in seen["modules"]}
@@ -88,7 +88,7 @@ def test_help_imports_no_library_of_models():
 # ---- parts ----
 
 
-def test_only_the_method_that_reads_references_loads_their_encoder():
+def test_only_an_ip_adapter_loads_the_image_encoder():
     for config, loaded in ((LoraMethod(rank=2), False), (IPAdapterMethod(), True)):
         parts = load_parts(ModelConfig())
         METHODS[type(config)](parts, config)
@@ -125,7 +125,7 @@ def test_threads_that_ask_for_a_part_together_get_the_same(monkeypatch):
     assert len(found) == 3
 
 
-def test_the_identity_of_networks_needs_no_loading_and_follows_weights_config_and_dtype(tmp_path):
+def test_identity_follows_weights_config_and_dtype(tmp_path):
     parts = load_parts(ModelConfig())
     vae, text = parts.identity("vae"), parts.identity("text_encoder", "text_encoder_2")
     assert parts.loaded() == {"unet", "scheduler"}
@@ -164,7 +164,7 @@ def test_the_identity_of_networks_needs_no_loading_and_follows_weights_config_an
     assert weights_hash(parts.vae) not in (vae, hashed)
 
 
-def test_a_missing_part_is_named_before_anything_is_loaded_or_when_it_is_needed(tmp_path):
+def test_a_missing_part_is_named_as_early_as_possible(tmp_path):
     base = tmp_path / "sdxl"
     shutil.copytree(resolve("data/models/sdxl"), base)
     for part in ("image_encoder", "feature_extractor"):
