@@ -1,11 +1,13 @@
 """Connections and signals: nobody makes the server deaf, and it always ends in time."""
 
+import os
 import resource
 import signal
 import socket
 import threading
 import time
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -168,6 +170,33 @@ def test_origins_that_are_named_may_use_the_api():
     allowed = answer(config("serve.cors_origins=[https://shop.example]"))
     assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://shop.example")
     assert "access-control-allow-origin" not in answer(config()).headers
+
+
+@pytest.mark.slow
+def test_a_worker_process_stops_and_comes_back(tmp_path):
+    """With the real model: a deleted job ends within its step, and a killed worker is started again."""
+    keys = [f"run.dir={tmp_path}/run", "serve.port=0", f"serve.api_key={KEY}", "generate.num_inference_steps=1"]
+    with served(["serve.py", *keys]) as (process, url), httpx.Client(base_url=url, timeout=600) as client:
+        job_id = client.post("/jobs", **upload(num_images=2, num_inference_steps=200)).json()["id"]
+        assert eventually(lambda: client.get(f"/jobs/{job_id}", headers=BEARER).json()["share_done"] > 0)
+        assert client.delete(f"/jobs/{job_id}", headers=BEARER).status_code == 204
+        assert client.post("/generate", **upload()).status_code == 200
+        [worker] = workers_of(process.pid)
+        os.kill(worker, signal.SIGKILL)
+        assert client.post("/generate", **upload()).status_code == 200
+        [again] = workers_of(process.pid)
+        assert again != worker
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert eventually(lambda: not Path(f"/proc/{again}").exists())
+
+
+def workers_of(pid):
+    """The worker processes of a server; Python's own resource tracker is not one."""
+    children = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        children += (thread / "children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 @pytest.mark.slow

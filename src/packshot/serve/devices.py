@@ -41,8 +41,11 @@ class Refused(Exception):
         self.hint = hint
 
 
-class DeviceLost(Exception):
+class DeviceLost(PackshotError):
     """A worker process ended by itself: out of memory, or a crash of a library."""
+
+    def __init__(self) -> None:
+        super().__init__("The worker process has ended.", "Its last messages are on the screen.")
 
 
 @dataclass(frozen=True)
@@ -197,14 +200,14 @@ class ProcessDevice:
         try:
             return self.pipe.recv()
         except (EOFError, OSError) as error:
-            raise DeviceLost("the worker process has ended") from error
+            raise DeviceLost from error
 
     def send(self, kind: str, value: object) -> None:
         assert self.pipe is not None
         try:
             self.pipe.send((kind, self.turns, value))
         except OSError as error:
-            raise DeviceLost("the worker process has ended") from error
+            raise DeviceLost from error
 
     def draw(self, request: GenerationRequest, progress: Progress) -> list[Picture]:
         """Pictures of a request; a process that was lost is started again first."""

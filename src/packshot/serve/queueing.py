@@ -184,7 +184,7 @@ class DeviceQueue:
                     raise Cancelled
                 pictures = device.draw(turn.read(), turn.progress)
             except DeviceLost as error:
-                log.error("%s; the next request starts it again", error)
+                log.error("%s The next request starts it again.", error.args[0])
                 turn.future.set_exception(error)
             except Exception as error:
                 turn.future.set_exception(error)

@@ -36,7 +36,7 @@ def public_error(status: int, code: str, error: PackshotError) -> ApiError:
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """What a form says besides its files, checked: the scene or prompt, and how it is drawn."""
+    """The checked fields of a form, without its files: the scene or prompt, and how it is drawn."""
 
     scene: Scene | str
     settings: GenerateSettings
@@ -146,7 +146,7 @@ def refuse_work(num_images: int, settings: GenerateSettings, config: Serve) -> N
 def build_request(
     prompt: PromptSettings, files: dict[str, bytes], config: Serve, with_layers: bool = False
 ) -> GenerationRequest:
-    """A request from what its form said and the bytes of its files. Decodes them, so not for the event loop."""
+    """A request from the fields and the files of its form. It decodes the files, so it is not for the event loop."""
     photos: dict[str, Photo] = {}
     for name, data in files.items():
         photos[name] = open_photo(name, data, config)

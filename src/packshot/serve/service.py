@@ -76,7 +76,9 @@ class Service:
         self.queue.start()
 
     def fail(self, error: Exception) -> None:
-        """A device could not be loaded: the server ends, and says why."""
+        """A device could not be loaded: the server ends with this error."""
+        if self.closing:
+            return  # a signal ended the loading
         self.failure = error
         log.error("the model could not be loaded: %s", error)
         self.on_failure()
