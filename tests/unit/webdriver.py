@@ -70,7 +70,7 @@ class Browser:
     def text(self, selector):
         return self.run("return document.querySelector(arguments[0]).textContent", selector)
 
-    def wait_for(self, script, *arguments, seconds=120):
+    def wait_for(self, script, *arguments, seconds=400):
         until = time.monotonic() + seconds
         while not self.run(script, *arguments):
             assert time.monotonic() < until, (script, self.text("#status"), self.text("#error"))
