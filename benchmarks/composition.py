@@ -43,7 +43,7 @@ def main() -> None:
     settings, seconds = GenerateSettings(num_inference_steps=args.steps), {name: [] for name in sets}
     for number in range(args.rounds + 1):
         for name, tool in tools.items():
-            tool.set_product(row["image"], row["mask"], row["id"], row["depth"])
+            tool.set_product(row["image"], row["mask"], row["id"], depth=row["depth"])
             look = Image.new("RGB", (64, 64), "orange") if tool.models.has_ip_adapter else None
             started = time.perf_counter()
             tool.generate("a table", 1, reference=look, settings=settings)

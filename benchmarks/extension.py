@@ -71,7 +71,7 @@ def draw(tool: Packshot, rows: Rows, index: int, shot: int, settings: GenerateSe
     """The raw decode of a held-out product; the shot chooses prompt and noise, the same for every set."""
     if not file.exists():
         row = rows.read(index, ("image", "mask", "depth"))
-        tool.set_product(row["image"], row["mask"], row["id"], row.get("depth"))
+        tool.set_product(row["image"], row["mask"], row["id"], depth=row.get("depth"))
         [result] = tool.generate(PROMPTS[shot % len(PROMPTS)], 1, seed=1000 * shot + index, settings=settings)
         with replacing_file(file) as temporary:
             result.layers["raw"].save(temporary, "PNG")

@@ -40,7 +40,7 @@ def lines(
     settings, found = GenerateSettings(num_inference_steps=steps, guidance_scale=3.5), []
     for number, index in enumerate(products):
         row = rows.read(index, ("image", "mask", "depth"))
-        tool.set_product(row["image"], row["mask"], row["id"], row.get("depth"))
+        tool.set_product(row["image"], row["mask"], row["id"], depth=row.get("depth"))
         cells = [labelled(row["image"], name)]
         for look in looks:
             [result] = tool.generate("", 1, seed=number, reference=look, settings=settings)

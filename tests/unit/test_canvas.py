@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
 
 from packshot.base.controlnets import read_control
+from packshot.config.checks import validate
+from packshot.config.compose import compose
+from packshot.config.generate import POSITIONS
 from packshot.config.schema import GenerateSettings, Placement
 from packshot.errors import ConfigError
 from packshot.evaluate.samples import place_photo
 from packshot.generate.canvas import background_at, make_working, place, plan_frame
-from packshot.generate.controls import control_map
+from packshot.generate.conditions import control_map
 from packshot.generate.product import core_of, prepare
 from packshot.imaging.control_maps import Control
 from packshot.imaging.matte import held_cells, soften_hard_edge
@@ -68,6 +71,69 @@ def test_centered_core_has_seen_nothing_of_the_old_background(scale):
     a, b = (place(prepare(image, mask), settings) for image in (white, black))
     assert (a.core_HW == b.core_HW).all()
     assert np.abs(a.rgb_HW3[a.core_HW].astype(int) - b.rgb_HW3[a.core_HW]).max() <= 1
+
+
+@pytest.mark.parametrize("placement", POSITIONS)
+def test_named_places_keep_their_margin(placement):
+    """The product touches the margin on the sides that the name gives, and lies in the middle of the others."""
+    photo, mask = photo_and_mask()
+    settings = GenerateSettings(placement=Placement[placement], size=[200, 160], product_scale=0.5, margin=0.1)
+    validate(settings)
+    canvas = place(prepare(photo, mask), settings)
+    left, top = canvas.transform["offset"]
+    width, height = canvas.transform["placed_size"]
+    free = {"left": left, "right": 200 - left - width, "top": top, "bottom": 160 - top - height}
+    assert min(free.values()) >= 16
+    for side, room in free.items():
+        assert (room == 16) == (side in placement)
+    assert abs(width / height - 41 / 39) < 0.03
+
+
+def test_coordinates_place_the_middle_and_refuse_what_does_not_fit():
+    photo, mask = photo_and_mask()
+    asked = {"placement": Placement.coordinates, "size": [200, 160], "product_scale": 0.3}
+    transform = place(prepare(photo, mask), GenerateSettings(**asked, position=[0.25, 0.6])).transform
+    for axis, expected in enumerate((50, 96)):
+        assert abs(transform["offset"][axis] + transform["placed_size"][axis] / 2 - expected) <= 1
+    with pytest.raises(ConfigError, match=r"position=\[0.0, 0.6\] puts a product .* partly outside the canvas"):
+        place(prepare(photo, mask), GenerateSettings(**asked, position=[0.0, 0.6]))
+
+
+@pytest.mark.parametrize(("shape", "ratio"), [("4:5", 0.8), ("16:9", 16 / 9), ("1:1", 1.0)])
+def test_an_aspect_ratio_keeps_the_products_own_pixels(shape, ratio):
+    """The canvas grows around the product, whose pixels are the photograph's, byte for byte."""
+    photo, mask = photo_and_mask()
+    settings = GenerateSettings(**CENTER, aspect_ratio=shape, product_scale=0.8, margin=0.05)
+    validate(settings)
+    canvas = place(prepare(photo, mask), settings)
+    width, height = canvas.transform["size"]
+    assert abs(width / height - ratio) < 0.03
+    left, top, right, bottom = canvas.transform["source_box"]
+    x, y = canvas.transform["offset"]
+    original = np.asarray(photo)[top:bottom, left:right]
+    assert np.array_equal(canvas.rgb_HW3[y : y + bottom - top, x : x + right - left], original)
+    assert canvas.core_HW.any()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["size=[256,144]"], r"size=\[256, 144\] has no effect with placement=original"),
+        (["aspect_ratio=4:5"], "aspect_ratio=4:5 has no effect with placement=original"),
+        (["margin=0.1"], "margin=0.1 has no effect with placement=original"),
+        (["placement=left"], "placement=left needs a canvas size or a shape"),
+        (["placement=left", "size=[256,144]", "aspect_ratio=1:1"], "one of the two"),
+        (["placement=center", "aspect_ratio=4to5"], "aspect_ratio=4to5 is not a valid shape"),
+        (["placement=center", "size=[9,9]"], "is not a valid canvas size; expected|is not a valid canvas size"),
+        (["placement=coordinates", "size=[256,144]"], "placement=coordinates with position"),
+        (["placement=center", "size=[256,144]", "position=[0.5,0.5]"], "do not belong together"),
+        (["negative_prompt=plastic", "guidance_scale=1"], "negative_prompt has no effect at guidance_scale=1"),
+        (["scene.surface='[a,b]'"], "this slot takes one text"),
+    ],
+)
+def test_settings_without_effect_are_refused(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        compose("generate", keys)
 
 
 def test_centered_product_is_whole_centred_and_not_stretched():

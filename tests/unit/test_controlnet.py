@@ -1,7 +1,10 @@
 """ControlNets: where they start, what they work along with, and what they are shown of masks, depth and light."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,10 +17,11 @@ from packshot.base.controlnets import read_control
 from packshot.base.load import load_parts
 from packshot.base.shapes import meta_parts
 from packshot.config.compose import compose
-from packshot.config.schema import Condition, ControlNetMethod, ModelConfig
+from packshot.config.schema import AdaptersConfig, Condition, ControlNetMethod, GenerateSettings, ModelConfig
 from packshot.dataset.rows import load_rows
 from packshot.engine.keyed_random import SampleKey
 from packshot.errors import ConfigError, PackshotError
+from packshot.generate.load import check_adapters
 from packshot.imaging.control_maps import Control
 from packshot.imaging.light_direction import light_direction
 from packshot.methods import METHODS
@@ -284,3 +288,45 @@ def test_a_set_without_a_needed_picture_is_refused_first(tmp_path):
     rows.refuse_without("data.train", ("image", "mask", "depth"))
     with pytest.raises(ConfigError, match=r"data\.train=.* has no column shadow"):
         rows.refuse_without("data.train", ("image", "mask", "shadow"))
+
+
+# ---- a row of one's own ----
+
+
+@pytest.fixture
+def measured_set(tmp_path):
+    """Eight rendered samples whose depth also stands in a column that only the dummy condition reads."""
+    table = pq.read_table("data/rendered/heldout/part-00000.parquet").slice(0, 8)
+    table = table.append_column("relief", table.column("depth"))
+    (tmp_path / "set").mkdir()
+    pq.write_table(table, tmp_path / "set" / "part-00000.parquet")
+    return tmp_path / "set"
+
+
+def test_a_new_condition_with_a_new_input_works_from_end_to_end(measured_set, tmp_path):
+    """One row each: training reads the column, the export names the map, generation takes key, field and default."""
+    train = (
+        f"train_controlnet tracking=none method.condition=horizon data.train={measured_set} "
+        f"data.validation={measured_set} train.max_steps=2 train.warmup_steps=1 train.batch_size=2 "
+        f"train.validation_steps=2 train.validation_samples=1 train.validation_prompts=[] "
+        f"data.cache=false run.dir={tmp_path / 'run'}"
+    )
+    draw = (
+        "generate tracking=none product=data/products/serum.png num_images=1 num_inference_steps=2 guidance_scale=1 "
+        f"scene.surface=table adapters.controlnets=[{tmp_path / 'run' / 'export'}]"
+    )
+    runs = [train, f"{draw} run.dir={tmp_path / 'asked'} camera_height=0.75", f"{draw} run.dir={tmp_path / 'left'}"]
+    program = Path(__file__).with_name("dummy_condition.py")
+    done = subprocess.run([sys.executable, str(program), *runs], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "export" / "packshot.json").read_text())["condition"] == "horizon"
+    for name, height in (("asked", 0.75), ("left", 0.25)):
+        certificate = json.loads((tmp_path / name / "serum-0.json").read_text())
+        assert certificate["request"]["camera_height"] == height
+        assert certificate["model"]["adapters"][0]["condition"] == "horizon"
+    assert "0.75 of the picture" in (tmp_path / "asked" / "report.html").read_text()
+
+
+def test_a_setting_that_no_controlnet_reads_is_refused():
+    with pytest.raises(ConfigError, match=r"light_angle=90 has no effect: no ControlNet reads light"):
+        check_adapters(AdaptersConfig(), {}, GenerateSettings(**{"light_angle": 90.0}))

@@ -11,11 +11,12 @@ from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from packshot.config.conditions import CONDITIONS
 from packshot.config.schema import LossWeighting, TimestepSampling
 from packshot.diffusion import schedule
 from packshot.diffusion.latents import LatentScale
 from packshot.engine.keyed_random import SampleKey, permutation
-from packshot.imaging.control_maps import CONDITIONS, DEPTH_FLOOR, LIGHT_FLOOR, View, keep_mask
+from packshot.imaging.control_maps import DEPTH_FLOOR, LIGHT_FLOOR, Control, View, keep_mask
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000, "beta_schedule": "scaled_linear"}
 T = torch.tensor([0, 1, 17, 500, 999])
@@ -341,18 +342,18 @@ def square_view(seed=0, inside=None):
     mask[8:24, 8:24] = 1
     image, near = draws.random((32, 32, 3)).astype(np.float32), draws.random((32, 32)).astype(np.float32)
     if inside is not None:
-        image[mask == 1], near[mask == 1] = inside.image_HWC[mask == 1], inside.depth_HW[mask == 1]
-    return View(image, mask, near, light=(1.0, 0.0))
+        image[mask == 1], near[mask == 1] = inside.image_HWC[mask == 1], inside.inputs["depth"][mask == 1]
+    return View(image, mask, {"depth": near, "light": (1.0, 0.0)})
 
 
 def test_control_maps_mark_the_unknown_and_ignore_the_old_background():
     first = square_view()
     second, mask = square_view(1, inside=first), first.mask_HW
-    shown = {name: condition(first) for name, condition in CONDITIONS.items()}
+    shown = {name: Control(name).draw(first) for name in CONDITIONS}
     assert (shown["inpaint"][mask == 0] == -1).all()
     assert np.array_equal(shown["inpaint"][mask == 1], first.image_HWC[mask == 1])
-    for name, condition in CONDITIONS.items():
-        assert np.array_equal(shown[name], condition(second))
+    for name in CONDITIONS:
+        assert np.array_equal(shown[name], Control(name).draw(second))
         assert shown[name].shape == (32, 32, 3)
         assert shown[name].dtype == np.float32
         if name != "inpaint":
@@ -366,20 +367,18 @@ def test_control_maps_mark_the_unknown_and_ignore_the_old_background():
 def test_the_depth_map_is_the_products_relief_whatever_the_scale():
     view = square_view()
     slope = np.tile(np.linspace(0.4, 0.6, 32, dtype=np.float32), (32, 1))
-    relief = CONDITIONS["depth"](replace(view, depth_HW=slope))[16, 8:24, 0]
+    relief = Control("depth").draw(replace(view, inputs={"depth": slope}))[16, 8:24, 0]
     assert relief[0] == pytest.approx(DEPTH_FLOOR)
     assert relief[-1] == pytest.approx(1)
     assert (np.diff(relief) >= 0).all()
-    again = CONDITIONS["depth"](replace(view, depth_HW=0.1 + 0.5 * slope))[16, 8:24, 0]
+    again = Control("depth").draw(replace(view, inputs={"depth": 0.1 + 0.5 * slope}))[16, 8:24, 0]
     np.testing.assert_allclose(relief, again, atol=1e-4)
-    with pytest.raises(ValueError, match="depth map"):
-        CONDITIONS["depth"](replace(view, depth_HW=None))
 
 
 @given(st.floats(0, 2 * math.pi), st.floats(0, 1))
 def test_the_light_map_is_brightest_where_light_comes_from(angle, length):
     right, up = length * math.cos(angle), length * math.sin(angle)
-    shown = CONDITIONS["light"](replace(square_view(), light=(right, up)))[..., 0]
+    shown = Control("light").draw(replace(square_view(), inputs={"light": (right, up)}))[..., 0]
     ground = np.where(square_view().mask_HW == 1, np.nan, shown)
     middle = (1 + LIGHT_FLOOR) / 2
     # its corners are as far from the middle as the light is one-sided, whichever way it falls
@@ -391,9 +390,10 @@ def test_the_light_map_is_brightest_where_light_comes_from(angle, length):
         assert np.sign(np.nanmean(ground[:16]) - np.nanmean(ground[16:])) == np.sign(up)
 
 
-def test_a_light_map_needs_a_direction():
-    with pytest.raises(ValueError, match="light's direction"):
-        CONDITIONS["light"](replace(square_view(), light=None))
+@pytest.mark.parametrize("condition", ["depth", "light"])
+def test_a_map_without_its_input_is_refused(condition):
+    with pytest.raises(ValueError, match=f"the {condition} condition needs {condition}"):
+        Control(condition).draw(replace(square_view(), inputs={}))
 
 
 @given(st.floats(-5, 5), st.floats(0, 6))
@@ -413,8 +413,8 @@ def test_a_keep_mask_grows_by_px_and_fades_around_its_outline(grow, feather):
 def test_masks_of_nothing_and_everything_stay():
     for mask in (np.zeros((8, 8), np.float32), np.ones((8, 8), np.float32)):
         assert np.array_equal(keep_mask(mask, 2, 3), mask)
-        view = View(np.full((8, 8, 3), 0.5, np.float32), mask, mask, light=(0.0, 0.5))
-        assert all(np.isfinite(condition(view)).all() for condition in CONDITIONS.values())
+        view = View(np.full((8, 8, 3), 0.5, np.float32), mask, {"depth": mask, "light": (0.0, 0.5)})
+        assert all(np.isfinite(Control(name).draw(view)).all() for name in CONDITIONS)
 
 
 # ---- latents ----

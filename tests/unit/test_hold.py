@@ -31,7 +31,6 @@ from packshot.config.compose import compose
 from packshot.config.schema import (
     AdaptersConfig,
     ControlNetMethod,
-    DepthConfig,
     GenerateSettings,
     LoraMethod,
     ModelConfig,
@@ -361,14 +360,14 @@ def test_one_adapter_of_several_is_enough_and_the_disagreement_is_logged(lora, t
     adapters = AdaptersConfig(lora=str(lora), controlnets=[str(export)])
     monkeypatch.setattr("packshot.base.adapter_metadata.log.propagate", True)
     with caplog.at_level(logging.WARNING):
-        check_adapters(adapters, DepthConfig())
+        check_adapters(adapters, {})
     assert "clean is used" in caplog.text
     assert f"{lora}: noised" in caplog.text
     assert f"{export}: clean" in caplog.text
     assert common_metadata({"lora": [lora], "controlnets": [export], "ip_adapter": []}).product_conditioning == "clean"
     assert common_metadata({"lora": [lora], "controlnets": [], "ip_adapter": []}) == AdapterMetadata()
     caplog.clear()
-    check_adapters(replace(adapters, lora=None), DepthConfig())
+    check_adapters(replace(adapters, lora=None), {})
     assert not caplog.text
 
 
@@ -413,4 +412,4 @@ def test_an_export_that_says_nonsense_is_refused(lora, tmp_path, content):
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
     (tmp_path / "packshot.json").write_text(content)
     with pytest.raises(ConfigError, match=r"adapters.lora: .*packshot.json does not name how the adapter was trained"):
-        check_adapters(AdaptersConfig(lora=str(tmp_path)), DepthConfig())
+        check_adapters(AdaptersConfig(lora=str(tmp_path)), {})

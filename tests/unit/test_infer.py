@@ -651,11 +651,6 @@ def test_a_run_is_not_gone_on_with_under_another_photo_or_mask(tmp_path):
         generate(again)
 
 
-def test_a_canvas_that_nothing_uses_is_said(tmp_path):
-    generate(configured(tmp_path, "size=[256,256]", "num_images=1"))
-    assert "size=[256, 256] has no effect" in (tmp_path / "run" / "log.txt").read_text()
-
-
 def test_names_with_odd_characters_are_linked_and_too_long_ones_say_so(tmp_path):
     config = configured(tmp_path, "num_images=1")
     for folder in ("in", "masks"):

@@ -13,7 +13,7 @@ from packshot.config.schema import MatteConfig
 from packshot.dataset.rows import load_rows
 from packshot.errors import ConfigError
 from packshot.imaging.decode import decode_image
-from packshot.imaging.depth import _input_size, estimate_depth
+from packshot.imaging.depth import estimate_depth, input_size
 from packshot.imaging.mask_doubt import Finding, doubts, evidence
 from packshot.imaging.masks import DoubtfulMaskError, MaskFileError, NoProductError, find_mask, load_segmentation
 from packshot.imaging.onnx import load_session
@@ -308,7 +308,7 @@ def test_unusable_onnx_files_are_refused(tmp_path):
             load_session("matte.onnx", path)
 
 
-def test_depth_is_estimated_at_the_pictures_size_by_a_network_of_any_input_size(tmp_path):
+def test_depth_is_estimated_at_the_pictures_size_by_a_network_of_anyinput_size(tmp_path):
     """The test's network answers dark with near."""
     image = Image.new("RGB", (96, 64), "white")
     image.paste((0, 0, 0), (48, 0, 96, 64))
@@ -318,6 +318,6 @@ def test_depth_is_estimated_at_the_pictures_size_by_a_network_of_any_input_size(
     assert near[:, 56:].min() == 255
     free = np.asarray(estimate_depth(image, dark_is_product(tmp_path / "free.onnx", "side")))
     np.testing.assert_allclose(free[:, :40], near[:, :40])
-    assert _input_size([1, 3, "height", "width"], image) == (784, 518)
+    assert input_size([1, 3, "height", "width"], image) == (784, 518)
     with pytest.raises(ConfigError, match=r"depth\.onnx=.*no such file"):
         estimate_depth(image, str(tmp_path / "gone.onnx"))

@@ -7,8 +7,9 @@ from typing import Any
 
 from packshot.base.adapter_metadata import METADATA_FILE, read_entries
 from packshot.base.load import hint_of_failure
+from packshot.config.conditions import CONDITIONS
 from packshot.errors import ConfigError
-from packshot.imaging.control_maps import CONDITIONS, Control
+from packshot.imaging.control_maps import Control
 from packshot.runs.files import resolve
 
 # What has to agree with the base for residuals to fit; other entries may differ.

@@ -139,3 +139,13 @@ def scene_fields() -> list[tuple[str, Any, Any]]:
 @dataclass
 class SceneConfig(make_dataclass("SceneKeys", scene_fields())):
     """The slots of a Scene as config keys."""
+
+    def check(self) -> None:
+        for name, row in SLOTS.items():
+            text = getattr(self, name)
+            if not row.many and isinstance(text, str) and text.startswith("[") and text.endswith("]"):
+                lists = ", ".join(f"scene.{other}" for other, slot in SLOTS.items() if slot.many)
+                raise ConfigError(
+                    f"scene.{name}={text} is a list; this slot takes one text.",
+                    f"Write it without brackets, or use a slot that takes several ({lists}).",
+                )

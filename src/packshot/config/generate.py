@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from packshot.config.caption import CaptionerConfig
 from packshot.config.common import DepthConfig, LicenseConfig, MatteConfig, SceneConfig, Script
+from packshot.config.conditions import settings_class
 from packshot.config.keys import Names, opt
 from packshot.errors import ConfigError
 
 IPAdapterLayers = Names("IPAdapterLayers", ["all", "style", "layout", "style_and_layout"])
-Placement = Names("Placement", ["original", "center"])
+# Named places on a canvas: the shares of the free room that lie left of the product and above it.
+POSITIONS = {
+    "center": (0.5, 0.5),
+    "left": (0.0, 0.5),
+    "right": (1.0, 0.5),
+    "top": (0.5, 0.0),
+    "bottom": (0.5, 1.0),
+    "top_left": (0.0, 0.0),
+    "top_right": (1.0, 0.0),
+    "bottom_left": (0.0, 1.0),
+    "bottom_right": (1.0, 1.0),
+}
+Placement = Names("Placement", ["original", *POSITIONS, "coordinates"])
 Suite = Names("Suite", ["full", "preservation", "scene"])
 
 MOST_REFERENCES = 64  # every one adds its image tokens to what each layer attends to at each step
@@ -21,6 +35,8 @@ MOST_REFERENCES = 64  # every one adds its image tokens to what each layer atten
 class AdaptersConfig:
     lora: str | None = opt(None, "export/ folder of train_lora.py")
     lora_scale: float = opt(1.0, "weight of the LoRA", min=0, max=10)
+    loras: list[str] = opt([], "several such folders instead")
+    lora_scales: list[float] = opt([], "one weight for each of adapters.loras, 0 to 10; default 1.0 each")
     lora_start: float = opt(0.0, "share of the denoising steps at which the LoRA becomes active", min=0, max=1)
     lora_end: float = opt(1.0, "share of the denoising steps at which it becomes inactive", min=0, max=1)
     controlnets: list[str] = opt([], "export/ folders of train_controlnet.py")
@@ -42,12 +58,42 @@ class AdaptersConfig:
     )
     ip_adapter_end: float = opt(1.0, "share of the denoising steps at which it becomes inactive", min=0, max=1)
 
+    def lora_paths(self) -> list[str]:
+        """``loras``, or the one ``lora``."""
+        return self.loras or ([self.lora] if self.lora else [])
+
+    def weights_of_loras(self) -> list[float]:
+        """The weight of each of :meth:`lora_paths`."""
+        if not self.loras:
+            return [self.lora_scale] * len(self.lora_paths())
+        return self.lora_scales or [1.0] * len(self.loras)
+
     def controlnet_spans(self) -> list[tuple[float, float]]:
         """(start, end) of every ControlNet."""
         count = len(self.controlnets)
         return list(zip(self.controlnet_starts or [0.0] * count, self.controlnet_ends or [1.0] * count, strict=True))
 
+    def check_loras(self) -> None:
+        """Raises ConfigError where one LoRA and several are mixed, or their weights do not fit."""
+        if self.lora and self.loras:
+            raise ConfigError(
+                "adapters.lora and adapters.loras are both given.", "Add the one to the list of the others."
+            )
+        if self.loras and self.lora_scale != 1:
+            raise ConfigError(
+                f"adapters.lora_scale={self.lora_scale:g} is for adapters.lora, not for adapters.loras.",
+                "Set adapters.lora_scales, one weight for each.",
+            )
+        if self.lora_scales and len(self.lora_scales) != len(self.loras):
+            raise ConfigError(
+                f"adapters.lora_scales has {len(self.lora_scales)} values for {len(self.loras)} LoRAs.",
+                "Give one for each of adapters.loras, or none.",
+            )
+        if any(not 0 <= scale <= 10 for scale in self.lora_scales):
+            raise ConfigError(f"adapters.lora_scales={self.lora_scales} are out of range.", "Expected 0 to 10 each.")
+
     def check(self) -> None:
+        self.check_loras()
         for name in ("controlnet_scales", "controlnet_starts", "controlnet_ends"):
             values = getattr(self, name)
             if values and len(values) != len(self.controlnets):
@@ -67,32 +113,75 @@ class AdaptersConfig:
 
 
 @dataclass
-class GenerateSettings:
-    """How one picture is made; shared by generate.py and serve.py."""
+class GenerateSettings(settings_class()):
+    """How one picture is made; shared by generate.py and serve.py. The inputs of control maps stand in its base."""
 
     num_inference_steps: int = opt(30, "denoising steps", min=1, max=1000)
     guidance_scale: float = opt(5.0, "classifier-free guidance; 1 switches it off", min=1, max=50)
     negative_prompt: str | None = opt(None, "what the picture should not show")
     placement: Placement = opt(
-        Placement.original, "original keeps the photo's frame; center puts the product in the middle of `size`"
+        Placement.original,
+        "original keeps the photo's frame; the named places and coordinates (see `position`) put the product on a "
+        "canvas of `size` or `aspect_ratio`; it is never stretched",
     )
-    size: list[int] = opt([], "width, height of the output in px (placement=center)")
-    product_scale: float = opt(0.6, "product's share of the canvas (placement=center)", min=0.05, max=1)
-    light_angle: float | None = opt(
-        None,
-        "where light comes from, degrees: 0 the right, 90 behind, 180 the left, 270 the front; for ControlNets that "
-        "read light; null: taken from scene.lighting, or left open",
-        min=0,
-        max=360,
+    size: list[int] = opt([], "width, height of the canvas in px")
+    aspect_ratio: str | None = opt(
+        None, "shape of the canvas instead of size, such as 4:5; the product then keeps its own resolution"
+    )
+    product_scale: float = opt(0.6, "product's share of the canvas within its margins", min=0.05, max=1)
+    margin: float = opt(0.0, "share of the canvas's shorter side that stays free on each side", min=0, max=0.45)
+    position: list[float] = opt(
+        [], "x, y of the product's middle as shares of the canvas, 0,0 being the top left (placement=coordinates)"
     )
 
+    def canvas_ratio(self) -> float | None:
+        """Width over height of ``aspect_ratio``. Raises ConfigError where it is not a ratio."""
+        if self.aspect_ratio is None:
+            return None
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)[:/x](\d+(?:\.\d+)?)", self.aspect_ratio.strip())
+        ratio = float(found[1]) / float(found[2]) if found and float(found[2]) else 0.0
+        if not 0.1 <= ratio <= 10:
+            raise ConfigError(
+                f"aspect_ratio={self.aspect_ratio} is not a valid shape.", "Expected width:height, such as 4:5."
+            )
+        return ratio
+
     def check(self) -> None:
-        if self.placement is Placement.center and len(self.size) != 2:
-            raise ConfigError("placement=center needs a canvas size.", "Add size=[width,height], in px.")
+        if self.negative_prompt and self.guidance_scale <= 1:
+            raise ConfigError(
+                f"negative_prompt has no effect at guidance_scale={self.guidance_scale:g}: guidance is off.",
+                "Set guidance_scale above 1, or leave negative_prompt out.",
+            )
         if self.size and (len(self.size) != 2 or not all(64 <= side <= 8192 for side in self.size)):
             raise ConfigError(
                 f"size={self.size} is not a valid canvas size.", "Expected [width,height], each from 64 to 8192 px."
             )
+        self.check_placement()
+
+    def check_placement(self) -> None:
+        """Raises ConfigError where canvas, place and coordinates do not belong together."""
+        if self.placement is Placement.original:
+            given = {"size": self.size, "aspect_ratio": self.aspect_ratio, "position": self.position}
+            given |= {"margin": self.margin}
+            for key, value in given.items():
+                if value:
+                    raise ConfigError(
+                        f"{key}={value} has no effect with placement=original, which keeps the photo's frame.",
+                        f"Add placement=center or another place, or leave {key} out.",
+                    )
+            return
+        if bool(self.size) == (self.canvas_ratio() is not None):
+            raise ConfigError(
+                f"placement={self.placement} needs a canvas size or a shape, one of the two.",
+                "Add size=[width,height], in px, or aspect_ratio=4:5.",
+            )
+        if (self.placement is Placement.coordinates) != bool(self.position):
+            raise ConfigError(
+                f"placement={self.placement} with position={self.position} do not belong together.",
+                "Set placement=coordinates and position=[x,y], shares of the canvas, or neither.",
+            )
+        if self.position and (len(self.position) != 2 or not all(0 <= share <= 1 for share in self.position)):
+            raise ConfigError(f"position={self.position} is not a valid place.", "Expected [x,y], each from 0 to 1.")
 
 
 def reference_weights(count: int, weights: Sequence[int]) -> list[int]:
@@ -130,6 +219,7 @@ class Generate(Script, GenerateSettings):
     reference_weights: list[int] = opt([], "weight of each of them: whole numbers, together at most 64; default 1 each")
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     num_images: int = opt(4, "pictures per product", min=1, max=64)
+    layers: bool = opt(True, "also write the parts of every picture to layers/; evaluate.py reads them")
     baseline: str | None = opt(None, "folder of an earlier run, whose pictures report.html shows next to these")
 
     def reference_files(self) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from packshot.config.common import Quantization
+from packshot.config.conditions import CONDITIONS
 from packshot.config.keys import Names, opt
 from packshot.config.train import TrainScript
 from packshot.errors import ConfigError
@@ -15,7 +16,7 @@ LoraKind = Names("LoraKind", ["lora", "dora", "rslora", "loha", "lokr"])
 LoraTargets = Names(
     "LoraTargets", ["attention", "cross_attention", "attention_and_ff", "attention_and_conv", "all_linear"]
 )
-Condition = Names("Condition", ["inpaint", "canny", "silhouette", "softedge", "depth", "light"])
+Condition = Names("Condition", list(CONDITIONS))
 IPAdapterVariant = Names("IPAdapterVariant", ["base", "plus"])
 ReferenceSource = Names("ReferenceSource", ["self", "look", "place"])
 
@@ -109,8 +110,7 @@ class IPAdapterMethod:
 class ControlNetMethod:
     condition: Condition = opt(
         Condition.inpaint,
-        "inpaint (background = -1), canny (edges of the product), silhouette (its outline), softedge (its gradients), "
-        "depth (its relief) or light (which side the scene's light comes from)",
+        "the control map: " + ", ".join(f"{name} ({row.help})" for name, row in CONDITIONS.items()),
     )
     init: str | None = opt(None, "ControlNet to start from, folder or hub id; null: a copy of the UNet's encoder")
     extra_controlnets: list[str] = opt(

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.compute as pc
 from PIL import Image, ImageOps
 
+from packshot.config.conditions import column_hint, picture_columns
 from packshot.config.schema import LicenseConfig
 from packshot.dataset import corrections
 from packshot.dataset.arrow_copy import read_tables
@@ -25,7 +26,7 @@ from packshot.scene import Scene
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 UNKNOWN_LICENSE = "unknown"  # as source.license has it where nothing is said
-_IMAGES = {"image": "RGB", "plate": "RGB", "cutout": "RGBA", "mask": "L", "shadow": "L", "depth": "L"}
+_IMAGES = {"image": "RGB", "plate": "RGB", "cutout": "RGBA", "mask": "L"} | dict.fromkeys(picture_columns(), "L")
 
 
 def license_names(table: Any) -> list[str]:
@@ -97,8 +98,7 @@ class Rows(Sequence[dict[str, Any]]):
         if absent:
             raise ConfigError(
                 f"{key}={self.path} has no column {', '.join(absent)}, which the method reads.",
-                "Rendered sets have all of them; of photographs build_data.py makes mask (dataset=product) and depth "
-                "(depth.onnx=<network>), and nothing tells their shadow.",
+                " ".join(column_hint(name) for name in absent),
             )
 
     @cached_property

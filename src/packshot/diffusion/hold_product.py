@@ -5,20 +5,22 @@ Three rules, by the name of ``objective.product_conditioning``:
 - ``noised``: the product carries as much noise as the rest (blended latent diffusion, Avrahami et al. 2022, arXiv
   2206.02779). Any base does it untrained, but at the noisiest steps, where the layout is decided, it sees no product.
 - ``clean``: the product is there from the first step, without noise. A network has to be trained on that.
-- ``channels``: ``noised``, and besides the network reads the product from input channels of its own
-  (``models.inpainting``).
+- ``channels``: ``noised``, and the network also reads the product from input channels of its own
+  (``base.inpainting``).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-Callback = Callable[[Any, int, Any, dict[str, Tensor]], dict[str, Tensor]]
+from packshot.diffusion.protocols import Pipeline, Scheduler
+
+# of ``callback_on_step_end``: (pipeline, number of the step, its timestep, tensors) to the tensors that it replaces
+Callback = Callable[[Pipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 # ---- training ----
 
@@ -34,29 +36,29 @@ def show_clean(noisy_BCHW: Tensor, latents_BCHW: Tensor, held_B1HW: Tensor) -> T
 # ---- sampling ----
 
 
-def _by_sigma(scheduler: Any, step: int) -> Tensor:
+def scale_by_sigma(scheduler: Scheduler, step: int) -> Tensor:
     return (scheduler.sigmas[step] ** 2 + 1) ** 0.5
 
 
-def _unscaled(scheduler: Any, step: int) -> Tensor:
+def unscaled(scheduler: Scheduler, step: int) -> Tensor:
     return torch.ones(())
 
 
 # By scheduler class: what ``scale_model_input`` divides the sampler's state by before its step number ``step``.
-INPUT_SCALES: dict[str, Callable[[Any, int], Tensor]] = {
-    "EulerDiscreteScheduler": _by_sigma,
-    "EulerAncestralDiscreteScheduler": _by_sigma,
-    "DDIMScheduler": _unscaled,
-    "DPMSolverMultistepScheduler": _unscaled,
-    "UniPCMultistepScheduler": _unscaled,
+INPUT_SCALES: dict[str, Callable[[Scheduler, int], Tensor]] = {
+    "EulerDiscreteScheduler": scale_by_sigma,
+    "EulerAncestralDiscreteScheduler": scale_by_sigma,
+    "DDIMScheduler": unscaled,
+    "DPMSolverMultistepScheduler": unscaled,
+    "UniPCMultistepScheduler": unscaled,
 }
 
 
-def _noised_state(scheduler: Any, known_1CHW: Tensor, noise_1CHW: Tensor, step: int) -> Tensor:
+def noised_state(scheduler: Scheduler, known_1CHW: Tensor, noise_1CHW: Tensor, step: int) -> Tensor:
     return scheduler.add_noise(known_1CHW, noise_1CHW, scheduler.timesteps[step : step + 1])
 
 
-def _clean_state(scheduler: Any, known_1CHW: Tensor, noise_1CHW: Tensor, step: int) -> Tensor:
+def clean_state(scheduler: Scheduler, known_1CHW: Tensor, noise_1CHW: Tensor, step: int) -> Tensor:
     name = type(scheduler).__name__
     if name not in INPUT_SCALES:
         known = ", ".join(INPUT_SCALES)
@@ -65,10 +67,10 @@ def _clean_state(scheduler: Any, known_1CHW: Tensor, noise_1CHW: Tensor, step: i
 
 
 # By how the product is shown: (scheduler, known, noise, step) -> the sampler's state of held cells before that step.
-_STATES: dict[str, Callable[[Any, Tensor, Tensor, int], Tensor]] = {
-    "noised": _noised_state,
-    "clean": _clean_state,
-    "channels": _noised_state,
+STATES: dict[str, Callable[[Scheduler, Tensor, Tensor, int], Tensor]] = {
+    "noised": noised_state,
+    "clean": clean_state,
+    "channels": noised_state,
 }
 
 
@@ -83,10 +85,11 @@ def hold_product(known_1CHW: Tensor, noise_1CHW: Tensor, held_1HW: Tensor, shown
         ValueError: from the callback, if it is not known how the pipeline's scheduler scales what the network sees and
             the product is shown ``clean``.
     """
-    state = _STATES[shown]
+    state = STATES[shown]
 
-    def keep_product(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        latents, later = tensors["latents"], step + 1
+    def keep_product(pipe: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        latents = tensors["latents"]
+        later = step + 1
         is_last = later == len(pipe.scheduler.timesteps)
         target = known_1CHW if is_last else state(pipe.scheduler, known_1CHW, noise_1CHW, later)
         return {"latents": torch.lerp(latents.float(), target, held_1HW).to(latents.dtype)}
@@ -99,7 +102,7 @@ def first_latents(
     noise_1CHW: Tensor,
     held_1HW: Tensor,
     shown: str,
-    scheduler: Any,
+    scheduler: Scheduler,
     num_inference_steps: int,
 ) -> Tensor:
     """The ``latents`` to hand to a stock pipeline, (1, C, H, W): it multiplies them by ``scheduler.init_noise_sigma``.
@@ -110,9 +113,9 @@ def first_latents(
     Raises:
         ValueError: see :func:`hold_product`.
     """
-    if _STATES[shown] is _noised_state:
+    if STATES[shown] is noised_state:
         return noise_1CHW
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps)
-    state = _STATES[shown](scheduler, known_1CHW, noise_1CHW, 0)
+    state = STATES[shown](scheduler, known_1CHW, noise_1CHW, 0)
     return torch.lerp(noise_1CHW, state / scheduler.init_noise_sigma, held_1HW)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packshot.diffusion.protocols import Autoencoder
+
 
 @dataclass(frozen=True)
 class LatentScale:
@@ -28,8 +30,9 @@ class LatentScale:
         def channels(values: list[float] | None, default: float) -> Tensor:
             return torch.tensor([default] if values is None else values).view(-1, 1, 1)
 
-        means, spreads = config.get("latents_mean"), config.get("latents_std")
-        return cls(config["scaling_factor"], channels(means, 0.0), channels(spreads, 1.0))
+        means = channels(config.get("latents_mean"), 0.0)
+        spreads = channels(config.get("latents_std"), 1.0)
+        return cls(config["scaling_factor"], means, spreads)
 
     def to_unet(self, latents: Tensor) -> Tensor:
         """From the VAE's (..., C, h, w)."""
@@ -41,13 +44,13 @@ class LatentScale:
 
 
 @torch.no_grad()
-def encode_pixels(vae: Any, pixels_B3HW: Tensor) -> Tensor:
+def encode_pixels(vae: Autoencoder, pixels_B3HW: Tensor) -> Tensor:
     """Pixels in [-1, 1] to scaled latents (B, C, h, w) on the VAE's device: the posterior's mode, nothing random."""
     return LatentScale.of(vae.config).to_unet(vae.encode(pixels_B3HW.to(vae.device)).latent_dist.mode())
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, latents_BCHW: Tensor) -> Tensor:
+def decode_latents(vae: Autoencoder, latents_BCHW: Tensor) -> Tensor:
     """Scaled latents to pixels (B, 3, H, W) in about [-1, 1], in fp32 whatever the denoiser's precision."""
     with torch.autocast(latents_BCHW.device.type, enabled=False):
         return vae.decode(LatentScale.of(vae.config).to_vae(latents_BCHW.float())).sample

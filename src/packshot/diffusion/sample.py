@@ -11,6 +11,7 @@ from torch import Tensor
 
 from packshot.diffusion.hold_product import Callback, first_latents, hold_product
 from packshot.diffusion.latents import decode_latents
+from packshot.diffusion.protocols import Pipeline
 
 Wrap = Callable[[Callback], AbstractContextManager[Callback]]
 
@@ -21,7 +22,7 @@ class NotFiniteError(ArithmeticError):
 
 @torch.no_grad()
 def sample(
-    pipe: Any,
+    pipe: Pipeline,
     known_1CHW: Tensor,
     held_1HW: Tensor,
     shown: str,

@@ -28,30 +28,30 @@ def alphas_cumprod(scheduler_config: Mapping[str, Any]) -> Tensor:
     return torch.cumprod(1 - betas, dim=0).float()
 
 
-def _per_sample(values_T: Tensor, timesteps_B: Tensor) -> Tensor:
+def per_sample(values_T: Tensor, timesteps_B: Tensor) -> Tensor:
     return values_T.to(timesteps_B.device)[timesteps_B].float().view(-1, 1, 1, 1)
 
 
 def add_noise(latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor, alphas_cumprod_T: Tensor) -> Tensor:
     """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps (Ho et al. 2020, equation 4), fp32."""
-    a_t = _per_sample(alphas_cumprod_T, timesteps_B)
+    a_t = per_sample(alphas_cumprod_T, timesteps_B)
     return a_t.sqrt() * latents_BCHW.float() + (1 - a_t).sqrt() * noise_BCHW.float()
 
 
-def _epsilon(latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor, alphas_cumprod_T: Tensor) -> Tensor:
+def epsilon_target(latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor, alphas_cumprod_T: Tensor) -> Tensor:
     return noise_BCHW.float()
 
 
-def _v_prediction(latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor, alphas_cumprod_T: Tensor) -> Tensor:
+def velocity_target(latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor, alphas_cumprod_T: Tensor) -> Tensor:
     # Salimans & Ho 2022 (arXiv 2202.00512), appendix D
-    a_t = _per_sample(alphas_cumprod_T, timesteps_B)
+    a_t = per_sample(alphas_cumprod_T, timesteps_B)
     return a_t.sqrt() * noise_BCHW.float() - (1 - a_t).sqrt() * latents_BCHW.float()
 
 
-# By the scheduler's ``prediction_type``: (x_0, eps, t, alphas_cumprod) -> what the network has to say.
+# By the scheduler's ``prediction_type``: (x_0, eps, t, alphas_cumprod) -> what the network has to predict.
 TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "epsilon": _epsilon,
-    "v_prediction": _v_prediction,
+    "epsilon": epsilon_target,
+    "v_prediction": velocity_target,
 }
 
 
@@ -177,7 +177,9 @@ def draw_timestep(
     """
     last = num_timesteps - 1 if max_timestep is None else max_timestep
     if not 0 <= min_timestep <= last < num_timesteps:
-        raise ValueError(f"timesteps {min_timestep} to {last} are no range of the schedule's 0 to {num_timesteps - 1}")
+        raise ValueError(
+            f"timesteps {min_timestep} to {last} are not a range within the schedule's 0 to {num_timesteps - 1}"
+        )
     return TIMESTEPS[sampling](generator, min_timestep, last + 1, location, scale)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from packshot.diffusion.hold_product import Callback
+from packshot.diffusion.protocols import Pipeline
 
 Span = tuple[float, float]  # shares of the steps, in [0, 1]
 ALWAYS: Span = (0.0, 1.0)
@@ -23,7 +23,7 @@ class Switch:
     """
 
     span: Span
-    set_weight: Callable[[float], Any]
+    set_weight: Callable[[float], None]
 
 
 def counts(span: Span, step: int, steps: int) -> bool:
@@ -32,7 +32,8 @@ def counts(span: Span, step: int, steps: int) -> bool:
     return step / steps >= span[0] and (step + 1) / steps <= span[1]
 
 
-def _set(switches: Sequence[Switch], step: int, steps: int) -> None:
+def set_weights(switches: Sequence[Switch], step: int, steps: int) -> None:
+    """Switch every adapter for a step."""
     for switch in switches:
         switch.set_weight(float(counts(switch.span, step, steps)))
 
@@ -41,13 +42,13 @@ def _set(switches: Sequence[Switch], step: int, steps: int) -> None:
 def switching(switches: Sequence[Switch], steps: int, callback: Callback) -> Iterator[Callback]:
     """``callback`` with the adapters switched before every step; all of them are on outside: text is encoded there."""
 
-    def switched(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def switched(pipe: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if step + 1 < steps:
-            _set(switches, step + 1, steps)
+            set_weights(switches, step + 1, steps)
         return callback(pipe, step, timestep, tensors)
 
     try:
-        _set(switches, 0, steps)
+        set_weights(switches, 0, steps)
         yield switched
     finally:
         for switch in switches:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
 
+from packshot.config.generate import POSITIONS
 from packshot.config.schema import GenerateSettings, Placement
 from packshot.errors import ConfigError
+from packshot.generate.json_types import Json
 from packshot.generate.product import Product, core_of
 from packshot.imaging.matte import held_cells
 from packshot.imaging.pixels import to_bytes, to_unit
 
 # Kernels without negative lobes: a pixel whose resampled alpha is full has then seen nothing but product.
-_SHRINK, _GROW = Image.Resampling.HAMMING, Image.Resampling.BILINEAR
+SHRINK = Image.Resampling.HAMMING
+GROW = Image.Resampling.BILINEAR
+LARGEST_CANVAS = 8192  # px, each side
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Canvas:
     foreground_HW3: uint8 product colours, equal to rgb_HW3 where matte_HW is 255, continued outwards elsewhere.
     core_HW: bool, the pixels that must come out unchanged.
     transform: how a pixel of the photo got here, in words and numbers; part of the certificate.
-    depth_HW: uint8 nearness in any scale, None where it is not known.
+    inputs: what else control maps are drawn from, uint8 (H, W), by name.
     mask_reasons: codes of what speaks against the mask (``imaging.mask_doubt``).
     """
 
@@ -36,17 +42,31 @@ class Canvas:
     matte_HW: np.ndarray
     foreground_HW3: np.ndarray
     core_HW: np.ndarray
-    transform: dict[str, Any]
-    depth_HW: np.ndarray | None = None
+    transform: Json
+    inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
     mask_reasons: tuple[str, ...] = ()
+
+    @cached_property
+    def outside_HW(self) -> np.ndarray:
+        """uint8, 255 where the picture shows no product, not even a soft edge; else 0."""
+        reach = cv2.dilate(self.matte_HW, np.ones((3, 3), np.uint8))
+        return np.where(reach == 0, np.uint8(255), np.uint8(0))
 
 
 def place(product: Product, settings: GenerateSettings) -> Canvas:
-    """Put the product on the canvas that the settings ask for."""
-    return replace(PLACEMENTS[settings.placement](product, settings), mask_reasons=product.mask_reasons)
+    """Put the product on the canvas that the settings ask for.
+
+    Raises:
+        ConfigError: the product would not fit on it.
+    """
+    if settings.placement is Placement.original:
+        canvas = place_original(product)
+    else:
+        canvas = place_on_canvas(product, settings)
+    return replace(canvas, mask_reasons=product.mask_reasons)
 
 
-def place_original(product: Product, settings: GenerateSettings) -> Canvas:
+def place_original(product: Product) -> Canvas:
     """The photo's own frame and size: nothing is moved or resampled."""
     height, width = product.alpha_HW.shape
     transform = {
@@ -58,55 +78,124 @@ def place_original(product: Product, settings: GenerateSettings) -> Canvas:
         "resampling": "none",
     }
     core = core_of(product.alpha_HW)
-    return Canvas(product.rgb_HW3, product.matte_HW, product.foreground_HW3, core, transform, product.depth_HW)
+    return Canvas(product.rgb_HW3, product.matte_HW, product.foreground_HW3, core, transform, product.inputs)
 
 
-def place_center(product: Product, settings: GenerateSettings) -> Canvas:
-    """The product in the middle of ``settings.size``, its larger relative side at ``product_scale`` of the canvas.
+@dataclass(frozen=True)
+class Layout:
+    """Where the product goes. size: of the canvas; source_box: the product in the photo, left, top, right, bottom;
+    placed_size: of that box on the canvas; offset: left, top of it there. All in px."""
 
-    One resampling: ``photo.resize(placed_size, resampling, box=source_box)`` in Pillow, pasted at ``offset``.
-    """
-    if len(settings.size) != 2:
-        raise ConfigError("placement=center needs a canvas.", "Add size=[width,height], in px.")
-    width, height = settings.size
-    rows_total, columns_total = product.alpha_HW.shape
-    rows, columns = np.nonzero(product.matte_HW)
-    left, top, right, bottom = (int(v) for v in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
-    scale = settings.product_scale * min(width / (right - left), height / (bottom - top))
-    placed = (max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale)))
-    offset = ((width - placed[0]) // 2, (height - placed[1]) // 2)
-    method = _SHRINK if scale <= 1 else _GROW
-    box = (left, top, right, bottom)
+    size: tuple[int, int]
+    source_box: tuple[int, int, int, int]
+    placed_size: tuple[int, int]
+    offset: tuple[int, int]
 
-    def resampled(array: np.ndarray, fill: Any = 0) -> np.ndarray:
+    def resample(self, array: np.ndarray, fill: np.ndarray | int = 0) -> np.ndarray:
+        """A picture of the photo on the canvas; around the product it is filled."""
+        width, height = self.size
+        left, top = self.offset
         result = np.full((height, width, *array.shape[2:]), fill, np.uint8)
-        picture = np.asarray(Image.fromarray(array).resize(placed, method, box=box))
-        result[offset[1] : offset[1] + placed[1], offset[0] : offset[0] + placed[0]] = picture
+        picture = np.asarray(Image.fromarray(array).resize(self.placed_size, self.method, box=self.source_box))
+        result[top : top + self.placed_size[1], left : left + self.placed_size[0]] = picture
         return result
 
-    rgb, matte = resampled(product.rgb_HW3), resampled(product.matte_HW)
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Pixels of the canvas per pixel of the photo, across and down; they differ by rounding alone."""
+        left, top, right, bottom = self.source_box
+        return self.placed_size[0] / (right - left), self.placed_size[1] / (bottom - top)
+
+    @property
+    def method(self) -> Image.Resampling:
+        """The one resampling of the photo."""
+        return SHRINK if max(self.scale) <= 1 else GROW
+
+
+def canvas_size(width: int, height: int, settings: GenerateSettings) -> tuple[int, int]:
+    """Width and height of the canvas for a product of a width and height in the photo.
+
+    With an aspect ratio it is the smallest canvas of that shape on which the product needs no resampling.
+
+    Raises:
+        ConfigError: that canvas would be too large.
+    """
+    ratio = settings.canvas_ratio()
+    if ratio is None:
+        return settings.size[0], settings.size[1]
+    share = settings.product_scale * (1 - 2 * settings.margin)
+    canvas_height = math.ceil(max(height / share, width / share / ratio))
+    canvas_width = math.ceil(canvas_height * ratio)
+    if max(canvas_width, canvas_height) > LARGEST_CANVAS:
+        raise ConfigError(
+            f"aspect_ratio={settings.aspect_ratio} makes a canvas of {canvas_width}x{canvas_height} px around this "
+            "product.",
+            f"Set size instead; each side may have {LARGEST_CANVAS} px.",
+        )
+    return canvas_width, canvas_height
+
+
+def plan_layout(box: tuple[int, int, int, int], settings: GenerateSettings) -> Layout:
+    """The canvas and the product's place on it. box: the product in the photo.
+
+    The larger relative side of the product takes ``product_scale`` of the canvas within its margins.
+
+    Raises:
+        ConfigError: the product would leave the canvas, or the canvas would be too large.
+    """
+    product_width = box[2] - box[0]
+    product_height = box[3] - box[1]
+    width, height = canvas_size(product_width, product_height, settings)
+    border = round(settings.margin * min(width, height))
+    inner = (width - 2 * border, height - 2 * border)
+    scale = settings.product_scale * min(inner[0] / product_width, inner[1] / product_height)
+    if settings.aspect_ratio is not None:
+        scale = 1.0
+    placed = (max(1, round(product_width * scale)), max(1, round(product_height * scale)))
+    if settings.placement is Placement.coordinates:
+        left = round(settings.position[0] * width - placed[0] / 2)
+        top = round(settings.position[1] * height - placed[1] / 2)
+    else:
+        left_share, top_share = POSITIONS[settings.placement.name]
+        left = border + int((inner[0] - placed[0]) * left_share)
+        top = border + int((inner[1] - placed[1]) * top_share)
+    if min(left, top) < 0 or left + placed[0] > width or top + placed[1] > height:
+        raise ConfigError(
+            f"position={settings.position} puts a product of {placed[0]}x{placed[1]} px partly outside the canvas of "
+            f"{width}x{height} px.",
+            "Choose a position further inside, or a smaller product_scale.",
+        )
+    return Layout((width, height), box, placed, (left, top))
+
+
+def place_on_canvas(product: Product, settings: GenerateSettings) -> Canvas:
+    """The product at its place on a canvas of its own: resampled once, never stretched, never cut.
+
+    The transform tells how to do it again in Pillow: ``photo.resize(placed_size, resampling, box=source_box)``, pasted
+    at ``offset``.
+    """
+    rows_total, columns_total = product.alpha_HW.shape
+    rows, columns = np.nonzero(product.matte_HW)
+    box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+    layout = plan_layout(box, settings)
+    rgb = layout.resample(product.rgb_HW3)
+    matte = layout.resample(product.matte_HW)
     mean = product.rgb_HW3[product.alpha_HW >= 128].mean(axis=0)
-    foreground = resampled(product.foreground_HW3, fill=np.rint(mean))
+    foreground = layout.resample(product.foreground_HW3, fill=np.rint(mean))
     foreground = np.where((matte == 255)[..., None], rgb, foreground)
-    core = core_of(np.minimum(resampled(product.alpha_HW), matte))
+    core = core_of(np.minimum(layout.resample(product.alpha_HW), matte))
     transform = {
-        "placement": "center",
-        "size": [width, height],
+        "placement": settings.placement.name,
+        "size": list(layout.size),
         "source_box": list(box),
-        "offset": list(offset),
-        "placed_size": list(placed),
-        "scale": [placed[0] / (box[2] - box[0]), placed[1] / (box[3] - box[1])],
-        "resampling": f"pillow {method.name.lower()}",
-        "touches_frame": min(left, top) == 0 or bottom == rows_total or right == columns_total,
+        "offset": list(layout.offset),
+        "placed_size": list(layout.placed_size),
+        "scale": list(layout.scale),
+        "resampling": f"pillow {layout.method.name.lower()}",
+        "touches_frame": min(box[:2]) == 0 or box[3] == rows_total or box[2] == columns_total,
     }
-    depth = None if product.depth_HW is None else resampled(product.depth_HW)
-    return Canvas(rgb, matte, foreground, core, transform, depth)
-
-
-PLACEMENTS: dict[Placement, Callable[[Product, GenerateSettings], Canvas]] = {
-    Placement.original: place_original,
-    Placement.center: place_center,
-}
+    inputs = {name: layout.resample(picture) for name, picture in product.inputs.items()}
+    return Canvas(rgb, matte, foreground, core, transform, inputs)
 
 
 @dataclass(frozen=True)
@@ -155,7 +244,7 @@ class Working:
     held_hw: bool, the latent cells that show nothing but product, and are held to it. A cell on the
         product's edge stays free: holding it, even in part (the hold repeats at every step), paints its whole square in
         the product's colour, which the composite then shows as a fringe.
-    depth_HW: float32 nearness in [0, 1], in any scale; None where it is not known.
+    inputs: what else control maps are drawn from, float32 (H, W) in [0, 1], by name.
     """
 
     frame: Frame
@@ -163,7 +252,7 @@ class Working:
     keep_HW: np.ndarray
     coverage_HW: np.ndarray
     held_hw: np.ndarray
-    depth_HW: np.ndarray | None = None
+    inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def make_working(canvas: Canvas, frame: Frame, cell: int) -> Working:
@@ -178,17 +267,17 @@ def make_working(canvas: Canvas, frame: Frame, cell: int) -> Working:
     coverage = to_unit(np.asarray(Image.fromarray(canvas.matte_HW).resize(size, Image.Resampling.BOX)))
     image = np.asarray(Image.fromarray(canvas.foreground_HW3).resize(size, Image.Resampling.LANCZOS))
     coverage = np.pad(coverage, margins)
-    depth = None
-    if canvas.depth_HW is not None:
-        small = np.asarray(Image.fromarray(canvas.depth_HW).resize(size, Image.Resampling.BILINEAR))
-        depth = np.pad(to_unit(small), margins, mode="edge")
+    inputs = {}
+    for name, picture in canvas.inputs.items():
+        small = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR))
+        inputs[name] = np.pad(to_unit(small), margins, mode="edge")
     return Working(
         frame,
         np.pad(image, (*margins, (0, 0)), mode="edge"),
         np.pad(keep[0, 0].bool().numpy(), margins),
         coverage,
         held_cells(coverage, cell),
-        depth,
+        inputs,
     )
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from packshot.errors import PackshotError
 from packshot.generate.canvas import Canvas
 from packshot.generate.color import delta_e
+from packshot.generate.json_types import Json
 
 VERSION = 1
 LAYERS = "layers"  # folder beside the pictures of a run
@@ -29,12 +27,27 @@ def digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
+def encode_png(image: np.ndarray) -> bytes:
+    """A PNG file of a uint8 picture: (H, W), or (H, W, 3 or 4) in RGB order.
+
+    OpenCV's fast level: Pillow's default takes 6 s for 12 megapixels and saves a tenth of the bytes.
+    """
+    if image.ndim == 3:
+        code = cv2.COLOR_RGB2BGR if image.shape[2] == 3 else cv2.COLOR_RGBA2BGRA
+        image = cv2.cvtColor(image, code)
+    done, encoded = cv2.imencode(".png", image, (cv2.IMWRITE_PNG_COMPRESSION, 1))
+    if not done:
+        raise PackshotError(f"a picture of {image.shape[1]}x{image.shape[0]} px cannot be written as PNG.")
+    return encoded.tobytes()
+
+
 def read_png(png: bytes) -> np.ndarray:
     """The pixels of an encoded picture: uint8 (H, W, 3)."""
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    bgr = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
 
 
-def measure(png: bytes, canvas: Canvas) -> dict[str, Any]:
+def measure(png: bytes, canvas: Canvas) -> Json:
     """Compare an encoded picture with the product on its canvas.
 
     ``core`` is the product where its alpha is full, less one pixel. Its bytes are hashed in row order. ``edge`` is the
@@ -48,15 +61,16 @@ def measure(png: bytes, canvas: Canvas) -> dict[str, Any]:
     if picture.shape != canvas.rgb_HW3.shape:
         raise ValueError(f"picture {picture.shape} and canvas {canvas.rgb_HW3.shape} differ in size")
     core = canvas.core_HW
-    before, after = canvas.rgb_HW3[core], picture[core]
-    difference = np.abs(before.astype(np.int16) - after)
+    before = canvas.rgb_HW3[core]
+    after = picture[core]
+    difference = cv2.absdiff(before, after) if core.any() else None
     edge = (canvas.matte_HW >= 128) & ~core
     shift = delta_e(picture[edge], canvas.rgb_HW3[edge]) if edge.any() else np.zeros(1)
     return {
         "core": {
             "definition": "alpha 255, eroded by 1 px (3x3); RGB bytes in row order",
             "pixels": int(core.sum()),
-            "max_abs_diff": int(difference.max()) if core.any() else None,
+            "max_abs_diff": None if difference is None else int(difference.max()),
             "sha256_input": digest(before),
             "sha256_output": digest(after),
         },
@@ -70,55 +84,59 @@ def measure(png: bytes, canvas: Canvas) -> dict[str, Any]:
     }
 
 
-def _background_pixels(picture_HW3: np.ndarray, canvas: Canvas) -> np.ndarray:
-    return picture_HW3[cv2.dilate(canvas.matte_HW, _SQUARE) == 0]
+def is_flat(picture_HW3: np.ndarray, canvas: Canvas, measured: Json) -> bool:
+    """Whether the background is one colour."""
+    _, spread = cv2.meanStdDev(picture_HW3, mask=canvas.outside_HW)
+    return bool(canvas.outside_HW.any()) and float(spread.max()) < 2.0
 
 
-def _flat(picture_HW3: np.ndarray, canvas: Canvas, measured: dict[str, Any]) -> bool:
-    pixels = _background_pixels(picture_HW3, canvas)
-    return len(pixels) > 0 and float(pixels.std(axis=0).max()) < 2.0
+def is_clipped(picture_HW3: np.ndarray, canvas: Canvas, measured: Json) -> bool:
+    """Whether nearly all of the background is at the ends of the range in every channel."""
+    at_an_end = np.zeros(256, np.uint8)
+    at_an_end[[0, 255]] = 255
+    clipped_HW = canvas.outside_HW
+    for channel_HW in cv2.split(cv2.LUT(picture_HW3, at_an_end)):
+        clipped_HW = cv2.min(clipped_HW, channel_HW)
+    total = cv2.countNonZero(canvas.outside_HW)
+    return total > 0 and cv2.countNonZero(clipped_HW) > 0.9 * total
 
 
-def _clipped(picture_HW3: np.ndarray, canvas: Canvas, measured: dict[str, Any]) -> bool:
-    pixels = _background_pixels(picture_HW3, canvas)
-    return len(pixels) > 0 and float(((pixels == 0) | (pixels == 255)).all(axis=-1).mean()) > 0.9
+def is_unchanged(picture_HW3: np.ndarray, canvas: Canvas, measured: Json) -> bool:
+    """Whether the background is still the photo's."""
+    change = cv2.mean(cv2.absdiff(canvas.rgb_HW3, picture_HW3), mask=canvas.outside_HW)
+    return bool(canvas.outside_HW.any()) and float(np.mean(change[:3])) < 2.0
 
 
-def _unchanged(picture_HW3: np.ndarray, canvas: Canvas, measured: dict[str, Any]) -> bool:
-    before, after = (_background_pixels(image, canvas).astype(np.int16) for image in (canvas.rgb_HW3, picture_HW3))
-    return len(before) > 0 and float(np.abs(before - after).mean()) < 2.0
-
-
-def _cut(picture_HW3: np.ndarray, canvas: Canvas, measured: dict[str, Any]) -> bool:
+def is_cut(picture_HW3: np.ndarray, canvas: Canvas, measured: Json) -> bool:
     return canvas.transform["placement"] != "original" and bool(canvas.transform["touches_frame"])
 
 
-def _see_through(picture_HW3: np.ndarray, canvas: Canvas, measured: dict[str, Any]) -> bool:
+def is_see_through(picture_HW3: np.ndarray, canvas: Canvas, measured: Json) -> bool:
     """Whether most of the product away from its rim is not quite opaque: the new scene shines through it."""
     inside = cv2.erode((canvas.matte_HW >= 128).astype(np.uint8), _SQUARE, iterations=RIM) > 0
     return bool(inside.any()) and float((canvas.matte_HW[inside] == 255).mean()) < 0.5
 
 
 # Reason code -> whether it holds for (picture, canvas, measure(...)). Any of them sends a result to review.
-REASONS: dict[str, Callable[[np.ndarray, Canvas, dict[str, Any]], bool]] = {
+REASONS: dict[str, Callable[[np.ndarray, Canvas, Json], bool]] = {
     "core_changed": lambda picture, canvas, measured: bool(measured["core"]["max_abs_diff"]),
     "no_opaque_core": lambda picture, canvas, measured: measured["core"]["pixels"] == 0,
-    "product_see_through": _see_through,
-    "background_flat": _flat,
-    "background_clipped": _clipped,
-    "background_unchanged": _unchanged,
-    "product_cut_by_photo_frame": _cut,
+    "product_see_through": is_see_through,
+    "background_flat": is_flat,
+    "background_clipped": is_clipped,
+    "background_unchanged": is_unchanged,
+    "product_cut_by_photo_frame": is_cut,
 }
 
 
-def judge(picture_HW3: np.ndarray, canvas: Canvas, measured: dict[str, Any]) -> dict[str, Any]:
+def judge(picture_HW3: np.ndarray, canvas: Canvas, measured: Json) -> Json:
     """``{"status": "accepted" | "needs_review", "reasons": [codes]}``."""
     reasons = [code for code, holds in REASONS.items() if holds(picture_HW3, canvas, measured)]
     reasons = [*canvas.mask_reasons, *reasons]
     return {"status": "needs_review" if reasons else "accepted", "reasons": reasons}
 
 
-def load_certificates(folder: Path) -> dict[str, dict[str, Any]]:
+def load_certificates(folder: Path) -> dict[str, Json]:
     """``<name>-<k>`` to certificate, for every finished picture of a run folder, ordered by name and number.
 
     Raises:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from packshot.generate.json_types import Json
 from packshot.imaging.color import to_lab
 
 MIN_PIXELS = 64
@@ -59,7 +59,7 @@ class ColourFit:
     matrix_33: np.ndarray
     offset_3: np.ndarray
     applied: bool
-    report: dict[str, Any]
+    report: Json
 
     def apply(self, rgb_HW3: np.ndarray) -> np.ndarray:
         """Float32 (H, W, 3) in [0, 1]."""
@@ -76,10 +76,10 @@ def fit_colour(decoded_N3: np.ndarray, truth_N3: np.ndarray) -> ColourFit:
     """
     count = len(decoded_N3)
     if count < MIN_PIXELS:
-        return _identity(f"only {count} product pixels at the working size, {MIN_PIXELS} are needed")
+        return unapplied(f"only {count} product pixels at the working size, {MIN_PIXELS} are needed")
     inliers = np.ones(count, bool)
     for _ in range(2):
-        matrix, offset = _ridge(decoded_N3[inliers], truth_N3[inliers])
+        matrix, offset = ridge_regression(decoded_N3[inliers], truth_N3[inliers])
         residual = np.abs(decoded_N3 @ matrix + offset - truth_N3).mean(axis=1)
         inliers = residual <= np.quantile(residual, 0.9)
     # The median over pixels: what the typical pixel gains, whatever the edges do.
@@ -89,18 +89,18 @@ def fit_colour(decoded_N3: np.ndarray, truth_N3: np.ndarray) -> ColourFit:
     moved = float(np.abs(np.clip(probe @ matrix + offset, 0, 1) - probe).mean())
     measures = {"pixels": count, "error_before": before, "error_after": after, "mean_change": moved}
     if after >= MAX_ERROR_LEFT * before:
-        return _identity("the fit explains too little: the product lost detail, its colours did not drift", measures)
+        return unapplied("the fit explains too little: the product lost detail, its colours did not drift", measures)
     if moved > MAX_DRIFT:
-        return _identity(f"the fit would move colours by {moved:.2f} on average, {MAX_DRIFT} is believed", measures)
+        return unapplied(f"the fit would move colours by {moved:.2f} on average, {MAX_DRIFT} is believed", measures)
     report = {"applied": True, **measures, "matrix": matrix.round(5).tolist(), "offset": offset.round(5).tolist()}
     return ColourFit(matrix, offset, True, report)
 
 
-def _identity(reason: str, measures: dict[str, Any] | None = None) -> ColourFit:
+def unapplied(reason: str, measures: Json | None = None) -> ColourFit:
     return ColourFit(np.eye(3), np.zeros(3), False, {"applied": False, "reason": reason, **(measures or {})})
 
 
-def _ridge(x_N3: np.ndarray, y_N3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ridge_regression(x_N3: np.ndarray, y_N3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x_mean, y_mean = x_N3.mean(axis=0), y_N3.mean(axis=0)
     x, y = x_N3 - x_mean, y_N3 - y_mean
     penalty = _RIDGE * len(x) * np.eye(3)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from packshot.diffusion.sample import NotFiniteError, sample
 from packshot.errors import PackshotError
 from packshot.generate.adapter_schedule import switching
 from packshot.generate.canvas import Working
-from packshot.generate.controls import control_map
+from packshot.generate.conditions import control_map, scene_inputs
 from packshot.generate.load import Models
 from packshot.generate.references import Reference, image_embeds
 from packshot.imaging.pixels import from_network, to_network
@@ -33,12 +32,12 @@ class Conditioning:
     """All that steers the denoiser besides the product: keyword arguments of the pipeline, and what did not fit.
 
     lost_words: the tail of the prompt (and of the negative prompt) beyond the text encoders' 77 tokens, "" if none.
-    light: where light is to come from, as ``View.light`` of ``diffusion.conditions``; (0, 0) leaves it open.
+    inputs: what control maps are drawn from besides the product, see ``scene_inputs``.
     """
 
     arguments: dict[str, Any]
     lost_words: dict[str, str]
-    light: tuple[float, float] = (0.0, 0.0)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -47,11 +46,9 @@ def encode(
     prompt: str,
     settings: GenerateSettings,
     references: Sequence[Reference] = (),
-    light_angle: float | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Conditioning:
     """Encode prompt, negative prompt and references once for all pictures of a request.
-
-    light_angle: degrees in the picture, see ``GenerateSettings``; None leaves the light open.
 
     Without words the prompt is what a dropped one is in training: zeros, of a base whose pipeline has them for that.
     """
@@ -71,24 +68,28 @@ def encode(
         arguments |= {name: torch.zeros_like(arguments[name]) for name in ("prompt_embeds", "pooled_prompt_embeds")}
     if models.has_ip_adapter:
         arguments["ip_adapter_image_embeds"] = [image_embeds(pipe, references, guided)]
-    around = None if light_angle is None else math.radians(light_angle)
-    return Conditioning(arguments, lost, (0.0, 0.0) if around is None else (math.cos(around), math.sin(around)))
+    return Conditioning(arguments, lost, inputs or scene_inputs({}))
 
 
-def _in_channels(vae: Any, working: Working) -> torch.Tensor:
+def product_pixels(working: Working) -> torch.Tensor:
+    """The product as the VAE reads it, (1, 3, H, W) in [-1, 1]; channels first in memory, as the VAE's weights are."""
+    return to_network(working.image_HW3[None]).contiguous()
+
+
+def product_input(vae: Any, working: Working) -> torch.Tensor:
     """What an inpainting UNet reads of the product, (1, 5, h, w)."""
     keep_11HW = torch.from_numpy(working.keep_HW.astype(np.float32))[None, None]
-    masked = encode_pixels(vae, to_network(working.image_HW3[None]) * keep_11HW)
+    masked = encode_pixels(vae, product_pixels(working) * keep_11HW)
     return product_channels(keep_11HW.to(masked.device), masked)
 
 
-def _controls(models: Models, working: Working, light: tuple[float, float]) -> dict[str, Any]:
+def control_arguments(models: Models, working: Working, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The pipeline's arguments for its ControlNets, if it has any."""
     if not models.controls:
         return {}
     starts, ends = zip(*models.controlnet_spans, strict=True)
     return {
-        "image": [control_map(control, working, light) for control in models.controls],
+        "image": [control_map(control, working, inputs) for control in models.controls],
         "controlnet_conditioning_scale": list(models.controlnet_scales),
         "control_guidance_start": list(starts),
         "control_guidance_end": list(ends),
@@ -126,12 +127,12 @@ def denoise(
     """
     pipe: Any = models.pipe
     if isinstance(pipe.unet.conv_in, ProductConv):
-        pipe.unet.conv_in.show(_in_channels(pipe.vae, working).to(pipe.device))
+        pipe.unet.conv_in.show(product_input(pipe.vae, working).to(pipe.device))
     steps = settings.num_inference_steps
     try:
         pixels = sample(
             pipe,
-            encode_pixels(pipe.vae, to_network(working.image_HW3[None])),
+            encode_pixels(pipe.vae, product_pixels(working)),
             torch.from_numpy(working.held_hw[None].astype(np.float32)).to(pipe.device),
             models.product_conditioning,
             seed,
@@ -139,7 +140,7 @@ def denoise(
             wrap=lambda hold: switching(models.switches, steps, notifying(hold, on_step)),
             guidance_scale=settings.guidance_scale,
             **conditioning.arguments,
-            **_controls(models, working, conditioning.light),
+            **control_arguments(models, working, conditioning.inputs),
         )
     except NotFiniteError as error:
         raise PackshotError(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import (
@@ -19,10 +19,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from packshot.base.adapter_metadata import common_metadata
 from packshot.base.controlnets import load_controlnet, read_control
 from packshot.base.inpainting import CONV_FILE, load_conv, reads_product, take_apart
-from packshot.base.load import hint_of_failure, load_parts, model_folder, trained_scheduler
+from packshot.base.load import Parts, hint_of_failure, load_parts, model_folder, trained_scheduler
+from packshot.config.conditions import INPUTS
 from packshot.config.schema import (
     AdaptersConfig,
-    DepthConfig,
+    GenerateSettings,
     IPAdapterLayers,
     ModelConfig,
     ProductConditioning,
@@ -30,6 +31,8 @@ from packshot.config.schema import (
 )
 from packshot.errors import ConfigError
 from packshot.generate.adapter_schedule import ALWAYS, Span, Switch
+from packshot.generate.conditions import refuse_unread
+from packshot.generate.json_types import Json
 from packshot.imaging.control_maps import Control
 from packshot.imaging.onnx import load_session
 from packshot.runs.files import file_sha256, readable
@@ -37,6 +40,9 @@ from packshot.runs.files import file_sha256, readable
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"  # method.kind=loha and lokr, which diffusers has no loader for
 IP_ADAPTER_FILE = "ip_adapter.safetensors"
+# diffusers' pipelines and models: their attributes are set at run time, which a type checker cannot follow
+Pipe: TypeAlias = Any
+Network: TypeAlias = Any
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError)
 
 
@@ -63,7 +69,7 @@ class Models:
     product_conditioning: str
     unit: int
     resolution: int
-    manifest: dict[str, Any]
+    manifest: Json
 
 
 def pick_device() -> tuple[torch.device, torch.dtype]:
@@ -80,79 +86,146 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
         ConfigError: a part is missing, broken or does not fit the base; names the key.
     """
     adapters = adapters or AdaptersConfig()
-    folders = _adapter_folders(adapters)
-    controls = tuple(read_control("adapters.controlnets", folder) for folder in folders["controlnets"])
+    folders = adapter_folders(adapters)
     metadata = common_metadata(folders)
-    scales = tuple(adapters.controlnet_scales or [1.0] * len(controls))
+    entries = adapter_entries(adapters, folders)
     device, dtype = pick_device()
     parts = load_parts(model).to(device, dtype)
     parts.scheduler = trained_scheduler(parts.scheduler, metadata.prediction_type, metadata.zero_terminal_snr)
-    shown = _show_product(parts.unet, folders["lora"], metadata.product_conditioning)
-    components = parts.pipeline_components(references=bool(folders["ip_adapter"]))
-    pipe: Any
-    if controls:
-        sources = map(str, folders["controlnets"])
-        nets = [load_controlnet("adapters.controlnets", source, parts.unet).eval() for source in sources]
-        together = MultiControlNetModel([net.to(device, dtype) for net in nets])
-        pipe = StableDiffusionXLControlNetPipeline(**components, controlnet=together)
-    else:
-        pipe = StableDiffusionXLPipeline(**components)
-    switches = [
-        *(_add_lora(pipe, folder, adapters) for folder in folders["lora"]),
-        *(_add_ip_adapter(pipe, folder, adapters) for folder in folders["ip_adapter"]),
-    ]
-    pipe.set_progress_bar_config(disable=True)
+    shown = set_product_input(parts.unet, folders["lora"], metadata.product_conditioning)
+    pipe = make_pipeline(parts, folders["controlnets"], references=bool(folders["ip_adapter"]))
+    switches = add_adapters(pipe, entries, adapters.ip_adapter_layers)
     if metadata.unconditional == Unconditional.empty.name:  # the encoded '' instead of the zeros that SDXL's base has
         pipe.register_to_config(force_zeros_for_empty_prompt=False)
-    manifest = _manifest(model, adapters, folders, controls, scales, device, dtype)
+    controlnets = [entry for entry in entries if entry.control is not None]
     return Models(
         pipe=pipe,
-        controls=controls,
-        controlnet_scales=scales,
-        controlnet_spans=tuple(adapters.controlnet_spans()),
+        controls=tuple(entry.control for entry in controlnets if entry.control is not None),
+        controlnet_scales=tuple(entry.scale for entry in controlnets),
+        controlnet_spans=tuple(entry.span for entry in controlnets),
         switches=tuple(switch for switch in switches if switch.span != ALWAYS),
         has_ip_adapter=bool(folders["ip_adapter"]),
         product_conditioning=shown,
         unit=pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1),
         resolution=model.resolution,
-        manifest={**manifest, "product_shown": shown, "prediction_type": pipe.scheduler.config.prediction_type},
+        manifest={
+            **describe_models(model, entries),
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "product_shown": shown,
+            "prediction_type": pipe.scheduler.config.prediction_type,
+        },
     )
 
 
-def refuse_light(light_angle: float | None, controls: Iterable[Control]) -> None:
-    """Raises ConfigError when an angle is given and no ControlNet reads it: nothing would come of it."""
-    if light_angle is not None and all(control.needs != "light" for control in controls):
-        raise ConfigError(
-            f"light_angle={light_angle:g} has no effect: no ControlNet reads light.",
-            "Say it in words (scene.lighting), or train one: train_controlnet.py method.condition=light.",
-        )
+@dataclass(frozen=True)
+class AdapterEntry:
+    """One adapter of a request: its weight, the shares of the steps between which it counts, and its control map."""
+
+    kind: str
+    folder: Path
+    scale: float
+    span: Span
+    control: Control | None = None
+    details: Json = field(default_factory=dict)
+
+    def describe(self) -> Json:
+        """The adapter in certificates."""
+        details = self.details if self.control is None else asdict(self.control)
+        stated = {"kind": self.kind, "name": certified_name(self.folder), "scale": self.scale, "steps": list(self.span)}
+        return {**stated, **details, "files": file_hashes(self.folder)}
 
 
-def check_adapters(adapters: AdaptersConfig, depth: DepthConfig, light_angle: float | None = None) -> str | None:
-    """What can be known without loading: folders, their main files, what they say of themselves.
-
-    Returns the depth network that products need; None if no ControlNet reads their depth.
+def adapter_entries(adapters: AdaptersConfig, folders: dict[str, list[Path]]) -> list[AdapterEntry]:
+    """All adapters with their settings: LoRAs, then ControlNets, then the IP-Adapter.
 
     Raises:
-        ConfigError: something is missing or wrong, there is no network for a depth that is needed, or nothing that
-            reads ``light_angle``.
+        ConfigError: a ControlNet does not name its control map.
     """
-    folders = _adapter_folders(adapters)
+    entries = []
+    for folder, scale in zip(folders["lora"], adapters.weights_of_loras(), strict=True):
+        entries.append(AdapterEntry("lora", folder, scale, (adapters.lora_start, adapters.lora_end)))
+    controlnets = folders["controlnets"]
+    scales = adapters.controlnet_scales or [1.0] * len(controlnets)
+    for folder, scale, span in zip(controlnets, scales, adapters.controlnet_spans(), strict=True):
+        control = read_control("adapters.controlnets", folder)
+        entries.append(AdapterEntry("controlnet", folder, scale, span, control))
+    for folder in folders["ip_adapter"]:
+        span = (adapters.ip_adapter_start, adapters.ip_adapter_end)
+        layers = {"layers": adapters.ip_adapter_layers.name}
+        entries.append(AdapterEntry("ip_adapter", folder, adapters.ip_adapter_scale, span, details=layers))
+    return entries
+
+
+def make_pipeline(parts: Parts, controlnets: list[Path], references: bool) -> Pipe:
+    """The stock pipeline of a base, with its ControlNets. references: whether an IP-Adapter is to read some.
+
+    Raises:
+        ConfigError: a ControlNet does not fit the base.
+    """
+    components = parts.pipeline_components(references=references)
+    if not controlnets:
+        pipe: Pipe = StableDiffusionXLPipeline(**components)
+    else:
+        nets = []
+        for folder in controlnets:
+            net = load_controlnet("adapters.controlnets", str(folder), parts.unet)
+            nets.append(net.eval().to(parts.unet.device, parts.unet.dtype))
+        pipe = StableDiffusionXLControlNetPipeline(**components, controlnet=MultiControlNetModel(nets))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def add_adapters(pipe: Pipe, entries: list[AdapterEntry], layers: IPAdapterLayers) -> list[Switch]:
+    """Load LoRAs and IP-Adapter into a pipeline; returns what sets the weight of each.
+
+    Raises:
+        ConfigError: one cannot be loaded, or cannot be switched off at the steps at which it should not count.
+    """
+    weights: dict[str, float] = {}
+    switches = []
+    for entry in entries:
+        if entry.kind == "lora":
+            switches.append(add_lora(pipe, entry, weights))
+        elif entry.kind == "ip_adapter":
+            switches.append(add_ip_adapter(pipe, entry, layers))
+    return switches
+
+
+def check_adapters(
+    adapters: AdaptersConfig, networks: Mapping[str, str], settings: GenerateSettings | None = None
+) -> dict[str, str]:
+    """What can be known without loading: folders, their main files, what their ``packshot.json`` names.
+
+    networks: those that the config names, by the input of control maps that each estimates.
+
+    Returns the networks that products need: those of the inputs that a ControlNet reads.
+
+    Raises:
+        ConfigError: something is missing or wrong, there is no network for an input that is needed, or nothing reads
+            an input that the settings give.
+    """
+    folders = adapter_folders(adapters)
     common_metadata(folders)
-    refuse_light(light_angle, (read_control("adapters.controlnets", folder) for folder in folders["controlnets"]))
-    readers = [f for f in folders["controlnets"] if read_control("adapters.controlnets", f).needs == "depth_HW"]
-    if not readers:
-        return None
-    if not depth.onnx:
-        raise ConfigError(
-            f"adapters.controlnets: {readers[0]} reads the product's depth, which a photo does not have.",
-            "Set depth.onnx to a depth network (MiDaS, Depth Anything).",
-        )
-    load_session("depth.onnx", depth.onnx)
-    return depth.onnx
+    controls = {folder: read_control("adapters.controlnets", folder) for folder in folders["controlnets"]}
+    refuse_unread(settings or GenerateSettings(), controls.values())
+    needed = {}
+    for folder, control in controls.items():
+        for name in control.inputs:
+            network = INPUTS[name].network
+            if network is None:
+                continue
+            if name not in networks:
+                raise ConfigError(
+                    f"adapters.controlnets: {folder} reads the product's {name}, which a photo does not have.",
+                    f"Set {network.key} to a {name} network ({network.kinds}).",
+                )
+            load_session(network.key, networks[name])
+            needed[name] = networks[name]
+    return needed
 
 
-def _show_product(unet: Any, loras: list[Path], shown: str) -> str:
+def set_product_input(unet: Network, loras: list[Path], shown: str) -> str:
     """Give the UNet the input channels in which it reads the product, if it does; returns how the product is shown."""
     channels = ProductConditioning.channels.name
     if shown == channels:
@@ -160,40 +233,47 @@ def _show_product(unet: Any, loras: list[Path], shown: str) -> str:
             try:
                 load_conv(unet, folder)
             except (OSError, ValueError, KeyError) as error:
-                raise _refusal("adapters.lora", folder, error) from error
+                raise unloadable("adapters.lora", folder, error) from error
     elif reads_product(unet):  # an inpainting base, and adapters that know nothing of it
         take_apart(unet)
         return channels
     return shown
 
 
-def _adapter_folders(adapters: AdaptersConfig) -> dict[str, list[Path]]:
+def adapter_folders(adapters: AdaptersConfig) -> dict[str, list[Path]]:
+    """The folders of all adapters by kind. Raises ConfigError where one lacks its main file."""
     wanted = {
-        "lora": ([adapters.lora] if adapters.lora else [], (LORA_FILE, PEFT_FILE)),
+        "lora": (adapters.lora_paths(), (LORA_FILE, PEFT_FILE)),
         "controlnets": (adapters.controlnets, ("config.json",)),
         "ip_adapter": ([adapters.ip_adapter] if adapters.ip_adapter else [], (IP_ADAPTER_FILE,)),
     }
-    folders = {}
+    folders: dict[str, list[Path]] = {}
     for kind, (paths, files) in wanted.items():
-        key = f"adapters.{kind}"
-        folders[kind] = [readable(key, path) for path in paths]
-        for path, folder in zip(paths, folders[kind], strict=True):
+        folders[kind] = []
+        for path in paths:
+            folder = readable(f"adapters.{kind}", path)
             if not any((folder / file).is_file() for file in files):
                 raise ConfigError(
-                    f"{key}={path} has no {' or '.join(files)}.", "Name the export/ folder that the trainer wrote."
+                    f"adapters.{kind}={path} has no {' or '.join(files)}.",
+                    "Name the export/ folder that the trainer wrote.",
                 )
+            folders[kind].append(folder)
     return folders
 
 
-def _refusal(key: str, folder: Path, error: Exception) -> ConfigError:
+def unloadable(key: str, folder: Path, error: Exception) -> ConfigError:
+    """The error for an adapter that the libraries refuse."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     return ConfigError(f"{key}={folder} cannot be loaded into this base: {reason}", hint_of_failure(folder))
 
 
-def _add_lora(pipe: Any, folder: Path, adapters: AdaptersConfig) -> Switch:
-    span, scale = (adapters.lora_start, adapters.lora_end), adapters.lora_scale
-    merged, own_channels = not (folder / LORA_FILE).is_file(), (folder / CONV_FILE).is_file()
-    if span != ALWAYS and merged:
+def add_lora(pipe: Pipe, entry: AdapterEntry, weights: dict[str, float]) -> Switch:
+    """Load one LoRA. weights: those of all LoRAs of the pipeline by name; the new one is added."""
+    folder = entry.folder
+    merged = not (folder / LORA_FILE).is_file()
+    own_channels = (folder / CONV_FILE).is_file()
+    name = f"lora_{len(weights)}"
+    if entry.span != ALWAYS and merged:
         raise ConfigError(
             f"adapters.lora={folder} is of a kind that is merged into the base: it counts at every step.",
             "Leave out adapters.lora_start and adapters.lora_end, or train method.kind=lora, dora or rslora.",
@@ -201,25 +281,27 @@ def _add_lora(pipe: Any, folder: Path, adapters: AdaptersConfig) -> Switch:
 
     def set_weight(weight: float) -> None:
         if not merged:
-            pipe.set_adapters(["lora"], [scale * weight])
+            weights[name] = entry.scale * weight
+            # diffusers switches off every LoRA that is not named, so all of them are
+            pipe.set_adapters(list(weights), list(weights.values()))
         if own_channels:
-            pipe.unet.conv_in.strength = scale * weight
+            pipe.unet.conv_in.strength = entry.scale * weight
 
     try:
         if merged:
-            _merge_peft(pipe.unet, folder, scale)
+            merge_peft(pipe.unet, folder, entry.scale)
         else:
-            pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="lora")
+            pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=name)
         set_weight(1.0)
     except _LOAD_ERRORS as error:
-        raise _refusal("adapters.lora", folder, error) from error
-    return Switch(span, set_weight)
+        raise unloadable("adapters.lora", folder, error) from error
+    return Switch(entry.span, set_weight)
 
 
-def _merge_peft(unet: Any, folder: Path, scale: float) -> None:
+def merge_peft(unet: Network, folder: Path, scale: float) -> None:
     """Add an adapter of peft's to the UNet's own weights, ``scale`` times; the UNet stays a plain one."""
     adapted = PeftModel.from_pretrained(unet, str(folder), torch_device=str(unet.device))
-    modules: list[Any] = list(adapted.modules())
+    modules: list[Network] = list(adapted.modules())
     for module in modules:
         if isinstance(module, BaseTunerLayer):
             module.set_scale("default", scale)
@@ -234,7 +316,9 @@ _LAYERS: dict[IPAdapterLayers, tuple[str, ...]] = {
 }
 
 
-def ip_adapter_scales(unet: Any, layers: IPAdapterLayers, scale: float) -> float | dict[str, dict[str, list[float]]]:
+def ip_adapter_scales(
+    unet: Network, layers: IPAdapterLayers, scale: float
+) -> float | dict[str, dict[str, list[float]]]:
     """The argument of ``pipe.set_ip_adapter_scale`` that lets a reference enter through some layers only; a layer that
     it does not name has scale 0.
 
@@ -244,7 +328,7 @@ def ip_adapter_scales(unet: Any, layers: IPAdapterLayers, scale: float) -> float
     """
     if layers not in _LAYERS:
         return scale
-    last, first = _attentions(unet.down_blocks)[-1], _attentions(unet.up_blocks)[0]
+    last, first = attention_counts(unet.down_blocks)[-1], attention_counts(unet.up_blocks)[0]
     places = {"down": (*last, last[1] - 1), "up": (*first, first[1] // 2)}
     chosen = {name: places[name] for name in _LAYERS[layers]}
     return {
@@ -253,22 +337,23 @@ def ip_adapter_scales(unet: Any, layers: IPAdapterLayers, scale: float) -> float
     }
 
 
-def _attentions(blocks: Any) -> list[tuple[int, int]]:
+def attention_counts(blocks: Iterable[Network]) -> list[tuple[int, int]]:
     """Number of each block that has attentions, and how many it has."""
     return [(number, len(block.attentions)) for number, block in enumerate(blocks) if hasattr(block, "attentions")]
 
 
-def _add_ip_adapter(pipe: Any, folder: Path, adapters: AdaptersConfig) -> Switch:
+def add_ip_adapter(pipe: Pipe, entry: AdapterEntry, layers: IPAdapterLayers) -> Switch:
+    """Load the IP-Adapter. layers: those through which a reference enters."""
+
     def set_weight(weight: float) -> None:
-        scale = adapters.ip_adapter_scale * weight
-        pipe.set_ip_adapter_scale(ip_adapter_scales(pipe.unet, adapters.ip_adapter_layers, scale))
+        pipe.set_ip_adapter_scale(ip_adapter_scales(pipe.unet, layers, entry.scale * weight))
 
     try:
-        pipe.load_ip_adapter(str(folder), subfolder="", weight_name=IP_ADAPTER_FILE, image_encoder_folder=None)
+        pipe.load_ip_adapter(str(entry.folder), subfolder="", weight_name=IP_ADAPTER_FILE, image_encoder_folder=None)
         set_weight(1.0)
     except _LOAD_ERRORS as error:
-        raise _refusal("adapters.ip_adapter", folder, error) from error
-    return Switch((adapters.ip_adapter_start, adapters.ip_adapter_end), set_weight)
+        raise unloadable("adapters.ip_adapter", entry.folder, error) from error
+    return Switch(entry.span, set_weight)
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
@@ -286,7 +371,8 @@ def certified_name(folder: Path) -> str:
     return "/".join(parts[-2:]) if parts[-1] == "export" else parts[-1]
 
 
-def _source(value: str) -> dict[str, Any]:
+def describe_weights(value: str) -> Json:
+    """Name and SHA-256 of a base or VAE."""
     folder = model_folder(ModelConfig(base=value))
     if folder is not None:
         used = {n: h for n, h in file_hashes(folder).items() if n.endswith(".safetensors")}
@@ -297,33 +383,11 @@ def _source(value: str) -> dict[str, Any]:
     return {"name": value, "revision": Path(snapshot_download(value, local_files_only=True)).name}
 
 
-def _manifest(
-    model: ModelConfig,
-    adapters: AdaptersConfig,
-    folders: dict[str, list[Path]],
-    controls: tuple[Control, ...],
-    scales: tuple[float, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
+def describe_models(model: ModelConfig, entries: list[AdapterEntry]) -> Json:
+    """Names and SHA-256 of the base and of every adapter, for certificates."""
     used = {"base": model.base, "vae": model.vae}
-    if folders["ip_adapter"]:
+    if any(entry.kind == "ip_adapter" for entry in entries):
         used["image_encoder"] = model.image_encoder
-    parts = {name: _source(value) for name, value in used.items() if value}
-    described: dict[str, list[dict[str, Any]]] = {
-        "lora": [{}],
-        "controlnets": [asdict(control) for control in controls],
-        "ip_adapter": [{"layers": adapters.ip_adapter_layers.name}],
-    }
-    entries = []
-    for kind, weights, spans in (
-        ("lora", [adapters.lora_scale], [(adapters.lora_start, adapters.lora_end)]),
-        ("controlnets", scales, adapters.controlnet_spans()),
-        ("ip_adapter", [adapters.ip_adapter_scale], [(adapters.ip_adapter_start, adapters.ip_adapter_end)]),
-    ):
-        for number, folder in enumerate(folders[kind]):
-            entry = {"kind": kind.removesuffix("s"), "name": certified_name(folder), "scale": weights[number]}
-            entry |= {"steps": list(spans[number])}
-            entry |= described[kind][number]
-            entries.append({**entry, "files": file_hashes(folder)})
-    return {**parts, "adapters": entries, "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+    parts: Json = {name: describe_weights(value) for name, value in used.items() if value}
+    parts["adapters"] = [entry.describe() for entry in entries]
+    return parts

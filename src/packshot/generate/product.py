@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from packshot.config.conditions import INPUTS
 from packshot.config.schema import MatteConfig
 from packshot.errors import ConfigError, PackshotError
 from packshot.imaging.decode import decode, flatten, normalize
-from packshot.imaging.depth import estimate_depth
 from packshot.imaging.files import IMAGE_SUFFIXES, is_image
 from packshot.imaging.masks import find_mask
 from packshot.imaging.matte import soften_hard_edge, unmix
@@ -49,7 +50,7 @@ class Product:
     mask_reasons: codes of what speaks against the mask, see ``imaging.mask_doubt``.
     sha256, mask_sha256: of the files of the photo and, where one was given, of the mask (see :func:`open_image`).
     decoding: what was done to the file's own pixels before, in words.
-    depth_HW: uint8 nearness, larger is nearer, in any scale; None where nothing asks for it.
+    inputs: what else control maps are drawn from, uint8 (H, W), by name (see ``config.conditions.INPUTS``).
     """
 
     name: str
@@ -62,7 +63,7 @@ class Product:
     sha256: str
     mask_reasons: tuple[str, ...] = ()
     decoding: tuple[str, ...] = ()
-    depth_HW: np.ndarray | None = None
+    inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
     mask_sha256: str | None = None
 
 
@@ -117,12 +118,13 @@ def prepare(
     mask: Source | None = None,
     matte: MatteConfig | None = None,
     name: str = "product",
-    depth: Source | None = None,
-    depth_onnx: str | None = None,
+    inputs: Mapping[str, Source] | None = None,
+    networks: Mapping[str, str] | None = None,
 ) -> Product:
     """Decode, find or check the mask, un-mix the edge.
 
-    depth: a picture of the photo's size, near is bright. depth_onnx: a network that estimates it where it is not given.
+    inputs: pictures of the photo's size that control maps are drawn from, by name (``depth``: near is bright).
+    networks: those that estimate an input where it is not given, by the input's name.
 
     Raises:
         ConfigError: a file is missing or no image; the mask has another size, is empty or leaves no background.
@@ -134,17 +136,19 @@ def prepare(
         raise ConfigError(
             f"product: {name} is {photo.width}x{photo.height} px.", f"Each side needs at least {MIN_SIDE} px."
         )
-    given = None if mask is None else _open_alike("mask", mask, photo, name)
-    near = None if depth is None else _open_alike("depth", depth, photo, name).image
+    given = None if mask is None else open_alike("mask", mask, photo, name)
+    pictures = {key: open_alike(key, source, photo, name).image for key, source in (inputs or {}).items()}
     found = find_mask(photo, matte or MatteConfig(), given and given.image, name)
     alpha = to_bytes(found.alpha_HW)
-    _check_alpha(alpha, name, "file" if given is not None else found.method)
+    check_alpha(alpha, name, "file" if given is not None else found.method)
     # Under a cut-out's own alpha lies what it was cut out of, which tells how its edge was mixed. Under a mask from
     # elsewhere transparent pixels may count as product, and those have no colour but the white they are shown over.
     rgb = np.ascontiguousarray(photo.convert("RGB") if found.method == "alpha" else flatten(photo))
     soft = soften_hard_edge(alpha)
-    if near is None and depth_onnx:
-        near = estimate_depth(Image.fromarray(rgb), depth_onnx)
+    for key, path in (networks or {}).items():
+        network = INPUTS[key].network
+        if key not in pictures and network is not None:
+            pictures[key] = resolve_name(network.estimate)(Image.fromarray(rgb), path)
     return Product(
         name=name,
         rgb_HW3=rgb,
@@ -157,11 +161,11 @@ def prepare(
         sha256=opened.sha256,
         mask_sha256=given.sha256 if given else None,
         decoding=opened.decoding,
-        depth_HW=None if near is None else np.asarray(near.convert("L")),
+        inputs={key: np.asarray(picture.convert("L")) for key, picture in pictures.items()},
     )
 
 
-def _open_alike(key: str, source: Source, photo: Image.Image, name: str) -> Photo:
+def open_alike(key: str, source: Source, photo: Image.Image, name: str) -> Photo:
     """A picture that belongs to the photo, pixel by pixel."""
     opened = open_image(key, source)
     picture = opened.image
@@ -173,7 +177,7 @@ def _open_alike(key: str, source: Source, photo: Image.Image, name: str) -> Phot
     return opened
 
 
-def _check_alpha(alpha_HW: np.ndarray, name: str, method: str) -> None:
+def check_alpha(alpha_HW: np.ndarray, name: str, method: str) -> None:
     share = float((alpha_HW >= 128).mean())
     if method == "alpha" and alpha_HW.any():  # glass may be clear everywhere
         share = max(share, 1e-6)

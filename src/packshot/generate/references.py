@@ -43,7 +43,7 @@ def image_embeds(pipe: Any, references: Sequence[Reference], guided: bool) -> to
     all n images, so one that is there twice has twice the odds against the others. Weights 2 and 1 make two thirds and
     one third where attention likes both equally; elsewhere it may prefer the second one still.
     """
-    pictures = [_flat(reference.image) for reference in references] or [Image.new("RGB", (64, 64), GREY)]
+    pictures = [over_grey(reference.image) for reference in references] or [Image.new("RGB", (64, 64), GREY)]
     projection = pipe.unet.encoder_hid_proj.image_projection_layers[0]
     # diffusers' own rule: a pooled projection takes the pooled embedding, every other one the hidden states.
     hidden = type(projection).__name__ != "ImageProjection"
@@ -54,7 +54,7 @@ def image_embeds(pipe: Any, references: Sequence[Reference], guided: bool) -> to
     return torch.stack(halves).repeat_interleave(counts, dim=1)
 
 
-def _flat(image: Image.Image) -> Image.Image:
+def over_grey(image: Image.Image) -> Image.Image:
     """Over grey: what is transparent has no look."""
     if image.mode != "RGBA":
         return image

@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from PIL import Image
 
+from packshot.config import conditions
 from packshot.generate.certificate import LAYERS, load_certificates
+from packshot.generate.json_types import Json
 from packshot.imaging.data_url import data_url
 from packshot.runs.files import replacing_file
 
@@ -59,7 +60,7 @@ def picture(file: Path, base: Path, alt: str) -> str:
     return f'<a href="{html.escape(quote(file.relative_to(base).as_posix()))}">{tag}</a>'
 
 
-def definition_list(entries: dict[str, Any]) -> str:
+def definition_list(entries: Json) -> str:
     """``<dl>`` of escaped texts; empty values are left out."""
     rows = (f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in entries.items() if value)
     return f"<dl>{''.join(rows)}</dl>"
@@ -70,10 +71,10 @@ def write_report(folder: Path, baseline: Path | None = None) -> None:
 
     baseline: an earlier run; where it has a picture of the same name, the two are shown side by side.
     """
-    write_page(folder / "report.html", "Packshot report", _body(folder, baseline))
+    write_page(folder / "report.html", "Packshot report", report_body(folder, baseline))
 
 
-def _body(folder: Path, baseline: Path | None) -> Iterator[str]:
+def report_body(folder: Path, baseline: Path | None) -> Iterator[str]:
     certificates = load_certificates(folder)
     by_product: dict[str, list[str]] = {}
     for stem in certificates:
@@ -86,10 +87,10 @@ def _body(folder: Path, baseline: Path | None) -> Iterator[str]:
         "Edge: CIEDE2000 to the photo on the product's rim.</p>"
     )
     for name, stems in by_product.items():
-        yield _product_section(folder, name, [(stem, certificates[stem]) for stem in stems], baseline)
+        yield product_section(folder, name, [(stem, certificates[stem]) for stem in stems], baseline)
 
 
-def _product_section(folder: Path, name: str, results: list[tuple[str, dict[str, Any]]], baseline: Path | None) -> str:
+def product_section(folder: Path, name: str, results: list[tuple[str, Json]], baseline: Path | None) -> str:
     stem, first = results[0]
     request, mask = first["request"], first["mask"]
     scene = {slot: ", ".join(v) if isinstance(v, list) else v for slot, v in request["scene"].items()}
@@ -99,7 +100,7 @@ def _product_section(folder: Path, name: str, results: list[tuple[str, dict[str,
         if words
     )
     sources = [
-        (next((folder / LAYERS).glob(f"{_glob_escape(name)}-input.*"), None), "Photo"),
+        (next((folder / LAYERS).glob(f"{glob_escape(name)}-input.*"), None), "Photo"),
         (folder / LAYERS / f"{stem}-product.png", "Cut-out, un-mixed from the old background"),
         (folder / LAYERS / f"{stem}-mask.png", f"Mask ({mask['method']}, confidence {mask['confidence']:.2f})"),
     ]
@@ -109,21 +110,22 @@ def _product_section(folder: Path, name: str, results: list[tuple[str, dict[str,
         if file is not None and file.exists()
     ]
     settings = {"prompt": request["prompt"], "negative prompt": request["negative_prompt"], **scene}
-    if request.get("light_angle") is not None:
-        settings["light from"] = f"{request['light_angle']:g} degrees"
+    for asked in conditions.settings().values():
+        if request.get(asked.key) is not None:
+            settings[asked.label] = f"{request[asked.key]:g} {asked.unit}"
     settings["adapters"] = ", ".join(f"{a['kind']} {a['name']} × {a['scale']:g}" for a in first["model"]["adapters"])
-    cards = "".join(_card(folder, stem, certificate, baseline) for stem, certificate in results)
+    cards = "".join(result_card(folder, stem, certificate, baseline) for stem, certificate in results)
     return (
         f'<h2>{html.escape(name)}</h2><div class="grid sources">{"".join(figures)}</div>'
         f'{definition_list(settings)}{lost}<h2>Results</h2><div class="grid">{cards}</div>'
     )
 
 
-def _glob_escape(text: str) -> str:
+def glob_escape(text: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in text)
 
 
-def _card(folder: Path, stem: str, certificate: dict[str, Any], baseline: Path | None) -> str:
+def result_card(folder: Path, stem: str, certificate: Json, baseline: Path | None) -> str:
     core, edge, review = certificate["core"], certificate["edge"], certificate["status"] != "accepted"
     image = picture(folder / f"{stem}.png", folder, stem)
     before = baseline / f"{stem}.png" if baseline else None

@@ -6,16 +6,20 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from packshot.config.schema import Generate, Placement
+import numpy as np
+from PIL import Image
+
+from packshot.config.conditions import networks
+from packshot.config.schema import Generate
 from packshot.errors import ConfigError, PackshotError
 from packshot.generate import Packshot, Result
-from packshot.generate.canvas import Canvas
-from packshot.generate.certificate import LAYERS, digest, judge, load_certificates, measure, read_png
+from packshot.generate.certificate import LAYERS, digest, encode_png, load_certificates
+from packshot.generate.json_types import Json
 from packshot.generate.load import check_adapters, load_models
 from packshot.generate.product import prepare, product_files, unique_names
 from packshot.generate.references import open_references
@@ -28,6 +32,7 @@ from packshot.runs.progress import progress
 from packshot.runs.tracking import open_tracker
 from packshot.scene import Scene
 
+WRITERS = 4  # threads; OpenCV encodes outside the interpreter lock
 RESUME = "run.resume=true makes what is missing."
 
 
@@ -45,19 +50,18 @@ def generate(config: Generate) -> None:
     request = requested(config)
     files = product_files("product", config.product)
     masks = mask_files(config.mask, files)
-    baseline = _folder("baseline", config.baseline)
+    baseline = open_folder("baseline", config.baseline)
     open_references(config.reference_files(), config.reference_weights)
-    network = check_adapters(config.adapters, config.depth, config.light_angle)
-    ready = partial(prepare, matte=config.matte, depth_onnx=network)
+    named_networks = networks(config)
+    needed = check_adapters(config.adapters, named_networks, config)
+    ready = partial(prepare, matte=config.matte, networks=needed)
     first = ready(files[0], masks[files[0]], name=files[0].stem) if len(files) == 1 else None
-    tool = Packshot(load_models(config.model, config.adapters), config.matte, depth=config.depth)
+    tool = Packshot(load_models(config.model, config.adapters), config.matte, networks=named_networks)
     named = list(unique_names(files))
     run = open_run("generate", config, resumable=False)
     check_made(run.path, config, tool, dict(named))
     run.write_config(config)
     tracker = open_tracker(run, config, "generate")
-    if config.size and config.placement is Placement.original:
-        log.warning("size=%s has no effect: placement=original keeps the photo's frame", config.size)
     failures = []
     with progress("pictures", total=len(files) * config.num_images) as advance:
         for name, file in named:
@@ -73,7 +77,7 @@ def generate(config: Generate) -> None:
     tracker.images("pictures", pictures, [picture.stem for picture in pictures], step=0)
     tracker.finish()
     log.info("%d pictures; report: %s", len(pictures), run.path / "report.html")
-    _raise(failures, len(files))
+    raise_failures(failures, len(files))
 
 
 def check_made(folder: Path, config: Generate, tool: Packshot, files: dict[str, Path]) -> None:
@@ -90,10 +94,10 @@ def check_made(folder: Path, config: Generate, tool: Packshot, files: dict[str, 
         seeded = {**request, "seed": config.run.seed + int(number)}
         now = {"request": seeded, "input": {"name": name, "sha256": file_sha256(files[name])}}
         now["model"] = {part: value for part, value in tool.models.manifest.items() if part not in ("device", "dtype")}
-        _refuse(f"{folder / stem}.png", made, json.loads(json.dumps(now)))
+        refuse_difference(f"{folder / stem}.png", made, json.loads(json.dumps(now)))
 
 
-def _refuse(picture: str, made: dict[str, Any], now: dict[str, Any]) -> None:
+def refuse_difference(picture: str, made: Json, now: Json) -> None:
     """Raises ConfigError where parts of a certificate are not what they would be now; other parts do not matter."""
     odd = [f"{part}.{key}" for part in now for key, value in now[part].items() if made[part].get(key) != value]
     if odd:
@@ -103,7 +107,7 @@ def _refuse(picture: str, made: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def _raise(failures: list[tuple[Path, PackshotError]], total: int) -> None:
+def raise_failures(failures: list[tuple[Path, PackshotError]], total: int) -> None:
     if len(failures) == 1 == total:
         raise failures[0][1]
     if failures:
@@ -116,7 +120,7 @@ def requested(config: Generate) -> Scene | str:
     return config.prompt if config.prompt else Scene.from_dict(asdict(config.scene))
 
 
-def _folder(key: str, path: str | None) -> Path | None:
+def open_folder(key: str, path: str | None) -> Path | None:
     found = readable(key, path) if path else None
     if found and not found.is_dir():
         raise ConfigError(f"{key}={path} is no folder.", "Name a folder that generate.py wrote.")
@@ -154,41 +158,86 @@ def copy_input(run: Run, file: Path, name: str) -> None:
 def make_pictures(
     config: Generate, run: Run, tool: Packshot, request: Scene | str, advance: Callable[..., None]
 ) -> None:
-    """All pictures of one product that the run folder does not have yet."""
+    """All pictures of one product that the run folder does not have yet.
+
+    The files of a picture are written while the next one is drawn.
+    """
     assert tool.product is not None
-    name, canvas = tool.product.name, tool.canvas(config)
-    moved = json.loads(json.dumps(canvas.transform))
+    name = tool.product.name
+    missing = missing_pictures(config, run, tool)
+    advance(config.num_images - len(missing))
+    with ThreadPoolExecutor(WRITERS) as writers:
+        previous = None
+        for k in missing:
+            started = time.monotonic()
+            [result] = tool.stream(
+                request,
+                1,
+                config.run.seed + k,
+                config.reference_files(),
+                config,
+                config.reference_weights,
+                with_layers=config.layers,
+            )
+            if previous is not None:
+                previous.result()
+            previous = writers.submit(write, run.path, f"{name}-{k}", result, writers)
+            seconds = time.monotonic() - started
+            status = result.certificate["status"]
+            run.metrics({"step": k, "picture": f"{name}-{k}", "seconds": seconds, "status": status})
+            advance(seconds_each=seconds)
+        if previous is not None:
+            previous.result()
+
+
+def missing_pictures(config: Generate, run: Run, tool: Packshot) -> list[int]:
+    """The numbers of the pictures of one product that the run folder does not have.
+
+    Raises:
+        ConfigError: a picture that is there shows the product under another mask or at another place.
+    """
+    assert tool.product is not None
+    transform = json.loads(json.dumps(tool.canvas(config).transform))
+    mask = {"sha256": digest(tool.product.alpha_HW)}
+    missing = []
     for k in range(config.num_images):
-        stem = f"{name}-{k}"
+        stem = f"{tool.product.name}-{k}"
         certificate = run.path / f"{stem}.json"
-        if certificate.exists():
-            mask = {"sha256": digest(tool.product.alpha_HW)}
-            _refuse(f"{run.path / stem}.png", json.loads(certificate.read_text()), {"mask": mask, "transform": moved})
-            advance()
+        if not certificate.exists():
+            missing.append(k)
             continue
-        started = time.monotonic()
-        references, weights = config.reference_files(), config.reference_weights
-        [result] = tool.generate(request, 1, config.run.seed + k, references, config, weights)
-        certificate = write(run.path, stem, result, canvas)
-        seconds = time.monotonic() - started
-        run.metrics({"step": k, "picture": stem, "seconds": seconds, "status": certificate["status"]})
-        advance(seconds_each=seconds)
+        made = json.loads(certificate.read_text())
+        refuse_difference(f"{run.path / stem}.png", made, {"mask": mask, "transform": transform})
+    return missing
 
 
-def write(folder: Path, stem: str, result: Result, canvas: Canvas) -> dict[str, Any]:
-    """Picture, layers and, last, the certificate, measured anew on the file as it lies on disk."""
+def write(folder: Path, stem: str, result: Result, writers: Executor) -> Json:
+    """Layers, picture and, last, the certificate.
+
+    The certificate was measured on the encoded picture. The file is read again, and its hash shows that it has those
+    very bytes: what was measured then holds for it.
+
+    Raises:
+        PackshotError: the file on the disk is not the picture that was measured.
+    """
     path = folder / f"{stem}.png"
     with writing(str(path), RESUME):
-        for layer, image in result.layers.items():
-            with replacing_file(folder / LAYERS / f"{stem}-{layer}.png") as temporary:
-                image.save(temporary, "PNG")
+        files = {folder / LAYERS / f"{stem}-{layer}.png": image for layer, image in result.layers.items()}
+        for _ in writers.map(write_layer, files, files.values()):
+            pass  # the loop raises what a writer raised
         with replacing_file(path) as temporary:
             temporary.write_bytes(result.png)
-        png = path.read_bytes()
-        measured = measure(png, canvas)
-        certificate = {**result.certificate, **measured, **judge(read_png(png), canvas, measured)}
+        if file_sha256(path) != result.certificate["output_sha256"]:
+            raise PackshotError(f"{path} was not written as it was drawn.", "Check the disk, and make it again.")
         with replacing_file(folder / f"{stem}.json") as temporary:
-            temporary.write_text(json.dumps(certificate, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if certificate["reasons"]:
-        log.warning("%s needs review: %s", path, ", ".join(certificate["reasons"]))
-    return certificate
+            text = json.dumps(result.certificate, indent=2, ensure_ascii=False) + "\n"
+            temporary.write_text(text, encoding="utf-8")
+    if result.certificate["reasons"]:
+        log.warning("%s needs review: %s", path, ", ".join(result.certificate["reasons"]))
+    return result.certificate
+
+
+def write_layer(file: Path, image: Image.Image) -> None:
+    """One part of a picture as a PNG file."""
+    with replacing_file(file) as temporary:
+        temporary.write_bytes(encode_png(np.asarray(image)))

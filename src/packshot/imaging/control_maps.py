@@ -6,11 +6,15 @@ keep mask, and of where light is to come from.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pkgutil import resolve_name
+from typing import Any
 
 import cv2
 import numpy as np
+
+from packshot.config.conditions import CONDITIONS
 
 DEPTH_FLOOR = 0.25  # the product's farthest point; 0 is where nothing is known
 LIGHT_FLOOR = 0.25  # the side that light does not come from; 0 is the product
@@ -20,15 +24,22 @@ LIGHT_FLOOR = 0.25  # the side that light does not come from; 0 is the product
 class View:
     """A product in its frame, all of one size.
 
-    image_HWC: RGB in [0, 1]. mask_HW: the product's alpha in [0, 1]. depth_HW: nearness in [0, 1], larger is nearer, in
-    any scale; None where it is not known. light: where the scene's light comes from, (right, up) in the picture, up
-    being behind the product; of length 1 where it has one side, 0 where it has none, None where nothing is known.
+    image_HWC: RGB in [0, 1]. mask_HW: the product's alpha in [0, 1]. inputs: what else is known, by the names of
+    ``config.conditions.INPUTS``:
+
+    - depth: (H, W) nearness in [0, 1], larger is nearer, in any scale.
+    - light: where the scene's light comes from, (right, up) in the picture, up being behind the product; of length 1
+      where it has one side, 0 where it has none.
     """
 
     image_HWC: np.ndarray
     mask_HW: np.ndarray
-    depth_HW: np.ndarray | None = None
-    light: tuple[float, float] | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def column_alone(column_HW: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
+    """An input that is a dataset's picture as it is."""
+    return column_HW
 
 
 def keep_mask(mask_HW: np.ndarray, grow: float = 0.0, feather: float = 0.0) -> np.ndarray:
@@ -52,88 +63,69 @@ def inpaint(view: View) -> np.ndarray:
     return np.where(known > 0, view.image_HWC * known - (1 - known), -1.0).astype(np.float32)
 
 
-def _edges(picture_HWC: np.ndarray) -> np.ndarray:
+def edges(picture_HWC: np.ndarray) -> np.ndarray:
     return cv2.Canny((picture_HWC * 255).astype(np.uint8), 100, 200)
 
 
-def _shown(view: View) -> np.ndarray:
+def on_grey(view: View) -> np.ndarray:
     """The product on grey, and its mask as bool."""
     return np.where((view.mask_HW >= 0.5)[..., None], view.image_HWC, 0.5)
 
 
-def _grey_map(values_HW: np.ndarray) -> np.ndarray:
+def grey_map(values_HW: np.ndarray) -> np.ndarray:
     return np.repeat(values_HW.astype(np.float32)[..., None], 3, axis=2)
 
 
 def silhouette(view: View) -> np.ndarray:
     """The outline of the product alone: Canny (1986) of its mask, 0 or 1."""
-    return _grey_map(_edges(np.where(view.mask_HW >= 0.5, 1.0, 0.0)) / 255)
+    return grey_map(edges(np.where(view.mask_HW >= 0.5, 1.0, 0.0)) / 255)
 
 
 def canny(view: View) -> np.ndarray:
     """Edges on the product (Canny 1986) and its outline, 0 or 1."""
-    return np.maximum(_grey_map(_edges(_shown(view)) / 255), silhouette(view))
+    return np.maximum(grey_map(edges(on_grey(view)) / 255), silhouette(view))
 
 
 def softedge(view: View) -> np.ndarray:
     """How steeply the product's colours change, its outline included: Scharr's gradient, blurred by 1 px; [0, 1]."""
-    shown, solid = _shown(view).astype(np.float32), (view.mask_HW >= 0.5).astype(np.float32)
+    shown, solid = on_grey(view).astype(np.float32), (view.mask_HW >= 0.5).astype(np.float32)
     steepness = np.zeros(solid.shape, np.float32)
     for layer_HW in (*np.moveaxis(shown, -1, 0), solid):
         smooth = cv2.GaussianBlur(np.ascontiguousarray(layer_HW), (0, 0), 1.0)
         steepness = np.maximum(steepness, np.hypot(cv2.Scharr(smooth, -1, 1, 0), cv2.Scharr(smooth, -1, 0, 1)))
-    return _grey_map(np.clip(steepness / 10, 0, 1))  # an ideal step from 0 to 1 gives 10.3 after that blur
+    return grey_map(np.clip(steepness / 10, 0, 1))  # an ideal step from 0 to 1 gives 10.3 after that blur
 
 
 def depth(view: View) -> np.ndarray:
     """The product's relief: 1 at its nearest point, ``DEPTH_FLOOR`` at its farthest, 0 outside.
 
     The nearest and farthest two hundredths are cut off: at the outline a depth map mixes product and background.
-
-    Raises:
-        ValueError: the view has no depth.
     """
-    if view.depth_HW is None:
-        raise ValueError("the depth condition needs a depth map")
+    depth_HW = view.inputs["depth"]
     solid = view.mask_HW >= 0.5
     if not solid.any():
-        return _grey_map(np.zeros(solid.shape))
-    far, near = np.percentile(view.depth_HW[solid], (2, 98))
-    relief = np.clip((view.depth_HW - far) / max(float(near - far), 1e-6), 0, 1)
-    return _grey_map(np.where(solid, DEPTH_FLOOR + (1 - DEPTH_FLOOR) * relief, 0.0))
+        return grey_map(np.zeros(solid.shape))
+    far, near = np.percentile(depth_HW[solid], (2, 98))
+    relief = np.clip((depth_HW - far) / max(float(near - far), 1e-6), 0, 1)
+    return grey_map(np.where(solid, DEPTH_FLOOR + (1 - DEPTH_FLOOR) * relief, 0.0))
 
 
 def light(view: View) -> np.ndarray:
     """Which way the light falls: a ramp from 1 on the side it comes from to ``LIGHT_FLOOR`` on the other, the flatter
     the less it has a side; 0 where the product is.
-
-    Raises:
-        ValueError: nothing is known of the light.
     """
-    if view.light is None:
-        raise ValueError("the light condition needs the light's direction")
-    (right, up), (height, width) = view.light, view.mask_HW.shape
+    right, up = view.inputs["light"]
+    height, width = view.mask_HW.shape
     ramp_HW = right * np.linspace(-1, 1, width)[None] + up * np.linspace(1, -1, height)[:, None]
     # along its steepest line the ramp spans the frame, whatever the direction
     ramp_HW *= np.hypot(right, up) / max(abs(right) + abs(up), 1e-6)
     lit_HW = LIGHT_FLOOR + (1 - LIGHT_FLOOR) * (np.clip(ramp_HW, -1, 1) + 1) / 2
-    return _grey_map(np.where(view.mask_HW >= 0.5, 0.0, lit_HW))
-
-
-CONDITIONS: dict[str, Callable[[View], np.ndarray]] = {
-    "inpaint": inpaint,
-    "canny": canny,
-    "silhouette": silhouette,
-    "softedge": softedge,
-    "depth": depth,
-    "light": light,
-}
-NEEDS = {"depth": "depth_HW", "light": "light"}  # what a view must have for a condition, besides image and mask
+    return grey_map(np.where(view.mask_HW >= 0.5, 0.0, lit_HW))
 
 
 @dataclass(frozen=True)
 class Control:
-    """What a ControlNet is shown, in training as at inference; its export's ``packshot.json`` says it.
+    """What a ControlNet is shown, in training as at inference; ``packshot.json`` in its export names it.
 
     mask_grow, mask_feather: see :func:`keep_mask`; px of the model's resolution.
     """
@@ -143,11 +135,19 @@ class Control:
     mask_feather: float = 0.0
 
     @property
-    def needs(self) -> str | None:
-        """What a view must have besides image and mask: a field of :class:`View`."""
-        return NEEDS.get(self.condition)
+    def inputs(self) -> tuple[str, ...]:
+        """What a view must have besides image and mask: names of ``config.conditions.INPUTS``."""
+        return CONDITIONS[self.condition].inputs
 
     def draw(self, view: View, shift: float = 0.0) -> np.ndarray:
-        """The control map. shift: px by which the outline is moved besides ``mask_grow``."""
+        """The control map. shift: px by which the outline is moved besides ``mask_grow``.
+
+        Raises:
+            ValueError: the view lacks an input of the condition.
+        """
+        missing = [name for name in self.inputs if view.inputs.get(name) is None]
+        if missing:
+            raise ValueError(f"the {self.condition} condition needs {', '.join(missing)}")
         keep_HW = keep_mask(view.mask_HW, self.mask_grow + shift, self.mask_feather)
-        return CONDITIONS[self.condition](replace(view, mask_HW=keep_HW))
+        draw = resolve_name(CONDITIONS[self.condition].draw)
+        return draw(replace(view, mask_HW=keep_HW))

@@ -15,7 +15,7 @@ _MEAN = np.array((0.485, 0.456, 0.406), np.float32)  # ImageNet's, of pixels in 
 _SCALE = np.array((0.229, 0.224, 0.225), np.float32)
 
 
-def _input_size(shape: list[int | str], image: Image.Image) -> tuple[int, int]:
+def input_size(shape: list[int | str], image: Image.Image) -> tuple[int, int]:
     """(width, height) that the network is given: its own, or the picture's shape with a shorter side of FREE_SIDE."""
     height, width = shape[2:]
     if isinstance(height, int) and isinstance(width, int):
@@ -36,7 +36,7 @@ def estimate_depth(image: Image.Image, onnx: str) -> Image.Image:
     """
     session = load_session("depth.onnx", onnx)
     node = session.get_inputs()[0]
-    size = _input_size(node.shape, image)
+    size = input_size(node.shape, image)
     pixels_HWC = to_unit(np.asarray(image.resize(size, Image.Resampling.BICUBIC)))
     input_BCHW = np.ascontiguousarray(((pixels_HWC - _MEAN) / _SCALE).transpose(2, 0, 1)[None])
     output = np.squeeze(np.asarray(session.run([session.get_outputs()[0].name], {node.name: input_BCHW})[0]))

@@ -26,10 +26,10 @@ def pair_masks(key: str, images: Iterable[str], masks: Iterable[str]) -> dict[st
     """
     names, by_stem = set(images), defaultdict(list)
     for mask in masks:
-        by_stem[_stem(mask)].append(mask)
+        by_stem[stem_of(mask)].append(mask)
     pairs = {}
     for image in sorted(names):
-        found = by_stem.get(_stem(image), [])
+        found = by_stem.get(stem_of(image), [])
         if image in found and names.issuperset(found):  # a.jpg and a.png are two pictures, each with its own mask
             pairs[image] = image
         elif len(found) > 1:
@@ -39,5 +39,5 @@ def pair_masks(key: str, images: Iterable[str], masks: Iterable[str]) -> dict[st
     return pairs
 
 
-def _stem(path: str) -> str:
+def stem_of(path: str) -> str:
     return str(PurePosixPath(path).with_suffix(""))

@@ -54,7 +54,7 @@ def unmix(rgb_HW3: np.ndarray, alpha_HW: np.ndarray) -> np.ndarray:
     # numba starts a thread per core and leaves OpenMP set so: torch would go on with another number of threads, which
     # is slow where processes share the cores and changes the last bits of what is computed
     torch.set_num_threads(threads)
-    foreground[window] = to_bytes(estimate)
+    foreground[window] = to_bytes(np.asarray(estimate))
     return np.where((alpha_HW == 255)[..., None], rgb_HW3, foreground)
 
 

@@ -33,7 +33,7 @@ def segment_near(image_HW3: np.ndarray, keep_HW: np.ndarray, iterations: int = 4
     return grabcut(image_HW3, labels, iterations)
 
 
-def _touching(object_HW: np.ndarray, keep_HW: np.ndarray) -> np.ndarray:
+def touching(object_HW: np.ndarray, keep_HW: np.ndarray) -> np.ndarray:
     _, components = cv2.connectedComponents(object_HW.astype(np.uint8), connectivity=8)
     return object_HW & np.isin(components, np.unique(components[object_HW & keep_HW]))
 
@@ -45,7 +45,7 @@ def extension_of(object_HW: np.ndarray, keep_HW: np.ndarray) -> dict[str, float]
     s of 2 px per 1024. ``iou`` = |m_o ∩ k| / |m_o ∪ k|. ``expansion`` is the published formula, area(m_o ∪ k) -
     area(k), as a share of the picture. Only parts of m_o that touch k count, no other things.
     """
-    found = _touching(object_HW, keep_HW)
+    found = touching(object_HW, keep_HW)
     tolerance = max(1, round(2 * max(keep_HW.shape) / 1024))
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * tolerance + 1,) * 2)
     keep = keep_HW.astype(np.uint8)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from packshot.base.adapter_metadata import NO_METADATA, write_metadata
 from packshot.base.controlnets import load_controlnet, read_control
 from packshot.base.load import Parts
+from packshot.config.conditions import INPUTS
 from packshot.config.schema import ControlNetMethod
 from packshot.engine.keyed_random import SampleKey
 from packshot.errors import PackshotError
 from packshot.imaging.control_maps import Control, View
-from packshot.imaging.light_direction import light_direction
+from packshot.imaging.pixels import to_unit
 from packshot.methods.base import FramedSample, Method, Tensors, trainable_fp32, unet_conditioning
 from packshot.runs.files import readable
 
@@ -60,7 +61,7 @@ class ControlNet(Method):
     @classmethod
     def pictures_of(cls, config: ControlNetMethod) -> tuple[str, ...]:
         """Image and mask, and what further inputs of the control maps are read from."""
-        return ("image", "mask", *(SOURCES[name].column for name in needs(controls_of(config))))
+        return ("image", "mask", *(INPUTS[name].column for name in inputs_of(controls_of(config))))
 
     def nets(self) -> list[ControlNetModel]:
         """All ControlNets, in the order of ``controls``."""
@@ -68,7 +69,7 @@ class ControlNet(Method):
 
     def control_maps(self, sample: FramedSample, shift: float = 0.0) -> list[Tensor]:
         """One map (3, H, W) for each ControlNet. shift: px by which the product's outline is moved."""
-        view = view_of(sample, needs(self.controls))
+        view = view_of(sample, inputs_of(self.controls))
         maps = []
         for control in self.controls:
             map_HWC = control.draw(view, shift)
@@ -144,62 +145,30 @@ def controls_of(config: ControlNetMethod) -> list[Control]:
     return [own, *(read_control("method.extra_controlnets", folder) for folder in extra_folders(config))]
 
 
-def needs(controls: Sequence[Control]) -> list[str]:
-    """Fields of a View, besides image and mask, that some of the maps are drawn from."""
-    return sorted({control.needs for control in controls if control.needs})
+def inputs_of(controls: Sequence[Control]) -> list[str]:
+    """What some of the maps are drawn from besides image and mask: names of ``config.conditions.INPUTS``."""
+    return sorted({name for control in controls for name in control.inputs})
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where training finds a field of a View.
-
-    column: the dataset's picture. read: that picture and the mask, (H, W) in [0, 1] each, to the field's value.
-    hint: which datasets have it.
-    """
-
-    column: str
-    read: Callable[[np.ndarray, np.ndarray], np.ndarray | tuple[float, float]]
-    hint: str
-
-
-SOURCES = {
-    "depth_HW": Source(
-        "depth",
-        lambda depth_HW, _: depth_HW,
-        "Rendered sets have it; for photographs build_data.py dataset=product depth.onnx=<network> adds it.",
-    ),
-    "light": Source(
-        "shadow",
-        light_direction,
-        "Rendered sets have it (build_data.py dataset=rendered); it cannot be measured on a photograph.",
-    ),
-}
-
-
-def view_of(sample: FramedSample, fields: Sequence[str]) -> View:
-    """A framed sample as control maps see it. fields: those of a View besides image and mask.
+def view_of(sample: FramedSample, inputs: Sequence[str]) -> View:
+    """A framed sample as control maps see it. inputs: names of ``config.conditions.INPUTS``.
 
     Raises:
-        PackshotError: it has no mask, or no picture that another field is read from.
+        PackshotError: it has no mask, or no picture that an input is read from.
     """
     if sample["mask"] is None:
         raise PackshotError(
             f"sample {sample['id']} has no mask, a ControlNet cannot be trained on it.",
             "Use a product dataset (build_data.py dataset=product).",
         )
-    mask_HW = unit_range(sample["mask"])
-    others = {}
-    for name in fields:
-        source = SOURCES[name]
-        picture = sample.get(source.column)
+    mask_HW = to_unit(np.asarray(sample["mask"]))
+    values = {}
+    for name in inputs:
+        row = INPUTS[name]
+        picture = sample.get(row.column)
         if picture is None:
             raise PackshotError(
-                f"sample {sample['id']} has no {source.column}, which a control map is drawn from.", source.hint
+                f"sample {sample['id']} has no {row.column}, which a control map is drawn from.", row.where
             )
-        others[name] = source.read(unit_range(picture), mask_HW)
-    return View(unit_range(sample["image"]), mask_HW, **others)
-
-
-def unit_range(picture: Image.Image) -> np.ndarray:
-    """A picture's values in [0, 1], float32."""
-    return np.asarray(picture, dtype=np.float32) / 255
+        values[name] = resolve_name(row.read)(to_unit(np.asarray(picture)), mask_HW)
+    return View(to_unit(np.asarray(sample["image"])), mask_HW, values)

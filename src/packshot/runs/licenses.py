@@ -23,7 +23,7 @@ COMMERCIAL = re.compile(
 # Every key that can name weights, in any script. The keys of the base depend on the script; see named_weights.
 WEIGHT_KEYS = (
     "matte.model", "depth.onnx", "captioner.adapter", "method.init", "method.extra_controlnets",
-    "adapters.lora", "adapters.controlnets", "adapters.ip_adapter",
+    "adapters.lora", "adapters.loras", "adapters.controlnets", "adapters.ip_adapter",
 )  # fmt: skip
 
 

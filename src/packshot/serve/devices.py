@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
+from packshot.config.conditions import networks
 from packshot.config.schema import GenerateSettings, Serve
 from packshot.errors import ConfigError, PackshotError
 from packshot.scene import Scene
@@ -105,7 +106,7 @@ class Device(Protocol):
 
 def reads_light(packshot: Packshot) -> bool:
     """Whether a ControlNet reads where light comes from."""
-    return any(control.needs == "light" for control in packshot.models.controls)
+    return any("light" in control.inputs for control in packshot.models.controls)
 
 
 def encoded(image: Image.Image) -> bytes:
@@ -293,8 +294,9 @@ def load_packshot(config: Serve) -> Packshot:
     from packshot.generate.load import check_adapters
     from packshot.generate.packshot import Packshot
 
-    check_adapters(config.adapters, config.depth, config.generate.light_angle)
-    return Packshot.load(model=config.model, adapters=config.adapters, matte=config.matte, depth=config.depth)
+    named = networks(config)
+    check_adapters(config.adapters, named, config.generate)
+    return Packshot.load(model=config.model, adapters=config.adapters, matte=config.matte, networks=named)
 
 
 def process_devices(config: Serve) -> list[ProcessDevice]:

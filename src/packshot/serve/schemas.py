@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import HTTPException, UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model
 
+from packshot.config import conditions
 from packshot.config.keys import nearest
 from packshot.config.schema import GenerateSettings, Placement
 from packshot.scene import SLOTS
@@ -56,10 +57,18 @@ def slot_field(row: Slot) -> Any:
     return OptionalText, Field(None, description=row.help)
 
 
-SlotForm = create_model("SlotForm", **{name: slot_field(row) for name, row in SLOTS.items()})
+def row_fields() -> dict[str, Any]:
+    """Type and field of every scene slot, and of every number that control maps are drawn from."""
+    fields: dict[str, Any] = {name: slot_field(row) for name, row in SLOTS.items()}
+    for row in conditions.settings().values():
+        fields[row.key] = (float | None, setting(row.key))
+    return fields
 
 
-class SceneForm(SlotForm):
+RowForm = create_model("RowForm", **row_fields())
+
+
+class SceneForm(RowForm):
     """What to draw, without the files."""
 
     model_config = ConfigDict(extra="forbid")
@@ -70,7 +79,6 @@ class SceneForm(SlotForm):
     negative_prompt: Text | None = setting("negative_prompt")
     num_inference_steps: int | None = setting("num_inference_steps")
     guidance_scale: float | None = setting("guidance_scale")
-    light_angle: float | None = setting("light_angle")
     placement: PlacementName | None = setting("placement")
     size: str | None = Field(None, pattern=r"^\d{1,5}x\d{1,5}$", description="width x height in px: 1024x768")
 

@@ -1,0 +1,48 @@
+"""What is asked for besides the product: the scene in words, references, and the inputs of control maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from packshot.config.schema import GenerateSettings
+from packshot.errors import ConfigError
+from packshot.generate.conditions import asked_inputs
+from packshot.generate.json_types import Json
+from packshot.generate.load import Models
+from packshot.generate.product import Source
+from packshot.generate.references import Reference, open_references
+from packshot.scene import Scene
+
+
+def usable_references(
+    models: Models, given: Source | Sequence[Source] | None, weights: Sequence[int]
+) -> list[Reference]:
+    """The references of a request. Raises ConfigError: one is missing or not an image, or no adapter reads it."""
+    references = open_references(given, weights)
+    if references and not models.has_ip_adapter:
+        raise ConfigError("a reference needs an IP-Adapter, none is loaded.", "Load one: adapters.ip_adapter.")
+    return references
+
+
+def describe_request(
+    models: Models, scene: Scene | str, settings: GenerateSettings, references: Sequence[Reference]
+) -> Json:
+    """What a certificate states as asked for, without the seed.
+
+    Raises:
+        ConfigError: an input of control maps is given that no ControlNet reads.
+    """
+    prompt = scene.render() if isinstance(scene, Scene) else scene
+    if references and scene == Scene():  # then the references alone describe the picture
+        prompt = ""
+    understood = scene if isinstance(scene, Scene) else Scene.parse(scene).scene
+    return {
+        "scene": understood.to_dict(),
+        "prompt": prompt,
+        "negative_prompt": settings.negative_prompt,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        **asked_inputs(settings, understood, models.controls),
+        "reference_sha256": references[0].sha256 if len(references) == 1 else None,
+        "references": [{"sha256": reference.sha256, "weight": reference.weight} for reference in references],
+    }
