@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow lint smoke proof-fullsize proof-learning render-env clean
+.PHONY: help demo test test-slow lint smoke proof-fullsize proof-learning family render-env clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -44,6 +44,9 @@ proof-fullsize: $(VENV)/.installed ## two steps, kill, resume and export at SDXL
 
 proof-learning: $(VENV)/.installed ## a LoRA learns a look the base has never seen, three seeds and their controls
 	$(BIN)/python benchmarks/learning.py
+
+family: $(VENV)/.installed render-env ## render for and train the mini family, from where the last run stopped (40 core hours)
+	tools/mini/family.sh
 
 lint: $(VENV)/.installed ## format, lint and type checks
 	$(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """The shipped mini family loads in stock tools and keeps the formats it claims; its training stretch resumes."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoProcessor, CLIPTokenizer, Florence2ForConditionalGeneration
 
 from packshot.errors import ConfigError, PackshotError
 from packshot.render.sample import design, product_pool
 from packshot.scene import Scene
 from tools.mini.budgeted_training import Plan, Progress, learning_rate_at, run_stretch
-from tools.mini.clip import match_matrix
+from tools.mini.clip import match_matrix, phrase_loss
 from tools.mini.data import (
     Render,
     Renders,
@@ -30,14 +32,22 @@ from tools.mini.data import (
     to_images,
     to_pixels,
 )
+from tools.mini.encoder_pretraining import sight_accuracy
 from tools.mini.florence2 import SHARED, build_florence, carry_tokens
 from tools.mini.folder import Family, Record
-from tools.mini.unet import LatentCache, draw_batch
-from tools.mini.vae import build_vae, encode, start_as_block_means
+from tools.mini.judge import Judge, judge_logits, load_judge, train_judge
+from tools.mini.unet import LatentCache, PromptCache, draw_batch, encode_prompts, fits
+from tools.mini.vae import build_vae, encode, encoder_fingerprint, start_as_block_means, train_vae
 from tools.mini.vocabulary import train_florence_tokenizer
 
 MODELS = Path(__file__).parents[2] / "data" / "models"
 SCENE = Scene("a bed of sand", ("lemons",), "a pink wall", "soft light from the left side", "calm")
+
+
+def _render(name: str = "a") -> Render:
+    """Noise, its negative as the plate, and a product wherever red is strong."""
+    picture = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    return Render(name, "p000", {}, SCENE, picture, 255 - picture, np.dstack([picture, picture[..., 0]]))
 
 
 @pytest.fixture(scope="module")
@@ -241,10 +251,8 @@ def test_renders_are_the_rows_of_two_sets(tmp_path: Path) -> None:
 
 
 def test_a_batch_for_the_unet_pairs_each_latent_with_its_size_and_text(pipeline: StableDiffusionXLPipeline) -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
-    pair = [
-        Render(name, "p000", {}, SCENE, picture, 255 - picture, np.dstack([picture, picture[..., 0]])) for name in "ab"
-    ]
+    pair = [_render("a"), _render("b")]
+    picture = pair[0].image
     cache = LatentCache(pipeline.vae)
     image, plate, mirrored_image, _ = cache.of(pair[0])
     flipped = encode(pipeline.vae, [picture[:, ::-1].copy()])[0] * pipeline.vae.config.scaling_factor
@@ -257,6 +265,58 @@ def test_a_batch_for_the_unet_pairs_each_latent_with_its_size_and_text(pipeline:
         assert times[:, 4:].tolist() == [[8 * side for side in latents.shape[2:]]] * 2  # the target size, in px
         assert all("empty" not in text or "an object" not in text for text in texts)
     assert shapes == {(16, 16), (16, 12), (12, 16)}
+
+
+def test_prompts_are_encoded_once_for_each_wording(pipeline: StableDiffusionXLPipeline) -> None:
+    """A cached prompt is what the encoders make of it, and a view of a scene has no more wordings than allowed."""
+    cache = PromptCache(pipeline.components)
+    texts = ["an object on a white podium", "an object on fresh snow", "an object on a white podium"]
+    states, pooled = cache.of(texts)
+    expected, vectors = encode_prompts(pipeline.components, texts)
+    torch.testing.assert_close(states, expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(pooled, vectors, rtol=2e-3, atol=2e-3)
+    assert torch.equal(states[0], states[2])
+    latents = LatentCache(pipeline.vae)
+    rng = random.Random(0)
+    seen = set()
+    for _ in range(60):
+        seen.update(draw_batch([_render()], latents, rng, wordings=2)[2])
+    assert len(seen) <= 2 * 4  # an image or a plate, mirrored or not
+
+
+def test_a_decoder_trained_alone_leaves_the_latents_as_they_are(tmp_path: Path) -> None:
+    start = MODELS / "sdxl" / "vae"
+    before = load_file(start / "diffusion_pytorch_model.safetensors")
+    family = Family.open(tmp_path / "work", tmp_path / "out", "sdxl", MODELS)
+    renders = Renders([_render()], [_render()])
+    train_vae(renders, family, tmp_path / "vae", 0.002, 0, channels=4, decoder_only=True)
+    after = load_file(family.staging / "vae" / "diffusion_pytorch_model.safetensors")
+    assert encoder_fingerprint(before) == encoder_fingerprint(after)
+    assert fits(family), "the shipped UNet stays valid"
+
+
+def test_the_judge_learns_scenes_it_sees_often() -> None:
+    torch.manual_seed(0)
+    judge = Judge()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3)
+    scenes = [SCENE, Scene("fresh snow", (), "a blue wall", "studio lighting", "cool")]
+    renders = [replace(_render(), scene=scene) for scene in scenes]
+    images = [renders[0].image, renders[1].plate // 4]
+    for _ in range(25):
+        optimizer.zero_grad()
+        phrase_loss(judge(to_pixels(images)), scenes).backward()
+        optimizer.step()
+    seen = sight_accuracy(lambda _: judge_logits(judge.eval(), images), renders)
+    assert seen["surface"] == seen["background"] == seen["lighting"] == 1.0
+
+
+def test_a_trained_judge_stays_in_the_staging_folder(tmp_path: Path) -> None:
+    family = Family.open(tmp_path / "work", tmp_path / "out", "judge")
+    renders = Renders([_render()], [_render()])
+    train_judge(renders, family, tmp_path / "judge", 0.002, 0)
+    judge = load_judge(family.staging)
+    assert torch.isfinite(judge_logits(judge, [_render().image])).all()
+    assert not (tmp_path / "out").exists()
 
 
 def test_sets_that_cannot_teach_are_refused(tmp_path: Path) -> None:

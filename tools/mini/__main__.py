@@ -20,9 +20,10 @@ FAMILY_OF = {
     "florence2": "florence2",
     "mllama": "mllama",
     "matting": "matting",
+    "judge": "judge",
 }
 STAGES = tuple(FAMILY_OF)
-MINUTES = {"vae": 15.0, "clip": 5.0, "unet": 40.0, "florence2": 10.0, "mllama": 10.0, "matting": 20.0}
+MINUTES = {"vae": 15.0, "clip": 5.0, "unet": 40.0, "florence2": 10.0, "mllama": 10.0, "matting": 20.0, "judge": 20.0}
 
 
 def _refuse_unknown(stages: set[str]) -> None:
@@ -89,6 +90,7 @@ def _train(args: argparse.Namespace, stage: str, family: Family) -> None:
     from tools.mini.clip import train_clip
     from tools.mini.data import SIZE, Renders
     from tools.mini.florence2 import train_florence
+    from tools.mini.judge import train_judge
     from tools.mini.matting import train_matting
     from tools.mini.matting_samples import SIDE
     from tools.mini.mllama import train_mllama
@@ -103,7 +105,13 @@ def _train(args: argparse.Namespace, stage: str, family: Family) -> None:
     elif stage == "matting":
         train_matting(renders, family, *rest, cutouts=args.cutouts)
     else:
-        plain = {"clip": train_clip, "unet": train_unet, "florence2": train_florence, "mllama": train_mllama}
+        plain = {
+            "clip": train_clip,
+            "unet": train_unet,
+            "florence2": train_florence,
+            "mllama": train_mllama,
+            "judge": train_judge,
+        }
         plain[stage](renders, family, *rest)
 
 
@@ -123,6 +131,8 @@ def run(args: argparse.Namespace) -> None:
                 _stage_tokenizers(args.clip_bpe, family)
             continue
         _train(args, stage, family)
+        if stage == "judge":
+            continue  # it stays in the staging folder: nothing that is shipped may use it
         if name != "sdxl" or fits(family):
             family.publish(model_card(name, family.records))
         else:

@@ -32,7 +32,7 @@ _HEAD = {
         "image-segmentation",
         "diffusers",
         "# Packshot mini, the segmentation network\n\n"
-        "A `UNet2DModel` that gives every pixel's share of the product, from a picture squeezed to 128 px square; "
+        "A `UNet2DModel` that gives every pixel's share of the product, from a picture squeezed to a square; "
         "`packshot.imaging.matting_network` runs it. Trained from nothing on rendered packshots and on their cut-outs "
         "before other scenes and plain grounds.",
     ),
@@ -55,7 +55,7 @@ _LIMITS = {
     ),
     "matting": (
         "It has never seen a photograph. One product in the picture, whole; things around it may be taken for part of "
-        "it, and glass for background. Its edges are as fine as 128 px allow: the caller refines them."
+        "it, and glass for background. Its edges are coarser than the picture's: the caller refines them."
     ),
 }
 _UNITS = {
@@ -72,9 +72,9 @@ _UNITS = {
         "Slots: share of captions that name one of the scene's phrases."
     ),
     "matting": (
-        "Held-out renders as they are (scenes_) and their cut-outs before other held-out plates and plain grounds "
-        "(composites_). iou: mean overlap of alpha above one half; good: share of pictures above 0.9; error: mean "
-        "absolute error of alpha."
+        "Held-out renders as they are (scenes_), and held-out cut-outs on plain grounds (studio_) and before other "
+        "held-out plates (composites_). iou: mean overlap of alpha above one half; good: share of pictures above 0.9; "
+        "error: mean absolute error of alpha."
     ),
 }
 

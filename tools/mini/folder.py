@@ -77,17 +77,23 @@ class Family:
         """The staged parts' records, read afresh: another process may be training another part."""
         return _read_records(self.staging)
 
-    def begin(self, model: torch.nn.Module, part: str) -> None:
-        """Give ``model`` those weights of the earlier family's ``part`` whose names and shapes it has."""
+    def begin(self, model: torch.nn.Module, part: str) -> bool:
+        """Give ``model`` those weights of the earlier family's ``part`` whose names and shapes it has.
+
+        Returns: whether it has most of them; otherwise it is another network and begins with nothing.
+        """
         if self.start is None:
-            return
+            return False
         own, weights = model.state_dict(), {}
         for path in (self.start / part).glob("*.safetensors"):
             weights |= {name: w for name, w in load_file(path).items() if name in own and own[name].shape == w.shape}
+        if 2 * len(weights) < len(own):
+            return False
         model.load_state_dict(weights, strict=False)
         print(
             f"{part or self.start.name}: begins with {len(weights)} of {len(own)} tensors of {self.start}", flush=True
         )
+        return True
 
     def start_config(self, part: str) -> dict[str, Any]:
         """The configuration of the earlier family's ``part``.
@@ -184,7 +190,7 @@ def digest_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().half().contiguous().numpy().tobytes())
+        digest.update(tensors[name].detach().half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -115,8 +115,8 @@ def train_matting(
     held_out = held_out_samples(renders.held_out)
     torch.manual_seed(seed)
     network = build_matting().to(DEVICE, memory_format=torch.channels_last)
-    family.begin(network, "")
-    plan = Plan("matting", folder, minutes, learning_rate=family.rate(2e-3), batch_size=16, seed=seed)
+    rate = family.rate(2e-3) if family.begin(network, "") else 2e-3
+    plan = Plan("matting", folder, minutes, rate, batch_size=16, seed=seed)
     loss_of = _loss(network, Material(renders.train, read_cutouts(cutouts)), plan.batch_size)
 
     def preview(at: Progress) -> None:

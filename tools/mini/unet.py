@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from packshot.imaging.pixels import to_bytes
-from tools.mini.budgeted_training import Plan, Progress, run_stretch
+from tools.mini.budgeted_training import DEVICE, Loss, Plan, Progress, fast_precision, run_stretch
 from tools.mini.clip import slot_accuracy, token_ids
 from tools.mini.data import SIZE, Render, Renders, mirrored, prompt
 from tools.mini.folder import Family, Record, fingerprint
@@ -47,6 +47,8 @@ LOADERS = {
     "feature_extractor": CLIPImageProcessorPil,
 }
 SIDE = SIZE // 8
+BATCH = 32
+WORDINGS = 3  # prompts for one view of a scene: 27 kB each once encoded
 DROP_TEXT = 0.1
 # Share of batches cut to each latent shape: the pipeline is also asked for portrait and landscape.
 SHAPES = (((SIDE, SIDE), 0.84), ((SIDE, 12), 0.08), ((12, SIDE), 0.08))
@@ -101,10 +103,32 @@ def load_parts(folder: Path) -> dict:
 @torch.no_grad()
 def encode_prompts(parts: dict, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Penultimate states of both encoders side by side, states_B77D, and the second's pooled embeds_BE."""
-    ids, ids_2 = (token_ids(parts[name], texts) for name in ("tokenizer", "tokenizer_2"))
+    device = parts["text_encoder"].device
+    ids = token_ids(parts["tokenizer"], texts).to(device)
+    ids_2 = token_ids(parts["tokenizer_2"], texts).to(device)
     first = parts["text_encoder"](ids, output_hidden_states=True).hidden_states[-2]
     second = parts["text_encoder_2"](ids_2, output_hidden_states=True)
     return torch.cat([first, second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
+class PromptCache:
+    """What the frozen text encoders make of every prompt. Encodes a prompt when it is first asked for."""
+
+    def __init__(self, parts: dict) -> None:
+        self._parts = parts
+        self._encoded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """states_B77D and pooled_BE as :func:`encode_prompts` has them, rounded to half precision."""
+        missing = sorted({text for text in texts if text not in self._encoded})
+        if missing:
+            states, pooled = encode_prompts(self._parts, missing)
+            for text, state, vector in zip(missing, states.half().cpu(), pooled.half().cpu(), strict=True):
+                self._encoded[text] = state, vector
+        found = [self._encoded[text] for text in texts]
+        states = torch.stack([state for state, _ in found])
+        pooled = torch.stack([vector for _, vector in found])
+        return states.to(DEVICE).float(), pooled.to(DEVICE).float()
 
 
 class LatentCache:
@@ -132,18 +156,23 @@ def _cut(latent_CHW: torch.Tensor, shape: tuple[int, int], rng: random.Random) -
 
 
 def draw_batch(
-    renders: list[Render], cache: LatentCache, rng: random.Random
+    renders: list[Render], cache: LatentCache, rng: random.Random, wordings: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """latents_BCHW in one shape, time_ids_B6 and texts, an image or a plate of each render."""
-    shapes, shares = zip(*SHAPES, strict=True)
-    shape = rng.choices(shapes, shares)[0]
+    """latents_BCHW in one shape, time_ids_B6 and texts, an image or a plate of each render.
+
+    wordings: how many prompts there are for one view of a render, so that each is encoded once; None for no limit.
+    """
+    shape = rng.choices([shape for shape, _ in SHAPES], [share for _, share in SHAPES])[0]
     latents, times, texts = [], [], []
     for render in renders:
         empty, flip = rng.random() < 0.4, rng.random() < 0.5
         window, time = _cut(cache.of(render)[2 * flip + empty], shape, rng)
         latents.append(window)
         times.append(time)
-        texts.append(prompt(mirrored(render.scene) if flip else render.scene, rng, empty))
+        words = rng
+        if wordings is not None:
+            words = random.Random(f"{render.id} {flip} {empty} {rng.randrange(wordings)}")
+        texts.append(prompt(mirrored(render.scene) if flip else render.scene, words, empty))
     return torch.stack(latents), torch.tensor(times, dtype=torch.float32), texts
 
 
@@ -154,18 +183,19 @@ def assemble(parts: dict, unet: UNet2DConditionModel) -> StableDiffusionXLPipeli
     return pipeline
 
 
+Prompts = tuple[torch.Tensor, torch.Tensor]  # states_B77D and pooled_BE
+
+
 def _loss(
-    unet: UNet2DConditionModel, parts: dict, noiser: DDPMScheduler, batch: tuple, timesteps_B: torch.Tensor,
-    noise_BCHW: torch.Tensor, dropped_B: torch.Tensor,
+    unet: UNet2DConditionModel, noiser: DDPMScheduler, latents_BCHW: torch.Tensor, times_B6: torch.Tensor,
+    prompts: Prompts, timesteps_B: torch.Tensor, noise_BCHW: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """Squared error of the predicted noise per sample, losses_B."""
-    latents, times, texts = batch
-    states, pooled = encode_prompts(parts, texts)
-    states[dropped_B], pooled[dropped_B] = 0.0, 0.0  # what force_zeros_for_empty_prompt gives guidance
-    noisy = noiser.add_noise(latents, noise_BCHW, timesteps_B).contiguous(memory_format=torch.channels_last)
-    extra = {"text_embeds": pooled, "time_ids": times}
-    predicted = unet(noisy, timesteps_B, states, added_cond_kwargs=extra).sample
-    return (predicted.float() - noise_BCHW).pow(2).mean(dim=(1, 2, 3))
+    states, pooled = prompts
+    noisy = noiser.add_noise(latents_BCHW, noise_BCHW, timesteps_B).to(DEVICE, memory_format=torch.channels_last)
+    extra = {"text_embeds": pooled, "time_ids": times_B6.to(DEVICE)}
+    predicted = unet(noisy, timesteps_B.to(DEVICE), states, added_cond_kwargs=extra).sample
+    return (predicted.float() - noise_BCHW.to(DEVICE)).pow(2).mean(dim=(1, 2, 3))
 
 
 @torch.inference_mode()
@@ -176,12 +206,12 @@ def held_out_loss(
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     losses = []
     for start in range(0, len(renders), 16):
-        batch = draw_batch(renders[start : start + 16], cache, rng)
+        latents, times, texts = draw_batch(renders[start : start + 16], cache, rng)
+        prompts = encode_prompts(parts, texts)
         for timestep in range(50, 1000, 100):
-            timesteps = torch.full((len(batch[2]),), timestep)
-            noise = torch.randn(batch[0].shape, generator=generator)
-            dropped = torch.zeros(len(batch[2]), dtype=torch.bool)
-            losses.append(_loss(unet, parts, noiser, batch, timesteps, noise, dropped).mean())
+            timesteps = torch.full((len(texts),), timestep)
+            noise = torch.randn(latents.shape, generator=generator)
+            losses.append(_loss(unet, noiser, latents, times, prompts, timesteps, noise).mean())
     return torch.stack(losses).mean().item()
 
 
@@ -220,30 +250,46 @@ def measure_unet(
     return {"loss": loss, **{f"sample_{slot}": value for slot, value in seen.items()}}
 
 
+def _training_loss(unet: UNet2DConditionModel, parts: dict, renders: Renders, cache: LatentCache) -> Loss:
+    """The weighted loss on a batch. Latents and prompts are encoded once, so that a step is little but the UNet's."""
+    noiser = DDPMScheduler(**BETAS)
+    prompts = PromptCache(parts)
+
+    def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+        latents, times, texts = draw_batch(renders.draw(generator, BATCH), cache, rng, WORDINGS)
+        states, pooled = prompts.of(texts)
+        timesteps = torch.randint(noiser.config.num_train_timesteps, (BATCH,), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        noise += NOISE_OFFSET * torch.randn((*noise.shape[:2], 1, 1), generator=generator)
+        dropped = torch.rand(BATCH, generator=generator) < DROP_TEXT
+        states[dropped] = 0.0  # what force_zeros_for_empty_prompt gives guidance
+        pooled[dropped] = 0.0
+        with fast_precision():
+            losses = _loss(unet, noiser, latents, times, (states, pooled), timesteps, noise)
+        ratio = compute_snr(noiser, timesteps)
+        weights = (ratio.clamp(max=SNR_GAMMA) / ratio).to(DEVICE)  # Hang et al. 2023, for noise prediction
+        return (weights * losses).mean(), {"unweighted": losses.mean().item()}
+
+    return loss_of
+
+
 def train_unet(renders: Renders, family: Family, folder: Path, minutes: float, seed: int) -> None:
     """Train the UNet on the staged autoencoder and text encoders, and stage it with its scheduler and model index."""
     torch.manual_seed(seed)
     parts = load_parts(family.staging)
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(DEVICE)
     pooled = parts["text_encoder_2"].config.projection_dim
     width = parts["text_encoder"].config.hidden_size + parts["text_encoder_2"].config.hidden_size
-    unet = build_unet(parts["vae"].config.latent_channels, width, pooled).to(memory_format=torch.channels_last)
+    unet = build_unet(parts["vae"].config.latent_channels, width, pooled).to(DEVICE, memory_format=torch.channels_last)
     family.begin(unet, "unet")
-    noiser, cache = DDPMScheduler(**BETAS), LatentCache(parts["vae"])
+    noiser = DDPMScheduler(**BETAS)
+    cache = LatentCache(parts["vae"])
     inputs = _inputs(family)
-    rate = family.rate(6e-4)
-    plan = Plan("unet", folder, minutes, rate, batch_size=16, seed=seed, inputs=inputs, ema_decay=0.998)
-
-    def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
-        batch = draw_batch(renders.draw(generator, plan.batch_size), cache, rng)
-        timesteps = torch.randint(noiser.config.num_train_timesteps, (plan.batch_size,), generator=generator)
-        noise = torch.randn(batch[0].shape, generator=generator)
-        noise += NOISE_OFFSET * torch.randn((*noise.shape[:2], 1, 1), generator=generator)
-        dropped = torch.rand(plan.batch_size, generator=generator) < DROP_TEXT
-        losses = _loss(unet, parts, noiser, batch, timesteps, noise, dropped)
-        ratio = compute_snr(noiser, timesteps)
-        weights = ratio.clamp(max=SNR_GAMMA) / ratio  # Hang et al. 2023, for noise prediction
-        return (weights * losses).mean(), {"unweighted": losses.mean().item()}
+    plan = Plan("unet", folder, minutes, family.rate(6e-4), BATCH, seed=seed, inputs=inputs, ema_decay=0.998)
+    loss_of = _training_loss(unet, parts, renders, cache)
 
     def preview(at: Progress) -> None:
         _save_samples(parts, unet, renders, folder / f"samples-{at.step:06d}.png")

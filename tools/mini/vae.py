@@ -18,7 +18,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 
-from tools.mini.budgeted_training import Loss, Plan, Progress, fast_precision, run_stretch
+from tools.mini.budgeted_training import DEVICE, Loss, Plan, Progress, fast_precision, run_stretch
 from tools.mini.data import SIZE, Render, Renders, to_images, to_pixels
 from tools.mini.folder import Family, Record, digest_of_tensors
 
@@ -185,7 +185,7 @@ class PosteriorCache:
         if key not in self._moments:
             views = [crop.render.image, crop.render.plate]
             views += [view[:, ::-1] for view in views]
-            self._moments[key] = self._vae.quant_conv(self._vae.encoder(to_pixels(views))).half()
+            self._moments[key] = self._vae.quant_conv(self._vae.encoder(to_pixels(views).to(DEVICE))).half().cpu()
         top, left, side = crop.top // CELL, crop.left // CELL, crop.side // CELL
         return self._moments[key][2 * crop.flip + crop.plate, :, top : top + side, left : left + side].float()
 
@@ -207,8 +207,11 @@ def encoder_fingerprint(weights: dict[str, torch.Tensor]) -> str:
 @torch.inference_mode()
 def encode(vae: AutoencoderKL, images: list[np.ndarray], batch_size: int = 32) -> torch.Tensor:
     """Posterior means, unscaled latents_BCHW in fp32, of uint8 images."""
-    batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
-    return torch.cat([vae.encode(to_pixels(batch)).latent_dist.mean for batch in batches])
+    means = []
+    for first in range(0, len(images), batch_size):
+        pixels = to_pixels(images[first : first + batch_size]).to(vae.device)
+        means.append(vae.encode(pixels).latent_dist.mean.cpu())
+    return torch.cat(means)
 
 
 @torch.inference_mode()
@@ -217,7 +220,7 @@ def measure_vae(vae: AutoencoderKL, renders: list[Render]) -> dict[str, float]:
     images = [image for render in renders for image in (render.image, render.plate)]
     errors, latents = [], []
     for i in range(0, len(images), 32):
-        pixels = to_pixels(images[i : i + 32])
+        pixels = to_pixels(images[i : i + 32]).to(vae.device)
         latent = vae.encode(pixels).latent_dist.mean
         delta = vae.decode(latent).sample.clamp(-1, 1) - pixels
         converted = _ycbcr(delta)
@@ -230,7 +233,7 @@ def measure_vae(vae: AutoencoderKL, renders: list[Render]) -> dict[str, float]:
 def _preview(vae: AutoencoderKL, renders: Renders, path: Path, progress: Progress) -> None:
     images = [image for render in renders.held_out[:6] for image in (render.image, render.plate)][:8]
     with torch.inference_mode():
-        output = to_images(vae(to_pixels(images)).sample)
+        output = to_images(vae(to_pixels(images).to(vae.device)).sample)
     rows = np.vstack([np.hstack(images), np.hstack(list(output))])
     cv2.imwrite(str(path), cv2.cvtColor(rows, cv2.COLOR_RGB2BGR))
     values = measure_vae(vae, renders.held_out[:24])
@@ -238,7 +241,7 @@ def _preview(vae: AutoencoderKL, renders: Renders, path: Path, progress: Progres
 
 
 def _draw_latents(mean: torch.Tensor, log_variance: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    noise = torch.randn(mean.shape, generator=generator)
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
     return mean + noise * (0.5 * log_variance).exp()
 
 
@@ -247,7 +250,7 @@ def _whole_loss(vae: AutoencoderKL, renders: Renders) -> Loss:
 
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         crops = _draw_crops(renders, generator, cell=1)
-        pixels = to_pixels([crop.pixels() for crop in crops]).contiguous(memory_format=torch.channels_last)
+        pixels = to_pixels([crop.pixels() for crop in crops]).to(DEVICE, memory_format=torch.channels_last)
         with fast_precision():
             moments = vae.quant_conv(vae.encoder(pixels))
         mean, log_variance = moments.float().chunk(2, dim=1)
@@ -267,9 +270,9 @@ def _decoder_loss(vae: AutoencoderKL, renders: Renders) -> Loss:
 
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         crops = _draw_crops(renders, generator, cell=CELL)
-        pixels = to_pixels([crop.pixels() for crop in crops])
+        pixels = to_pixels([crop.pixels() for crop in crops]).to(DEVICE)
         mean, log_variance = torch.stack([cache.moments(crop) for crop in crops]).chunk(2, dim=1)
-        latents = _draw_latents(mean, log_variance, generator).contiguous(memory_format=torch.channels_last)
+        latents = _draw_latents(mean, log_variance, generator).to(DEVICE, memory_format=torch.channels_last)
         with fast_precision():
             output = vae.decode(latents).sample
         return reconstruction_loss(output.float(), pixels), {}
@@ -285,7 +288,7 @@ def train_vae(
     decoder_only: the encoder stays as it is, so that a UNet trained on its latents stays valid.
     """
     torch.manual_seed(seed)
-    vae = build_vae(channels).to(memory_format=torch.channels_last)
+    vae = build_vae(channels).to(DEVICE, memory_format=torch.channels_last)
     family.begin(vae, "vae")
     inputs = f"channels {channels}"
     if decoder_only:
