@@ -32,7 +32,8 @@ def photo_and_mask(width=90, height=61, box=(20, 12, 60, 50)):
 
 
 @given(st.integers(32, 6000), st.integers(32, 6000), st.sampled_from([128, 512, 1024]))
-def test_working_copy_is_letterboxed_never_stretched_and_fits_the_networks(height, width, resolution):
+def test_the_working_copy_is_letterboxed_never_stretched(height, width, resolution):
+    """Its sides are multiples of what the networks halve."""
     frame = plan_frame(height, width, resolution, 32)
     assert frame.height % 32 == frame.width % 32 == 0
     assert 0 <= frame.top <= frame.height - frame.content_height
@@ -51,7 +52,8 @@ def test_original_placement_is_the_photo_itself():
 
 
 @pytest.mark.parametrize("scale", [0.2, 0.5, 0.9])
-def test_centered_product_is_exactly_the_resampling_the_certificate_states(scale):
+def test_the_certificate_states_the_one_resampling(scale):
+    """Doing it again gives the same pixels."""
     photo, mask = photo_and_mask()
     settings = GenerateSettings(**CENTER, size=[160, 96], product_scale=scale)
     canvas = place(prepare(photo, mask), settings)
@@ -89,7 +91,8 @@ def test_named_places_keep_their_margin(placement):
     assert abs(width / height - 41 / 39) < 0.03
 
 
-def test_coordinates_place_the_middle_and_refuse_what_does_not_fit():
+def test_coordinates_place_the_middle_of_the_product():
+    """A place that would cut the product is refused."""
     photo, mask = photo_and_mask()
     asked = {"placement": Placement.coordinates, "size": [200, 160], "product_scale": 0.3}
     transform = place(prepare(photo, mask), GenerateSettings(**asked, position=[0.25, 0.6])).transform
@@ -147,7 +150,7 @@ def test_centered_product_is_whole_centred_and_not_stretched():
     assert abs(columns.mean() - 99.5) < 1.5
 
 
-def test_conditioning_mask_is_max_pooled_and_blending_mask_is_averaged():
+def test_masks_are_max_pooled_to_condition_averaged_to_blend():
     """A one-pixel strap survives in the first, counts by its area in the second."""
     photo = Image.fromarray(np.full((400, 400, 3), 90, np.uint8))
     mask = Image.new("L", photo.size)
@@ -161,7 +164,7 @@ def test_conditioning_mask_is_max_pooled_and_blending_mask_is_averaged():
     assert not working.keep_HW[60, 60]
 
 
-def test_inpaint_map_is_minus_one_on_the_background_and_shows_no_old_background():
+def test_inpaint_map_shows_nothing_of_the_old_background():
     """Without un-mixing, the green wall would stand in the map's edge pixels."""
     mask = Image.new("L", (96, 96))
     ImageDraw.Draw(mask).ellipse((20, 20, 75, 75), fill=255)
@@ -197,7 +200,8 @@ def test_control_condition_is_read_from_the_export(tmp_path):
         read_control("adapters.controlnets", tmp_path)
 
 
-def test_hard_masks_get_a_soft_edge_without_touching_the_core_and_soft_ones_stay():
+def test_hard_masks_get_a_soft_edge_and_soft_ones_stay():
+    """The core is the same before and after."""
     _, mask = photo_and_mask()
     hard = np.asarray(mask)
     soft = soften_hard_edge(hard)

@@ -99,7 +99,7 @@ def test_colour_fit_recovers_an_affine_drift():
     assert fit.report["error_after"] < 0.3 * fit.report["error_before"]
 
 
-def test_colour_fit_leaves_colours_alone_that_the_product_does_not_have():
+def test_colour_fit_leaves_unseen_colours_alone():
     """An all-red product says nothing about greens and blues beyond a shift."""
     rng = np.random.default_rng(2)
     truth = np.array([0.7, 0.1, 0.1]) + 0.005 * rng.standard_normal((2000, 3))

@@ -104,7 +104,8 @@ def test_loss_weights_are_finite_and_fp32_for_a_bf16_schedule(weighting):
 
 
 @pytest.mark.parametrize("weighting", ["min_snr", "debiased"])
-def test_a_weighted_v_loss_is_the_weighted_epsilon_loss_of_the_same_prediction(weighting, tensors):
+def test_weighted_v_and_epsilon_losses_are_equal(weighting, tensors):
+    """For the same prediction, written in both ways."""
     alphas = schedule.alphas_cumprod(SDXL)
     latents, noise = (tensor.double() for tensor in tensors)
     a = alphas.double()[T].view(-1, 1, 1, 1)
@@ -152,7 +153,7 @@ def test_no_v_weight_is_nan_under_zero_terminal_snr(weighting):
 
 
 @pytest.mark.parametrize("kind", schedule.TIMESTEPS)
-def test_timesteps_stay_in_range_and_are_distributed_as_they_say(kind):
+def test_timesteps_stay_in_range_and_in_distribution(kind):
     g = torch.Generator().manual_seed(0)
     drawn = torch.tensor([int(schedule.TIMESTEPS[kind](g, 100, 900)) for _ in range(4000)])
     assert drawn.min() >= 100
@@ -202,7 +203,8 @@ def test_every_timestep_lies_between_its_ends(sampling, seed, steps, ends, locat
 
 @given(seed=st.integers(0, 2**31), steps=st.integers(1, 4000))
 @settings(max_examples=50, deadline=None)
-def test_uniform_timesteps_over_the_whole_schedule_are_plain_randint(seed, steps):
+def test_uniform_timesteps_are_plain_randint(seed, steps):
+    """Over the whole schedule."""
     drawn = schedule.draw_timestep(generator(seed), "uniform", steps)
     assert torch.equal(drawn, torch.randint(0, steps, (), generator=generator(seed)))
 
@@ -259,7 +261,8 @@ def test_input_perturbation_adds_fresh_noise(tensors):
     width=st.integers(0, 4),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_ring_is_every_outer_cell_within_its_width_of_the_product(seed, size, weights, width):
+def test_the_ring_is_the_cells_around_the_product(seed, size, weights, width):
+    """Every outer cell within its width."""
     alpha = torch.rand(1, *size, generator=generator(seed)) ** 3
     product, background, boundary = weights
     expected = product * alpha[0].numpy() + background * (1 - alpha[0].numpy())
@@ -274,7 +277,8 @@ def test_the_ring_is_every_outer_cell_within_its_width_of_the_product(seed, size
     assert torch.equal(batch[1], ours)
 
 
-def test_without_a_ring_weights_are_the_shares_of_the_cell_and_fp32():
+def test_without_a_ring_weights_are_the_cells_shares():
+    """In fp32."""
     alpha = torch.rand(1, 9, 7, generator=generator())
     plain = 0.5 * alpha + 2.0 * (1 - alpha)
     assert torch.equal(schedule.boundary_weight(alpha, 0.5, 2.0, 1.0, 2), plain)
@@ -346,7 +350,8 @@ def square_view(seed=0, inside=None):
     return View(image, mask, {"depth": near, "light": (1.0, 0.0)})
 
 
-def test_control_maps_mark_the_unknown_and_ignore_the_old_background():
+def test_control_maps_ignore_the_old_background():
+    """What is unknown is marked."""
     first = square_view()
     second, mask = square_view(1, inside=first), first.mask_HW
     shown = {name: Control(name).draw(first) for name in CONDITIONS}
@@ -364,7 +369,8 @@ def test_control_maps_mark_the_unknown_and_ignore_the_old_background():
     assert all(shown[name][11:21, 11:21].any() for name in ("canny", "softedge", "depth"))
 
 
-def test_the_depth_map_is_the_products_relief_whatever_the_scale():
+def test_the_depth_map_is_the_products_relief():
+    """Whatever the scale of the depth."""
     view = square_view()
     slope = np.tile(np.linspace(0.4, 0.6, 32, dtype=np.float32), (32, 1))
     relief = Control("depth").draw(replace(view, inputs={"depth": slope}))[16, 8:24, 0]

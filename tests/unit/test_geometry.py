@@ -92,7 +92,8 @@ def test_every_side_of_every_bucket_is_one_the_network_takes(resolution):
     assert (resolution, resolution) in found
 
 
-def test_bucket_steps_are_sdxls_at_1024_and_a_resolution_between_cells_is_refused():
+def test_bucket_steps_are_sdxls_at_1024():
+    """A resolution between two cells is refused."""
     assert buckets.bucket_step(1024, 32) == 64
     assert buckets.bucket_step(128, 32) == 32
     with pytest.raises(ValueError, match="1000 is no multiple of 32"):

@@ -101,7 +101,8 @@ def run(scheduler, shown, held, steps=6):
 
 @pytest.mark.parametrize("kind", SCHEDULERS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_clean_cells_are_seen_without_noise_at_every_step_and_the_others_are_left_alone(kind, spacing):
+def test_clean_cells_are_seen_without_noise_at_every_step(kind, spacing):
+    """The other cells are left alone."""
     held = torch.zeros(1, 6, 6)
     held[:, 2:4, 1:5] = 1
     inside = held[0].bool()
@@ -115,7 +116,7 @@ def test_clean_cells_are_seen_without_noise_at_every_step_and_the_others_are_lef
         assert torch.equal(seen[..., ~inside], same[..., ~inside])
 
 
-def test_clean_cells_are_seen_without_noise_from_a_start_of_pure_noise():
+def test_clean_cells_are_noiseless_from_pure_noise_on():
     """Zero terminal SNR: the first sigma is 4096."""
     held = torch.ones(1, 6, 6)
     scheduler = sampler(EulerDiscreteScheduler, rescale_betas_zero_snr=True, timestep_spacing="trailing")
@@ -124,7 +125,8 @@ def test_clean_cells_are_seen_without_noise_from_a_start_of_pure_noise():
         torch.testing.assert_close(seen, known, rtol=1e-6, atol=1e-6)
 
 
-def test_a_product_noised_as_the_rest_starts_as_noise_and_then_has_the_noise_of_each_step():
+def test_a_noised_product_has_the_noise_of_each_step():
+    """It starts as noise, as the rest does."""
     held = torch.ones(1, 6, 6)
     scheduler = sampler(EulerDiscreteScheduler)
     generator = torch.Generator().manual_seed(0)
@@ -137,7 +139,8 @@ def test_a_product_noised_as_the_rest_starts_as_noise_and_then_has_the_noise_of_
     assert torch.equal(result, known)
 
 
-def test_a_scheduler_that_is_not_known_is_refused_for_a_clean_product():
+def test_an_unknown_scheduler_cannot_show_a_clean_product():
+    """How it scales the input of the network is not known."""
     scheduler, held = sampler(LMSDiscreteScheduler), torch.ones(1, 6, 6)
     known, noise = torch.zeros(1, 4, 6, 6), torch.ones(1, 4, 6, 6)
     for attempt in (
@@ -209,7 +212,8 @@ class Told(torch.nn.Module):
 
 
 @pytest.mark.parametrize("script", ["train_lora", "train_controlnet", "train_ip_adapter"])
-def test_every_method_sees_the_product_clean_and_its_loss_does_not_depend_on_what_is_said_there(rows, script):
+def test_every_method_sees_the_product_clean(rows, script):
+    """The loss does not depend on what is predicted there."""
     weights = ("objective.product_weight=5", "objective.boundary_weight=3")
     noised, others = task_of(rows, load_parts(ModelConfig()), *weights, script=script)
     clean, examples = task_of(
@@ -306,7 +310,8 @@ def network_inputs(monkeypatch, pipe):
     return seen
 
 
-def test_an_adapter_trained_on_clean_products_is_shown_them_clean(lora, tmp_path, monkeypatch):
+def test_clean_trained_adapters_are_shown_clean_products(lora, tmp_path, monkeypatch):
+    """Generation follows what the export states."""
     export = said(tmp_path / "clean", product_conditioning="clean")
     (export / "pytorch_lora_weights.safetensors").write_bytes((lora / "pytorch_lora_weights.safetensors").read_bytes())
     tool = Packshot.load(lora=str(export))
@@ -334,7 +339,8 @@ def blended(pipe, known, noise, held):
     return keep
 
 
-def test_without_such_an_adapter_pictures_are_those_of_blended_latent_diffusion(lora):
+def test_other_adapters_draw_by_blended_latent_diffusion(lora):
+    """Written out once more, from noise to picture."""
     tool = Packshot.load(lora=str(lora))
     pipe = tool.models.pipe
     assert tool.models.product_conditioning == "noised"
@@ -354,7 +360,8 @@ def test_without_such_an_adapter_pictures_are_those_of_blended_latent_diffusion(
     np.testing.assert_allclose(ours, (theirs / 2 + 0.5).clamp(0, 1).numpy(), atol=1e-5)
 
 
-def test_one_adapter_of_several_is_enough_and_the_disagreement_is_logged(lora, tmp_path, monkeypatch, caplog):
+def test_a_disagreement_of_adapters_is_logged(lora, tmp_path, monkeypatch, caplog):
+    """One that was trained on clean products is enough."""
     export = said(tmp_path / "net", condition="inpaint", product_conditioning="clean")
     (export / "config.json").write_text("{}")
     adapters = AdaptersConfig(lora=str(lora), controlnets=[str(export)])
@@ -394,7 +401,8 @@ def test_inference_samples_as_the_adapter_was_trained(lora, rows, tmp_path):
     assert not encode(plain, "", settings).arguments["prompt_embeds"].any()
 
 
-def test_adapters_that_predict_different_things_are_not_used_together(lora, tmp_path):
+def test_adapters_of_different_predictions_do_not_mix(lora, tmp_path):
+    """Epsilon and v cannot be added."""
     folders = []
     for name, keys in (("plain", ()), ("terminal", TERMINAL)):
         folders.append(shutil.copytree(lora, tmp_path / name))

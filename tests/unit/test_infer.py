@@ -128,7 +128,8 @@ def test_layers_give_the_picture_again_exactly(tool):
     assert (np.asarray(result.layers["mask"]) == product[..., 3]).all()
 
 
-def test_same_seed_gives_the_same_bytes_and_the_number_of_pictures_changes_none(tool):
+def test_same_seed_gives_the_same_bytes(tool):
+    """The number of pictures asked for changes none of them."""
     tool.set_product(*photo_and_mask())
     three = tool.generate(SCENE, 3, seed=5, settings=QUICK)
     [alone] = tool.generate(SCENE, 1, seed=7, settings=QUICK)
@@ -198,7 +199,8 @@ def test_light_comes_from_where_the_words_or_the_angle_say(tool, exports):
 
 
 @pytest.mark.parametrize("kind", ["lora", "inpaint", "canny", "light", "ip_adapter"])
-def test_every_adapter_changes_the_picture_and_is_named_with_its_hash(tool, exports, kind):
+def test_every_adapter_changes_the_picture_and_is_certified(tool, exports, kind):
+    """The certificate names it with the hash of its files."""
     key = {"inpaint": "controlnets", "canny": "controlnets", "light": "controlnets"}.get(kind, kind)
     value = [str(exports / kind)] if key == "controlnets" else str(exports / kind)
     adapted = Packshot.load(adapters=AdaptersConfig(**{key: value}))
@@ -215,7 +217,8 @@ def test_every_adapter_changes_the_picture_and_is_named_with_its_hash(tool, expo
     assert entry["files"][file] == hashlib.sha256((exports / kind / file).read_bytes()).hexdigest()
 
 
-def test_all_adapters_work_together_and_scale_zero_switches_each_off(tool, exports):
+def test_adapters_work_together_and_scale_zero_switches_off(tool, exports):
+    """Each one at weight 0 gives the picture without it."""
     nets = [str(exports / "inpaint"), str(exports / "canny")]
     rest = {"lora": str(exports / "lora"), "ip_adapter": str(exports / "ip_adapter"), "controlnets": nets}
     scene, product, look = SCENE, photo_and_mask(), Image.new("RGBA", (40, 40), (255, 0, 0, 60))
@@ -241,7 +244,8 @@ def spanned(exports, kind, start, end):
 
 
 @pytest.mark.parametrize("kind", ["lora", "inpaint", "ip_adapter"])
-def test_an_adapter_counts_at_the_steps_inside_its_span_and_at_no_other(tool, exports, kind):
+def test_an_adapter_counts_only_inside_its_span(tool, exports, kind):
+    """At steps outside its span the picture is as without it."""
     look = Image.new("RGB", (50, 80), "orange") if kind == "ip_adapter" else None
     product, four = photo_and_mask(), replace(QUICK, num_inference_steps=4)
 
@@ -268,7 +272,8 @@ def test_adapters_are_on_outside_the_steps_whatever_happens():
     assert said == [1.0, 0.0, 1.0]
 
 
-def test_spans_are_recorded_and_those_that_make_no_sense_refused(exports, tmp_path):
+def test_spans_are_recorded_and_checked(exports, tmp_path):
+    """Spans without meaning are refused."""
     tool = spanned(exports, "lora", 0.25, 0.75)
     [result] = tool.set_product(*photo_and_mask()).generate(SCENE, 1, settings=QUICK)
     assert result.certificate["model"]["adapters"][0]["steps"] == [0.25, 0.75]
@@ -313,7 +318,8 @@ def by_references(tool, references, weights=()):
     return result
 
 
-def test_a_reference_counts_among_others_as_often_as_its_weight_says(guided):
+def test_a_reference_counts_as_often_as_its_weight(guided):
+    """Among several references, weight 2 is the same picture twice."""
     once, both = pixels(by_references(guided, RED)), pixels(by_references(guided, [RED, NOISE]))
     assert np.abs(pixels(by_references(guided, [RED, RED])) - once).max() <= 1
     assert np.abs(pixels(by_references(guided, RED, [3])) - once).max() <= 1
@@ -326,7 +332,8 @@ def test_a_reference_counts_among_others_as_often_as_its_weight_says(guided):
     assert np.abs(first - once).mean() < np.abs(second - once).mean()
 
 
-def test_references_are_null_images_of_the_same_number_to_what_guidance_subtracts(guided):
+def test_guidance_subtracts_as_many_null_images(guided):
+    """The unconditional half has one null image for each reference."""
     [embeds] = encode(guided.models, "a wall", QUICK, open_references([RED, NOISE], [2, 3])).arguments[
         "ip_adapter_image_embeds"
     ]
@@ -373,7 +380,8 @@ LAYERS = {
 }
 
 
-def test_of_sdxl_style_and_layout_are_the_layers_of_instant_style():
+def test_style_and_layout_are_instantstyles_layers():
+    """The layers are those of the paper at SDXL's size."""
     unet = meta_parts(ModelConfig(base="stabilityai/stable-diffusion-xl-base-1.0")).unet
     assert {layers: ip_adapter_scales(unet, layers, 0.7) for layers in IPAdapterLayers} == LAYERS
 
@@ -384,7 +392,8 @@ def layered(exports, layers, scale):
     return Packshot.load(adapters=adapters).set_product(*photo_and_mask())
 
 
-def test_a_reference_enters_through_the_layers_that_are_asked_for(tool, exports):
+def test_a_reference_enters_through_the_chosen_layers(tool, exports):
+    """All other layers have scale 0."""
     tools = {layers: layered(exports, layers, 2.0) for layers in IPAdapterLayers}
     entered = {
         layers: {
@@ -451,7 +460,8 @@ def test_nan_is_an_error_that_names_the_seed(tool, monkeypatch):
         tool.generate(SCENE, 1, seed=3, settings=QUICK)
 
 
-def test_no_image_encoder_is_loaded_where_nothing_reads_a_reference(tool):
+def test_no_image_encoder_is_loaded_without_need(tool):
+    """Only an IP-Adapter reads references."""
     assert tool.models.pipe.image_encoder is None
     parts = load_parts(ModelConfig())
     METHODS[LoraMethod](parts, LoraMethod()).pipeline()
@@ -530,7 +540,8 @@ def test_colours_under_a_transparent_pixel_never_become_product():
     np.testing.assert_array_equal(prepare(hidden).rgb_HW3, np.asarray(hidden)[..., :3])
 
 
-def test_a_cut_out_that_stops_short_of_full_alpha_is_opaque_inside():
+def test_a_cut_out_short_of_full_alpha_is_opaque_inside():
+    """Matting tools stop a little below 255."""
     photo, mask = photo_and_mask()
     photo.putalpha(mask.point(lambda value: value * 250 // 255))
     product = prepare(photo)
@@ -538,7 +549,8 @@ def test_a_cut_out_that_stops_short_of_full_alpha_is_opaque_inside():
     np.testing.assert_array_equal(product.alpha_HW, np.asarray(mask))
 
 
-def test_a_product_that_lets_the_scene_through_is_sent_to_review(tool):
+def test_a_see_through_product_is_sent_to_review(tool):
+    """The new scene would shine through it."""
     photo, mask = photo_and_mask()
     for level, found in ((255, False), (240, True)):
         soft = np.asarray(mask) // 255 * level
@@ -574,7 +586,8 @@ def configured(tmp_path, *overrides):
     return compose("generate", [*paths, *quick, "scene.surface=a white podium", *overrides])
 
 
-def test_a_folder_of_masks_may_hold_notes_and_folders_but_not_two_masks_for_one_product(tmp_path):
+def test_a_folder_of_masks_has_one_mask_per_product(tmp_path):
+    """Notes and folders in it are left alone."""
     for folder in ("in", "masks"):
         (tmp_path / folder / "b.png").mkdir(parents=True)
         Image.new("L", (40, 40)).save(tmp_path / folder / "a.png")
@@ -589,7 +602,8 @@ def test_a_folder_of_masks_may_hold_notes_and_folders_but_not_two_masks_for_one_
         mask_files(str(tmp_path / "masks"), [product])
 
 
-def test_run_folder_holds_pictures_layers_certificates_and_report(tmp_path):
+def test_run_folder_has_pictures_layers_and_report(tmp_path):
+    """Each picture has its certificate."""
     generate(configured(tmp_path))
     run = tmp_path / "run"
     certificates = load_certificates(run)
@@ -606,7 +620,8 @@ def test_run_folder_holds_pictures_layers_certificates_and_report(tmp_path):
     assert [line["picture"] for line in lines] == ["a-0", "a-1"]
 
 
-def test_resumed_run_makes_only_what_is_missing_and_overwrites_nothing(tmp_path):
+def test_a_resumed_run_makes_only_what_is_missing(tmp_path):
+    """It overwrites nothing."""
     generate(configured(tmp_path))
     run = tmp_path / "run"
     kept = (run / "a-0.png").stat().st_mtime_ns
@@ -651,7 +666,8 @@ def test_a_run_is_not_gone_on_with_under_another_photo_or_mask(tmp_path):
         generate(again)
 
 
-def test_names_with_odd_characters_are_linked_and_too_long_ones_say_so(tmp_path):
+def test_odd_names_are_linked_and_long_ones_refused(tmp_path):
+    """Links in the report are quoted; the error names the limit."""
     config = configured(tmp_path, "num_images=1")
     for folder in ("in", "masks"):
         (tmp_path / folder / "a.png").rename(tmp_path / folder / "50% #1?.png")
@@ -663,7 +679,8 @@ def test_names_with_odd_characters_are_linked_and_too_long_ones_say_so(tmp_path)
         generate(replace(config, run=replace(config.run, dir=str(tmp_path / "second"))))
 
 
-def test_one_bad_product_does_not_stop_the_others_and_fails_the_run(tmp_path):
+def test_one_bad_product_fails_the_run_but_not_the_others(tmp_path):
+    """The others are made, and the exit code is that of a failure."""
     config = configured(tmp_path)
     for folder in ("in", "masks"):
         Path(tmp_path / folder / "b.png").write_text("no image")
@@ -681,7 +698,8 @@ def test_prompt_is_escaped_in_the_report(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["lora", "controlnets", "ip_adapter"])
-def test_wrong_adapter_folder_is_refused_before_a_run_folder_exists(tmp_path, kind):
+def test_a_wrong_adapter_folder_is_refused_first(tmp_path, kind):
+    """No run folder exists then."""
     value = f"[{tmp_path}]" if kind == "controlnets" else str(tmp_path)
     with pytest.raises(ConfigError, match=f"adapters.{kind}"):
         generate(configured(tmp_path, f"adapters.{kind}={value}"))

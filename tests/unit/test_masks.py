@@ -54,7 +54,8 @@ def test_grabcut_finds_a_product(background, colour, noise):
     assert iou(mask.alpha_HW > 0.5, truth) > 0.95
 
 
-def test_grabcut_finds_the_cup_with_saucer_and_spoon_on_a_wooden_table():
+def test_grabcut_finds_the_cup_on_a_wooden_table():
+    """With its saucer and spoon."""
     mask = find_mask(decode_image(COFFEE, "coffee.png"), MatteConfig(model="grabcut"), name="coffee.png")
     assert mask.confidence > 0.7
     inside = {
@@ -265,7 +266,8 @@ def test_alpha_that_cuts_nothing_out_is_not_taken_for_a_mask():
 # --- ONNX
 
 
-def test_an_onnx_network_is_used_at_its_own_size_with_isnet_normalisation(tmp_path):
+def test_an_onnx_network_is_used_at_its_own_size(tmp_path):
+    """With the normalisation of IS-Net."""
     path = dark_is_product(tmp_path / "dark.onnx", 64)
     image, truth = product("white", "black", noise=0)
     mask = find_mask(image, MatteConfig(model=path))
@@ -278,7 +280,8 @@ def test_an_onnx_network_is_used_at_its_own_size_with_isnet_normalisation(tmp_pa
     np.testing.assert_allclose(np.median(found[truth]), 0.5, atol=1e-6)
 
 
-def test_the_inside_of_a_networks_soft_matte_is_product_and_nothing_else(tmp_path):
+def test_the_inside_of_a_soft_matte_is_product(tmp_path):
+    """A sigmoid ends below 1 inside a product."""
     path = dark_is_product(tmp_path / "dark.onnx", 64)
     # 4 and 124 are 0.97 and 0.03 to this network: as sure as a sigmoid gets
     image, truth = product((124, 124, 124), (4, 4, 4), noise=0)
@@ -308,7 +311,7 @@ def test_unusable_onnx_files_are_refused(tmp_path):
             load_session("matte.onnx", path)
 
 
-def test_depth_is_estimated_at_the_pictures_size_by_a_network_of_anyinput_size(tmp_path):
+def test_depth_has_the_pictures_size(tmp_path):
     """The test's network answers dark with near."""
     image = Image.new("RGB", (96, 64), "white")
     image.paste((0, 0, 0), (48, 0, 96, 64))

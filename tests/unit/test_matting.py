@@ -47,7 +47,7 @@ def test_the_window_keeps_the_product_whole(seed: int, box: tuple[int, int, int,
     assert corners.max() <= SIDE - 0.499
 
 
-def test_the_picture_of_a_sample_shows_the_product_where_its_alpha_says() -> None:
+def test_a_sample_shows_the_product_where_its_alpha_is() -> None:
     rng = random.Random(0)
     shares = []
     for _ in range(60):

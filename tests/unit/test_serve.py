@@ -327,7 +327,7 @@ def test_too_many_pixels_are_refused_from_the_header(client):
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"guidance_scale": "nan"}, "guidance_scale"),
         ({"guidance_scale": 51}, "guidance_scale"),
-        ({"placement": "left"}, "original or center"),
+        ({"placement": "nowhere"}, "original or center"),
         ({"placement": "center"}, "size"),
         ({"placement": "center", "size": "big"}, "size"),
         ({"placement": "center", "size": "10x10"}, "size"),

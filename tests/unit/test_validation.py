@@ -45,7 +45,8 @@ def grown(truth_HW3, matte_HW, factor):
     return np.rint(alpha * cv2.warpAffine(truth_HW3, larger, size) + (1 - alpha) * truth_HW3).astype(np.uint8)
 
 
-def test_a_product_enlarged_by_hand_has_a_higher_extension_and_the_truth_has_none():
+def test_an_enlarged_product_has_a_higher_extension():
+    """The truth has none."""
     truth = np.random.default_rng(0).integers(200, 230, (128, 128, 3), np.uint8)
     matte = np.zeros((128, 128), np.uint8)
     cv2.ellipse(matte, (64, 64), (24, 30), 0, 0, 360, 255, -1)
@@ -63,7 +64,7 @@ def test_a_product_enlarged_by_hand_has_a_higher_extension_and_the_truth_has_non
     assert measure(truth, empty, measure_extension(truth, empty, segment_near, (128, 128)))["extension"] is None
 
 
-def test_figures_are_means_over_the_pictures_that_show_a_product():
+def test_figures_are_means_over_pictures_with_a_product():
     row = {"extension": 0.2, "product_loss": 0.1, "extended": 1.0, "product_iou": 0.8}
     other = {"extension": 0.0, "product_loss": 0.0, "extended": 0.0, "product_iou": 1.0}
     none = dict.fromkeys(row)
@@ -131,7 +132,8 @@ def test_pictures_sheet_and_table_of_products_prompts_and_seeds(rows, parts, tmp
 
 
 @pytest.mark.parametrize("script", ["train_lora", "train_controlnet", "train_ip_adapter"])
-def test_the_products_latents_are_held_in_the_pictures_of_every_method(rows, parts, script, monkeypatch, tmp_path):
+def test_every_method_holds_the_products_latents(rows, parts, script, monkeypatch, tmp_path):
+    """In the pictures of validation."""
     task = make(rows, parts, script=script, count=1)
     ready = prepare_held_out(task.validator.examples, 0, torch.device("cpu"))
     held = ready.held_1HW.bool()
@@ -160,7 +162,8 @@ def test_samples_without_a_mask_are_drawn_but_not_measured(rows, parts, tmp_path
     assert (tmp_path / "grid.png").exists()
 
 
-def test_choosing_by_extension_needs_products_before_the_first_step(rows, parts):
+def test_choosing_by_extension_needs_products(rows, parts):
+    """It is refused before the first step."""
     bare = Few(rows, 1)
     bare.read = lambda index, images: {**rows.read(index, images), "mask": None}
     config = compose("train_lora", ["tracking=none", "data.cache=false", "train.keep_best=extension"])
@@ -271,7 +274,8 @@ def test_a_killed_run_finds_the_same_best_with_the_same_weights(tmp_path, dies_a
     assert steps_kept(tmp_path / "a") == steps_kept(tmp_path / "b")
 
 
-def test_of_equal_extensions_the_smaller_loss_is_better_and_nan_never_is(tmp_path):
+def test_of_equal_extensions_the_smaller_loss_is_better(tmp_path):
+    """NaN is never better."""
     values = {
         3: {"validation_loss": float("nan"), "extension": 0.0},
         6: {"validation_loss": 2.0, "extension": 0.1},
@@ -283,7 +287,8 @@ def test_of_equal_extensions_the_smaller_loss_is_better_and_nan_never_is(tmp_pat
     assert (best.step, best.figure, best.value) == (9, "extension", 0.1)
 
 
-def test_a_best_that_is_damaged_or_of_another_figure_is_forgotten(tmp_path):
+def test_a_damaged_or_foreign_best_is_forgotten(tmp_path):
+    """Foreign: chosen by another figure."""
     train(tmp_path, Scored(losses(3.0, 1.0, 2.0, 1.5)))
     folder = tmp_path / "checkpoints"
     assert checkpoints.open_best(folder, KeepBest.validation_loss, 12).step == 6
@@ -311,7 +316,7 @@ def test_what_can_choose_or_draw_nothing_is_refused(script, keys, named):
 # ---- tracking ----
 
 
-def test_a_key_that_wandb_refuses_is_a_sentence_with_the_way_out(tmp_path, monkeypatch):
+def test_a_key_that_wandb_refuses_is_explained(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "abc")
     with pytest.raises(PackshotError, match="W&B does not start: ") as refused:
@@ -319,7 +324,7 @@ def test_a_key_that_wandb_refuses_is_a_sentence_with_the_way_out(tmp_path, monke
     assert "tracking=none" in refused.value.hint
 
 
-def test_an_offline_run_tracks_the_table_the_sources_and_the_export(tmp_path, monkeypatch):
+def test_an_offline_run_tracks_table_sources_and_export(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = compose("train_lora", ["tracking=wandb", "tracking.name=t"])
     tracker = open_tracker(Run(tmp_path, False), config, "train_lora")

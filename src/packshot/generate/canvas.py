@@ -221,9 +221,11 @@ def plan_frame(height: int, width: int, resolution: int, unit: int) -> Frame:
     ``unit`` is what VAE and UNet together halve: 32 px for SDXL.
     """
     scale = resolution / (height * width) ** 0.5
-    frame_height, frame_width = (max(unit, round(side * scale / unit) * unit) for side in (height, width))
+    frame_height = max(unit, round(height * scale / unit) * unit)
+    frame_width = max(unit, round(width * scale / unit) * unit)
     fit = min(frame_height / height, frame_width / width)
-    content_height, content_width = max(1, round(height * fit)), max(1, round(width * fit))
+    content_height = max(1, round(height * fit))
+    content_width = max(1, round(width * fit))
     return Frame(
         frame_height,
         frame_width,

@@ -17,17 +17,23 @@ _RIDGE = 0.01  # variance of colour directions that the product hardly has: ther
 
 def ciede2000(lab_1: np.ndarray, lab_2: np.ndarray) -> np.ndarray:
     """CIEDE2000 difference of CIELAB colours (..., 3), weights 1 (Sharma, Wu, Dalal 2005, doi 10.1002/col.20070)."""
-    (l1, a1, b1), (l2, a2, b2) = (np.moveaxis(np.asarray(lab, np.float64), -1, 0) for lab in (lab_1, lab_2))
+    l1, a1, b1 = np.moveaxis(np.asarray(lab_1, np.float64), -1, 0)
+    l2, a2, b2 = np.moveaxis(np.asarray(lab_2, np.float64), -1, 0)
     mean_chroma7 = ((np.hypot(a1, b1) + np.hypot(a2, b2)) / 2) ** 7
     g = 0.5 * (1 - np.sqrt(mean_chroma7 / (mean_chroma7 + 25.0**7)))
-    a1, a2 = (1 + g) * a1, (1 + g) * a2
-    c1, c2 = np.hypot(a1, b1), np.hypot(a2, b2)
-    h1, h2 = np.degrees(np.arctan2(b1, a1)) % 360, np.degrees(np.arctan2(b2, a2)) % 360
+    a1 = (1 + g) * a1
+    a2 = (1 + g) * a2
+    c1 = np.hypot(a1, b1)
+    c2 = np.hypot(a2, b2)
+    h1 = np.degrees(np.arctan2(b1, a1)) % 360
+    h2 = np.degrees(np.arctan2(b2, a2)) % 360
     coloured = c1 * c2 > 0
     turn = np.where(coloured, (h2 - h1 + 180) % 360 - 180, 0.0)
-    delta_l, delta_c = l2 - l1, c2 - c1
+    delta_l = l2 - l1
+    delta_c = c2 - c1
     delta_h = 2 * np.sqrt(c1 * c2) * np.sin(np.radians(turn / 2))
-    lightness, c = (l1 + l2) / 2, (c1 + c2) / 2
+    lightness = (l1 + l2) / 2
+    c = (c1 + c2) / 2
     # The mean hue lies half a turn from either; a colourless partner has no hue, then the other's counts.
     h = np.where(coloured, (h1 + turn / 2) % 360, h1 + h2)
     t = (
@@ -38,9 +44,12 @@ def ciede2000(lab_1: np.ndarray, lab_2: np.ndarray) -> np.ndarray:
         - 0.20 * np.cos(np.radians(4 * h - 63))
     )
     s_l = 1 + 0.015 * (lightness - 50) ** 2 / np.sqrt(20 + (lightness - 50) ** 2)
-    s_c, s_h = 1 + 0.045 * c, 1 + 0.015 * c * t
+    s_c = 1 + 0.045 * c
+    s_h = 1 + 0.015 * c * t
     rotation = -np.sin(np.radians(60 * np.exp(-(((h - 275) / 25) ** 2)))) * 2 * np.sqrt(c**7 / (c**7 + 25.0**7))
-    dl, dc, dh = delta_l / s_l, delta_c / s_c, delta_h / s_h
+    dl = delta_l / s_l
+    dc = delta_c / s_c
+    dh = delta_h / s_h
     return np.sqrt(np.maximum(dl**2 + dc**2 + dh**2 + rotation * dc * dh, 0))
 
 
@@ -101,8 +110,10 @@ def unapplied(reason: str, measures: Json | None = None) -> ColourFit:
 
 
 def ridge_regression(x_N3: np.ndarray, y_N3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    x_mean, y_mean = x_N3.mean(axis=0), y_N3.mean(axis=0)
-    x, y = x_N3 - x_mean, y_N3 - y_mean
+    x_mean = x_N3.mean(axis=0)
+    y_mean = y_N3.mean(axis=0)
+    x = x_N3 - x_mean
+    y = y_N3 - y_mean
     penalty = _RIDGE * len(x) * np.eye(3)
     matrix = np.linalg.solve(x.T @ x + penalty, x.T @ y + penalty)
     return matrix, y_mean - x_mean @ matrix

@@ -97,10 +97,15 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
     switches = add_adapters(pipe, entries, adapters.ip_adapter_layers)
     if metadata.unconditional == Unconditional.empty.name:  # the encoded '' instead of the zeros that SDXL's base has
         pipe.register_to_config(force_zeros_for_empty_prompt=False)
-    controlnets = [entry for entry in entries if entry.control is not None]
+    controls = []
+    controlnets = []
+    for entry in entries:
+        if entry.control is not None:
+            controls.append(entry.control)
+            controlnets.append(entry)
     return Models(
         pipe=pipe,
-        controls=tuple(entry.control for entry in controlnets if entry.control is not None),
+        controls=tuple(controls),
         controlnet_scales=tuple(entry.scale for entry in controlnets),
         controlnet_spans=tuple(entry.span for entry in controlnets),
         switches=tuple(switch for switch in switches if switch.span != ALWAYS),
@@ -328,13 +333,16 @@ def ip_adapter_scales(
     """
     if layers not in _LAYERS:
         return scale
-    last, first = attention_counts(unet.down_blocks)[-1], attention_counts(unet.up_blocks)[0]
+    last = attention_counts(unet.down_blocks)[-1]
+    first = attention_counts(unet.up_blocks)[0]
     places = {"down": (*last, last[1] - 1), "up": (*first, first[1] // 2)}
-    chosen = {name: places[name] for name in _LAYERS[layers]}
-    return {
-        name: {f"block_{block}": [scale if number == place else 0.0 for number in range(count)]}
-        for name, (block, count, place) in chosen.items()
-    }
+    scales = {}
+    for name in _LAYERS[layers]:
+        block, count, place = places[name]
+        weights = [0.0] * count
+        weights[place] = scale
+        scales[name] = {f"block_{block}": weights}
+    return scales
 
 
 def attention_counts(blocks: Iterable[Network]) -> list[tuple[int, int]]:
@@ -358,8 +366,11 @@ def add_ip_adapter(pipe: Pipe, entry: AdapterEntry, layers: IPAdapterLayers) -> 
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 by relative name of a folder's weights and JSON configs."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".json") and file.is_file())
-    return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
+    hashes = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".safetensors", ".json") and file.is_file():
+            hashes[file.relative_to(folder).as_posix()] = file_sha256(file)
+    return hashes
 
 
 def certified_name(folder: Path) -> str:

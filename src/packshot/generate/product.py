@@ -88,7 +88,7 @@ def open_image(key: str, source: Source) -> Photo:
         raise
     except PackshotError as error:
         named = key if isinstance(source, Image.Image) else f"{key}={source}"
-        raise ConfigError(f"{named} is no usable image: {error.args[0]}", error.hint) from error
+        raise ConfigError(f"{named} is not a usable image: {error.args[0]}", error.hint) from error
 
 
 def product_files(key: str, path: str) -> list[Path]:
@@ -100,7 +100,10 @@ def product_files(key: str, path: str) -> list[Path]:
     found = readable(key, path)
     if found.is_file():
         return [found]
-    files = sorted(file for file in found.iterdir() if is_image(file) and file.is_file())
+    files = []
+    for file in sorted(found.iterdir()):
+        if is_image(file) and file.is_file():
+            files.append(file)
     if not files:
         raise ConfigError(f"{key}={path} has no images.", f"Looked for {', '.join(IMAGE_SUFFIXES)}.")
     return files

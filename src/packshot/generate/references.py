@@ -32,8 +32,11 @@ def open_references(given: Source | Sequence[Source] | None, weights: Sequence[i
     """
     sources: Sequence[Source] = (given,) if isinstance(given, Source) else given or ()
     counts = reference_weights(len(sources), weights)
-    opened = [open_image("reference", source) for source in sources]
-    return [Reference(one.image, one.sha256, weight) for one, weight in zip(opened, counts, strict=True)]
+    references = []
+    for source, count in zip(sources, counts, strict=True):
+        photo = open_image("reference", source)
+        references.append(Reference(photo.image, photo.sha256, count))
+    return references
 
 
 def image_embeds(pipe: Any, references: Sequence[Reference], guided: bool) -> torch.Tensor:

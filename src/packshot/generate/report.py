@@ -62,8 +62,11 @@ def picture(file: Path, base: Path, alt: str) -> str:
 
 def definition_list(entries: Json) -> str:
     """``<dl>`` of escaped texts; empty values are left out."""
-    rows = (f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in entries.items() if value)
-    return f"<dl>{''.join(rows)}</dl>"
+    rows = ""
+    for key, value in entries.items():
+        if value:
+            rows += f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>"
+    return f"<dl>{rows}</dl>"
 
 
 def write_report(folder: Path, baseline: Path | None = None) -> None:
@@ -92,23 +95,26 @@ def report_body(folder: Path, baseline: Path | None) -> Iterator[str]:
 
 def product_section(folder: Path, name: str, results: list[tuple[str, Json]], baseline: Path | None) -> str:
     stem, first = results[0]
-    request, mask = first["request"], first["mask"]
-    scene = {slot: ", ".join(v) if isinstance(v, list) else v for slot, v in request["scene"].items()}
-    lost = "".join(
-        f'<p class="warn">Beyond the text encoder\'s 77 tokens, not seen by the model: {html.escape(words)}</p>'
-        for words in first["lost_words"].values()
-        if words
-    )
+    request = first["request"]
+    mask = first["mask"]
+    scene = {}
+    for slot, value in request["scene"].items():
+        scene[slot] = ", ".join(value) if isinstance(value, list) else value
+    lost = ""
+    for words in first["lost_words"].values():
+        if words:
+            note = f"Beyond the text encoder's 77 tokens, not seen by the model: {html.escape(words)}"
+            lost += f'<p class="warn">{note}</p>'
     sources = [
         (next((folder / LAYERS).glob(f"{glob_escape(name)}-input.*"), None), "Photo"),
         (folder / LAYERS / f"{stem}-product.png", "Cut-out, un-mixed from the old background"),
         (folder / LAYERS / f"{stem}-mask.png", f"Mask ({mask['method']}, confidence {mask['confidence']:.2f})"),
     ]
-    figures = [
-        f"<figure>{picture(file, folder, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for file, caption in sources
-        if file is not None and file.exists()
-    ]
+    figures = ""
+    for file, caption in sources:
+        if file is not None and file.exists():
+            image = picture(file, folder, caption)
+            figures += f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
     settings = {"prompt": request["prompt"], "negative prompt": request["negative_prompt"], **scene}
     for asked in conditions.settings().values():
         if request.get(asked.key) is not None:
@@ -116,7 +122,7 @@ def product_section(folder: Path, name: str, results: list[tuple[str, Json]], ba
     settings["adapters"] = ", ".join(f"{a['kind']} {a['name']} × {a['scale']:g}" for a in first["model"]["adapters"])
     cards = "".join(result_card(folder, stem, certificate, baseline) for stem, certificate in results)
     return (
-        f'<h2>{html.escape(name)}</h2><div class="grid sources">{"".join(figures)}</div>'
+        f'<h2>{html.escape(name)}</h2><div class="grid sources">{figures}</div>'
         f'{definition_list(settings)}{lost}<h2>Results</h2><div class="grid">{cards}</div>'
     )
 
@@ -126,7 +132,9 @@ def glob_escape(text: str) -> str:
 
 
 def result_card(folder: Path, stem: str, certificate: Json, baseline: Path | None) -> str:
-    core, edge, review = certificate["core"], certificate["edge"], certificate["status"] != "accepted"
+    core = certificate["core"]
+    edge = certificate["edge"]
+    review = certificate["status"] != "accepted"
     image = picture(folder / f"{stem}.png", folder, stem)
     before = baseline / f"{stem}.png" if baseline else None
     if before is not None and before.exists():

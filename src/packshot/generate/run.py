@@ -73,8 +73,9 @@ def generate(config: Generate) -> None:
                 log.error("%s: %s", file, error)
                 failures.append((file, error))
     write_report(run.path, baseline)
-    pictures = [run.path / f"{name}.png" for name in load_certificates(run.path)]
-    tracker.images("pictures", pictures, [picture.stem for picture in pictures], step=0)
+    stems = list(load_certificates(run.path))
+    pictures = [run.path / f"{stem}.png" for stem in stems]
+    tracker.images("pictures", pictures, stems, step=0)
     tracker.finish()
     log.info("%d pictures; report: %s", len(pictures), run.path / "report.html")
     raise_failures(failures, len(files))
@@ -84,7 +85,7 @@ def check_made(folder: Path, config: Generate, tool: Packshot, files: dict[str, 
     """Pictures that a run folder already has must be those that would be made now.
 
     Raises:
-        ConfigError: a request, a photo or a model differs from what a certificate says; nothing was changed.
+        ConfigError: a request, a photo or a model differs from what a certificate states; nothing was changed.
     """
     request = tool.request(requested(config), config, config.reference_files(), config.reference_weights)
     for stem, made in load_certificates(folder).items():
@@ -99,20 +100,25 @@ def check_made(folder: Path, config: Generate, tool: Packshot, files: dict[str, 
 
 def refuse_difference(picture: str, made: Json, now: Json) -> None:
     """Raises ConfigError where parts of a certificate are not what they would be now; other parts do not matter."""
-    odd = [f"{part}.{key}" for part in now for key, value in now[part].items() if made[part].get(key) != value]
-    if odd:
+    mismatched = []
+    for part, values in now.items():
+        for key, value in values.items():
+            if made[part].get(key) != value:
+                mismatched.append(f"{part}.{key}")
+    if mismatched:
         raise ConfigError(
-            f"{picture} was made otherwise ({', '.join(odd)} differ).",
+            f"{picture} was made otherwise ({', '.join(mismatched)} differ).",
             "Name a new run.dir, or delete the picture and its certificate to make it again. Nothing was changed.",
         )
 
 
 def raise_failures(failures: list[tuple[Path, PackshotError]], total: int) -> None:
+    """Raises PackshotError where products failed: the error itself if there was only one product."""
     if len(failures) == 1 == total:
         raise failures[0][1]
     if failures:
         names = ", ".join(file.name for file, _ in failures[:5])
-        raise PackshotError(f"{len(failures)} of {total} products failed: {names}.", "log.txt says why, one by one.")
+        raise PackshotError(f"{len(failures)} of {total} products failed: {names}.", "log.txt has the reason for each.")
 
 
 def requested(config: Generate) -> Scene | str:
@@ -121,9 +127,10 @@ def requested(config: Generate) -> Scene | str:
 
 
 def open_folder(key: str, path: str | None) -> Path | None:
+    """The folder that a key names, if it names one. Raises ConfigError where it is not a folder."""
     found = readable(key, path) if path else None
     if found and not found.is_dir():
-        raise ConfigError(f"{key}={path} is no folder.", "Name a folder that generate.py wrote.")
+        raise ConfigError(f"{key}={path} is not a folder.", "Name a folder that generate.py wrote.")
     return found
 
 

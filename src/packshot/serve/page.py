@@ -7,6 +7,7 @@ import hashlib
 import re
 from importlib.resources import files
 
+from packshot.config.generate import POSITIONS
 from packshot.scene import SLOTS
 from packshot.scene.slots import Slot
 
@@ -26,12 +27,20 @@ def slot_control(name: str, row: Slot) -> str:
     return f'<label for="{name}">{title}, one a line</label>\n{field}\n{choice}'
 
 
-PAGE = (
-    files("packshot.serve")
-    .joinpath("page.html")
-    .read_text(encoding="utf-8")
-    .replace("<!-- the slots of the scene -->", "\n".join(slot_control(name, row) for name, row in SLOTS.items()))
-)
+def place_option(name: str) -> str:
+    """The option of one named place on a canvas."""
+    return f'<option value="{name}">{name.replace("_", " ")}</option>'
+
+
+def page_text() -> str:
+    """The page with the controls that follow from registry rows."""
+    text = files("packshot.serve").joinpath("page.html").read_text(encoding="utf-8")
+    slots = "\n".join(slot_control(name, row) for name, row in SLOTS.items())
+    places = "\n".join(map(place_option, POSITIONS))
+    return text.replace("<!-- the slots of the scene -->", slots).replace("<!-- the places on a canvas -->", places)
+
+
+PAGE = page_text()
 
 
 def hashes(tag: str, page: str) -> str:

@@ -9,6 +9,7 @@ from fastapi import HTTPException, UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model
 
 from packshot.config import conditions
+from packshot.config.generate import POSITIONS
 from packshot.config.keys import nearest
 from packshot.config.schema import GenerateSettings, Placement
 from packshot.scene import SLOTS
@@ -34,16 +35,18 @@ def setting(name: str) -> Any:
     return Field(None, ge=metadata["min"], le=metadata["max"], description=text)
 
 
+# coordinates are left out: a form has no field for the two numbers
+PLACES = ["original", *POSITIONS]
+
+
 def placement_of(value: object) -> object:
     """A placement by its name; the members' values are numbers that mean nothing outside."""
-    if isinstance(value, str) and value not in Placement.__members__:
-        raise ValueError(f"takes {' or '.join(Placement.__members__)}")
+    if isinstance(value, str) and value not in PLACES:
+        raise ValueError(f"takes {' or '.join(PLACES)}")
     return Placement[value] if isinstance(value, str) else value
 
 
-PlacementName = Annotated[
-    Placement, BeforeValidator(placement_of), WithJsonSchema({"type": "string", "enum": list(Placement.__members__)})
-]
+PlacementName = Annotated[Placement, BeforeValidator(placement_of), WithJsonSchema({"type": "string", "enum": PLACES})]
 Text = Annotated[str, Field(max_length=2000)]
 OptionalText = Annotated[str | None, Field(max_length=2000)]
 
