@@ -59,10 +59,8 @@ def place(product: Product, settings: GenerateSettings) -> Canvas:
     Raises:
         ConfigError: the product would not fit on it.
     """
-    if settings.placement is Placement.original:
-        canvas = place_original(product)
-    else:
-        canvas = place_on_canvas(product, settings)
+    as_it_is = settings.placement is Placement.original
+    canvas = place_original(product) if as_it_is else place_on_canvas(product, settings)
     return replace(canvas, mask_reasons=product.mask_reasons)
 
 
