@@ -217,6 +217,36 @@ def test_every_adapter_changes_the_picture_and_is_certified(tool, exports, kind)
     assert entry["files"][file] == hashlib.sha256((exports / kind / file).read_bytes()).hexdigest()
 
 
+def test_several_loras_add_up_with_their_weights(exports):
+    """Twice the same LoRA at half its weight is that LoRA."""
+    folder = str(exports / "lora")
+
+    def raw(adapters):
+        [result] = Packshot.load(adapters=adapters).set_product(*photo_and_mask()).generate(SCENE, 1, settings=QUICK)
+        return np.asarray(result.layers["raw"]).astype(int), result.certificate["model"]["adapters"]
+
+    one, _ = raw(AdaptersConfig(lora=folder))
+    two, named = raw(AdaptersConfig(loras=[folder, folder], lora_scales=[0.5, 0.5]))
+    other, _ = raw(AdaptersConfig(loras=[folder, folder], lora_scales=[0.5, 0.0]))
+    assert np.abs(one - two).max() <= 1
+    assert np.abs(one - other).max() > 1
+    assert [(entry["kind"], entry["scale"]) for entry in named] == [("lora", 0.5), ("lora", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        ({"lora": "a", "loras": ["b"]}, "both given"),
+        ({"loras": ["a", "b"], "lora_scales": [1.0]}, "1 values for 2 LoRAs"),
+        ({"loras": ["a"], "lora_scale": 0.5}, "is for adapters.lora"),
+        ({"loras": ["a"], "lora_scales": [11.0]}, "out of range"),
+    ],
+)
+def test_loras_and_weights_must_fit(adapters, message):
+    with pytest.raises(ConfigError, match=message):
+        AdaptersConfig(**adapters).check()
+
+
 def test_adapters_work_together_and_scale_zero_switches_off(tool, exports):
     """Each one at weight 0 gives the picture without it."""
     nets = [str(exports / "inpaint"), str(exports / "canny")]

@@ -234,7 +234,13 @@ def set_product_input(unet: Network, loras: list[Path], shown: str) -> str:
     """Give the UNet the input channels in which it reads the product, if it does; returns how the product is shown."""
     channels = ProductConditioning.channels.name
     if shown == channels:
-        for folder in loras:
+        own = [folder for folder in loras if (folder / CONV_FILE).is_file()]
+        if len(own) > 1:
+            raise ConfigError(
+                f"adapters.loras: {own[0]} and {own[1]} both bring input channels, and the base has one set of them.",
+                "Use one of the two.",
+            )
+        for folder in own or loras[:1]:
             try:
                 load_conv(unet, folder)
             except (OSError, ValueError, KeyError) as error:
