@@ -55,15 +55,13 @@ class InputRow:
     """Something besides picture and mask that control maps are drawn from.
 
     column: the picture of a dataset that training reads it from. read: (that picture, the mask), both (H, W) in [0, 1],
-    to what a map is drawn from. padding: what letterbox bars show of the column, see ``imaging.framing.apply``. where:
-    which datasets have the column. Generation takes it from exactly one of these: setting, a number that the user
+    to what a map is drawn from. where: which datasets have the column. Generation takes it from exactly one of these: setting, a number that the user
     gives; network, which estimates a picture that moves with the product.
     """
 
     column: str
     read: str
     where: str
-    padding: str = "edge"
     setting: Setting | None = None
     network: Network | None = None
 
@@ -133,9 +131,9 @@ def networks(config: object) -> dict[str, str]:
     return {name: path for name, path in named.items() if path}
 
 
-def picture_columns() -> dict[str, str]:
-    """The columns that control maps may be drawn from besides picture and mask, and how each is padded."""
-    return {row.column: row.padding for row in INPUTS.values()}
+def picture_columns() -> list[str]:
+    """The columns that control maps may be drawn from besides picture and mask; pictures of one channel."""
+    return [row.column for row in INPUTS.values()]
 
 
 def column_hint(column: str) -> str:
