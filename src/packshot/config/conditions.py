@@ -55,8 +55,8 @@ class InputRow:
     """Something besides picture and mask that control maps are drawn from.
 
     column: the picture of a dataset that training reads it from. read: (that picture, the mask), both (H, W) in [0, 1],
-    to what a map is drawn from. where: which datasets have the column. Generation takes it from exactly one of these: setting, a number that the user
-    gives; network, which estimates a picture that moves with the product.
+    to what a map is drawn from. where: which datasets have the column. Generation takes it from exactly one of these:
+    setting, a number that the user gives; network, which estimates a picture that moves with the product.
     """
 
     column: str
