@@ -47,4 +47,8 @@ if __name__ == "__main__":
     assert "camera_height" in GenerateForm.model_fields
     for line in sys.argv[1:]:  # a script and its overrides
         script, *overrides = line.split()
-        cli.run_stage(script, overrides)
+        try:
+            cli.run_stage(script, overrides)
+        except SystemExit as ended:  # every stage ends so; go on after those that went well
+            if ended.code:
+                raise

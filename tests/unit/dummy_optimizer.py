@@ -30,4 +30,8 @@ if __name__ == "__main__":
     for line in sys.argv[2:]:  # the overrides of one run each
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
-        cli.run_stage("train_lora", line.split())
+        try:
+            cli.run_stage("train_lora", line.split())
+        except SystemExit as ended:  # every stage ends so; go on after those that went well
+            if ended.code:
+                raise

@@ -25,7 +25,8 @@ POSITIONS = {
     "bottom_left": (0.0, 1.0),
     "bottom_right": (1.0, 1.0),
 }
-Placement = Names("Placement", ["original", *POSITIONS, "coordinates"])
+PLACEMENTS = ["original", *POSITIONS, "coordinates"]
+Placement = Names("Placement", list(PLACEMENTS))
 Suite = Names("Suite", ["full", "preservation", "scene"])
 
 MOST_REFERENCES = 64  # every one adds its image tokens to what each layer attends to at each step

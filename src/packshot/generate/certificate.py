@@ -44,6 +44,7 @@ def encode_png(image: np.ndarray) -> bytes:
 def read_png(png: bytes) -> np.ndarray:
     """The pixels of an encoded picture: uint8 (H, W, 3)."""
     bgr = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
+    assert bgr is not None  # encode_png wrote it
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
 
 
