@@ -316,9 +316,7 @@ def predicted(unet, reference):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 @pytest.mark.parametrize("variant", [BASE, PLUS], ids=str)
-def test_published_weights_are_read_and_written_unchanged(
-    variant, suffix, parts, alike, tmp_path
-):
+def test_published_weights_are_read_and_written_unchanged(variant, suffix, parts, alike, tmp_path):
     file, tensors = mini_file(tmp_path, variant, suffix)
     method = started(parts, variant, file)
     reference = method.encode([alike.read(0, ("image", "mask"))])[0]["reference"]
