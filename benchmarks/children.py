@@ -154,10 +154,10 @@ def bare(name: str, steps: int, batch_size: int) -> Iterator[None]:
     parameters = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     width, side = parts.unet.config.cross_attention_dim, SIZE // 8
-    shape = (batch_size, parts.unet.config.in_channels, side, side)
+    shape = (batch_size, parts.unet.conv_in.in_channels, side, side)
     batch = {
         "prompt_embeds": torch.randn(batch_size, 77, width),
-        "pooled_prompt_embeds": torch.randn(batch_size, parts.text_encoder_2.config.projection_dim),
+        "pooled_prompt_embeds": torch.randn(batch_size, parts.text_encoder_2.text_projection.out_features),
         "time_ids": torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]] * batch_size, dtype=torch.float32),
         "control_0": torch.rand(batch_size, 3, SIZE, SIZE),
         "reference": torch.randn(batch_size, parts.image_encoder.config.projection_dim),

@@ -109,7 +109,7 @@ KERNELS.impl("empty.memory_format", lambda size, dtype=None, **_: Elsewhere(torc
 
 def place(task: Any, parts: Any, accelerator: Any, train: Any) -> None:
     """Stands for ``train.run.place``, whose way of moving a parameter in place no subclass can go."""
-    from packshot.base.load import NETWORKS
+    from packshot.base.sdxl import NETWORKS
 
     moved: dict[int, Any] = {}
     for root in (task, *(getattr(parts, name) for name in NETWORKS & parts.loaded())):

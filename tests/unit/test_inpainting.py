@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from packshot.base.adapter_metadata import objective_metadata
-from packshot.base.inpainting import CONV_FILE, ProductConv, prepare_unet, product_channels, take_apart
+from packshot.base.inpainting import CONV_FILE, ProductConv, prepare_unet, product_channels, split_conv_in
 from packshot.base.load import load_parts
 from packshot.config.compose import compose
 from packshot.config.schema import AdaptersConfig, GenerateSettings, LoraMethod, ModelConfig, ProductConditioning
@@ -69,7 +69,7 @@ def shown(batch=1, seed=5):
 
 def test_taken_apart_an_inpainting_unet_computes_the_same():
     whole, parted = nine_channels(), nine_channels()
-    conv = take_apart(parted)
+    conv = split_conv_in(parted)
     assert not any(p.requires_grad for p in conv.parameters())
     assert parted.config.in_channels == 4
     given = inputs(whole, 2)
@@ -80,7 +80,7 @@ def test_taken_apart_an_inpainting_unet_computes_the_same():
 
 def test_one_shown_product_serves_both_halves_of_guidance():
     unet = nine_channels()
-    conv = take_apart(unet)
+    conv = split_conv_in(unet)
     noisy = inputs(unet, 4)["sample"]
     conv.show(shown(2))
     both = conv(noisy)
@@ -92,7 +92,7 @@ def test_added_channels_start_without_effect_and_are_trained():
     unet = load_parts(ModelConfig()).unet
     given = inputs(unet)
     before = predict(unet, given)
-    conv = take_apart(unet)
+    conv = split_conv_in(unet)
     conv.show(shown())
     assert torch.equal(predict(unet, given), before)
     assert [name for name, p in unet.named_parameters() if p.requires_grad] == ["conv_in.product.weight"]
@@ -255,5 +255,5 @@ def test_an_inpainting_base_needs_no_conv_file(export, tmp_path):
         (lora / file).write_bytes((folder / file).read_bytes())
     assert json.loads((lora / "packshot.json").read_text())["product_conditioning"] == "channels"
     Packshot.load(model=ModelConfig(base=str(base)), lora=str(lora))
-    with pytest.raises(ConfigError, match=rf"has no {CONV_FILE}, and the base is no inpainting model"):
+    with pytest.raises(ConfigError, match=rf"has no {CONV_FILE}, and the base is not an inpainting model"):
         Packshot.load(lora=str(lora))

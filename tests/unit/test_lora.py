@@ -452,12 +452,12 @@ def test_gradients_over_a_quantised_base_follow_its_values(quantization, parts):
 
 
 def test_a_machine_that_cannot_quantise_is_told_so(monkeypatch):
-    from packshot.base import load
+    from packshot.base.quantize import QUANTIZERS
 
     def fails(linear):
         raise RuntimeError("no kernel")
 
-    monkeypatch.setitem(load.QUANTIZERS, Quantization.nf4, fails)
+    monkeypatch.setitem(QUANTIZERS, Quantization.nf4, fails)
     with pytest.raises(ConfigError, match=r"model\.quantization=nf4 does not work on this machine \(no kernel\)"):
         quantised(Quantization.nf4)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from packshot.base.load import Source, load_parts, weights_hash
+from packshot.base.load import load_parts, weights_hash
+from packshot.base.sdxl import PARTS, Source
 from packshot.config.compose import compose
 from packshot.config.schema import IPAdapterMethod, LoraMethod, ModelConfig
 from packshot.dataset.rows import load_rows
@@ -34,7 +35,7 @@ RUN = """
 import json, sys
 from packshot.config.compose import compose
 from packshot.runs.folder import Run
-from packshot.base.load import Source
+from packshot.base.sdxl import Source
 from packshot.train.run import train
 
 parts, seen, load = [], {}, Source.load
@@ -191,7 +192,7 @@ def test_a_part_that_cannot_be_read_is_named_with_its_key(tmp_path):
 
 
 def test_sources_on_the_hub_are_taken_to_be_there():
-    source = Source("model.vae", "owner/name", None, "diffusers", "AutoencoderKL", "config.json", True)
+    source = Source("model.vae", "owner/name", None, PARTS["vae"])
     assert source.found
     assert source.folder is None
     assert source.files() == []

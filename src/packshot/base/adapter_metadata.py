@@ -1,4 +1,4 @@
-"""``packshot.json`` in an export folder: what inference has to repeat of an adapter's training."""
+"""``packshot.json`` in an export folder: the settings of an adapter's training that inference has to repeat."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class AdapterMetadata:
 
 
 def objective_metadata(objective: ObjectiveConfig) -> dict[str, str | bool]:
-    """The entries of ``packshot.json`` that follow from the objective; what equals the base is left out."""
+    """The entries of ``packshot.json`` that follow from the objective; entries that equal the base are left out."""
     entries: dict[str, str | bool] = {"product_conditioning": objective.product_conditioning.name}
     if objective.prediction_type is not PredictionType.base:
         entries["prediction_type"] = objective.prediction_type.name
@@ -60,10 +60,7 @@ def read_entries(folder: Path) -> dict[str, Any]:
     entries = json.loads((folder / METADATA_FILE).read_text())
     if not isinstance(entries, dict):
         raise ValueError("it holds no JSON object")
-    renamed: dict[str, Any] = {}
-    for name, value in entries.items():
-        renamed[RENAMED.get(str(name), str(name))] = value
-    return renamed
+    return {RENAMED.get(str(name), str(name)): value for name, value in entries.items()}
 
 
 def read_metadata(key: str, folder: Path) -> AdapterMetadata | None:
@@ -104,7 +101,7 @@ def common_metadata(folders: Mapping[str, Sequence[Path]]) -> AdapterMetadata:
     Raises:
         ConfigError: a file is broken, or two adapters cannot be used together.
     """
-    found = {}
+    found: dict[Path, AdapterMetadata | None] = {}
     for kind, paths in folders.items():
         for folder in paths:
             found[folder] = read_metadata(f"adapters.{kind}", folder)

@@ -1,8 +1,8 @@
-"""SDXL's parts without their weights, on the meta device: what a plan is made from."""
+"""SDXL's parts without their weights, on the meta device: a plan is made from them."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from packshot.base.load import Parts
+from packshot.base.sdxl import PARTS
 from packshot.config.schema import ModelConfig
 from packshot.runs.files import resolve
 
@@ -65,34 +66,44 @@ VISION = {  # CLIP-ViT-H/14, which SDXL's IP-Adapters read
 
 
 def meta_parts(model: ModelConfig) -> Parts:
-    """The parts of a model config without weights: a local folder's shapes, else the published ones of SDXL.
+    """The parts of a model config without weights: the shapes of a local folder, else the published ones of SDXL.
 
-    Tokenizers, scheduler and feature extractor are absent.
+    Tokenizers, scheduler and feature extractor are None.
     """
     folder = resolve(model.base)
     with torch.device("meta"):
-        if folder.is_dir():
-            unet: Any = UNet2DConditionModel.load_config(folder, subfolder="unet")
-            vae: Any = AutoencoderKL.load_config(folder, subfolder="vae")
-            found: dict[str, Any] = {
-                "unet": UNet2DConditionModel.from_config(unet),
-                "vae": AutoencoderKL.from_config(vae),
-                "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")),
-                "text_encoder_2": CLIPTextModelWithProjection(
-                    CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder_2")
-                ),
-                "image_encoder": CLIPVisionModelWithProjection(
-                    CLIPVisionConfig.from_pretrained(folder, subfolder="image_encoder")
-                ),
-            }
-        else:
-            found = {
-                "unet": UNet2DConditionModel(**UNET),
-                "vae": AutoencoderKL(**VAE),
-                "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT)),  # type: ignore[arg-type]
-                "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_2)),  # type: ignore[arg-type]
-                "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION)),  # type: ignore[arg-type]
-            }
-    for module in found.values():
-        module.requires_grad_(False).eval()
-    return Parts(**{field.name: found.get(field.name) for field in fields(Parts)})
+        networks = local_networks(folder) if folder.is_dir() else published_networks()
+    for network in networks.values():
+        network.requires_grad_(False).eval()
+    parts = Parts.lazily({})
+    for name in PARTS:
+        setattr(parts, name, networks.get(name))
+    return parts
+
+
+def local_networks(folder: Path) -> dict[str, Any]:
+    """The networks of a base's folder, by part."""
+    unet: Any = UNet2DConditionModel.load_config(folder, subfolder="unet")
+    vae: Any = AutoencoderKL.load_config(folder, subfolder="vae")
+    return {
+        "unet": UNet2DConditionModel.from_config(unet),
+        "vae": AutoencoderKL.from_config(vae),
+        "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")),
+        "text_encoder_2": CLIPTextModelWithProjection(
+            CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder_2")
+        ),
+        "image_encoder": CLIPVisionModelWithProjection(
+            CLIPVisionConfig.from_pretrained(folder, subfolder="image_encoder")
+        ),
+    }
+
+
+def published_networks() -> dict[str, torch.nn.Module]:
+    """The networks of SDXL's own shapes, by part."""
+    return {
+        "unet": UNet2DConditionModel(**UNET),
+        "vae": AutoencoderKL(**VAE),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT)),  # type: ignore[arg-type]
+        "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_2)),  # type: ignore[arg-type]
+        "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION)),  # type: ignore[arg-type]
+    }

@@ -1,12 +1,15 @@
-"""What the text encoders read of a text."""
+"""The part of a text that the text encoders read."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def lost_words(tokenizer: Any, text: str) -> str:
-    """The tail of a text that lies beyond a CLIP tokenizer's 77 tokens, as it spells it; "" when all is read."""
+def lost_words(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The end of a text that lies beyond a CLIP tokenizer's 77 tokens, in its spelling; "" if all of it is read."""
     ids = tokenizer(text, verbose=False).input_ids
     limit = tokenizer.model_max_length
     return tokenizer.decode(ids[limit - 1 : -1]).strip() if len(ids) > limit else ""

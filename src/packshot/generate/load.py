@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from packshot.base.adapter_metadata import common_metadata
 from packshot.base.controlnets import load_controlnet, read_control
-from packshot.base.inpainting import CONV_FILE, load_conv, reads_product, take_apart
+from packshot.base.inpainting import CONV_FILE, load_conv, reads_product, split_conv_in
 from packshot.base.load import Parts, hint_of_failure, load_parts, model_folder, trained_scheduler
 from packshot.config.conditions import INPUTS
 from packshot.config.schema import (
@@ -246,7 +246,7 @@ def set_product_input(unet: Network, loras: list[Path], shown: str) -> str:
             except (OSError, ValueError, KeyError) as error:
                 raise unloadable("adapters.lora", folder, error) from error
     elif reads_product(unet):  # an inpainting base, and adapters that know nothing of it
-        take_apart(unet)
+        split_conv_in(unet)
         return channels
     return shown
 

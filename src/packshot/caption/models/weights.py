@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from packshot.base.load import quantize
+from packshot.base.quantize import quantize
 from packshot.config.schema import CaptionerConfig, ProductTarget, Quantization, Tuning
 from packshot.errors import ConfigError
 from packshot.runs.files import readable, resolve

@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -97,7 +98,8 @@ def sample_line(examples: Examples, seen: FramedSample, access: Tensors, conditi
     """Panels and notes of one sample. access: its entries of a batch, without batch dimension."""
     parts = examples.encoder.parts
     latents = parts.latent_scale().to_vae(access["latents"][None])
-    decoded = parts.vae.decode(latents.to(parts.vae.device)).sample[0]
+    vae: Any = parts.vae  # its annotations ask for a FloatTensor
+    decoded = vae.decode(latents.to(vae.device)).sample[0]
     panels = [
         ("picture, mask outlined" if seen["mask"] else "picture, no mask", outlined(seen["image"], seen["mask"])),
         ("what the latents decode to", from_vae(decoded)),

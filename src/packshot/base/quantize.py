@@ -1,0 +1,93 @@
+"""Frozen linear layers in four or eight bits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from packshot.config.schema import Quantization
+from packshot.errors import ConfigError
+
+
+def nf4(linear: torch.nn.Linear) -> torch.nn.Module:
+    """Four-bit normal floats in blocks of 64 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    make: Any = Params4bit  # type checkers take its signature for a tensor's
+    with torch.device("meta"):
+        layer = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, quant_type="nf4")
+    weight = make(linear.weight.data, requires_grad=False, quant_type="nf4", module=layer)
+    layer.weight = weight.to(linear.weight.device)
+    # On CPUs with AVX-512 BF16 it would repack its weights at the first evaluation, for a kernel without a gradient,
+    # and fail where the length of a row is not a multiple of the block.
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def int8(linear: torch.nn.Linear) -> torch.nn.Module:
+    """A byte per weight; activations beyond 6 stay whole (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339)."""
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    make: Any = Int8Params  # type checkers take its signature for a tensor's
+    with torch.device("meta"):
+        layer = Linear8bitLt(
+            linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=6.0
+        )
+    weight = make(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    layer.weight = weight.to(linear.weight.device)
+    return layer
+
+
+QUANTIZERS: dict[Quantization, Callable[[torch.nn.Linear], torch.nn.Module]] = {
+    Quantization.nf4: nf4,
+    Quantization.int8: int8,
+}
+
+
+def quantize(network: torch.nn.Module, quantization: Quantization, key: str, chosen: Callable[[str], bool]) -> None:
+    """Replace those linear layers of a frozen network whose names are ``chosen``, where they stand.
+
+    diffusers' ``BitsAndBytesConfig`` would do it while loading, but refuses machines without a GPU.
+
+    Raises:
+        ConfigError: bitsandbytes cannot do it on this machine.
+    """
+    # It logs at every layer and step that inputs are cast.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    linears: dict[str, torch.nn.Linear] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, torch.nn.Linear) and chosen(name):
+            linears[name] = module
+    try:
+        for name, linear in linears.items():
+            layer = QUANTIZERS[quantization](linear)
+            layer.bias = linear.bias
+            network.set_submodule(name, layer)
+    except (ImportError, RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"{key}={quantization} does not work on this machine ({reason}).", f"Set {key}=none."
+        ) from error
+
+
+def move_quantized(network: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Make what bitsandbytes' layers keep besides their parameters follow a move to ``device`` and ``dtype``."""
+    for layer in network.modules():
+        if hasattr(layer, "compute_dtype"):
+            # A four-bit layer would otherwise keep the dtype of its first input for good.
+            setattr(layer, "compute_dtype", dtype)  # noqa: B010 (no such attribute on nn.Module)
+            setattr(layer, "compute_type_is_set", True)  # noqa: B010
+        elif hasattr(layer, "state") and hasattr(layer.weight, "SCB"):
+            # An eight-bit layer keeps its codes (CB) and the scales of its rows (SCB) twice.
+            for holder in (layer.weight, layer.state):
+                move_codes(holder, device)
+
+
+def move_codes(holder: object, device: torch.device) -> None:
+    """Move the codes and scales of an eight-bit layer's weight or state."""
+    for name in ("CB", "SCB"):
+        tensor = getattr(holder, name)
+        setattr(holder, name, None if tensor is None else tensor.to(device))
