@@ -11,7 +11,8 @@ import argparse
 import statistics
 import time
 
-from packshot.caption.models.captioner import Captioner, load_captioner
+from packshot.caption.models.captioner import Captioner
+from packshot.caption.models.load import load_captioner
 from packshot.config.schema import CaptionerConfig, CaptionerKind, Constraint, ModelConfig
 from packshot.dataset.rows import load_rows
 

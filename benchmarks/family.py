@@ -22,7 +22,7 @@ from learning import Pictures, plain_features, spread_of
 from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
-from packshot.caption.evaluate import deal_to_others
+from packshot.caption.scores import deal_to_others
 from packshot.evaluate.distance import cmmd
 from packshot.runs.files import replacing_file
 from packshot.scene import Scene

@@ -162,10 +162,10 @@ def train(folder: Path) -> None:
 
 
 def caption(folder: Path) -> None:
-    from packshot.caption import run
+    from packshot.caption import run, train
     from packshot.config.compose import compose
 
-    run._export = lambda *_: None
+    train.export = lambda *_: None
     save = torch.save
     torch.save = lambda state, file: save(tree_map(held, state), file)
     for kind in ("florence2", "llama32_vision"):

@@ -115,7 +115,7 @@ def test_an_error_inside_the_model_costs_one_row_not_its_batch(shard, tmp_path):
     assert column(tmp_path / "out.parquet", "caption_error")[1] == "RuntimeError: out of luck"
 
 
-def test_what_is_wrong_for_every_row_ends_the_run_instead_of_filling_the_error_column(shard, tmp_path):
+def test_an_error_that_concerns_every_row_ends_the_run(shard, tmp_path):
     def refuse(image):
         raise ConfigError("captioner.endpoint=http://x refuses: no such key.", "Is OPENAI_API_KEY right?")
 
@@ -136,7 +136,7 @@ def test_what_is_wrong_for_every_row_ends_the_run_instead_of_filling_the_error_c
         (Caption("", truncated=False), "describes no scene"),
     ],
 )
-def test_a_caption_that_may_not_be_trained_on_is_kept_out_of_text(caption, reason):
+def test_an_unusable_caption_is_kept_out_of_text(caption, reason):
     row = judge(caption)
     assert row.text == (caption.text if reason is None else None)
     assert row.error == (None if reason is None else f"{reason}: {caption.text}")
@@ -146,7 +146,7 @@ def sure(image):
     return Caption(CAPTIONS[0], truncated=False, confidence={"surface": 0.5, "mood": 0.25})
 
 
-def test_a_kill_costs_one_batch_and_the_shard_has_the_same_bytes(tmp_path):
+def test_a_kill_costs_one_batch_and_changes_no_byte(tmp_path):
     shard = write_dataset(tmp_path / "data", shards=(7,), captions=False) / "part-00000.parquet"
     whole, parts = tmp_path / "whole.parquet", tmp_path / "parts.parquet"
     caption_shard(shard, whole, Scripted(sure, batch_size=2), "a")

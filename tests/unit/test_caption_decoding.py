@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from packshot.caption.decoding import write
-from packshot.caption.models.captioner import load_adapter, load_captioner
+from packshot.caption.models.load import load_adapter, load_captioner
 from packshot.config.schema import CaptionerConfig, CaptionerKind, Constraint, ModelConfig
 from packshot.scene import Scene
 from packshot.scene.decoding_grammar import scene_grammar
@@ -124,7 +124,7 @@ def senseless(request, tmp_path_factory):
     return load_adapter(ModelConfig(florence2=str(folder), llama32_vision=str(folder)), config)
 
 
-def test_a_model_without_sense_writes_captions_under_the_constraint_and_none_without(senseless):
+def test_an_untrained_model_writes_captions_when_constrained(senseless):
     free = write(senseless, IMAGES, NO_MASKS)
     assert not any(caption.text.startswith("Professional photo of an object on") for caption in free)
     for caption in write(senseless, IMAGES, NO_MASKS, Constraint.scene):

@@ -11,7 +11,8 @@ import pytest
 from caption_fixtures import CAPTIONS, SCENES, caption_vlm, picture, write_dataset
 from PIL import Image
 
-from packshot.caption.models.captioner import load_captioner
+from packshot.caption.models.load import load_captioner
+from packshot.config.compose import compose
 from packshot.config.schema import CaptionerConfig, CaptionerKind, Constraint, ModelConfig, ProductTarget
 from packshot.errors import ConfigError, PackshotError
 
@@ -102,7 +103,7 @@ def test_what_the_server_says_is_written_in_the_grammar(server):
     assert text.startswith("The object is on")
 
 
-def test_a_busy_server_is_asked_again_and_a_broken_answer_costs_its_row(server):
+def test_a_busy_server_is_retried_an_error_costs_one_row(server):
     server.script = lambda number, red: (429, "slow down") if number == 1 else (200, CAPTIONS[0 if red else 1])
     assert connect(server).caption(IMAGES[:2], NO_MASKS[:2]) == CAPTIONS
     server.script = lambda number, red: (400, "this picture is odd") if red else (200, CAPTIONS[1])
@@ -111,7 +112,7 @@ def test_a_busy_server_is_asked_again_and_a_broken_answer_costs_its_row(server):
     assert (second.text, second.error) == (CAPTIONS[1], None)
 
 
-def test_a_refused_key_and_an_unknown_model_end_the_run_with_a_sentence(server):
+def test_a_refused_key_or_unknown_model_ends_the_run(server):
     for status in (401, 404):
         server.script = lambda number, red, status=status: (status, "no such thing")
         with pytest.raises(ConfigError, match=r"captioner.endpoint=http.* refuses: .*no such thing"):
@@ -146,10 +147,10 @@ def test_a_dataset_is_captioned_by_a_server_like_by_any_model(server, tmp_path):
 
 def test_half_a_config_is_refused():
     with pytest.raises(ConfigError, match=r"needs captioner.endpoint and captioner.endpoint_model"):
-        load_captioner(ModelConfig(), CaptionerConfig(kind=CaptionerKind.endpoint))
+        compose("caption_vlm", ["captioner=endpoint", "captioner.endpoint=http://127.0.0.1:1/v1"])
 
 
-def test_a_dataset_behind_a_refused_key_is_not_captioned_row_by_row_with_errors(server, tmp_path):
+def test_a_refused_key_writes_no_shard_of_errors(server, tmp_path):
     server.script = lambda number, red: (401, "no such key")
     write_dataset(tmp_path / "data", captions=False)
     keys = (f"captioner.endpoint={server.address}", "captioner.endpoint_model=small-vl", f"data.input={tmp_path}/data")
@@ -158,7 +159,7 @@ def test_a_dataset_behind_a_refused_key_is_not_captioned_row_by_row_with_errors(
     assert not list((tmp_path / "run").glob("*.parquet"))
 
 
-def test_a_picture_that_the_server_refuses_is_no_caption_to_be_scored(server, tmp_path):
+def test_a_picture_that_the_server_refuses_is_not_scored(server, tmp_path):
     server.script = lambda number, red: (400, "too odd") if number == 1 else (200, CAPTIONS[0 if red else 1])
     write_dataset(tmp_path / "data")
     keys = (f"captioner.endpoint={server.address}", "captioner.endpoint_model=small-vl", "captioner.batch_size=1")
@@ -177,5 +178,6 @@ def test_a_picture_that_the_server_refuses_is_no_caption_to_be_scored(server, tm
 def test_a_server_cannot_be_trained(tmp_path):
     write_dataset(tmp_path / "data")
     with pytest.raises(ConfigError, match=r"captioner=endpoint has no weights here"):
-        caption_vlm(tmp_path, "run", "captioner=endpoint")
+        keys = ("captioner.endpoint=http://127.0.0.1:1/v1", "captioner.endpoint_model=small-vl")
+        caption_vlm(tmp_path, "run", "captioner=endpoint", *keys)
     assert not (tmp_path / "run").exists()

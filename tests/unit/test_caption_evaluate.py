@@ -7,9 +7,10 @@ import pytest
 from caption_fixtures import CAPTIONS, SCENES, caption_vlm, picture, trained_run
 
 from packshot.caption.cider import cider
-from packshot.caption.evaluate import (
+from packshot.caption.models.adapter import Caption
+from packshot.caption.score_pages import confusion_page, worst_page
+from packshot.caption.scores import (
     confusion,
-    confusion_page,
     constant_caption,
     deal_to_others,
     invented,
@@ -17,9 +18,7 @@ from packshot.caption.evaluate import (
     measure,
     soft_f1,
     with_baselines,
-    worst_page,
 )
-from packshot.caption.models.adapter import Caption
 from packshot.scene import Scene
 
 
@@ -38,7 +37,7 @@ def test_leaks_truncation_and_broken_grammar_are_counted():
     assert (scores["leakage_rate"], scores["truncated_rate"], scores["parse_rate"]) == (0.5, 0.5, 0.5)
 
 
-def test_the_constant_caption_takes_every_slots_most_frequent_value():
+def test_the_constant_caption_has_the_most_frequent_values():
     scenes = [
         Scene("a table", ("lemons",), "a wall", "soft daylight", "calm"),
         Scene("a table", (), "a wall", "backlight", "warm"),
@@ -64,13 +63,13 @@ def test_a_captioner_that_looks_stands_above_both_baselines():
     assert scores["baselines"]["shuffled_images"]["mean"]["exact"] < 1.0
 
 
-def test_a_captioner_that_does_not_look_loses_nothing_by_shuffling():
+def test_shuffling_costs_a_blind_captioner_nothing():
     truths = SCENES * 4
     scores = with_baselines(captions([CAPTIONS[0]] * 8), truths, CAPTIONS[0], seed=0)
     assert scores["captioner"] == scores["baselines"]["shuffled_images"]
 
 
-def test_the_page_shows_truth_and_caption_and_runs_no_markup_of_theirs(tmp_path):
+def test_the_page_shows_truth_and_caption_escaped(tmp_path):
     worst_page(
         tmp_path / "worst.html", [picture(0)], ["id<1>"], [Caption("a <script>alert(1)</script>", True)], SCENES[:1]
     )
@@ -122,7 +121,7 @@ def test_what_was_called_what_is_counted_per_slot():
     assert table["mood"] == {"calm": {"": 1}, "minimalist": {"": 1}}
 
 
-def test_things_that_are_not_there_are_counted_and_near_words_are_not():
+def test_invented_things_are_counted_and_synonyms_are_not():
     truths = [Scene("a table", ("green palm leaves", "lemons")), Scene("a table"), Scene("a table", ("books",))]
     guesses = [Scene("a table", ("palm leaves", "candles")), Scene("a table", ("books",)), Scene("a table")]
     assert invented(guesses, truths) == {"things": 2 / 3, "captions": 2 / 3}
@@ -149,7 +148,7 @@ def test_the_confusion_page_runs_no_markup_of_captions(tmp_path):
 CORPUS = [scene.render() for scene in SCENES] * 5 + ["Professional photo of an object on a table, warm mood"]
 
 
-def test_cider_is_ten_for_the_truth_and_little_for_the_common_words():
+def test_cider_is_ten_for_the_truth_and_low_for_common_words():
     truths = [scene.render() for scene in SCENES]
     assert cider(truths, truths, CORPUS) == pytest.approx(10.0)
     assert cider(truths[::-1], truths, CORPUS) < 2

@@ -10,7 +10,7 @@ from PIL import Image
 from packshot.caption.decoding import write
 from packshot.caption.models import florence2
 from packshot.caption.models.adapter import loss_per_sample
-from packshot.caption.models.captioner import load_captioner, ready_adapter
+from packshot.caption.models.load import load_captioner, ready_adapter
 from packshot.caption.models.weights import Asked
 from packshot.config.schema import CaptionerConfig, CaptionerKind, Constraint, ModelConfig, ProductTarget, Tuning
 from packshot.errors import ConfigError
@@ -33,7 +33,7 @@ def trained(**settings):
     return load_captioner(ModelConfig(florence2=str(trained_run().parent / "base")), CaptionerConfig(**settings))
 
 
-def test_loss_is_the_hand_written_cross_entropy_and_the_models_own(base):
+def test_loss_equals_the_cross_entropy_of_the_labels(base):
     adapter = load(base, trainable=True)
     batch = adapter.train_batch(IMAGES, NO_MASKS, CAPTIONS)
     assert (batch["labels"] == -100).any(), "the two captions must differ in length, or padding is not tested"
@@ -50,7 +50,7 @@ def test_loss_is_the_hand_written_cross_entropy_and_the_models_own(base):
             assert losses[i].item() == pytest.approx(adapter.model(**alone).loss.item(), rel=1e-5)
 
 
-def test_labels_decode_to_caption_and_end_token_and_nothing_else_is_learned(base):
+def test_labels_are_caption_and_end_token_only(base):
     adapter = load(base, trainable=True)
     tokenizer = adapter.processor.tokenizer
     labels = adapter.train_batch(IMAGES, NO_MASKS, CAPTIONS)["labels"]
@@ -61,7 +61,7 @@ def test_labels_decode_to_caption_and_end_token_and_nothing_else_is_learned(base
         assert tokenizer.pad_token_id not in kept
 
 
-def test_loss_does_not_depend_on_training_mode_or_on_the_global_generator(base):
+def test_loss_does_not_depend_on_mode_or_generator(base):
     adapter = load(base, trainable=True)  # the checkpoint's config asks for dropout 0.1 and drop path 0.1
     batch = adapter.train_batch(IMAGES, NO_MASKS, CAPTIONS)
     losses = []
@@ -72,7 +72,7 @@ def test_loss_does_not_depend_on_training_mode_or_on_the_global_generator(base):
     assert torch.equal(*losses)
 
 
-def test_overfitted_captions_are_generated_exactly_batched_and_alone():
+def test_overfitted_captions_are_written_exactly():
     captioner = trained()
     assert captioner.caption(IMAGES, NO_MASKS) == CAPTIONS
     assert [captioner.caption([image], [None])[0] for image in IMAGES] == CAPTIONS
@@ -111,7 +111,7 @@ def test_truncation_is_seen():
     assert not any(caption.truncated for caption in trained().write(IMAGES, NO_MASKS))
 
 
-def test_lora_reaches_the_language_model_only_and_merges_without_change(base, tmp_path):
+def test_lora_adapts_the_language_model_and_merges_exactly(base, tmp_path):
     adapter = load(base, trainable=True, tuning=Tuning.language_lora, lora_rank=4)
     names = [name for name, parameter in adapter.model.named_parameters() if parameter.requires_grad]
     # self-attention of the encoder; self- and cross-attention of the decoder; fc1 and fc2 of both; A and B of each
@@ -133,13 +133,13 @@ def test_lora_reaches_the_language_model_only_and_merges_without_change(base, tm
     assert write(adapter, IMAGES, NO_MASKS) == write(merged, IMAGES, NO_MASKS)
 
 
-def test_a_lora_belongs_to_its_base_and_is_not_laid_over_another(base, tmp_path):
+def test_a_lora_is_refused_over_another_base(base, tmp_path):
     tuned = {"tuning": Tuning.language_lora, "lora_rank": 2}
     load(base, trainable=True, **tuned).save(tmp_path / "lora")
     other = save_tiny_florence(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"is a LoRA over .*, not .*other"):
         load(other, adapter=str(tmp_path / "lora"))
-    with pytest.raises(ConfigError, match=r"would lay a second one over it"):
+    with pytest.raises(ConfigError, match=r"would put a second one over it"):
         load(base, trainable=True, adapter=str(tmp_path / "lora"), **tuned)
     # over a whole export, it is the export that a LoRA belongs to
     export = trained_run() / "export"
@@ -148,7 +148,7 @@ def test_a_lora_belongs_to_its_base_and_is_not_laid_over_another(base, tmp_path)
     assert config["base_model_name_or_path"] == str(export)
 
 
-def test_full_tuning_trains_every_weight_and_loading_for_use_trains_none(base):
+def test_full_tuning_trains_all_and_loading_trains_none(base):
     assert all(p.requires_grad and p.dtype == torch.float32 for p in load(base, trainable=True).model.parameters())
     assert not any(p.requires_grad for p in load(base).model.parameters())
 

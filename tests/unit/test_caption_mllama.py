@@ -11,8 +11,10 @@ from transformers import MllamaForConditionalGeneration
 from packshot.caption.decoding import write
 from packshot.caption.models import mllama
 from packshot.caption.models.adapter import loss_per_sample
-from packshot.caption.models.captioner import load_captioner, ready_adapter
+from packshot.caption.models.load import load_captioner, ready_adapter
 from packshot.caption.models.weights import Source, loading_error
+from packshot.config.captioners import CAPTIONERS
+from packshot.config.compose import compose
 from packshot.config.schema import (
     CaptionerConfig,
     CaptionerKind,
@@ -48,7 +50,7 @@ def trained(**values):
     )
 
 
-def test_loss_is_the_hand_written_cross_entropy_and_the_models_own(base):
+def test_loss_equals_the_cross_entropy_of_the_labels(base):
     adapter = load(base, trainable=True)
     batch = adapter.train_batch(IMAGES, NO_MASKS, CAPTIONS)
     assert (batch["attention_mask"] == 0).any(), "the two captions must differ in length, or padding is not tested"
@@ -64,7 +66,7 @@ def test_loss_is_the_hand_written_cross_entropy_and_the_models_own(base):
             assert losses[i].item() == pytest.approx(adapter.model(**alone, labels=labels).loss.item(), rel=1e-5)
 
 
-def test_labels_decode_to_caption_and_end_token_and_nothing_else_is_learned(base):
+def test_labels_are_caption_and_end_token_only(base):
     adapter = load(base)
     batch = adapter.train_batch(IMAGES, NO_MASKS, CAPTIONS)
     rows = adapter.model.lm_head.out_features
@@ -78,7 +80,7 @@ def test_labels_decode_to_caption_and_end_token_and_nothing_else_is_learned(base
         assert ids[at + 1] == kept[0], "a label stands beside the position that predicts it"
 
 
-def test_the_prompt_opens_with_the_picture_and_ends_where_the_answer_begins(base, tmp_path):
+def test_the_prompt_runs_from_the_picture_to_the_answer(base, tmp_path):
     ids = load(base).generate_batch(IMAGES[:1], [None])["input_ids"][0]
     text = load(base).tokenizer.decode(ids)
     assert text == (
@@ -101,7 +103,7 @@ def test_training_pads_on_the_right_and_writing_on_the_left(base):
     assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_text_sees_the_tiles_of_its_picture_from_the_image_token_on_and_padding_sees_none(base):
+def test_text_sees_its_tiles_and_padding_sees_none(base):
     adapter = load(base)
     wide = Image.new("RGB", (112, 28), "red")
     batch = adapter.train_batch([IMAGES[0], wide], NO_MASKS, CAPTIONS)
@@ -115,7 +117,7 @@ def test_text_sees_the_tiles_of_its_picture_from_the_image_token_on_and_padding_
         assert torch.equal(sees[at:], attention[at:].bool())
 
 
-def test_overfitted_captions_are_generated_exactly_batched_and_alone():
+def test_overfitted_captions_are_written_exactly():
     captioner = trained()
     assert captioner.caption(IMAGES, NO_MASKS) == CAPTIONS
     assert [captioner.caption([image], [None])[0] for image in IMAGES] == CAPTIONS
@@ -152,7 +154,7 @@ def test_truncation_is_seen():
         (Tuning.vision_adapter, 2 * (2 * 7 + 3 * 6 + 1)),
     ],
 )
-def test_a_preset_reaches_its_layers_and_no_other_and_a_step_moves_them_alone(base, tuning, count):
+def test_a_preset_trains_its_layers_and_no_other(base, tuning, count):
     adapter = load(base, trainable=True, tuning=tuning, lora_rank=2)
     trainable = {name for name, parameter in adapter.model.named_parameters() if parameter.requires_grad}
     assert len(trainable) == count
@@ -171,11 +173,11 @@ def test_a_preset_reaches_its_layers_and_no_other_and_a_step_moves_them_alone(ba
     assert all("lora_B" in name for name in moved), "A moves only once B is not zero"
 
 
-def test_the_default_preset_of_the_config_trains_no_weight_of_the_base(base):
+def test_the_default_preset_trains_no_weight_of_the_base(base):
     adapter = load(base, trainable=True, tuning=Tuning.language_lora)
     assert all("lora_" in n for n, p in adapter.model.named_parameters() if p.requires_grad)
     with pytest.raises(ConfigError, match=r"captioner.tuning=frozen_vision is not for captioner=llama32_vision"):
-        load(base, trainable=True, tuning=Tuning.frozen_vision)
+        compose("caption_vlm", ["captioner=llama32_vision", "captioner.tuning=frozen_vision"])
 
 
 def test_a_lora_merges_without_change(base, tmp_path):
@@ -268,8 +270,8 @@ def test_parts_that_do_not_fit_are_refused_with_their_reason(base, tmp_path):
 
 def test_a_licence_that_was_not_accepted_is_said_in_a_sentence():
     gated = OSError("You are trying to access a gated repo.\nMake sure to have access to it at https://…")
-    source = Source("meta-llama/Llama-3.2-11B-Vision-Instruct", "meta-llama/Llama-3.2-11B-Vision-Instruct")
-    error = loading_error(source, "model.llama32_vision", gated, "hint")
+    source = Source(CAPTIONERS["llama32_vision"], "meta-llama/Llama-3.2-11B-Vision-Instruct", "unused")
+    error = loading_error(source, gated)
     assert "model.llama32_vision=meta-llama/Llama-3.2-11B-Vision-Instruct is behind a licence" in str(error)
     assert "European Union" in str(error)
     assert "Florence-2" in str(error)

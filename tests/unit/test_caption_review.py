@@ -82,7 +82,7 @@ def test_a_correction_wins_and_the_machines_words_stay(captioned):
     assert again.fingerprint() != before
 
 
-def test_corrected_rows_are_not_doubted_again_and_captioning_anew_leaves_them(captioned):
+def test_a_corrected_row_is_not_reviewed_or_captioned_again(captioned):
     run, _ = review(captioned)
     correct(captioned, edited(run, {"id2": BETTER}))
     _, lines = review(captioned, "run.resume=true")
@@ -127,7 +127,7 @@ def test_the_review_table_opens_in_excel_as_utf8(captioned):
 
 
 def test_a_table_that_is_none_is_refused(captioned, tmp_path):
-    with pytest.raises(ConfigError, match=r"needs data.corrections"):
+    with pytest.raises(ConfigError, match=r"data.corrections is not set"):
         caption_vlm(captioned.parent, "none", f"data.input={captioned}", task="correct")
     (tmp_path / "odd.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ConfigError, match=r"has no columns id and corrected"):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from packshot.errors import ConfigError, PackshotError
 
 
-def test_the_export_loads_in_stock_transformers_and_says_where_it_is_from():
+def test_the_export_loads_in_stock_transformers():
     from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
     export = trained_run() / "export"
@@ -55,7 +55,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(world):
     assert all(tensor.equal(parts[name]) for name, tensor in whole.items())
 
 
-def test_a_config_that_does_not_fit_leaves_that_of_the_run_where_it_is(world):
+def test_a_refused_resume_keeps_the_config_of_the_run(world):
     run = caption_vlm(world, "run", *SHORT, "train.max_steps=2")
     before = (run / "config.yaml").read_text()
     with pytest.raises(PackshotError, match=r"run.seed: 0 -> 1"):
@@ -98,7 +98,7 @@ def test_a_lora_is_exported_without_the_base(world):
     assert json.loads((world / "scores" / "scores.json").read_text())["samples"] == 4
 
 
-def test_a_caption_that_could_never_be_written_is_refused_before_the_run_starts(world):
+def test_a_caption_longer_than_the_limit_is_refused_first(world):
     with pytest.raises(
         ConfigError, match=r"the caption of sample id0 has \d+ tokens, more than captioner.max_new_tokens=8"
     ):

@@ -1,5 +1,6 @@
 """The published checkpoints' shapes, without their weights: configs, parameter counts, what the presets would train."""
 
+import pkgutil
 import re
 
 import pytest
@@ -11,9 +12,10 @@ from transformers import (
     MllamaForConditionalGeneration,
 )
 
-from packshot.caption.models import florence2, mllama
+from packshot.caption.models.mllama import cross_layers
+from packshot.config.captioners import CAPTIONERS
 from packshot.config.compose import compose
-from packshot.config.schema import CaptionerKind, Tuning
+from packshot.config.schema import CaptionerKind
 
 DAVIT = {
     "depths": (1, 1, 9, 1), "patch_size": (7, 3, 3, 3), "patch_stride": (4, 2, 2, 2), "patch_padding": (3, 1, 1, 1),
@@ -61,29 +63,33 @@ def low_rank(model, pattern, rank):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_florence_2_has_its_published_size_and_its_presets_their_layers(size):
+def test_florence_2_has_its_published_size_and_layers(size):
     model = florence(size)
     unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
     assert sum(unique.values()) == pytest.approx(SIZES[size][2], rel=0.003)
-    pattern = florence2.PRESETS[Tuning.language_lora]
+    presets = CAPTIONERS["florence2"].presets
+    pattern = presets["language_lora"].modules
     names = [
         name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(pattern, name)
     ]
     layers = SIZES[size][1]["layers"]
     assert len(names) == layers * (4 + 2) + layers * (8 + 2)
-    frozen = [name for name, _ in model.named_parameters() if not florence2.PRESETS[Tuning.frozen_vision](name)]
+    trained = presets["frozen_vision"].parameters
+    frozen = [name for name, _ in model.named_parameters() if not re.fullmatch(trained, name)]
     assert frozen
     assert all("vision_tower" in name for name in frozen)
 
 
-def test_llama_32_vision_has_its_published_size_and_its_presets_their_layers():
+def test_llama_32_vision_has_its_published_size_and_layers():
     with torch.device("meta"):
         model = MllamaForConditionalGeneration(MllamaConfig(vision_config={"image_size": 560}))
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(10.67e9, rel=0.002)
-    presets = mllama.presets(model.config)
-    assert low_rank(model, presets[Tuning.language_lora], 16) == pytest.approx(52.4e6, rel=0.01)
-    assert low_rank(model, presets[Tuning.cross_attention_lora], 16) == pytest.approx(10.5e6, rel=0.01)
-    pattern = presets[Tuning.vision_adapter]
+    crossing = "|".join(map(str, cross_layers(model)))
+    presets = CAPTIONERS["llama32_vision"].presets
+    patterns = {name: preset.modules.replace("CROSS_LAYERS", crossing) for name, preset in presets.items()}
+    assert low_rank(model, patterns["language_lora"], 16) == pytest.approx(52.4e6, rel=0.01)
+    assert low_rank(model, patterns["cross_attention_lora"], 16) == pytest.approx(10.5e6, rel=0.01)
+    pattern = patterns["vision_adapter"]
     reached = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(pattern, n)]
     assert sum("vision_model" in name for name in reached) == 40 * 6
     assert sum("multi_modal_projector" in name for name in reached) == 1
@@ -105,3 +111,14 @@ def test_one_word_names_a_published_checkpoint(script, choice, kind, key, hub_id
     assert config.captioner.kind is CaptionerKind[kind]
     assert getattr(config.model, key) == hub_id
     assert compose(script, [f"captioner={choice}", "captioner.lora_rank=4"]).captioner.lora_rank == 4
+
+
+@pytest.mark.parametrize("family", CAPTIONERS.values(), ids=CAPTIONERS)
+def test_a_row_has_its_code_its_yaml_and_its_key(family):
+    """A family is one row, one module and one YAML file; the rest derives from the row."""
+    for path in filter(None, (family.adapter, family.connect)):
+        assert callable(pkgutil.resolve_name(path))
+    config = compose("build_data", [f"captioner={family.name}", *(f"captioner.{key}=a" for key in family.needs)])
+    assert config.captioner.kind.name == family.name
+    assert getattr(config.model, family.name, "") == family.weights
+    assert (family.presets == {}) == (family.adapter == "")

@@ -27,7 +27,7 @@ def test_the_product_is_covered_and_nothing_else():
     assert np.array_equal(pixels[~inside], np.asarray(picture(0, 200))[~inside])
 
 
-def test_the_outline_runs_around_the_product_and_leaves_it_whole():
+def test_the_outline_leaves_the_product_whole():
     pixels, inside = marked(ProductTarget.outline), np.asarray(product()) > 127
     assert np.array_equal(pixels[inside], np.asarray(picture(0, 200))[inside])
     red = (pixels == RED).all(axis=-1)
@@ -53,7 +53,7 @@ def test_the_picture_stays_where_it_is_not_marked(target):
         (["captioner.dtype=bfloat16"], "captioner.dtype=bfloat16 with captioner.tuning=full"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_anything_is_loaded(overrides, reason):
+def test_settings_that_cannot_work_are_refused_first(overrides, reason):
     with pytest.raises(ConfigError, match=reason):
         compose("caption_vlm", overrides)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from packshot.caption.models.captioner import own_device
+from packshot.caption.models.load import own_device
 
 
 @pytest.mark.parametrize("what", ["generate", "train", "caption"])

@@ -22,7 +22,7 @@ ALLOWED = {
     "engine": {"config", "runs"},
     "methods": {"config", "runs", "imaging", "diffusion", "base", "engine"},
     "train": {"scene", "config", "runs", "imaging", "dataset", "diffusion", "base", "engine", "methods"},
-    "caption": {"scene", "config", "runs", "imaging", "dataset", "base", "engine", "train"},
+    "caption": {"scene", "config", "runs", "imaging", "dataset", "base", "engine"},
     "render": {"scene", "config", "runs", "pipeline"},
     "make_dataset": {"scene", "config", "runs", "pipeline", "imaging", "dataset", "caption", "render"},
     "generate": {"scene", "config", "runs", "imaging", "diffusion", "base"},

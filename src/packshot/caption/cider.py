@@ -13,11 +13,34 @@ from collections.abc import Sequence
 
 LONGEST = 4  # n-grams
 SIGMA = 6.0  # of the Gaussian penalty on a difference in length, in words
+Gram = tuple[str, ...]
 
 
-def _grams(text: str) -> list[Counter[tuple[str, ...]]]:
+def count_grams(text: str) -> list[Counter[Gram]]:
+    """The n-grams of a text with their counts, for each n from 1 to ``LONGEST``."""
     words = re.findall(r"[a-z0-9]+", text.lower())
-    return [Counter(zip(*(words[i:] for i in range(n)), strict=False)) for n in range(1, LONGEST + 1)]
+    counts: list[Counter[Gram]] = []
+    for n in range(1, LONGEST + 1):
+        counts.append(Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)))
+    return counts
+
+
+class Rarity:
+    """The weight of every n-gram: how rare it is among the captions of a corpus."""
+
+    def __init__(self, corpus: Sequence[str]) -> None:
+        self._captions: Counter[Gram] = Counter()  # in how many captions an n-gram occurs
+        for text in corpus:
+            for grams in count_grams(text):
+                self._captions.update(grams.keys())
+        self._log_size = math.log(max(len(corpus), 2))
+
+    def weigh(self, grams: Counter[Gram]) -> dict[Gram, float]:
+        """Counts times rarity (TF-IDF)."""
+        weighted: dict[Gram, float] = {}
+        for gram, count in grams.items():
+            weighted[gram] = count * (self._log_size - math.log(max(1, self._captions[gram])))
+        return weighted
 
 
 def cider(captions: Sequence[str], references: Sequence[str], corpus: Sequence[str]) -> float:
@@ -25,24 +48,26 @@ def cider(captions: Sequence[str], references: Sequence[str], corpus: Sequence[s
 
     corpus: the captions on which the rarity of every n-gram is counted.
     """
-    seen: Counter[tuple[str, ...]] = Counter()
-    for text in corpus:
-        seen.update({gram for grams in _grams(text) for gram in grams})
-    log_size = math.log(max(len(corpus), 2))
-
-    def weigh(grams: Counter[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
-        return {gram: count * (log_size - math.log(max(1, seen[gram]))) for gram, count in grams.items()}
-
-    def one(caption: str, reference: str) -> float:
-        guess, truth = _grams(caption), _grams(reference)
-        gap = sum(guess[0].values()) - sum(truth[0].values())
-        penalty = math.exp(-(gap**2) / (2 * SIGMA**2))
-        return 10 * penalty * sum(_cosine(weigh(g), weigh(t)) for g, t in zip(guess, truth, strict=True)) / LONGEST
-
-    return sum(map(one, captions, references)) / len(captions)
+    rarity = Rarity(corpus)
+    scores = [score_pair(caption, reference, rarity) for caption, reference in zip(captions, references, strict=True)]
+    return sum(scores) / len(scores)
 
 
-def _cosine(guess: dict[tuple[str, ...], float], truth: dict[tuple[str, ...], float]) -> float:
-    """Cosine of two weighted n-gram counts, where a repetition counts as often as the truth has it."""
-    norm = math.sqrt(sum(v * v for v in guess.values())) * math.sqrt(sum(v * v for v in truth.values()))
-    return sum(min(guess[g], truth[g]) * truth[g] for g in guess.keys() & truth.keys()) / norm if norm else 0.0
+def score_pair(caption: str, reference: str, rarity: Rarity) -> float:
+    """CIDEr-D of one caption."""
+    guess = count_grams(caption)
+    truth = count_grams(reference)
+    gap = guess[0].total() - truth[0].total()
+    penalty = math.exp(-(gap**2) / (2 * SIGMA**2))
+    agreement = 0.0
+    for n in range(LONGEST):
+        agreement += clipped_cosine(rarity.weigh(guess[n]), rarity.weigh(truth[n]))
+    return 10 * penalty * agreement / LONGEST
+
+
+def clipped_cosine(guess: dict[Gram, float], truth: dict[Gram, float]) -> float:
+    """Cosine of two weighted n-gram counts, in which a repetition counts at most as often as in the truth."""
+    norm = math.hypot(*guess.values()) * math.hypot(*truth.values())
+    if not norm:
+        return 0.0
+    return sum(min(guess[gram], truth[gram]) * truth[gram] for gram in guess.keys() & truth.keys()) / norm

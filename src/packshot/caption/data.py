@@ -1,4 +1,4 @@
-"""Dataset shards as the captioner reads and writes them: Parquet tables that keep every column they came with."""
+"""Dataset shards as the captioner reads and writes them: Parquet tables that keep all their columns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +20,8 @@ from packshot.runs.files import readable, replacing_file
 from packshot.scene import SLOTS, Scene
 from packshot.scene.scene import scene_features
 
+PICTURES = ("image", "mask")  # the pictures that a captioner reads
+PATIENCE = 30 * 24 * 3600  # seconds that processes wait for each other; the launcher ends them all when one fails
 ERROR_COLUMN = "caption_error"
 CONFIDENCE_COLUMN = "caption_confidence"
 _KEY = b"packshot.caption"  # footer entry: which input and which captioner a shard was written from
@@ -40,14 +41,12 @@ class CaptionedRow:
     confidence: dict[str, float] = field(default_factory=dict)
 
 
-def shard_files(key: str, path: str | None) -> list[Path]:
+def shard_files(key: str, path: str) -> list[Path]:
     """The Parquet files of a dataset folder that the config names under ``key``, in order.
 
     Raises:
-        ConfigError: no path, no folder, or no shard in it.
+        ConfigError: no folder, or no shard in it.
     """
-    if path is None:
-        raise ConfigError(f"{key} is not set.", f"Add {key}=<dataset folder>, as build_data.py writes it.")
     folder = readable(key, path)
     files = sorted(file for file in folder.glob("*.parquet") if file.name != "rejected.parquet")
     if not files:
@@ -56,10 +55,10 @@ def shard_files(key: str, path: str | None) -> list[Path]:
 
 
 def read_shard(file: Path) -> pa.Table:
-    """One shard as it lies on disk (images encoded).
+    """One shard as it is on disk (images encoded).
 
     Raises:
-        PackshotError: no Parquet, or no column ``image``.
+        PackshotError: the file is not Parquet, or has no column ``image``.
     """
     try:
         table = pq.read_table(file)
@@ -77,14 +76,15 @@ def decode_row(table: pa.Table, index: int) -> tuple[Image, Image | None]:
     Raises:
         PackshotError: the cell holds no image that can be decoded.
     """
-    image = decode_image(_bytes(table, "image", index), "the image")
+    image = decode_image(picture_bytes(table, "image", index), "the image")
     mask = None
     if "mask" in table.column_names and table.column("mask")[index].is_valid:
-        mask = decode_image(_bytes(table, "mask", index), "the mask").convert("L")
+        mask = decode_image(picture_bytes(table, "mask", index), "the mask").convert("L")
     return flatten(image), mask
 
 
-def _bytes(table: pa.Table, column: str, index: int) -> bytes:
+def picture_bytes(table: pa.Table, column: str, index: int) -> bytes:
+    """The file of a picture. Raises PackshotError if there is none."""
     cell = table.column(column)[index].as_py()
     if not isinstance(cell, dict) or not cell.get("bytes"):
         raise PackshotError(f"there is no {column}.")
@@ -92,30 +92,34 @@ def _bytes(table: pa.Table, column: str, index: int) -> bytes:
 
 
 def read_captions(file: Path, key: str) -> list[CaptionedRow] | None:
-    """The rows of an earlier run's shard, or None when there is none that was written under the same ``key``."""
+    """The rows of a shard that an earlier run wrote under the same ``key``, or None."""
     if not file.exists() or (pq.read_schema(file).metadata or {}).get(_KEY) != key.encode():
         return None
     table = pq.read_table(file, columns=["text", ERROR_COLUMN, CONFIDENCE_COLUMN])
-    return [
-        CaptionedRow(row["text"], row[ERROR_COLUMN], _known(row[CONFIDENCE_COLUMN] or {})) for row in table.to_pylist()
-    ]
+    rows: list[CaptionedRow] = []
+    for row in table.to_pylist():
+        confidence = without_nulls(row[CONFIDENCE_COLUMN])
+        rows.append(CaptionedRow(row["text"], row[ERROR_COLUMN], confidence))
+    return rows
 
 
-def _known(confidence: dict[str, float | None]) -> dict[str, float]:
-    return {slot: value for slot, value in confidence.items() if value is not None}
+def without_nulls(confidence: dict[str, float | None] | None) -> dict[str, float]:
+    """The cell of a confidence column, without the slots whose confidence is unknown."""
+    return {slot: value for slot, value in (confidence or {}).items() if value is not None}
 
 
 class Journal:
-    """Captions of a shard that is being written, a line each as they come, so that a kill costs one batch.
+    """The captions of an unfinished shard, one per line, so that a kill loses one batch.
 
-    It lies beside the shard and goes when the shard is whole. Lines under another ``key`` are not read.
+    The file is deleted when the shard is complete. Lines under another ``key`` are not read.
     """
 
     def __init__(self, target: Path, key: str) -> None:
-        self._file, self._key = target.with_name(f".{target.name}.journal"), hashlib.sha256(key.encode()).hexdigest()
+        self._file = target.with_name(f".{target.name}.journal")
+        self._key = hashlib.sha256(key.encode()).hexdigest()
 
     def read(self) -> dict[int, CaptionedRow]:
-        """Rows that were captioned before, by index; a line that a kill cut short is passed over."""
+        """Rows that were captioned before, by index; a line that a kill cut short is skipped."""
         rows: dict[int, CaptionedRow] = {}
         for line in self._file.read_text().splitlines() if self._file.exists() else []:
             with suppress(ValueError):  # an empty line, or one cut short
@@ -125,14 +129,15 @@ class Journal:
         return rows
 
     def add(self, rows: dict[int, CaptionedRow]) -> None:
-        """Note a batch."""
+        """Record a batch."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"key": self._key, "row": index, **asdict(row)}) for index, row in rows.items()]
         with self._file.open("a") as file:
-            file.write("\n" + "\n".join(lines))  # a line that a kill cut short ends before the next
+            for index, row in rows.items():
+                # The line break comes first: it also ends a line that a kill has cut short.
+                file.write("\n" + json.dumps({"key": self._key, "row": index, **asdict(row)}))
 
     def remove(self) -> None:
-        """The shard is whole."""
+        """Delete the file, because the shard is complete."""
         self._file.unlink(missing_ok=True)
 
 
@@ -143,16 +148,19 @@ def write_captions(file: Path, table: pa.Table, rows: Sequence[CaptionedRow], ke
     """
     features = Features.from_arrow_schema(table.schema)
     features.update({"text": _TEXT, "scene": scene_features(), ERROR_COLUMN: _TEXT, CONFIDENCE_COLUMN: _CONFIDENCE})
-    columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
-    columns["text"] = [row.text for row in rows]
-    columns["scene"] = [Scene.parse(row.text).scene.to_dict() if row.text else None for row in rows]
-    columns[ERROR_COLUMN] = [row.error for row in rows]
-    columns[CONFIDENCE_COLUMN] = [{slot: row.confidence.get(slot) for slot in _CONFIDENCE} for row in rows]
+    written: dict[str, list[object]] = {"text": [], "scene": [], ERROR_COLUMN: [], CONFIDENCE_COLUMN: []}
+    for row in rows:
+        written["text"].append(row.text)
+        written["scene"].append(Scene.parse(row.text).scene.to_dict() if row.text else None)
+        written[ERROR_COLUMN].append(row.error)
+        written[CONFIDENCE_COLUMN].append({slot: row.confidence.get(slot) for slot in _CONFIDENCE})
+    arrays: list[pa.Array | pa.ChunkedArray] = []
     schema = features.arrow_schema
-    metadata = {**(table.schema.metadata or {}), **schema.metadata, _KEY: key.encode()}
-    arrays = []
-    for column_type in schema:
-        column = columns[column_type.name]
-        arrays.append(pa.array(column, column_type.type) if isinstance(column, list) else column.cast(column_type.type))
+    for column in schema:
+        if column.name in written:
+            arrays.append(pa.array(written[column.name], column.type))
+        else:
+            arrays.append(table.column(column.name).cast(column.type))
+    metadata = {**(table.schema.metadata or {}), **(schema.metadata or {}), _KEY: key.encode()}
     with replacing_file(file) as temporary:
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema.with_metadata(metadata)), temporary)

@@ -1,11 +1,11 @@
-"""Writing captions with a model: held to the scene grammar if asked, with the probability of every slot."""
+"""Writing captions with a model: in the scene grammar if asked, with the probability of every slot."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import llguidance
 import llguidance.hf
@@ -16,27 +16,31 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from packshot.caption.models.adapter import Adapter, Caption
+from packshot.caption.models.adapter import Adapter, Caption, token_id
 from packshot.config.schema import Constraint
 from packshot.scene.decoding_grammar import scene_grammar
 from packshot.scene.grammar import slot_spans
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 
 class SceneConstraint(LogitsProcessor):
-    """Leaves every row only those tokens with which its text can still become a caption in the scene grammar.
+    """Leaves every row only the tokens with which its text can still become a caption in the scene grammar.
 
-    given: ids that stand before what is written. lead: ids that are written before the caption itself. One use per
-    call of ``generate``, and one beam: a row's state follows the row.
+    given: number of ids before the written ones. lead: ids that are written before the caption itself. Use a new one
+    for every call of ``generate``, with one beam, because the state of a row belongs to its place in the batch.
     """
 
-    def __init__(self, tokenizer: Any, rows: int, given: int, lead: Sequence[int]) -> None:
-        self._given, self._lead = given, list(lead)
-        known = _known(tokenizer)
-        self._matchers = [llguidance.LLMatcher(known, _grammar()) for _ in range(rows)]
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, rows: int, given: int, lead: Sequence[int]) -> None:
+        self._given = given
+        self._lead = list(lead)
+        known = known_tokenizer(tokenizer)
+        self._matchers = [llguidance.LLMatcher(known, compiled_grammar()) for _ in range(rows)]
         self._mask = llguidance.torch.allocate_token_bitmask(rows, known.vocab_size)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores_BV with -inf for what may not follow."""
+        """scores_BV with -inf for tokens that may not follow."""
         written = input_ids.shape[1] - self._given
         if written < len(self._lead):
             only = torch.full_like(scores, -math.inf)
@@ -46,7 +50,7 @@ class SceneConstraint(LogitsProcessor):
         for row, matcher in enumerate(self._matchers):
             if latest is not None and not matcher.is_stopped():
                 matcher.consume_token(latest[row])
-            if matcher.is_stopped():  # generate() pads finished rows whatever the scores are
+            if matcher.is_stopped():  # generate() pads a finished row and ignores its scores
                 self._mask[row] = -1
             else:
                 llguidance.torch.fill_next_token_bitmask(matcher, self._mask, row)
@@ -55,14 +59,14 @@ class SceneConstraint(LogitsProcessor):
 
 
 class Probabilities(LogitsProcessor):
-    """Notes what the model itself thought of every token that was chosen; changes nothing."""
+    """Records the probability that the model itself gave to every chosen token; changes no score."""
 
     def __init__(self) -> None:
         self.chosen: list[Tensor] = []  # log-probabilities, (B,) per written token but the last
         self._latest: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores_BV as they are."""
+        """scores_BV, unchanged."""
         if self._latest is not None:
             self.chosen.append(self._latest.gather(1, input_ids[:, -1:]).squeeze(1).cpu())
         self._latest = torch.log_softmax(scores.float(), dim=-1)
@@ -70,7 +74,8 @@ class Probabilities(LogitsProcessor):
 
 
 @lru_cache(maxsize=1)
-def _grammar() -> str:
+def compiled_grammar() -> str:
+    """The scene grammar as llguidance reads it."""
     grammar = llguidance.LLMatcher.grammar_from_lark(scene_grammar())
     wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, None)
     assert not wrong, messages
@@ -78,8 +83,9 @@ def _grammar() -> str:
 
 
 @lru_cache(maxsize=4)
-def _known(tokenizer: Any) -> llguidance.LLTokenizer:
-    return llguidance.hf.from_tokenizer(tokenizer, eos_token=tokenizer.eos_token_id)
+def known_tokenizer(tokenizer: PreTrainedTokenizerFast) -> llguidance.LLTokenizer:
+    """A tokenizer as llguidance reads it."""
+    return llguidance.hf.from_tokenizer(tokenizer, eos_token=token_id(tokenizer, "eos_token_id"))
 
 
 @torch.inference_mode()
@@ -89,43 +95,57 @@ def write(
     masks: Sequence[Image | None],
     constraint: Constraint = Constraint.none,
 ) -> list[Caption]:
-    """Caption one batch, with the weights as they are (a model in training is put back into training)."""
+    """Caption one batch in eval mode; a model in training is put back into training mode."""
     model = adapter.model
     training = model.training
     model.eval()
     try:
         batch = {name: tensor.to(model.device) for name, tensor in adapter.generate_batch(images, masks).items()}
         given, lead = adapter.lead(batch)
-        likely, processors = Probabilities(), LogitsProcessorList()
-        processors.append(likely)  # first: it is to see the model's own opinion
+        probabilities = Probabilities()
+        processors = LogitsProcessorList([probabilities])  # first, so that it sees the scores before the constraint
         if constraint is Constraint.scene:
             processors.append(SceneConstraint(adapter.tokenizer, len(images), given, lead))
         ids_BT = model.generate(**batch, logits_processor=processors)
     finally:
         model.train(training)
     written_BT = ids_BT[:, given:].cpu()
-    return [_caption(adapter.tokenizer, row, likely, i) for i, row in enumerate(written_BT)]
+    captions: list[Caption] = []
+    for row, ids_T in enumerate(written_BT):
+        chosen = [step[row].item() for step in probabilities.chosen]
+        captions.append(to_caption(adapter.tokenizer, ids_T.tolist(), chosen))
+    return captions
 
 
-def _caption(tokenizer: Any, ids_T: Tensor, likely: Probabilities, row: int) -> Caption:
-    """The words of one row up to its end token, with the confidence of every slot."""
-    ids = ids_T.tolist()
-    ended = tokenizer.eos_token_id in ids
-    ids = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
-    text = _text(tokenizer, ids)
+def to_caption(tokenizer: PreTrainedTokenizerFast, ids: list[int], log_probabilities: list[float]) -> Caption:
+    """The words of one row up to its end token, with the confidence of every slot.
+
+    log_probabilities: of the ids, in order.
+    """
+    end = token_id(tokenizer, "eos_token_id")
+    ended = end in ids
+    if ended:
+        ids = ids[: ids.index(end)]
+    text = decode(tokenizer, ids)
     spans = slot_spans(text.strip())
     if not spans:
         return Caption(text.strip(), truncated=not ended)
+    # Where each token's letters begin and end in the stripped text.
     skipped = len(text) - len(text.lstrip())
-    ends = [len(_text(tokenizer, ids[: count + 1])) - skipped for count in range(len(ids))]
-    log_probabilities = [step[row].item() for step in likely.chosen[: len(ids)]]
+    ends = [len(decode(tokenizer, ids[: count + 1])) - skipped for count in range(len(ids))]
+    starts = [0, *ends[:-1]]
     confidence: dict[str, float] = {}
     for slot, begin, end in spans:
-        starts = [0, *ends[:-1]]
-        inside = [lp for a, b, lp in zip(starts, ends, log_probabilities, strict=False) if a < end and b > begin]
-        confidence[slot] = confidence.get(slot, 1.0) * math.exp(sum(inside))
+        total = 0.0
+        for first, last, log_probability in zip(starts, ends, log_probabilities, strict=False):
+            if first < end and last > begin:
+                total += log_probability
+        confidence[slot] = confidence.get(slot, 1.0) * math.exp(total)
     return Caption(text.strip(), truncated=not ended, confidence=confidence)
 
 
-def _text(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    """The text of some ids, without special tokens."""
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)  # a list only for a list of rows
+    return text

@@ -1,25 +1,23 @@
-"""Captions for people to look at: the doubtful ones as a page and a table to edit, and the edited table taken back."""
+"""``task=review``: the doubtful captions of a dataset, as a page to look at and a table to edit."""
 
 from __future__ import annotations
 
 import csv
 import html
 from pathlib import Path
-from typing import Any
 
-from packshot.caption.data import CONFIDENCE_COLUMN, ERROR_COLUMN
-from packshot.caption.evaluate import THUMBNAIL
-from packshot.dataset.rows import Rows
-from packshot.dataset.text_files import EncodingError, csv_rows, decode_text
-from packshot.errors import ConfigError
+from packshot.caption.data import CONFIDENCE_COLUMN, ERROR_COLUMN, PICTURES, shard_files, without_nulls
+from packshot.caption.score_pages import THUMBNAIL
+from packshot.config.schema import CaptionVLM
+from packshot.dataset.rows import Rows, load_rows
+from packshot.engine.processes import start
+from packshot.engine.task import Sample
 from packshot.imaging.data_url import data_url
 from packshot.runs.files import replacing_file
 from packshot.runs.folder import log
-from packshot.scene import Scene
-from packshot.scene.scores import product_words
 
 COLUMNS = ("id", "doubt", "text", "corrected")
-_PAGE = """<!doctype html>
+PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Captions to review</title>
 <style>
@@ -37,7 +35,22 @@ data.corrections=review.csv</p>
 """
 
 
-def doubtful(rows: Rows, count: int) -> list[tuple[dict[str, Any], str]]:
+def review(config: CaptionVLM) -> None:
+    """Write the doubtful captions of ``data.input`` to ``review.csv`` and ``review.html``."""
+    assert config.data.input is not None  # the task's row needs it
+    shard_files("data.input", config.data.input)
+    rows = load_rows("data.input", config.data.input, captions=False, pictures=PICTURES)
+    session = start("caption_vlm", config, config.train)
+    try:
+        if session.run:
+            samples = doubtful(rows, config.data.review)
+            write_review(session.path, samples, rows.path)
+            log.info("%d captions to review in %s", len(samples), session.path / "review.html")
+    finally:
+        session.finish()
+
+
+def doubtful(rows: Rows, count: int) -> list[tuple[Sample, str]]:
     """Up to ``count`` samples with the reason for doubt: failures, then by the least certain slot.
 
     Samples without a confidence (a person's words, a server's) are not doubted.
@@ -45,64 +58,34 @@ def doubtful(rows: Rows, count: int) -> list[tuple[dict[str, Any], str]]:
     found: list[tuple[float, int, str]] = []
     for index in range(len(rows)):
         row = rows.read(index, ())
-        known = {slot: value for slot, value in (row.get(CONFIDENCE_COLUMN) or {}).items() if value is not None}
+        certainty = without_nulls(row.get(CONFIDENCE_COLUMN))
         if row.get(ERROR_COLUMN):
             found.append((-1.0, index, str(row[ERROR_COLUMN])))
-        elif known:
-            slot = min(known, key=lambda name: known[name])
-            found.append((known[slot], index, f"{slot} {known[slot]:.2f}"))
-    return [(rows.read(index, ("image",)), why) for _, index, why in sorted(found)[:count]]
+        elif certainty:
+            slot = min(certainty, key=certainty.__getitem__)
+            found.append((certainty[slot], index, f"{slot} {certainty[slot]:.2f}"))
+    return [(rows.read(index, ("image",)), reason) for _, index, reason in sorted(found)[:count]]
 
 
-def write_review(folder: Path, samples: list[tuple[dict[str, Any], str]], dataset: str) -> None:
+def write_review(folder: Path, samples: list[tuple[Sample, str]], dataset: str) -> None:
     """``review.csv``, to be edited, and ``review.html``, to look at."""
     table_file = folder / "review.csv"
-    # The byte order mark tells Excel that it is UTF-8; without one it shows é as Ã©.
+    # The byte order mark tells Excel that the file is UTF-8; without it, Excel shows é as Ã©.
     with replacing_file(table_file) as temporary, temporary.open("w", newline="", encoding="utf-8-sig") as file:
         table = csv.writer(file)
         table.writerow(COLUMNS)
-        table.writerows([row["id"], why, row["text"] or "", ""] for row, why in samples)
-    articles = "\n".join(
-        f'<article><img alt="" src="{data_url(row["image"], THUMBNAIL)}"><div><p class="doubt">{html.escape(why)}</p>'
-        f"<p>{html.escape(row['text'] or '')}</p><code>{html.escape(str(row['id']))}</code></div></article>"
-        for row, why in samples
-    )
-    page = _PAGE.format(count=len(samples), folder=html.escape(dataset), rows=articles)
+        for row, reason in samples:
+            table.writerow([row["id"], reason, row["text"] or "", ""])
+    articles = "\n".join(article(row, reason) for row, reason in samples)
+    page = PAGE.format(count=len(samples), folder=html.escape(dataset), rows=articles)
     with replacing_file(folder / "review.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def read_corrections(path: Path, known: set[str]) -> dict[str, str]:
-    """The corrections of an edited ``review.csv``, rendered in the caption grammar, by sample id.
-
-    Raises:
-        ConfigError: it is no such table, or a correction names no sample of the dataset, describes no scene or names
-            a product. All of them are listed, and nothing is taken over.
-    """
-    try:
-        text, encoding = decode_text(path.read_bytes())
-        lines = csv_rows(text)
-    except (OSError, EncodingError, csv.Error) as error:
-        raise ConfigError(
-            f"data.corrections={path} cannot be read ({error}).", "Save it as CSV UTF-8; task=review writes it."
-        ) from error
-    if encoding == "windows-1252":
-        log.warning("data.corrections=%s is not UTF-8: read as %s; save it as CSV UTF-8", path, encoding)
-    if not lines or not {"id", "corrected"} <= set(lines[0]):
-        raise ConfigError(f"data.corrections={path} has no columns id and corrected.", "task=review writes it.")
-    found, wrong = {}, []
-    for number, line in enumerate(lines, 2):
-        text = (line["corrected"] or "").strip()
-        if not text:
-            continue
-        scene = Scene.parse(text).scene
-        if line["id"] not in known:
-            wrong.append(f"line {number}: the dataset has no sample {line['id']}")
-        elif words := product_words(text):
-            wrong.append(f"line {number} names the product ({', '.join(words)})")
-        elif scene == Scene():
-            wrong.append(f"line {number} describes no scene: {text}")
-        found[line["id"]] = scene.render()
-    if wrong:
-        raise ConfigError(f"data.corrections={path}: {'; '.join(wrong)}.", "Mend these; nothing was taken over.")
-    return found
+def article(row: Sample, reason: str) -> str:
+    """One sample of the page."""
+    return (
+        f'<article><img alt="" src="{data_url(row["image"], THUMBNAIL)}"><div>'
+        f'<p class="doubt">{html.escape(reason)}</p>'
+        f"<p>{html.escape(row['text'] or '')}</p><code>{html.escape(str(row['id']))}</code></div></article>"
+    )

@@ -1,7 +1,7 @@
-"""Telling a captioner which thing in the picture is the product, so that it knows what to leave out.
+"""Marking the product in a picture, so that the captioner knows what to leave out.
 
-A region in words (``captioner.product=box``) is Florence-2's own and stands in ``florence2.py``; here the picture
-itself is marked, for any model.
+This marks the picture itself, for any model. A region in words (``captioner.product=box``) works for Florence-2 only,
+and ``florence2.py`` writes it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GREY = np.array((127, 127, 127), np.uint8)
 RED = np.array((255, 0, 0), np.uint8)
 
 
-def _outline(pixels: np.ndarray, product: np.ndarray) -> np.ndarray:
+def outline(pixels: np.ndarray, product: np.ndarray) -> np.ndarray:
     """A red line around the product, a hundredth of the longer side wide, outside of it where there is room."""
     reach = max(1, round(max(product.shape) / 100))
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
@@ -26,31 +26,29 @@ def _outline(pixels: np.ndarray, product: np.ndarray) -> np.ndarray:
     return np.where(ring[..., None], RED, pixels)
 
 
-def _cover(pixels: np.ndarray, product: np.ndarray) -> np.ndarray:
+def cover(pixels: np.ndarray, product: np.ndarray) -> np.ndarray:
     """Plain grey in place of the product."""
     return np.where(product[..., None], GREY, pixels)
 
 
 MARKS: dict[ProductTarget, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    ProductTarget.outline: _outline,
-    ProductTarget.mask: _cover,
+    ProductTarget.outline: outline,
+    ProductTarget.mask: cover,
 }
 
 
 def mark(
     images: Sequence[Image.Image], masks: Sequence[Image.Image | None], target: ProductTarget
 ) -> list[Image.Image]:
-    """RGB images as the captioner is to see them; an image without a mask stays as it is.
+    """RGB images for the captioner; an image without a mask stays as it is.
 
     masks: "L", white = product, of the image's own size.
     """
-    if target not in MARKS:
-        return list(images)
-
-    def marked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
-        if mask is None:
-            return image
+    marked: list[Image.Image] = []
+    for image, mask in zip(images, masks, strict=True):
+        if mask is None or target not in MARKS:
+            marked.append(image)
+            continue
         product = np.asarray(mask.convert("L")) > 127
-        return Image.fromarray(MARKS[target](np.asarray(image.convert("RGB")), product))
-
-    return [marked(image, mask) for image, mask in zip(images, masks, strict=True)]
+        marked.append(Image.fromarray(MARKS[target](np.asarray(image.convert("RGB")), product)))
+    return marked

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from packshot.caption.evaluate import with_baselines
 from packshot.caption.models.adapter import Adapter, Caption, loss_per_sample
 from packshot.caption.models.captioner import Captioner, caption_rows
+from packshot.caption.scores import with_baselines
 from packshot.dataset.rows import Rows
-from packshot.engine.task import Task, Validated
+from packshot.engine.task import Batch, Sample, Task, Validated
 
 VALIDATION_SCORE_SAMPLES = 32
 
@@ -22,21 +21,24 @@ VALIDATION_SCORE_SAMPLES = 32
 class CaptioningTask(Task):
     """Token cross-entropy of an adapter on a dataset. Nothing is drawn at random: dropout is off, nothing is augmented.
 
-    captioner: writes with ``adapter``. constant: the caption that the validation's first baseline gives to every image.
-    pictures: how many validation pictures are written.
+    captioner: writes with ``adapter``. constant: the caption of the validation's first baseline.
+    pictures: how many validation pictures are written to disk.
     """
 
     def __init__(
         self, adapter: Adapter, captioner: Captioner, validation: Rows, constant: str, pictures: int, seed: int
     ) -> None:
         super().__init__()
-        self._captioner, self._validation = captioner, validation
-        self._constant, self._pictures, self._seed = constant, pictures, seed
         self.adapter = adapter
         self.model: nn.Module = adapter.model
+        self._captioner = captioner
+        self._validation = validation
+        self._constant = constant
+        self._pictures = pictures
+        self._seed = seed
 
-    def collate(self, samples: list[dict[str, Any]], keys: Sequence[object]) -> dict[str, Any]:
-        """The adapter's training batch; the keys go unused, nothing is drawn."""
+    def collate(self, samples: list[Sample], keys: Sequence[object]) -> Batch:
+        """The adapter's training batch. The keys are not used, because nothing is drawn."""
         return self.adapter.train_batch(
             [sample["image"] for sample in samples],
             [sample["mask"] for sample in samples],
@@ -48,38 +50,46 @@ class CaptioningTask(Task):
         return loss_per_sample(self.adapter.logits(batch), batch["labels"])
 
     def validate(self, folder: Path, accelerator: Accelerator) -> Validated:
-        """Loss and slot scores on held-out samples, beside both baselines; pictures with caption and truth."""
+        """Loss and slot scores on held-out samples, next to both baselines; pictures with caption and truth."""
         indices = list(range(min(VALIDATION_SCORE_SAMPLES, len(self._validation))))
         captions = caption_rows(self._captioner, self._validation, indices, accelerator)
         truths = [self._validation[index]["scene"] for index in indices]
         scores = with_baselines(captions, truths, self._constant, self._seed)
+        own = scores["captioner"]
         figures = {
             "validation_loss": self._loss(indices, accelerator),
-            "soft_f1": scores["captioner"]["mean"]["soft"],
-            "exact": scores["captioner"]["mean"]["exact"],
+            "soft_f1": own["mean"]["soft"],
+            "exact": own["mean"]["exact"],
             "soft_f1_constant_caption": scores["baselines"]["constant_caption"]["mean"]["soft"],
             "soft_f1_shuffled_images": scores["baselines"]["shuffled_images"]["mean"]["soft"],
-            **{name: scores["captioner"][name] for name in ("parse_rate", "leakage_rate", "truncated_rate")},
+            "parse_rate": own["parse_rate"],
+            "leakage_rate": own["leakage_rate"],
+            "truncated_rate": own["truncated_rate"],
         }
-        return Validated(figures, *self._write_pictures(folder, captions, accelerator))
+        shown = captions[: self._pictures]
+        return Validated(figures, self._write_pictures(folder, len(shown), accelerator), self._lines(shown))
 
     def _loss(self, indices: list[int], accelerator: Accelerator) -> float:
+        """Mean loss of these validation samples; the processes share the work."""
         total = torch.zeros((), device=accelerator.device)
         for index in indices[accelerator.process_index :: accelerator.num_processes]:
             batch = self.collate([self._validation[index]], [])
             with accelerator.autocast():
                 total += self({name: tensor.to(accelerator.device) for name, tensor in batch.items()}).sum()
-        summed: Any = accelerator.reduce(total, "sum")
+        summed = accelerator.reduce(total, "sum")
+        assert isinstance(summed, Tensor)
         return summed.item() / len(indices)
 
-    def _write_pictures(
-        self, folder: Path, captions: list[Caption], accelerator: Accelerator
-    ) -> tuple[list[Path], list[str]]:
-        count = min(self._pictures, len(captions))
+    def _write_pictures(self, folder: Path, count: int, accelerator: Accelerator) -> list[Path]:
+        """The first validation pictures as files, written by the main process."""
         files = [folder / f"{index:03d}.png" for index in range(count)]
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             for index, file in enumerate(files):
                 self._validation[index]["image"].save(file)
-        lines = [f"{captions[i].text}  (truth: {self._validation.texts[i]})" for i in range(count)]
-        return files, lines
+        return files
+
+    def _lines(self, captions: Sequence[Caption]) -> list[str]:
+        """A line for each picture: what was written, and the truth."""
+        pairs = zip(captions, self._validation.texts, strict=False)  # the first pictures only
+        return [f"{caption.text}  (truth: {truth})" for caption, truth in pairs]

@@ -1,4 +1,4 @@
-"""``task=caption``: write the captions of a whole dataset, shard by shard, going on after every broken row."""
+"""``task=caption``: caption a whole dataset, shard by shard; a broken row does not stop the others."""
 
 from __future__ import annotations
 
@@ -6,29 +6,100 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from accelerate.utils import gather_object
 from PIL.Image import Image
 
 from packshot.caption.data import (
     ERROR_COLUMN,
+    PATIENCE,
     CaptionedRow,
     Journal,
     decode_row,
     read_captions,
     read_shard,
+    shard_files,
     write_captions,
 )
 from packshot.caption.models.adapter import Caption
 from packshot.caption.models.captioner import Captioner
+from packshot.caption.models.load import identity, load_captioner
+from packshot.config.schema import CaptionVLM
+from packshot.dataset.rows import license_names
+from packshot.engine.processes import Session, start
 from packshot.errors import ConfigError, PackshotError
-from packshot.runs.files import sha256
+from packshot.runs.files import replacing_file, sha256
 from packshot.runs.folder import log
+from packshot.runs.licenses import refuse_rows
+from packshot.runs.progress import progress
 from packshot.scene import Scene
 from packshot.scene.scores import product_words
+
+
+class Summary(TypedDict):
+    """Counts over a captioned dataset. errors: by their first words."""
+
+    rows: int
+    captioned: int
+    errors: dict[str, int]
+
+
+def caption(config: CaptionVLM) -> None:
+    """Caption the dataset ``data.input``; writes its shards with captions, and ``captions.json``."""
+    assert config.data.input is not None  # the task's row needs it
+    files = shard_files("data.input", config.data.input)
+    if config.run.dir and Path(config.run.dir).resolve() == files[0].parent.resolve():
+        raise ConfigError(
+            f"run.dir={config.run.dir} is data.input itself.", "Name another folder for the captioned dataset."
+        )
+    refuse_rows(config.licenses, "data.input", config.data.input, shard_licenses(files))
+    captioner = load_captioner(config.model, config.captioner)
+    named = json.dumps(identity(config.model, config.captioner), sort_keys=True)
+    # The first process to finish waits for the last, which may need hours more.
+    session = start("caption_vlm", config, replace(config.train, process_timeout=PATIENCE))
+    rank = session.accelerator.process_index
+    mine = files[rank :: session.accelerator.num_processes]
+    try:
+        found: list[tuple[str, dict[str, float]]] = []
+        total = sum(pq.read_metadata(file).num_rows for file in mine)
+        with progress("captioning", total, show=session.run is not None) as advance:
+            for file in mine:
+                counts = caption_shard(file, session.path / file.name, captioner, named, advance)
+                found.append((file.name, counts))
+        found = gather_object(found)
+        if session.run and session.tracker:
+            for step, (name, counts) in enumerate(sorted(found, key=lambda pair: pair[0])):
+                session.run.metrics({"step": step, "shard": name, **counts})
+                session.tracker.log(counts, step)
+            report(session, files)
+    finally:
+        session.finish()
+
+
+def shard_licenses(files: Sequence[Path]) -> set[str]:
+    """The licences of all rows."""
+    found: set[str] = set()
+    for file in files:
+        with pq.ParquetFile(file) as opened:
+            found |= set(license_names(opened.read(["license"])))  # a table without columns if the file has none
+    return found
+
+
+def report(session: Session, files: Sequence[Path]) -> None:
+    """``captions.json``, and the counts on the screen."""
+    counts = summary(session.path, files)
+    with replacing_file(session.path / "captions.json") as file:
+        file.write_text(json.dumps(counts, indent=2) + "\n")
+    log.info("%d of %d rows have a caption", counts["captioned"], counts["rows"])
+    for reason, count in counts["errors"].items():
+        log.warning("%d rows without: %s", count, reason)
+    if counts["errors"]:
+        log.info("run.resume=true tries these rows again; their column %s holds the reason", ERROR_COLUMN)
 
 
 def judge(caption: Caption) -> CaptionedRow:
@@ -37,7 +108,8 @@ def judge(caption: Caption) -> CaptionedRow:
         return CaptionedRow(error=caption.error)
     if caption.truncated:
         return CaptionedRow(error=f"was cut at captioner.max_new_tokens: {caption.text}")
-    if words := product_words(caption.text):
+    words = product_words(caption.text)
+    if words:
         return CaptionedRow(error=f"names the product ({', '.join(words)}): {caption.text}")
     if Scene.parse(caption.text).scene == Scene():
         return CaptionedRow(error=f"describes no scene: {caption.text}")
@@ -47,25 +119,26 @@ def judge(caption: Caption) -> CaptionedRow:
 def caption_shard(
     source: Path, target: Path, captioner: Captioner, identity: str, advance: Callable[..., None] = lambda n: None
 ) -> dict[str, float]:
-    """Caption one shard into ``target``; rows that were captioned before, without an error, are kept.
+    """Caption one shard into ``target``; rows that an earlier run captioned without an error are kept.
 
     identity: names the captioner and its settings. Captions of another identity, or of a shard with other content,
         are not reused.
-    advance: told how many rows are done, as they are.
+    advance: called with the number of rows that were finished.
     Returns: rows, captioned (now), kept, errors, images_per_second.
     """
     started = time.monotonic()
     key = json.dumps({"captioner": identity, "input": sha256(source.read_bytes())}, sort_keys=True)
-    table, journal = read_shard(source), Journal(target, key)
+    table = read_shard(source)
+    journal = Journal(target, key)
     earlier = read_captions(target, key)
     rows = earlier or [CaptionedRow(error="not captioned yet")] * table.num_rows
     for index, row in journal.read().items():
         rows[index] = row
-    todo = _by_size(table, [index for index, row in enumerate(rows) if row.error is not None])
+    todo = by_size(table, [index for index, row in enumerate(rows) if row.error is not None])
     advance(len(rows) - len(todo))
-    for start in range(0, len(todo), captioner.batch_size):
-        part = todo[start : start + captioner.batch_size]
-        found = dict(zip(part, _caption_rows(table, part, captioner), strict=True))
+    for first in range(0, len(todo), captioner.batch_size):
+        part = todo[first : first + captioner.batch_size]
+        found = dict(zip(part, caption_table_rows(table, part, captioner), strict=True))
         journal.add(found)
         for index, row in found.items():
             rows[index] = row
@@ -79,16 +152,16 @@ def caption_shard(
     return {**counts, "images_per_second": rate}
 
 
-def _by_size(table: pa.Table, indices: list[int]) -> list[int]:
-    """Pictures of one shape side by side, so that a batch carries little padding; as they are where no size is told."""
+def by_size(table: pa.Table, indices: list[int]) -> list[int]:
+    """Rows sorted by the shape of their picture, so that batches need little padding; unsorted without such columns."""
     if not {"width", "height"} <= set(table.column_names):
         return indices
     sizes = list(zip(table.column("height").to_pylist(), table.column("width").to_pylist(), strict=True))
     return sorted(indices, key=lambda index: sizes[index])
 
 
-def _caption_rows(table: pa.Table, indices: Sequence[int], captioner: Captioner) -> list[CaptionedRow]:
-    """Captions of some rows; one that cannot be decoded or captioned becomes an error and does not stop the others."""
+def caption_table_rows(table: pa.Table, indices: Sequence[int], captioner: Captioner) -> list[CaptionedRow]:
+    """Captions of some rows; a row that cannot be decoded or captioned gets an error and does not stop the others."""
     samples: dict[int, tuple[Image, Image | None]] = {}
     results: dict[int, CaptionedRow] = {}
     for index in indices:
@@ -101,10 +174,10 @@ def _caption_rows(table: pa.Table, indices: Sequence[int], captioner: Captioner)
 
 
 def write_rows(samples: dict[int, tuple[Image, Image | None]], captioner: Captioner) -> dict[int, CaptionedRow]:
-    """Captions of (RGB image, mask or None) by index; what fails or may not be used carries its error.
+    """Captions of (RGB image, mask or None) by index; a caption that fails or may not be used carries its error.
 
     Raises:
-        ConfigError: what would fail every row alike, such as a server that refuses the key.
+        ConfigError: every row would fail alike, because a server refuses the key, for example.
     """
     if not samples:
         return {}
@@ -112,7 +185,7 @@ def write_rows(samples: dict[int, tuple[Image, Image | None]], captioner: Captio
         captions = captioner.write([image for image, _ in samples.values()], [mask for _, mask in samples.values()])
     except ConfigError:
         raise
-    except Exception as error:  # whatever a model raises concerns a row; the batch is halved until the row is known
+    except Exception as error:  # any error of a model is blamed on a row; the batch is halved until the row is found
         if len(samples) == 1:
             index = next(iter(samples))
             log.warning("row %d: %s: %s", index, type(error).__name__, error)
@@ -123,22 +196,22 @@ def write_rows(samples: dict[int, tuple[Image, Image | None]], captioner: Captio
     return {index: judge(caption) for index, caption in zip(samples, captions, strict=True)}
 
 
-def summary(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
-    """Counts over the written shards: rows, captioned, and the errors by their first words.
+def summary(folder: Path, files: Sequence[Path]) -> Summary:
+    """Counts over the written shards.
 
     Raises:
         PackshotError: not one row has a caption.
     """
-    errors = [
-        error
-        for file in files
-        for error in pq.read_table(folder / file.name, columns=[ERROR_COLUMN]).column(0).to_pylist()
-    ]
-    reasons = Counter(error.split(":")[0] for error in errors if error is not None)
-    if errors and sum(reasons.values()) == len(errors):
-        example = next(error for error in errors if error)
+    rows = 0
+    errors: list[str] = []
+    for file in files:
+        column = pq.read_table(folder / file.name, columns=[ERROR_COLUMN]).column(0)
+        rows += len(column)
+        errors += column.drop_null().to_pylist()
+    if rows and len(errors) == rows:
         raise PackshotError(
-            f"none of {len(errors)} images got a caption; the first: {example}",
+            f"none of {rows} images got a caption; the first: {errors[0]}",
             f"The column {ERROR_COLUMN} of {folder} holds every reason.",
         )
-    return {"rows": len(errors), "captioned": len(errors) - sum(reasons.values()), "errors": dict(reasons)}
+    reasons = Counter(error.split(":")[0] for error in errors)
+    return {"rows": rows, "captioned": rows - len(errors), "errors": dict(reasons)}

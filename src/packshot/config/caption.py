@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from packshot.config.captioners import CAPTION_TASKS, CAPTIONERS, presets, presets_help
 from packshot.config.common import LicenseConfig, Quantization, Script
 from packshot.config.keys import Names, opt
 from packshot.config.train import DataConfig, KeepBest, OptimConfig, TrainConfig, check_steps
 from packshot.errors import ConfigError
 
-CaptionerKind = Names("CaptionerKind", ["none", "florence2", "llama32_vision", "endpoint"])
-CaptionTask = Names("CaptionTask", ["train", "evaluate", "caption", "review", "correct"])
-Tuning = Names("Tuning", ["full", "frozen_vision", "language_lora", "cross_attention_lora", "vision_adapter"])
+CaptionerKind = Names("CaptionerKind", list(CAPTIONERS))
+CaptionTask = Names("CaptionTask", list(CAPTION_TASKS))
+Tuning = Names("Tuning", list(presets()))
 ProductTarget = Names("ProductTarget", ["none", "box", "outline", "mask"])
 Constraint = Names("Constraint", ["none", "scene"])
 WeightDtype = Names("WeightDtype", ["float32", "bfloat16", "float16"])
+
+LOCATED = ", ".join(family.title for family in CAPTIONERS.values() if family.has_locations)
+
+
+def refuse_unset(reason: str, values: Mapping[str, str | None]) -> None:
+    """Raises ConfigError when one of these keys has no value. reason: the setting that needs them."""
+    for key, value in values.items():
+        if not value:
+            raise ConfigError(f"{reason} needs {' and '.join(values)}: {key} is not set.", f"Add {key}=<value>.")
 
 
 @dataclass
@@ -25,13 +36,9 @@ class CaptionerConfig:
     product: ProductTarget = opt(
         ProductTarget.none,
         "how the captioner sees which object is the product, where a mask is known: box (of <loc_…> tokens, "
-        "Florence-2), outline (red line), mask (painted grey), none",
+        f"{LOCATED}), outline (red line), mask (painted grey), none",
     )
-    tuning: Tuning = opt(
-        Tuning.full,
-        "what task=train trains: full; frozen_vision (Florence-2: all but the vision tower); language_lora; "
-        "cross_attention_lora or vision_adapter (Llama 3.2 Vision)",
-    )
+    tuning: Tuning = opt(Tuning.full, f"what task=train trains: {presets_help()}")
     lora_rank: int = opt(16, "rank of the LoRA presets", min=1, max=1024)
     quantization: Quantization = opt(Quantization.none, "frozen weights of the language model: none or nf4 (QLoRA)")
     dtype: WeightDtype = opt(WeightDtype.float32, "dtype of frozen weights; trained weights are float32")
@@ -51,15 +58,29 @@ class CaptionerConfig:
                 "captioner.quantization=int8: the layers of the captioners cannot be trained over eight bits.",
                 "Use captioner.quantization=nf4 or none.",
             )
-        if self.product is ProductTarget.box and self.kind not in (CaptionerKind.florence2, CaptionerKind.none):
+        family = CAPTIONERS[self.kind.name]
+        refuse_unset(f"captioner={self.kind}", {f"captioner.{name}": getattr(self, name) for name in family.needs})
+        if self.product is ProductTarget.box and family.writes and not family.has_locations:
             raise ConfigError(
-                f"captioner.product=box with captioner={self.kind}: only Florence-2 has tokens for places.",
+                f"captioner.product=box with captioner={self.kind}: only {LOCATED} has tokens for places.",
                 "Use captioner.product=outline or mask.",
             )
 
     def check_trainable(self) -> None:
-        """Raises ConfigError when the weights that ``tuning`` trains would not be plain float32."""
-        if self.tuning not in (Tuning.full, Tuning.frozen_vision):
+        """Raises ConfigError when the family has no preset ``tuning``, or its weights would not be plain float32."""
+        family = CAPTIONERS[self.kind.name]
+        if not family.adapter:
+            trainable = [other.name for other in CAPTIONERS.values() if other.adapter]
+            raise ConfigError(
+                f"captioner={self.kind} has no weights here that could be trained.",
+                f"Use captioner={' | '.join(trainable)}.",
+            )
+        if self.tuning.name not in family.presets:
+            raise ConfigError(
+                f"captioner.tuning={self.tuning} is not for captioner={self.kind}.",
+                f"It takes {', '.join(family.presets)}.",
+            )
+        if family.presets[self.tuning.name].modules:
             return
         for key, plain in (("quantization", Quantization.none), ("dtype", WeightDtype.float32)):
             value = getattr(self, key)
@@ -81,9 +102,7 @@ class CaptionDataConfig(DataConfig):
 class CaptionVLM(Script):
     licenses: LicenseConfig = field(default_factory=LicenseConfig)
     task: CaptionTask = opt(
-        CaptionTask.train,
-        "train, evaluate (scores.json), caption (a dataset), review (its doubtful captions, as a page and a table to "
-        "edit) or correct (apply the edited table)",
+        CaptionTask.train, "; ".join(f"{task.name}: {task.about}" for task in CAPTION_TASKS.values())
     )
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     data: CaptionDataConfig = field(default_factory=CaptionDataConfig)
@@ -105,5 +124,7 @@ class CaptionVLM(Script):
                 "pictures, but a captioner draws none.",
                 "Leave them out; train.keep_best=validation_loss works for captioners.",
             )
-        if self.task is CaptionTask.train:
+        task = CAPTION_TASKS[self.task.name]
+        refuse_unset(f"task={task.name}", {f"data.{name}": getattr(self.data, name) for name in task.needs})
+        if task.trains:
             self.captioner.check_trainable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, ClassVar
 
+from packshot.config.captioners import CAPTIONERS
 from packshot.config.keys import Names, opt
 from packshot.config.mask_models import MASK_MODELS
 from packshot.errors import ConfigError
@@ -72,13 +73,20 @@ class TrackingConfig:
             )
 
 
+def captioner_weights() -> list[tuple[str, Any, Any]]:
+    """A key for the weights of each captioner family, as ``make_dataclass`` takes them."""
+    fields: list[tuple[str, Any, Any]] = []
+    for family in CAPTIONERS.values():
+        if family.weights:
+            fields.append((family.name, str, opt(family.weights, f"{family.title} folder or hub id")))
+    return fields
+
+
 @dataclass
-class ModelConfig:
+class ModelConfig(make_dataclass("CaptionerWeights", captioner_weights())):
     base: str = opt("data/models/sdxl", "SDXL pipeline folder or hub id")
     vae: str | None = opt(None, "VAE folder or hub id that replaces the base's VAE (sdxl-vae-fp16-fix)")
     image_encoder: str | None = opt(None, "CLIP vision encoder; default: <base>/image_encoder")
-    florence2: str = opt("data/models/florence2", "Florence-2 folder or hub id")
-    llama32_vision: str = opt("data/models/mllama", "Llama 3.2 Vision folder or hub id")
     resolution: int = opt(128, "side of the square the base was trained on, px", min=32, max=2048)
     quantization: Quantization = opt(
         Quantization.none, "format of the frozen UNet's transformer layers while a LoRA is trained"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from packshot.config.schema import KeepBest
+from packshot.config.schema import KeepBest, TrainConfig
 from packshot.engine.compatibility import MadeWith, check
 from packshot.engine.optimizers import load_optimizer
 from packshot.errors import PackshotError
@@ -326,6 +326,25 @@ def open_best(folder: Path, keep: KeepBest, step: int) -> Best | None:
 
 
 # ---- exports ----
+
+
+def exported_best(run: Path, train: TrainConfig) -> Best | None:
+    """The best validation, if its checkpoint is the one that is exported."""
+    best = read_best(run / "checkpoints") if train.export_best else None
+    return best if best and best.step is not None else None
+
+
+def exported_step(run: Path, train: TrainConfig) -> int:
+    """The step whose weights are exported."""
+    best = exported_best(run, train)
+    return best.step if best and best.step is not None else train.max_steps
+
+
+def weights_line(run: Path, train: TrainConfig) -> str:
+    """A line of a model card: which step's weights were exported, and why."""
+    best = exported_best(run, train)
+    reason = f", the best checkpoint by {best.figure} ({best.value:.4g})" if best else ", the last"
+    return f"- weights: step {exported_step(run, train)} of {train.max_steps}{reason}"
 
 
 @contextmanager

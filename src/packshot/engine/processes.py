@@ -147,6 +147,11 @@ class Session:
             self.run.metrics({"step": step, **figures})
             self.tracker.log(figures, step)
 
+    def finish(self) -> None:
+        """Close the tracker; nothing on the other processes."""
+        if self.tracker:
+            self.tracker.finish()
+
 
 def start(script: str, config: TrainingConfig, train: TrainConfig, resumable: bool = True) -> Session:
     """Open the run on the main process and tell the others where it is; ``resumable`` as in :func:`open_run`.

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from packshot.caption.models.adapter import Caption
-from packshot.caption.models.captioner import Captioner, load_captioner
+from packshot.caption.models.captioner import Captioner
+from packshot.caption.models.load import load_captioner
 from packshot.config.schema import CaptionerConfig, ModelConfig
 from packshot.errors import PackshotError
 from packshot.evaluate.samples import FinishedRun, Json, picture_and_matte

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from PIL.Image import Image, Resampling
 
-from packshot.caption.models.captioner import Captioner, identity, load_captioner
+from packshot.caption.models.captioner import Captioner
+from packshot.caption.models.load import identity, load_captioner
 from packshot.config.make_dataset import BuildData, ProductNaming
 from packshot.config.mask_models import MASK_MODELS
 from packshot.config.schema import MatteConfig

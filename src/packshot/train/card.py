@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from packshot.config.compose import to_yaml
 from packshot.config.schema import SCRIPTS, CaptionVLM, TrainScript
 from packshot.dataset.rows import Rows
-from packshot.engine.checkpoints import Best, read_best
+from packshot.engine.checkpoints import exported_step, weights_line
 from packshot.runs.files import resolve
 from packshot.runs.folder import read_metrics
-from packshot.runs.licenses import licenses_of_weights
-
-
-def write_provenance(folder: Path, rows: Rows, config: TrainScript | CaptionVLM) -> dict[str, Any]:
-    """Write ``config.yaml`` and ``data.json``; returns the latter.
-
-    ``data.json`` holds the manifest hash and the licences of the data, and the licences of the weights that training
-    began with.
-    """
-    (folder / "config.yaml").write_text(to_yaml(config))
-    data = {"path": rows.path, "rows": len(rows), "sha256": rows.fingerprint(), "licenses": rows.licenses}
-    data["weights_licenses"] = licenses_of_weights(config)
-    (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")
-    return data
-
-
-def exported(run: Path, config: TrainScript | CaptionVLM) -> tuple[int, Best | None]:
-    """The step whose weights are exported, and the best validation if they were chosen by it."""
-    best = read_best(run / "checkpoints") if config.train.export_best else None
-    return (best.step, best) if best and best.step is not None else (config.train.max_steps, None)
-
-
-def weights_line(run: Path, config: TrainScript | CaptionVLM) -> str:
-    """Which step's weights these are, and why, as a line of a model card."""
-    step, best = exported(run, config)
-    why = f", the best checkpoint by {best.figure} ({best.value:.4g})" if best else ", the last"
-    return f"- weights: step {step} of {config.train.max_steps}{why}"
+from packshot.runs.provenance import provenance_lines, write_provenance
 
 
 def hub_head(name: str, base: str) -> list[str]:
@@ -58,15 +30,14 @@ def write_card(folder: Path, run: Path, rows: Rows, config: TrainScript, used_as
     data = write_provenance(folder, rows, config)
     script = next(name for name, schema in SCRIPTS.items() if schema is type(config))
     name = script.removeprefix("train_")
-    step, _ = exported(run, config)
+    step = exported_step(run, config.train)
     lines = [
         *hub_head(name, config.model.base),
         f"# {name} trained by Packshot",
         "",
         f"- base: `{config.model.base}`",
-        f"- data: `{data['path']}`, {data['rows']} samples, manifest sha256 `{data['sha256']}`",
-        f"- licences of the data: {', '.join(data['licenses']) or 'not recorded'}",
-        weights_line(run, config),
+        *provenance_lines(data),
+        weights_line(run, config.train),
         f"- samples per step and process: {config.train.batch_size * config.train.gradient_accumulation_steps}",
         *(f"- {figure}: {value:.4g}" for figure, value in last_figures(run, step).items()),
         "",

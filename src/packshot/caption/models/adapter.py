@@ -1,26 +1,30 @@
-"""What a captioner family has to provide, and the one loss all of them are trained with."""
+"""What a captioner family provides, and the loss with which every family is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 IGNORED = -100  # label of every position that must not be learned: prompt, image, padding
+Network = Any  # a vision-language model of transformers, or a PeftModel around one; they share no annotated base
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What a model wrote.
+    """The text that a model wrote.
 
-    truncated: it was cut at the longest length, no end token came. confidence: per slot of a caption in the grammar,
-    the probability that the model gave to those words, given the words before them, in [0, 1]; empty if unknown.
-    error: why there is no caption (a server's answer, say).
+    truncated: it reached the longest length without an end token. confidence: per slot of a caption in the grammar, the
+    probability that the model gave to those words, given the words before them, in [0, 1]; empty if unknown.
+    error: why there is no caption (the answer of a server, for example).
     """
 
     text: str
@@ -30,17 +34,17 @@ class Caption:
 
 
 class Adapter(Protocol):
-    """A vision-language model with its processor, as the rest of the package sees it.
+    """A vision-language model with its processor.
 
-    ``model`` has stock ``generate``; its ``generation_config`` is ours, never the checkpoint's. Images are RGB, masks
-    are "L" with white = product, or None. Batches are dicts of tensors whose first dimension is the sample.
+    ``model`` has the stock ``generate``; its ``generation_config`` is ours, never the checkpoint's. Images are RGB.
+    Masks are "L" with white = product, or None. Batches are dicts of tensors whose first dimension is the sample.
     """
 
-    model: Any
+    model: Network
 
     @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of what is written; its ``eos_token_id`` ends a caption."""
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of the captions; its ``eos_token_id`` ends a caption."""
         ...
 
     def train_batch(
@@ -58,7 +62,7 @@ class Adapter(Protocol):
         ...
 
     def lead(self, batch: dict[str, Tensor]) -> tuple[int, list[int]]:
-        """How many ids of what ``generate`` returns were given, and the ids that precede the words of the caption."""
+        """How many of the ids from ``generate`` were its input, and the ids that are written before the caption."""
         ...
 
     def caption_length(self, caption: str) -> int:
@@ -70,10 +74,17 @@ class Adapter(Protocol):
         ...
 
 
+def token_id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
+    """The id of a special token that the tokenizer has, by the name of its attribute (``eos_token_id``)."""
+    found = getattr(tokenizer, name)
+    assert isinstance(found, int), name
+    return found
+
+
 def loss_per_sample(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Mean token cross-entropy of every sample, (B,) fp32.
 
-    The mean is taken per sample, not over the batch, so a sample weighs the same whatever it is batched with. For one
+    The mean is taken per sample, not over the batch, so the weight of a sample does not depend on its batch. For one
     sample it is the loss that transformers computes.
     """
     losses_BT = F.cross_entropy(logits_BTV.float().transpose(1, 2), labels_BT, ignore_index=IGNORED, reduction="none")

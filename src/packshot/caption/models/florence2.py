@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import AutoConfig, Florence2ForConditionalGeneration, Florence2Processor, GenerationConfig
+from transformers import Florence2ForConditionalGeneration, Florence2Processor, GenerationConfig
 
 from packshot.caption.models import weights
-from packshot.caption.models.adapter import IGNORED
+from packshot.caption.models.adapter import IGNORED, Network, token_id
 from packshot.caption.target import mark
-from packshot.config.schema import CaptionerConfig, ModelConfig, ProductTarget, Tuning
+from packshot.config.schema import CaptionerConfig, ModelConfig, ProductTarget
 from packshot.errors import ConfigError
 from packshot.imaging.framing import location_tokens
 
-KIND = "florence2"
-KEY = "model.florence2"
-_HINT = f"{KEY} takes a folder or the id of a checkpoint in transformers' own Florence-2 format."
-PRESETS: dict[Tuning, Callable[[str], bool] | str] = {
-    Tuning.full: lambda name: True,
-    Tuning.frozen_vision: lambda name: "vision_tower." not in name,
-    # The projections of both BART stacks. Names alone would also reach the vision tower (fc1, fc2), and the output
-    # head is tied to the embedding: a LoRA on it changes both when it is merged.
-    Tuning.language_lora: r".*language_model\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
-}
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+KIND = "florence2"  # the row in config/captioners.py
 # Stochastic depth and dropout draw from the process's generator, so results would depend on the number of processes.
-_NO_DROPOUT = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0) | dict.fromkeys(
-    ("encoder_layerdrop", "decoder_layerdrop", "classifier_dropout"), 0.0
-)
+DROPOUTS = (
+    "dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop",
+    "classifier_dropout",
+)  # fmt: skip
 
 
 @dataclass
@@ -42,14 +37,14 @@ class Florence2:
     asked: prompt (a task token, ``<CAPTION>``, or plain words) and how the product is pointed out.
     """
 
-    model: Any
-    processor: Any  # Florence2Processor; its keyword arguments are not in its signature
+    model: Network
+    processor: Any  # Florence2Processor, whose signature lacks its keyword arguments
     asked: weights.Asked
     max_new_tokens: int
 
     @property
-    def tokenizer(self) -> Any:
-        """What the model writes with."""
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of the captions."""
         return self.processor.tokenizer
 
     def train_batch(
@@ -57,9 +52,9 @@ class Florence2:
     ) -> dict[str, Tensor]:
         """input_ids, attention_mask, pixel_values, decoder_input_ids (B, T) and labels (B, T).
 
-        The tokenizer, not the processor, writes the labels: the processor adds neither start nor end token to text
-        without an image. The decoder's inputs are the labels one place to the right; they are made here because
-        several transformers releases shifted twice or not at all.
+        The tokenizer writes the labels, because the processor adds neither start nor end token to text without an
+        image. The decoder's inputs are the labels shifted by one to the right; they are made here because several
+        transformers releases shifted twice or not at all.
         """
         batch = self.generate_batch(images, masks)
         written = self.processor.tokenizer(list(captions), padding=True, padding_side="right", return_tensors="pt")
@@ -70,12 +65,13 @@ class Florence2:
 
     def generate_batch(self, images: Sequence[Image], masks: Sequence[Image | None]) -> dict[str, Tensor]:
         """input_ids and attention_mask (B, S), pixel_values (B, 3, H, W)."""
-        prompts, shown = [self._prompt(mask) for mask in masks], mark(images, masks, self.asked.product)
+        prompts = [self.prompt(mask) for mask in masks]
+        shown = mark(images, masks, self.asked.product)
         return dict(self.processor(images=shown, text=prompts, padding=True, return_tensors="pt"))
 
     def lead(self, batch: dict[str, Tensor]) -> tuple[int, list[int]]:
         """The decoder's start token is given; ``<s>`` is written before the caption, as in the labels."""
-        return 1, [self.tokenizer.bos_token_id]
+        return 1, [token_id(self.tokenizer, "bos_token_id")]
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """logits_BTV for ``batch["labels"]``."""
@@ -90,10 +86,11 @@ class Florence2:
         """See :func:`packshot.caption.models.weights.save`."""
         weights.save(self.model, self.processor, KIND, self.asked, folder)
 
-    def _prompt(self, mask: Image | None) -> str:
+    def prompt(self, mask: Image | None) -> str:
+        """The instruction, with the product's box if asked."""
         if self.asked.product is not ProductTarget.box or mask is None:
             return self.asked.prompt
-        # The processor refuses words after a task token; the sentence that it stands for takes them.
+        # The processor refuses words after a task token, so its sentence is used instead.
         instruction = self.processor.task_prompts_without_inputs.get(self.asked.prompt, self.asked.prompt)
         return instruction + location_tokens(mask)
 
@@ -107,45 +104,44 @@ def load(model: ModelConfig, captioner: CaptionerConfig, trainable: bool = False
         ConfigError: a folder is missing or holds no Florence-2, the settings do not fit the tokenizer, or the
             captioner of ``captioner.adapter`` is of another kind.
     """
-    source = weights.find(KIND, KEY, model.florence2, captioner)
+    source = weights.find(KIND, model, captioner)
     try:
-        network = weights.load_network(
-            source, Florence2ForConditionalGeneration.from_pretrained, _config(source), captioner
-        )
+        config = without_dropout(weights.read_config(source, "florence2"))
+        network = weights.load_network(source, Florence2ForConditionalGeneration, config, captioner)
         processor = Florence2Processor.from_pretrained(source.processor)
     except (OSError, ValueError) as error:
-        raise weights.loading_error(source, KEY, error, _HINT) from error
+        raise weights.loading_error(source, error) from error
     result = Florence2(network, processor, weights.asked(source, captioner), captioner.max_new_tokens)
-    _check(result, source.weights)
-    network.generation_config = _generation_config(result)
+    check(result, source.weights)
+    network.generation_config = generation_config(result)
     if trainable:
-        result.model = weights.apply_tuning(network, source, captioner, PRESETS)
+        result.model = weights.apply_tuning(network, source, captioner)
     return result
 
 
-def _config(source: weights.Source) -> Any:
-    config = AutoConfig.from_pretrained(source.weights)
-    if config.model_type != "florence2":
-        raise ConfigError(f"{source.weights} holds a model of type {config.model_type!r}, not florence2.", _HINT)
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration with every dropout set to zero."""
     config.vision_config.drop_path_rate = 0.0
-    for name, value in _NO_DROPOUT.items():
-        setattr(config.text_config, name, value)
+    for name in DROPOUTS:
+        setattr(config.text_config, name, 0.0)
     return config
 
 
-def _check(captioner: Florence2, name: str) -> None:
-    """Refuse what would train or generate wrongly without an error: ids that disagree, captions that cannot fit."""
-    config, tokenizer = captioner.model.config, captioner.processor.tokenizer
+def check(captioner: Florence2, name: str) -> None:
+    """Refuse settings that would train or generate wrongly without an error.
+
+    Raises:
+        ConfigError: token ids of model and tokenizer differ, or captions or places do not fit the model.
+    """
+    config = captioner.model.config
+    tokenizer = captioner.tokenizer
     text = config.text_config
-    ids = {
-        token: (getattr(text, token), getattr(tokenizer, token))
-        for token in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
-    ids["image_token_id"] = (config.image_token_id, captioner.processor.image_token_id)
-    for token, (models, tokenizers) in ids.items():
-        if models is None or models != tokenizers:
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id", "image_token_id"):
+        own = getattr(config if token == "image_token_id" else text, token)
+        written = getattr(captioner.processor if token == "image_token_id" else tokenizer, token)
+        if own is None or own != written:
             raise ConfigError(
-                f"{name}: {token} is {models} in the model but {tokenizers} in the tokenizer.",
+                f"{name}: {token} is {own} in the model but {written} in the tokenizer.",
                 "One of config.json and tokenizer_config.json is wrong.",
             )
     if captioner.max_new_tokens >= text.max_position_embeddings:
@@ -157,11 +153,11 @@ def _check(captioner: Florence2, name: str) -> None:
         raise ConfigError("captioner.product=box needs <loc_…> tokens.", f"The tokenizer of {name} has none.")
 
 
-def _generation_config(captioner: Florence2) -> GenerationConfig:
+def generation_config(captioner: Florence2) -> GenerationConfig:
     """Greedy decoding to the end token.
 
-    It *replaces* the model's own: generate() fills what a passed config leaves open from the checkpoint's, and
-    Florence-2's three beams, n-gram ban and forced tokens break structured captions and hide truncation.
+    It *replaces* the model's own, because generate() takes settings that are missing in a passed config from the
+    checkpoint, and Florence-2's three beams, n-gram ban and forced tokens break structured captions and hide cuts.
     """
     tokenizer = captioner.processor.tokenizer
     return GenerationConfig(

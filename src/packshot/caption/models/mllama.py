@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, MllamaForConditionalGeneration, MllamaProcessor
+from transformers import GenerationConfig, MllamaForConditionalGeneration, MllamaProcessor
 
 from packshot.caption.models import weights
-from packshot.caption.models.adapter import IGNORED
+from packshot.caption.models.adapter import IGNORED, Network, token_id
 from packshot.caption.target import mark
-from packshot.config.schema import CaptionerConfig, ModelConfig, ProductTarget, Tuning
+from packshot.config.schema import CaptionerConfig, ModelConfig
 from packshot.errors import ConfigError
 
-KIND = "llama32_vision"
-KEY = "model.llama32_vision"
-_HINT = f"{KEY} takes a folder or the id of a checkpoint in transformers' own Mllama format."
-_TURN_END = "<|eot_id|>"  # ends an answer of the instruct checkpoints; the base ones know only their end of text
-_PROJECTIONS = r"(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+KIND = "llama32_vision"  # the row in config/captioners.py
+TURN_END = "<|eot_id|>"  # ends an answer of the instruct checkpoints; the base ones know only their end of text
 
 
 @dataclass
 class Mllama:
     """A Llama 3.2 Vision model with its processor; see :class:`packshot.caption.models.adapter.Adapter`.
 
-    Every sample has one image, first in the user's turn: text before the image would see it all the same, and a batch
-    without one would leave parameters of other processes without a gradient.
+    Every sample has one image, at the start of the user's turn: text before the image would see it as well, and a batch
+    without an image would leave parameters of other processes without a gradient.
     """
 
-    model: Any
+    model: Network
     processor: Any  # MllamaProcessor
     asked: weights.Asked
     max_new_tokens: int
 
     @property
-    def tokenizer(self) -> Any:
-        """What the model writes with."""
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of the captions."""
         return self.processor.tokenizer
 
     def train_batch(
@@ -48,11 +48,11 @@ class Mllama:
     ) -> dict[str, Tensor]:
         """input_ids, attention_mask (B, S), padded on the right; the picture's tensors; labels (B, S - 1).
 
-        Prompt and caption are tokenised apart and joined, as they meet when the model writes. The labels are moved by
-        one place, to stand beside the logits that predict them.
+        Prompt and caption are tokenised separately and joined, as they meet when the model writes. The labels are
+        shifted by one, so that they are aligned with the logits that predict them.
         """
-        prompt = self._prompt_ids()
-        written = [[*self._ids(caption), self.tokenizer.eos_token_id] for caption in captions]
+        prompt = self.prompt_ids()
+        written = [[*self.ids(caption), self.tokenizer.eos_token_id] for caption in captions]
         rows = [prompt + ids for ids in written]
         batch = self._batch(images, masks, rows, pad_left=False)
         batch["labels"] = torch.full((len(rows), batch["input_ids"].shape[1] - 1), IGNORED)
@@ -62,7 +62,7 @@ class Mllama:
 
     def generate_batch(self, images: Sequence[Image], masks: Sequence[Image | None]) -> dict[str, Tensor]:
         """input_ids, attention_mask (B, S), padded on the left, and the picture's tensors."""
-        return self._batch(images, masks, [self._prompt_ids()] * len(images), pad_left=True)
+        return self._batch(images, masks, [self.prompt_ids()] * len(images), pad_left=True)
 
     def lead(self, batch: dict[str, Tensor]) -> tuple[int, list[int]]:
         """The prompt is given, and the caption follows at once."""
@@ -75,17 +75,17 @@ class Mllama:
 
     def caption_length(self, caption: str) -> int:
         """Tokens of a caption with its end token."""
-        return len(self._ids(caption)) + 1
+        return len(self.ids(caption)) + 1
 
     def save(self, folder: Path) -> None:
         """See :func:`packshot.caption.models.weights.save`."""
         weights.save(self.model, self.processor, KIND, self.asked, folder)
 
-    def _ids(self, text: str) -> list[int]:
-        # the chat template writes the start token; the tokenizer would add a second one
+    def ids(self, text: str) -> list[int]:
+        """Ids of a text as it is. The chat template writes the start token; the tokenizer would add a second one."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _prompt_ids(self) -> list[int]:
+    def prompt_ids(self) -> list[int]:
         """Ids of the user's turn: picture, instruction, and the opening of the answer where there is a template."""
         if self.processor.chat_template:
             content = [{"type": "image"}, {"type": "text", "text": self.asked.prompt}]
@@ -93,7 +93,7 @@ class Mllama:
             text = self.processor.apply_chat_template(turn, add_generation_prompt=True)
         else:
             text = f"{self.processor.image_token}{self.tokenizer.bos_token}{self.asked.prompt}\n"
-        return self._ids(text)
+        return self.ids(text)
 
     def _batch(
         self, images: Sequence[Image], masks: Sequence[Image | None], rows: list[list[int]], pad_left: bool
@@ -103,8 +103,8 @@ class Mllama:
         pixel_values (B, 1, tiles, 3, H, W), aspect_ratio_ids (B, 1), aspect_ratio_mask (B, 1, tiles),
         cross_attention_mask (B, S, 1, tiles): text sees the tiles from the image token on, padding sees none.
         """
-        longest, pad = max(map(len, rows)), self.tokenizer.pad_token_id
-        ids_BS = torch.full((len(rows), longest), pad)
+        longest = max(map(len, rows))
+        ids_BS = torch.full((len(rows), longest), token_id(self.tokenizer, "pad_token_id"))
         attention_BS = torch.zeros_like(ids_BS)
         for i, row in enumerate(rows):
             place = slice(longest - len(row), None) if pad_left else slice(0, len(row))
@@ -122,24 +122,6 @@ class Mllama:
         }
 
 
-def presets(config: Any) -> dict[Tuning, Callable[[str], bool] | str]:
-    """What can be trained of a model with this config. Plain names would also reach the vision encoder's layers.
-
-    language_lora: every projection of the language model, its cross-attention layers included.
-    cross_attention_lora: the cross-attention layers alone, which carry what is seen into the text.
-    vision_adapter: vision encoder, projector and cross-attention layers; the language model's own layers stay.
-    """
-    crossing = "|".join(map(str, config.text_config.cross_attention_layers))
-    crosses = rf".*language_model\.layers\.({crossing})\..*{_PROJECTIONS}"
-    sees = r".*vision_model\..*\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
-    return {
-        Tuning.full: lambda name: True,
-        Tuning.language_lora: rf".*language_model\..*{_PROJECTIONS}",
-        Tuning.cross_attention_lora: crosses,
-        Tuning.vision_adapter: rf"{crosses}|{sees}|.*multi_modal_projector",
-    }
-
-
 def load(model: ModelConfig, captioner: CaptionerConfig, trainable: bool = False) -> Mllama:
     """Llama 3.2 Vision from ``captioner.adapter`` if set, else ``model.llama32_vision``, on the CPU.
 
@@ -149,34 +131,37 @@ def load(model: ModelConfig, captioner: CaptionerConfig, trainable: bool = False
         ConfigError: a folder is missing or holds no Mllama, its licence was not accepted, the parts do not fit each
             other, the model would ignore its image, or ``captioner.adapter`` is of another kind.
     """
-    source = weights.find(KIND, KEY, model.llama32_vision, captioner)
+    source = weights.find(KIND, model, captioner)
     try:
-        config = AutoConfig.from_pretrained(source.weights)
-        if config.model_type != "mllama":
-            raise ConfigError(f"{source.weights} holds a model of type {config.model_type!r}, not mllama.", _HINT)
-        network = weights.load_network(source, MllamaForConditionalGeneration.from_pretrained, config, captioner)
+        config = weights.read_config(source, "mllama")
+        network = weights.load_network(source, MllamaForConditionalGeneration, config, captioner)
         processor: Any = MllamaProcessor.from_pretrained(source.processor)
     except (OSError, ValueError) as error:
-        raise weights.loading_error(source, KEY, error, _HINT) from error
-    if processor.chat_template and _TURN_END in processor.tokenizer.get_vocab():
-        processor.tokenizer.eos_token = _TURN_END
+        raise weights.loading_error(source, error) from error
+    if processor.chat_template and TURN_END in processor.tokenizer.get_vocab():
+        processor.tokenizer.eos_token = TURN_END
     result = Mllama(network, processor, weights.asked(source, captioner), captioner.max_new_tokens)
-    _check(result, source.weights)
-    network.generation_config = _generation_config(result)
+    check(result, source.weights)
+    network.generation_config = generation_config(result)
     if trainable:
-        result.model = weights.apply_tuning(network, source, captioner, presets(config))
+        result.model = weights.apply_tuning(network, source, captioner, "|".join(map(str, cross_layers(network))))
     return result
 
 
-def _check(captioner: Mllama, name: str) -> None:
-    """Refuse what would train or generate wrongly without an error."""
-    config, images = captioner.model.config, captioner.processor.image_processor
-    crossing = [layer for layer in config.text_config.cross_attention_layers if layer < _layers(config)]
+def check(captioner: Mllama, name: str) -> None:
+    """Refuse a checkpoint that would train or generate wrongly without an error.
+
+    Raises:
+        ConfigError: the model would ignore its picture, or model, tokenizer and image processor do not fit.
+    """
+    config = captioner.model.config
+    images = captioner.processor.image_processor
+    crossing = cross_layers(captioner.model)
     gates = [gate for name, gate in captioner.model.named_parameters() if name.endswith("cross_attn_attn_gate")]
     if not crossing or not any(gate.any() for gate in gates):
         raise ConfigError(
             f"{name}: the text never sees the picture (cross-attention layers {crossing}, their gates closed).",
-            "Weights of a trained model have open gates; new ones must be opened.",
+            "A trained model has open gates; in a new model they have to be opened.",
         )
     if captioner.processor.image_token_id != config.image_token_index:
         raise ConfigError(
@@ -192,18 +177,15 @@ def _check(captioner: Mllama, name: str) -> None:
         )
     if captioner.tokenizer.pad_token_id is None:
         raise ConfigError(f"{name}: the tokenizer has no padding token.", "Set pad_token in tokenizer_config.json.")
-    if captioner.asked.product is ProductTarget.box:
-        raise ConfigError(
-            "captioner.product=box is Florence-2's; Llama 3.2 Vision has no words for places.",
-            "Use captioner.product=outline or mask.",
-        )
 
 
-def _layers(config: Any) -> int:
-    return config.text_config.num_hidden_layers
+def cross_layers(network: Network) -> list[int]:
+    """The numbers of the layers that carry into the text what is seen."""
+    text = network.config.text_config
+    return [layer for layer in text.cross_attention_layers if layer < text.num_hidden_layers]
 
 
-def _generation_config(captioner: Mllama) -> GenerationConfig:
+def generation_config(captioner: Mllama) -> GenerationConfig:
     """Greedy decoding to the end token; it *replaces* the checkpoint's, which samples."""
     tokenizer = captioner.tokenizer
     return GenerationConfig(
