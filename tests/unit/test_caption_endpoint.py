@@ -177,7 +177,7 @@ def test_a_picture_that_the_server_refuses_is_not_scored(server, tmp_path):
 
 def test_a_server_cannot_be_trained(tmp_path):
     write_dataset(tmp_path / "data")
+    keys = ("captioner.endpoint=http://127.0.0.1:1/v1", "captioner.endpoint_model=small-vl")
     with pytest.raises(ConfigError, match=r"captioner=endpoint has no weights here"):
-        keys = ("captioner.endpoint=http://127.0.0.1:1/v1", "captioner.endpoint_model=small-vl")
         caption_vlm(tmp_path, "run", "captioner=endpoint", *keys)
     assert not (tmp_path / "run").exists()
