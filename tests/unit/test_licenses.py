@@ -15,7 +15,7 @@ from packshot.errors import ConfigError
 from packshot.generate.run import generate
 from packshot.make_dataset.run import build
 from packshot.runs.licenses import allows, refuse_weights, weights_licenses
-from packshot.train.card import write_provenance
+from packshot.runs.provenance import write_provenance
 from packshot.train.run import train
 
 COMMERCIAL = LicenseConfig(commercial=True)

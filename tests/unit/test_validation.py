@@ -15,6 +15,7 @@ from test_loop import ROWS, Regression, Samples
 from packshot.config.compose import compose
 from packshot.config.schema import CaptionVLM, KeepBest, TrainConfig
 from packshot.engine import checkpoints
+from packshot.engine.checkpoints import exported_best, exported_step
 from packshot.engine.loop import fit
 from packshot.engine.processes import Session, make_accelerator
 from packshot.engine.task import Validated
@@ -25,7 +26,6 @@ from packshot.imaging.pixels import from_network, to_bytes
 from packshot.runs.folder import Run
 from packshot.runs.tracking import NullTracker, open_tracker
 from packshot.train import validation
-from packshot.train.card import exported
 from packshot.train.run import build_task
 from packshot.train.validation import means, measure, prepare_held_out, sheet
 
@@ -246,7 +246,7 @@ def test_the_best_checkpoint_survives_pruning_and_is_exported(tmp_path):
     average = checkpoints.load_file(tmp_path / "checkpoints" / "6" / "ema.safetensors")
     assert torch.equal(task.linear.weight, saved["linear.weight"])
     assert torch.equal(ema.shadow["linear.weight"], average["linear.weight"])
-    assert exported(tmp_path, config)[0] == 6
+    assert exported_step(tmp_path, config.train) == 6
 
 
 def test_keeping_the_best_changes_nothing_of_the_training(tmp_path):
@@ -256,7 +256,8 @@ def test_keeping_the_best_changes_nothing_of_the_training(tmp_path):
     config, _ = train(tmp_path / "b", kept)
     assert not (tmp_path / "a" / "checkpoints" / "best.json").exists()
     assert torch.equal(plain.linear.weight, kept.linear.weight)
-    assert exported(tmp_path / "b", config) == (12, None)
+    assert exported_step(tmp_path / "b", config.train) == 12
+    assert exported_best(tmp_path / "b", config.train) is None
 
 
 @pytest.mark.parametrize("dies_at", [6, 9, 12])

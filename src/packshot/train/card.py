@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from packshot.config.schema import SCRIPTS, CaptionVLM, TrainScript
+from packshot.config.schema import SCRIPTS, TrainScript
 from packshot.dataset.rows import Rows
 from packshot.engine.checkpoints import exported_step, weights_line
 from packshot.runs.files import resolve
