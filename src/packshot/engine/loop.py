@@ -133,10 +133,10 @@ def validate(state: TrainState, session: Session) -> dict[str, float]:
         if state.average:
             state.average.swap(task)
         task.train(training)
-    session.report(step, found.figures)
+    session.report(step, found.figures, space="val")
     if session.run and session.tracker:
-        session.tracker.images("samples", found.pictures, found.captions, step)
-        session.tracker.table("validation", folder, found.table, step)
+        session.tracker.images("val/samples", found.pictures, found.captions, step)
+        session.tracker.table("val/pictures", folder, found.table, step)
         text = "  ".join(f"{name} {value:.4f}" for name, value in found.figures.items())
         log.info("validation at step %d: %s", step, text or "pictures")
     return found.figures

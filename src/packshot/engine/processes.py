@@ -141,11 +141,14 @@ class Session:
     run: Run | None
     tracker: Tracker | None
 
-    def report(self, step: int, figures: dict[str, float]) -> None:
-        """A line of metrics and the tracker's figures; nothing on the other processes."""
+    def report(self, step: int, figures: dict[str, float], space: str = "train") -> None:
+        """A line of metrics and the tracker's figures; nothing on the other processes.
+
+        space: prefix of the figures' names in the tracker, ``train`` or ``val``. The metrics line has none.
+        """
         if self.run and self.tracker:
             self.run.metrics({"step": step, **figures})
-            self.tracker.log(figures, step)
+            self.tracker.log(figures, step, space)
 
     def finish(self) -> None:
         """Close the tracker; nothing on the other processes."""

@@ -27,6 +27,7 @@ from packshot.errors import ConfigError
 from packshot.methods import build_method, method_class
 from packshot.runs.folder import log
 from packshot.runs.licenses import refuse_weights
+from packshot.runs.tracking import Input, finishing
 from packshot.train.card import write_card
 from packshot.train.check.run import check
 from packshot.train.encode import Encoder, Examples
@@ -49,7 +50,7 @@ def train(config: TrainScript) -> None:
     validation = load_set("data.validation", config.data.validation, config)
     parts = load_parts(config.model)
     session = start(script, config, config.train, resumable=False)
-    try:
+    with finishing(session.tracker):
         announce(session, config.train)
         task, examples = build_task(config, parts, rows, validation, session.accelerator)
         with translate_lost_process(session.accelerator):
@@ -57,9 +58,6 @@ def train(config: TrainScript) -> None:
                 check(session, task, examples, config)
             else:
                 fit_and_export(session, task, examples, config)
-    finally:
-        if session.tracker:
-            session.tracker.finish()
 
 
 def load_set(key: str, path: str, config: TrainScript) -> Rows:
@@ -143,7 +141,8 @@ def fit_and_export(session: Session, task: DiffusionTask, examples: Examples, co
         examples.encoder.release()
     if session.tracker:
         rows = examples.rows
-        session.tracker.record({"base": config.model.base, "data": rows.path, "data_sha256": rows.fingerprint()})
+        data = Input("dataset", "data.train", rows.path, rows.fingerprint())
+        session.tracker.inputs([data, Input("model", "model.base", config.model.base)])
     ema = fit(task, examples, config, session)
     if session.run:
         export(session, task, ema, examples.rows, config)
