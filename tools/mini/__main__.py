@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tools.mini.folder import Family
 
+# In the order in which they are trained: the first ones need scenes only, the UNet needs what comes before it.
 FAMILY_OF = {
     "tokenizer": "sdxl",
+    "matting": "matting",
+    "judge": "judge",
     "vae": "sdxl",
     "clip": "sdxl",
     "unet": "sdxl",
     "florence2": "florence2",
     "mllama": "mllama",
-    "matting": "matting",
-    "judge": "judge",
 }
 STAGES = tuple(FAMILY_OF)
 MINUTES = {"vae": 15.0, "clip": 5.0, "unet": 40.0, "florence2": 10.0, "mllama": 10.0, "matting": 20.0, "judge": 20.0}

@@ -36,7 +36,7 @@ train() {
 
 # Minutes of CPU time for each stage, 40 hours in all.
 MINUTES=${MINUTES:-matting=480,vae=240,clip=240,unet=900,florence2=240,mllama=240,judge=90}
-STAGES=judge,matting,vae,clip,unet,florence2,mllama
+STAGES=matting,judge,vae,clip,unet,florence2,mllama
 case "${1:-all}" in
   render) render_all ;;
   train) train "${2:-$STAGES}" ;;
