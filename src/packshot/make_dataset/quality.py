@@ -10,6 +10,7 @@ from packshot.config.schema import QualityConfig
 from packshot.imaging.decode import flatten
 
 EMPTY_STD = 2.0  # of 255: less contrast than this is sensor noise or a blank page
+OVERVIEW_SIDE = 1024
 SHARPNESS_SIDE = 512  # px, longer side at which sharpness is measured, so that it does not depend on resolution
 
 
@@ -25,11 +26,17 @@ def sharpness(image: Image.Image) -> float:
     return float(cv2.Laplacian(grey_HW, cv2.CV_64F).var() / max(grey_HW.var(), 1e-6))
 
 
-def check(image: Image.Image, quality: QualityConfig) -> tuple[str, str] | None:
-    """(reason, measure) why an image is rejected, or None."""
-    if min(image.size) < quality.min_side:
-        return "too_small", f"{image.width}x{image.height}"
-    flat = flatten(image)
+def overview(image: Image.Image) -> Image.Image:
+    """RGB over white, scaled to 1024 to 2047 px on the longer side where it has more: enough for every measure."""
+    flat = image if image.mode == "RGB" else flatten(image)
+    factor = max(flat.size) // OVERVIEW_SIDE
+    return flat.reduce(factor) if factor > 1 else flat
+
+
+def check(size: tuple[int, int], flat: Image.Image, quality: QualityConfig) -> tuple[str, str] | None:
+    """(reason, measure) why an image is rejected, or None. size: of the image; flat: its :func:`overview`."""
+    if min(size) < quality.min_side:
+        return "too_small", f"{size[0]}x{size[1]}"
     contrast = float(cv2.meanStdDev(np.asarray(flat))[1].max())  # NumPy takes eight bytes a sample for it
     if contrast < EMPTY_STD:
         return "empty", f"std {contrast:.2f}"

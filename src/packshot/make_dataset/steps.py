@@ -22,7 +22,7 @@ from packshot.imaging.masks import ONNX_LEVELS, DoubtfulMaskError, MaskFileError
 from packshot.imaging.profiles import READ_AS_SRGB
 from packshot.make_dataset.dedup import color_map, find_duplicates, perceptual_hash
 from packshot.make_dataset.pictures import encode_scaled, keeps_bytes, open_png, picture, png, scaled, stored_picture
-from packshot.make_dataset.quality import check
+from packshot.make_dataset.quality import check, overview
 from packshot.make_dataset.sources import read_items
 from packshot.make_dataset.sources.base import Raw
 from packshot.make_dataset.sources.files import mask_pattern
@@ -60,9 +60,9 @@ def ingest_one(raw: Raw, item: Sample, config: BuildData) -> Outcome:
         image, changes = decode(raw.data, raw.name, config.quality.max_pixels)
     except DecodeError as error:
         return Outcome(known, error.reason, error.measure, kept=False)
-    if problem := check(image, config.quality):
+    flat = overview(image)
+    if problem := check(image.size, flat, config.quality):
         return Outcome(known, *problem, kept=False)
-    flat = flatten(image)
     small = scaled(image, config.data.max_side)
     if small is not image:
         stored = encode_scaled(small, raw.data)

@@ -30,7 +30,7 @@ def worker_number() -> int | None:
     return _worker_number
 
 
-def _start_worker(counter: Synchronized) -> None:
+def start_worker(counter: Synchronized) -> None:
     """Numbers the worker, and ends it with its parent: a pool's workers wait for ever when that is killed outright."""
     global _worker_number
     with counter.get_lock():
@@ -47,14 +47,14 @@ def _start_worker(counter: Synchronized) -> None:
 
 
 @contextmanager
-def _local(workers: int) -> Iterator[Execute]:
+def local_workers(workers: int) -> Iterator[Execute]:
     """Processes of this machine. Spawned, not forked: OpenCV and torch threads do not survive a fork."""
     if workers == 1:
         yield map
         return
     context = get_context("spawn")
     counter = context.Value("i", 0)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counter,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(counter,)) as pool:
 
         def execute(function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
             futures = [pool.submit(function, job) for job in jobs]
@@ -70,7 +70,7 @@ def _local(workers: int) -> Iterator[Execute]:
 
 
 @contextmanager
-def _ray(workers: int) -> Iterator[Execute]:
+def ray_workers(workers: int) -> Iterator[Execute]:
     """Tasks of one CPU on the Ray cluster at RAY_ADDRESS, or on one that is started here and ends with the block.
 
     Every node needs this package and sees the run's folder and the source under the same paths.
@@ -105,7 +105,7 @@ def _ray(workers: int) -> Iterator[Execute]:
         ray.shutdown()
 
 
-_EXECUTORS = {ExecutorKind.local: _local, ExecutorKind.ray: _ray}
+_EXECUTORS = {ExecutorKind.local: local_workers, ExecutorKind.ray: ray_workers}
 
 
 def open_executor(config: ExecutorConfig) -> AbstractContextManager[Execute]:

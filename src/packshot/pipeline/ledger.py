@@ -31,7 +31,7 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "ledger.jsonl"
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        entries = [entry for line in lines if (entry := _read(line)) is not None]
+        entries = [entry for line in lines if (entry := read_entry(line)) is not None]
         self._entries = {(entry.step, entry.shard): entry for entry in entries}
         if len(entries) < len(lines):
             log.warning("%s: %d unreadable lines; their shards are done again", self.path, len(lines) - len(entries))
@@ -44,7 +44,7 @@ class Ledger:
     def add(self, entry: Entry) -> None:
         """Record a shard whose file is in place; on disk when this returns."""
         with self.path.open("a") as file:
-            file.write(_line(entry))
+            file.write(entry_line(entry))
             file.flush()
             os.fsync(file.fileno())
         self._entries[entry.step, entry.shard] = entry
@@ -52,22 +52,23 @@ class Ledger:
     def finish(self, entries: Sequence[Entry]) -> None:
         """Reduce the ledger to these entries, in this order: the same bytes however the run went."""
         self._entries = {(entry.step, entry.shard): entry for entry in entries}
-        text = "".join(map(_line, entries))
+        text = "".join(map(entry_line, entries))
         if not self.path.exists() or self.path.read_text() != text:
             self._write(entries)
 
     def _write(self, entries: Sequence[Entry]) -> None:
         with replacing_file(self.path) as file:
-            file.write_text("".join(map(_line, entries)))
+            file.write_text("".join(map(entry_line, entries)))
 
 
-def _line(entry: Entry) -> str:
+def entry_line(entry: Entry) -> str:
+    """The entry as a line of the ledger."""
     return json.dumps(asdict(entry)) + "\n"
 
 
-def _read(line: bytes) -> Entry | None:
+def read_entry(line: bytes) -> Entry | None:
     """None for a line that a kill cut short (or that something else damaged)."""
     try:
         return Entry(**json.loads(line)) if line.endswith(b"\n") else None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """A shard for a worker. inputs: items for the first step, else the files of the steps before."""
 
     folder: Path
@@ -64,11 +65,11 @@ def run_steps(
     worked = 0
     with open_executor(executor) as execute:
         for step in steps:
-            jobs = _jobs(folder, step, shards, fingerprint, list(done.values()), ledger)
+            jobs = jobs_of(folder, step, shards, fingerprint, list(done.values()), ledger)
             entries: dict[int, Entry] = {}
-            rows = sum(_reaching(shard, items, list(done.values())) for shard, items in enumerate(shards))
+            rows = sum(reaching(shard, items, list(done.values())) for shard, items in enumerate(shards))
             with progress(step.name, rows) as advance, watching(folder, advance) as meter:
-                for entry, is_new in _results(step, jobs, execute):
+                for entry, is_new in results_of(step, jobs, execute):
                     if is_new:
                         ledger.add(entry)
                         worked += 1
@@ -76,37 +77,38 @@ def run_steps(
                     rejected = sum(entry.rejected for entry in entries.values())
                     meter.finished(entry.shard, entry.rows, rejected=rejected)
             done[step.name] = [entries[shard] for shard in range(len(shards))]
-    everything = [entry for entries in done.values() for entry in entries]
+    everything = list(itertools.chain(*done.values()))
     ledger.finish(everything)
-    _prune(folder, {entry.file for entry in everything})
+    prune(folder, {entry.file for entry in everything})
     return Report(folder, done, worked)
 
 
-def _reaching(shard: int, items: Sequence[Sample], before: Sequence[Sequence[Entry]]) -> int:
+def reaching(shard: int, items: Sequence[Sample], before: Sequence[Sequence[Entry]]) -> int:
     """How many samples of a shard the steps so far have kept."""
     return len(items) - sum(of_step[shard].rejected for of_step in before)
 
 
 def rejections(report: Report, step: str, columns: Sequence[str]) -> list[tuple[int, Sample]]:
     """(shard, row) of every sample to which a step gave a reason, kept ones with a remark included."""
-    return [
-        (shard, row)
-        for shard, file in enumerate(report.files(step))
-        for row in read_outcomes(file, columns)
-        if row["reason"] is not None
-    ]
+    found = []
+    for shard, file in enumerate(report.files(step)):
+        for row in read_outcomes(file, columns):
+            if row["reason"] is not None:
+                found.append((shard, row))
+    return found
 
 
-def _jobs(
+def jobs_of(
     folder: Path,
     step: Step,
     shards: Sequence[Sequence[Sample]],
     fingerprint: Callable[[Sequence[Sample]], str],
     before: Sequence[Sequence[Entry]],
     ledger: Ledger,
-) -> list[_Job]:
+) -> list[Job]:
     """A job per shard: over the items for the first step, over the files of all steps before it for the others."""
-    jobs, folder = [], folder.absolute()  # a worker elsewhere stands in another folder
+    jobs = []
+    folder = folder.absolute()  # a worker elsewhere stands in another folder
     for shard, items in enumerate(shards):
         inputs: list[Any] = [{**item, "index": index} for index, item in enumerate(items)]
         digest: str | Callable[[Sequence[Any]], str] = fingerprint
@@ -114,17 +116,19 @@ def _jobs(
             entries = [of_step[shard] for of_step in before]
             inputs = [folder / entry.file for entry in entries]
             digest = sha256("".join(entry.sha256 for entry in entries).encode())
-        jobs.append(_Job(folder, step, shard, inputs, digest, ledger.find(step.name, shard)))
+        jobs.append(Job(folder, step, shard, inputs, digest, ledger.find(step.name, shard)))
     return jobs
 
 
-def _results(step: Step, jobs: Sequence[_Job], execute: Execute) -> Iterator[tuple[Entry, bool]]:
+def results_of(step: Step, jobs: Sequence[Job], execute: Execute) -> Iterator[tuple[Entry, bool]]:
+    """Entries as they are ready, each with whether it had to be made."""
     if step.whole:
-        return iter(_run_whole(step, jobs))
-    return map(_run_shard, jobs) if step.exclusive else execute(_run_shard, jobs)
+        return iter(run_whole(step, jobs))
+    return map(run_shard, jobs) if step.exclusive else execute(run_shard, jobs)
 
 
-def _is_done(job: _Job, key: str) -> bool:
+def is_done(job: Job, key: str) -> bool:
+    """Whether the ledger and the file of a shard agree with this key."""
     known = job.known
     if known is None or (known.key, known.file) != (key, job.step.file(job.shard)):
         return False
@@ -132,17 +136,18 @@ def _is_done(job: _Job, key: str) -> bool:
     return file.is_file() and file_sha256(file) == known.sha256
 
 
-def _run_shard(job: _Job) -> tuple[Entry, bool]:
+def run_shard(job: Job) -> tuple[Entry, bool]:
     """(entry, whether it had to be done). Runs in a worker."""
     key = job.step.key(job.digest(job.inputs) if callable(job.digest) else job.digest)
-    if _is_done(job, key):
+    if is_done(job, key):
         assert job.known is not None
         return job.known, False
     samples = job.inputs if callable(job.digest) else read_samples(job.inputs, job.step.reads)
-    return _commit(job, key, ((batch, _call(job, batch)) for batch in batches(samples))), True
+    return commit(job, key, ((batch, call_step(job, batch)) for batch in batches(samples))), True
 
 
-def _call(job: _Job, batch: list[Sample]) -> list[Outcome]:
+def call_step(job: Job, batch: list[Sample]) -> list[Outcome]:
+    """A batch through the step, reported to the main process part by part."""
     outcomes: list[Outcome] = []
     for part in batches(batch, job.step.calls_of):
         outcomes += job.step.function(part)
@@ -150,26 +155,28 @@ def _call(job: _Job, batch: list[Sample]) -> list[Outcome]:
     return outcomes
 
 
-def _run_whole(step: Step, jobs: Sequence[_Job]) -> list[tuple[Entry, bool]]:
+def run_whole(step: Step, jobs: Sequence[Job]) -> list[tuple[Entry, bool]]:
     """All shards in one call; its key covers all of them."""
     key = step.key(sha256("".join(str(job.digest) for job in jobs).encode()))
-    if all(_is_done(job, key) for job in jobs):
+    if all(is_done(job, key) for job in jobs):
         return [(job.known, False) for job in jobs if job.known]
     samples = [list(read_samples(job.inputs, step.reads)) for job in jobs]
-    outcomes = iter(step.function([sample for shard in samples for sample in shard]))
-    return [
-        (_commit(job, key, ((b, [next(outcomes) for _ in b]) for b in batches(shard))), True)
-        for job, shard in zip(jobs, samples, strict=True)
-    ]
+    outcomes = iter(step.function(list(itertools.chain(*samples))))
+    entries = []
+    for job, shard in zip(jobs, samples, strict=True):
+        pairs = ((batch, list(itertools.islice(outcomes, len(batch)))) for batch in batches(shard))
+        entries.append((commit(job, key, pairs), True))
+    return entries
 
 
-def _commit(job: _Job, key: str, pairs: Iterable[tuple[list[Sample], Sequence[Outcome]]]) -> Entry:
+def commit(job: Job, key: str, pairs: Iterable[tuple[list[Sample], Sequence[Outcome]]]) -> Entry:
+    """Write a shard and make its entry for the ledger."""
     path = job.folder / job.step.file(job.shard)
     rows, rejected = write_outcomes(path, job.step, pairs)
     return Entry(job.step.name, job.shard, key, job.step.file(job.shard), file_sha256(path), rows, rejected)
 
 
-def _prune(folder: Path, wanted: set[str]) -> None:
+def prune(folder: Path, wanted: set[str]) -> None:
     """Remove shards of an earlier configuration (a step that is gone, more shards)."""
     for file in [*folder.glob("part-*.parquet"), *folder.glob("steps/*/*.parquet")]:
         if file.relative_to(folder).as_posix() not in wanted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,12 +36,12 @@ def batches(items: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
         yield batch
 
 
-def read_outcomes(file: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+def read_outcomes(file: Path, columns: Sequence[str] | None = None) -> Iterator[Sample]:
     """Rows of one step's file with ``index``, ``kept``, ``reason``, ``measure`` and the step's columns."""
     with pq.ParquetFile(file) as parquet:
         names = parquet.schema_arrow.names
         if columns is not None:
-            wanted = {*columns, *(field.name for field in _BOOKKEEPING)}
+            wanted = {*columns, *pa.schema(_BOOKKEEPING).names}
             names = [name for name in names if name in wanted]
         for batch in parquet.iter_batches(BATCH, columns=names):
             yield from batch.to_pylist()
@@ -68,7 +68,7 @@ def write_outcomes(path: Path, step: Step, pairs: Iterable[tuple[list[Sample], S
     rows = rejected = 0
     with replacing_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for samples, outcomes in pairs:
-            lines = [_line(sample, outcome) for sample, outcome in zip(samples, outcomes, strict=True)]
+            lines = [outcome_line(sample, outcome) for sample, outcome in zip(samples, outcomes, strict=True)]
             rows += len(lines)
             rejected += sum(not line["kept"] for line in lines)
             if step.final:
@@ -77,6 +77,7 @@ def write_outcomes(path: Path, step: Step, pairs: Iterable[tuple[list[Sample], S
     return rows, rejected
 
 
-def _line(sample: Sample, outcome: Outcome) -> dict[str, Any]:
+def outcome_line(sample: Sample, outcome: Outcome) -> Sample:
+    """A step's answer as a row of its file."""
     bookkeeping = {"index": sample["index"], "kept": outcome.kept, "reason": outcome.reason, "measure": outcome.measure}
     return {**outcome.columns, **bookkeeping}
