@@ -1,6 +1,7 @@
-"""What differs between LoRA, IP-Adapter and ControlNet; the contract is in ``base``.
+"""What differs between LoRA, IP-Adapter and ControlNet: trainable part, condition, prediction, export.
 
-To add a method: a config class with its script in ``config``, a module here, and a line below.
+``base`` states the contract. To add a method: a config class with its script in ``config``, a module here, and a line
+below.
 """
 
 from packshot.base.load import Parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -46,38 +47,51 @@ def unet_targets(unet: nn.Module, config: LoraMethod) -> Targets:
         ConfigError: its regular expression matches nothing, or something that is neither linear nor a convolution;
             convolutions have a rank or alpha of their own, and none is matched.
     """
-    pattern = config.target_modules if config.target_modules is not None else TARGETS[config.targets]
-    matched = {name: module for name, module in unet.named_modules() if re.fullmatch(pattern, name)}
-    key = "targets" if config.target_modules is None else "target_modules"
-    value = config.targets if config.target_modules is None else repr(pattern)
+    if config.target_modules is None:
+        key = f"method.targets={config.targets}"
+        pattern = TARGETS[config.targets]
+    else:
+        key = f"method.target_modules={config.target_modules!r}"
+        pattern = config.target_modules
+    matched = matching(unet, pattern)
     if not matched:
         raise ConfigError(
-            f"method.{key}={value} matches no layer of the UNet.",
-            f"It is compared with whole module names, such as {', '.join(_examples(unet))}.",
+            f"{key} matches no layer of the UNet.",
+            f"It is compared with whole module names, such as {', '.join(examples(unet))}.",
         )
+    convolutions = []
     for name, module in matched.items():
-        if not isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Conv2d):
+            convolutions.append(name)
+        elif not isinstance(module, nn.Linear):
             raise ConfigError(
-                f"method.{key}={value} matches {name or 'the UNet itself'}, a {type(module).__name__}.",
+                f"{key} matches {name or 'the UNet itself'}, a {type(module).__name__}.",
                 "Only linear layers and convolutions can be adapted.",
             )
-    convolutions = [name for name, module in matched.items() if isinstance(module, nn.Conv2d)]
-    own = {"conv_rank": config.conv_rank, "conv_alpha": config.conv_alpha}
-    for name, given in own.items():
-        if given is not None and not convolutions:
+    patterns: dict[str, dict[str, Any]] = {}
+    for option, value in (("conv_rank", config.conv_rank), ("conv_alpha", config.conv_alpha)):
+        if value is not None and not convolutions:
             raise ConfigError(
-                f"method.{name}={given}, but method.{key}={value} matches no convolution.",
+                f"method.{option}={value}, but {key} matches no convolution.",
                 "Set method.targets=attention_and_conv, or leave it out.",
             )
-    ranks, alphas = (dict.fromkeys(convolutions, given) if given is not None else {} for given in own.values())
-    return Targets(pattern, config.rank, config.alpha, ranks, alphas)
+        patterns[option] = {} if value is None else dict.fromkeys(convolutions, value)
+    return Targets(pattern, config.rank, config.alpha, patterns["conv_rank"], patterns["conv_alpha"])
 
 
-def _examples(unet: nn.Module) -> list[str]:
+def matching(unet: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """The modules whose whole name a regular expression matches."""
+    return {name: module for name, module in unet.named_modules() if re.fullmatch(pattern, name)}
+
+
+def examples(unet: nn.Module) -> list[str]:
     """The first module of every preset."""
-    names = [name for name, _ in unet.named_modules()]
-    found = (next((name for name in names if re.fullmatch(pattern, name)), None) for pattern in TARGETS.values())
-    return list(dict.fromkeys(name for name in found if name))
+    names = []
+    for pattern in TARGETS.values():
+        first = next(iter(matching(unet, pattern)), None)
+        if first and first not in names:
+            names.append(first)
+    return names
 
 
 def text_targets(layers: int, config: LoraMethod) -> Targets:

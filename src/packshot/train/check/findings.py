@@ -12,6 +12,7 @@ import numpy as np
 
 from packshot.base.tokens import lost_words
 from packshot.config.optimizers import OPTIMIZERS
+from packshot.config.schema import TrainScript
 from packshot.imaging import framing
 from packshot.runs.progress import progress
 from packshot.train.encode import Examples
@@ -33,7 +34,7 @@ class Finding:
     samples: list[str]
 
 
-def findings(examples: Examples, held_out: Sequence[str], config: Any, processes: int) -> list[Finding]:
+def findings(examples: Examples, held_out: Sequence[str], config: TrainScript, processes: int) -> list[Finding]:
     """All findings of a run. held_out: ids of the validation set."""
     train = config.train
     per_step = train.batch_size * train.gradient_accumulation_steps * processes
@@ -129,7 +130,7 @@ def _held_out(examples: Examples, held_out: Sequence[str]) -> Iterator[Finding]:
     yield from _of("validated_on_training_data", both, len(held_out), "validation samples are also trained on")
 
 
-def _settings(config: Any, count: int, per_step: int) -> Iterator[Finding]:
+def _settings(config: TrainScript, count: int, per_step: int) -> Iterator[Finding]:
     train, kind = config.train, config.optim.kind
     low, high = OPTIMIZERS[kind.name].usual_rates
     if not low <= train.learning_rate <= high:
