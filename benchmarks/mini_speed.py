@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,6 +54,11 @@ def bare_of(network: torch.nn.Module, output_of: Callable[[], torch.Tensor]) -> 
     return step
 
 
+def channels_last(network: Any) -> None:
+    """NHWC in memory, the fast layout of convolutions."""
+    network.to(memory_format=torch.channels_last)
+
+
 def unet_steps(renders: Renders) -> tuple[Callable[[], None], Callable[[], None], int]:
     """The UNet's bare pass, its stage's step, and the batch's size."""
     with tempfile.TemporaryDirectory() as work:
@@ -61,7 +67,7 @@ def unet_steps(renders: Renders) -> tuple[Callable[[], None], Callable[[], None]
         config = parts["text_encoder"].config.hidden_size + parts["text_encoder_2"].config.hidden_size
         network = unet.build_unet(4, config, parts["text_encoder_2"].config.projection_dim)
         family.begin(network, "unet")
-    network.to(memory_format=torch.channels_last)
+    channels_last(network)
     latents = torch.randn(unet.BATCH, 4, 16, 16).to(memory_format=torch.channels_last)
     states, pooled = unet.encode_prompts(parts, ["an object on fresh snow"] * unet.BATCH)
     extra = {"text_embeds": pooled, "time_ids": torch.full((unet.BATCH, 6), 128.0)}
@@ -73,7 +79,8 @@ def unet_steps(renders: Renders) -> tuple[Callable[[], None], Callable[[], None]
 
 def vae_steps(renders: Renders) -> tuple[Callable[[], None], Callable[[], None], int]:
     """The same of the VAE's decoder, on crops of 64 px."""
-    network = vae.AutoencoderKL.from_pretrained(MODELS / "sdxl" / "vae").float().to(memory_format=torch.channels_last)
+    network: Any = vae.AutoencoderKL.from_pretrained(MODELS / "sdxl" / "vae").float()
+    channels_last(network)
     network.encoder.requires_grad_(False)
     network.quant_conv.requires_grad_(False)
     vae.CROPS = ((64, 8),)
@@ -84,7 +91,8 @@ def vae_steps(renders: Renders) -> tuple[Callable[[], None], Callable[[], None],
 
 def matting_steps(renders: Renders) -> tuple[Callable[[], None], Callable[[], None], int]:
     """The same of the segmentation network."""
-    network = matting.build_matting().to(memory_format=torch.channels_last)
+    network = matting.build_matting()
+    channels_last(network)
     pixels = torch.rand(16, 3, SIDE, SIDE)
     bare = bare_of(network, lambda: alpha_logits(network, pixels))
     return bare, step_of(network, matting._loss(network, Material(renders.train, []), 16)), 16

@@ -174,7 +174,7 @@ def make_pipeline(parts: Parts, controlnets: list[Path], references: bool) -> Pi
     else:
         nets = []
         for folder in controlnets:
-            net = load_controlnet("adapters.controlnets", str(folder), parts.unet)
+            net: Any = load_controlnet("adapters.controlnets", str(folder), parts.unet)
             nets.append(net.eval().to(parts.unet.device, parts.unet.dtype))
         pipe = StableDiffusionXLControlNetPipeline(**components, controlnet=MultiControlNetModel(nets))
     pipe.set_progress_bar_config(disable=True)

@@ -88,7 +88,7 @@ class IPAdapter(Method):
     @torch.no_grad()
     def _null_reference(self) -> Tensor:
         """What "no reference" is at inference: zeros (base), the encoding of a zero image (plus)."""
-        size = self.image_encoder.config.image_size
+        size: Any = self.image_encoder.config.image_size
         states = self._states(torch.zeros(1, 3, size, size))[0]
         return torch.zeros_like(states) if self.config.variant is IPAdapterVariant.base else states
 

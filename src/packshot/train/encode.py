@@ -168,7 +168,8 @@ class Encoder:
     @cached_property
     def _vae(self) -> Any:
         # NHWC in memory, as the pictures are: the fast layout of convolutions
-        return self.parts.vae.to(memory_format=torch.channels_last)
+        vae: Any = self.parts.vae  # diffusers types `to` without its keywords
+        return vae.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def latents(self, seen: Sequence[FramedSample]) -> list[Tensors]:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from packshot.base.inpainting import ProductConv
 from packshot.base.load import Parts, trained_scheduler
 from packshot.config.schema import PredictionType, ProductConditioning, TrainScript, Unconditional, check_objective
 from packshot.diffusion import hold_product, schedule
@@ -150,7 +151,9 @@ class DiffusionTask(Task):
     def show_product(self, product_B5HW: Tensor | None) -> None:
         """Hand the UNet its further input channels, if it reads the product (``base.inpainting``)."""
         if product_B5HW is not None:
-            self.method.unet.conv_in.show(product_B5HW)
+            conv_in = self.method.unet.conv_in
+            assert isinstance(conv_in, ProductConv)
+            conv_in.show(product_B5HW)
 
     # ---- validation ----
 
