@@ -241,7 +241,7 @@ def test_a_published_card_says_nothing_of_disks_and_networks(photos, tmp_path, c
     card = (out / "README.md").read_text()
     for private in (str(tmp_path), "10.0.0.7", "secret"):
         assert private not in card
-    for said in ('"path": "photos"', '"masks": "drawn"', '"onnx": "isnet.onnx"', '"adapter": "weights"'):
+    for said in ('"path": "photos"', '"masks": "drawn"', '"model": "isnet.onnx"', '"adapter": "weights"'):
         assert said in card
 
 
