@@ -20,7 +20,6 @@ from packshot.config.schema import (
     CaptionerKind,
     Constraint,
     ModelConfig,
-    ProductTarget,
     Quantization,
     Tuning,
 )
@@ -262,8 +261,8 @@ def test_parts_that_do_not_fit_are_refused_with_their_reason(base, tmp_path):
     (broken(base, tmp_path, lambda config: None) / "processor_config.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=r"cuts up to 2 tiles, the model takes 4"):
         load(tmp_path)
-    with pytest.raises(ConfigError, match=r"captioner.product=box is Florence-2's"):
-        load(base, product=ProductTarget.box)
+    with pytest.raises(ConfigError, match=r"captioner.product=box with captioner=llama32_vision"):
+        compose("caption_vlm", ["captioner=llama32_vision", "captioner.product=box"])
     with pytest.raises(ConfigError, match=r"model.llama32_vision=no/such/folder: no such folder"):
         load("no/such/folder")
 
