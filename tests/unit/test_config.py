@@ -246,10 +246,22 @@ def test_a_yaml_file_with_a_renamed_key_names_the_new_one(script, row, tmp_path,
     conf = tmp_path / "conf"
     shutil.copytree(composing.CONF, conf)
     group, name = row.old.split(".")
-    (conf / "experiment" / "old.yaml").write_text(f"# @package _global_\n{group}:\n  {name}: 1\n")
+    experiments = script.startswith(("train", "caption"))
+    file = conf / "experiment" / "old.yaml" if experiments else conf / f"{script}.yaml"
+    head = "# @package _global_\n" if experiments else file.read_text()
+    file.write_text(f"{head}{group}:\n  {name}: 1\n")
     monkeypatch.setattr(composing, "CONF", conf)
     with pytest.raises(ConfigError, match=f"{row.old} is now called {row.new}"):
-        compose(script, ["experiment=old"])
+        compose(script, ["experiment=old"] if experiments else [])
+
+
+def test_old_keys_of_masks_become_the_one_of_today():
+    for old, new in (
+        ({"onnx": None, "network": None}, "grabcut"),
+        ({"onnx": None, "network": "data/models/matting"}, "mini"),
+        ({"onnx": "isnet.onnx", "network": None}, "isnet.onnx"),
+    ):
+        assert translate({"matte": old}) == {"matte": {"model": new}}
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def min_snr_gamma(objective: dict[str, Any]) -> float:
 
 
 def mask_model(matte: dict[str, Any]) -> str:
-    """``matte.model`` from ``matte.network``, without which GrabCut worked alone."""
-    return "mini" if matte["network"] else "grabcut"
+    """``matte.model`` from the two keys that it replaces; without either GrabCut worked alone."""
+    return matte.get("onnx") or ("mini" if matte.get("network") else "grabcut")
 
 
 RENAMED = (
@@ -57,7 +57,7 @@ RENAMED = (
         "Write objective.loss_weighting=min_snr, and objective.min_snr_gamma=<value> if it is not 5.",
     ),
     Renamed("objective.product_shown", "objective.product_conditioning"),
-    Renamed("matte.onnx", "matte.model", hint="Write matte.model=<file.onnx>."),
+    Renamed("matte.onnx", "matte.model", mask_model, "Write matte.model=<file.onnx>."),
     Renamed("matte.network", "matte.model", mask_model, "Write matte.model=mini."),
     Renamed("method.lent_share", "method.peer_reference_prob"),
     Renamed("method.beside", "method.extra_controlnets"),
@@ -84,8 +84,9 @@ def translate(config: dict[str, Any]) -> dict[str, Any]:
         new_group_name, _, new_name = row.new.rpartition(".")
         group = _group(config, group_name)
         new_group = _group(translated, new_group_name)
-        if name in group and new_name not in new_group:
-            new_group[new_name] = row.value(group) if row.value else group[name]
+        if name in group:
+            if new_name not in new_group:
+                new_group[new_name] = row.value(group) if row.value else group[name]
             del _group(translated, group_name)[name]
     return translated
 
