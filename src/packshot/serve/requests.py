@@ -21,7 +21,7 @@ from packshot.serve.schemas import ApiError, SceneForm
 FILES = ("product_file", "mask_file", "reference_file")
 REPEATED = {name for name, row in SLOTS.items() if row.many}  # the fields that a form may have several times
 CANVAS_PIXELS = 1024 * 1024
-ABSOLUTE_PATH = re.compile(r"(?<![\w.])/(?:[^\s/:,;'\"]+/)+[^\s/:,;'\"]*")
+ABSOLUTE_PATH = re.compile(r"(?<![\w./])/(?:[^\s/:,;'\"]+/)+[^\s/:,;'\"]*")
 
 
 def without_paths(text: str) -> str:
