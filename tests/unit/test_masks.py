@@ -73,6 +73,15 @@ def test_grabcut_finds_the_cup_on_a_wooden_table():
     assert 0.44 < (mask.alpha_HW > 0.5).mean() < 0.50
 
 
+def test_the_default_keeps_the_saucer_and_doubts_it():
+    """The network sees the cup alone, what stands out has cup, saucer and spoon: the whole is kept, for review."""
+    mask = find_mask(decode_image(COFFEE, "coffee.png"), MatteConfig(), name="coffee.png")
+    assert mask.method == "network"
+    assert mask.reasons == ("mask_ways_disagree",)
+    for x, y in ((290, 160), (130, 220), (365, 290), (290, 25)):
+        assert mask.alpha_HW[y, x] > 0.95
+
+
 def test_the_default_is_better_than_colours_alone():
     """By default the family's network guides GrabCut, which colours alone mislead in scenes."""
     rows = load_rows("set", "data/rendered/showcase", pictures=("image", "mask"))
