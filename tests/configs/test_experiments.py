@@ -13,6 +13,13 @@ from packshot.config.schema import SCRIPTS
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
 GROUPS = {group: options(group) for group in groups() if group != "experiment"}
 
+# Keys that an option cannot do without, by script.
+ENDPOINT = ["captioner.endpoint=http://127.0.0.1:1/v1", "captioner.endpoint_model=any"]
+NEEDED = {
+    ("build_data", "endpoint"): ENDPOINT,
+    ("caption_vlm", "endpoint"): [*ENDPOINT, "task=caption", "data.input=data/rendered/heldout"],
+}
+
 
 def script_of(path):
     return re.search(r"python (\w+)\.py experiment=" + path.stem, path.read_text()).group(1)
@@ -24,7 +31,7 @@ def test_every_group_option_composes(script):
     for group, names in GROUPS.items():
         if hasattr(node, group):
             for name in names:
-                compose(script, [f"{group}={name}"])
+                compose(script, [f"{group}={name}", *NEEDED.get((script, name), [])])
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
