@@ -17,6 +17,8 @@ GROUPS = {group: options(group) for group in groups() if group != "experiment"}
 ENDPOINT = ["captioner.endpoint=http://127.0.0.1:1/v1", "captioner.endpoint_model=any"]
 NEEDED = {
     ("build_data", "endpoint"): ENDPOINT,
+    ("evaluate", "endpoint"): ENDPOINT,
+    ("caption_vlm", "none"): ["task=review", "data.input=data/rendered/heldout"],
     ("caption_vlm", "endpoint"): [*ENDPOINT, "task=caption", "data.input=data/rendered/heldout"],
 }
 
