@@ -15,7 +15,8 @@ from packshot.errors import ConfigError
 from packshot.imaging.decode import decode_image
 from packshot.imaging.depth import estimate_depth, input_size
 from packshot.imaging.mask_doubt import Finding, doubts, evidence
-from packshot.imaging.masks import DoubtfulMaskError, MaskFileError, NoProductError, find_mask, load_segmentation
+from packshot.imaging.mask_networks import load_network, seen_by_onnx
+from packshot.imaging.masks import DoubtfulMaskError, MaskFileError, NoProductError, find_mask
 from packshot.imaging.onnx import load_session
 
 COFFEE = Path(__file__).resolve().parents[2] / "data/products/coffee.png"
@@ -97,7 +98,7 @@ def test_the_default_is_better_than_colours_alone():
 
 def test_a_network_that_is_not_there_is_refused():
     image, _ = product("white", "navy")
-    for ask in (lambda matte: find_mask(image, matte), load_segmentation):
+    for ask in (lambda matte: find_mask(image, matte), lambda matte: load_network(matte.model)):
         with pytest.raises(ConfigError, match=r"matte\.model=nowhere: no such file"):
             ask(MatteConfig(model="nowhere"))
 
@@ -306,6 +307,53 @@ def test_an_unsure_network_is_not_believed(tmp_path):
     image, _ = product("white", (90, 90, 90), noise=0)  # 0.3 where the product is
     with pytest.raises(NoProductError, match=r"confidence 0\.00"):
         find_mask(image, MatteConfig(model=dark_is_product(tmp_path / "dark.onnx", 32)))
+
+
+def test_a_public_network_is_read_from_its_folder(tmp_path, monkeypatch):
+    """A file that lies in the folder of rembg is used, and nothing is fetched."""
+    monkeypatch.setenv("REMBG_HOME", str(tmp_path))
+    folder = tmp_path / "models" / "isnet-general-use"
+    folder.mkdir(parents=True)
+    path = dark_is_product(folder / "isnet-general-use.onnx", 64)
+    image, truth = product("white", "black", noise=0)
+    mask = find_mask(image, MatteConfig(model="isnet-general-use"))
+    assert iou(mask.alpha_HW > 0.5, truth) > 0.93
+    np.testing.assert_array_equal(mask.alpha_HW, find_mask(image, MatteConfig(model=path)).alpha_HW)
+
+
+def test_birefnets_logits_become_alpha(tmp_path, monkeypatch):
+    """BiRefNet ends without a sigmoid and reads pixels as ImageNet's networks do."""
+    monkeypatch.setenv("REMBG_HOME", str(tmp_path))
+    folder = tmp_path / "models" / "birefnet-general"
+    folder.mkdir(parents=True)
+    dark_is_product(folder / "birefnet-general.onnx", 64)
+    image, _ = product("white", "black", noise=0)
+    seen_HW = seen_by_onnx(image, "birefnet-general")
+    # black is -2.1179, -2.0357 and -1.8044 in its three channels, and the test's network answers -2 times their mean
+    np.testing.assert_allclose(seen_HW.max(), 1 / (1 + np.exp(-2 * (2.1179 + 2.0357 + 1.8044) / 3)), atol=1e-4)
+    assert seen_HW.min() < 0.02
+
+
+def test_a_public_network_that_cannot_be_fetched_is_named(tmp_path, monkeypatch):
+    import pooch
+
+    def no_network(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setenv("REMBG_HOME", str(tmp_path))
+    monkeypatch.setattr(pooch, "retrieve", no_network)
+    with pytest.raises(ConfigError, match=r"matte\.model=isnet-general-use: its file is not in .*cannot be fetched"):
+        load_network("isnet-general-use")
+
+
+def test_a_networks_mask_of_a_part_is_in_doubt(tmp_path):
+    """The network sees the dark cap of a bottle only; its grey body stands out as well."""
+    image = Image.new("RGB", (200, 260), (250, 250, 250))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((70, 90, 130, 230), fill=(180, 130, 90))
+    draw.rectangle((70, 30, 130, 90), fill=(0, 0, 0))
+    mask = find_mask(image, MatteConfig(model=dark_is_product(tmp_path / "dark.onnx", 64)))
+    assert "mask_incomplete" in mask.reasons or "mask_ways_disagree" in mask.reasons
 
 
 def test_unusable_onnx_files_are_refused(tmp_path):

@@ -10,11 +10,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MaskModelRow:
-    """A way to find masks. about: for ``--help``. weights: the folder of its network, or None."""
+    """A way to find masks.
+
+    about: for ``--help``. weights: the folder of its network, or None. public: the network comes from the package
+    rembg, which the extra ``matting`` installs and which fetches the file once. license: that of a public network.
+    """
 
     name: str
     about: str
-    weights: str | None
+    weights: str | None = None
+    public: bool = False
+    license: str | None = None
 
 
 MINI = "data/models/matting"
@@ -22,6 +28,14 @@ MINI = "data/models/matting"
 _ROWS = (
     MaskModelRow("auto", "the family's network, or GrabCut alone where that is not installed", MINI),
     MaskModelRow("mini", "the family's network", MINI),
-    MaskModelRow("grabcut", "GrabCut alone", None),
+    MaskModelRow("grabcut", "GrabCut alone"),
+    MaskModelRow("isnet-general-use", "IS-Net, from rembg (the extra matting)", public=True, license="apache-2.0"),
+    MaskModelRow("birefnet-general", "BiRefNet, from rembg (the extra matting)", public=True, license="mit"),
 )
 MASK_MODELS: dict[str, MaskModelRow] = {row.name: row for row in _ROWS}
+
+
+def reads_onnx(model: str) -> bool:
+    """Whether a value of ``matte.model`` is a public network or an ONNX file, and not the family's way."""
+    row = MASK_MODELS.get(model)
+    return row is None or row.public

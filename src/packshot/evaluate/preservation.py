@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from packshot.config.mask_models import MASK_MODELS
+from packshot.config.mask_models import reads_onnx
 from packshot.config.schema import MatteConfig
 from packshot.errors import PackshotError
 from packshot.evaluate.samples import Sample
@@ -70,11 +70,11 @@ def halo_percentiles(values: np.ndarray) -> dict[str, float]:
 
 
 def segmenter(matte: MatteConfig) -> Segment:
-    """The function that finds the object in a picture near its known place: an ONNX ``matte.model``, else GrabCut.
+    """What finds the object in a picture near its known place: the network of ``matte.model``, else GrabCut.
 
     GrabCut can be seeded with the keep mask, which makes it better here than the family's network.
     """
-    if matte.model in MASK_MODELS:
+    if not reads_onnx(matte.model):
         return segment_near
     certain = replace(matte, min_confidence=0.0)
 

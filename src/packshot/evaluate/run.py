@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from packshot.config.mask_models import MASK_MODELS
+from packshot.config.mask_models import reads_onnx
 from packshot.config.schema import Evaluate, Generate, SceneConfig, Suite, TrackerKind, TrackingConfig
 from packshot.evaluate.adherence import adherence
 from packshot.evaluate.preservation import preservation, segmenter
@@ -117,7 +117,7 @@ def score_preservation(config: Evaluate, runs: list[FinishedRun], folder: Path) 
                     pictures.setdefault(system, {})[stem] = row
                 advance()
     return {
-        "segmenter": "GrabCut seeded by the keep mask" if config.matte.model in MASK_MODELS else config.matte.model,
+        "segmenter": config.matte.model if reads_onnx(config.matte.model) else "GrabCut seeded by the keep mask",
         "systems": {system: summary(list(rows.values())) for system, rows in pictures.items()},
         "pictures": pictures,
     }

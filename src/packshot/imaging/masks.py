@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from packshot.config.mask_models import MASK_MODELS, MINI
+from packshot.config.mask_models import reads_onnx
 from packshot.config.schema import MatteConfig
 from packshot.errors import ConfigError, PackshotError
 from packshot.imaging.decode import flatten
@@ -28,11 +28,9 @@ from packshot.imaging.mask_doubt import (
     ramp,
 )
 from packshot.imaging.mask_edge import refine, shrink, stretched
-from packshot.imaging.onnx import load_session
+from packshot.imaging.mask_networks import seen_by_family, seen_by_onnx, uses_family
 from packshot.imaging.pixels import to_bytes, to_unit
 from packshot.imaging.saliency import frame_spread, saliency
-from packshot.runs.files import resolve
-from packshot.runs.folder import log
 
 WORK_SIDE = 400  # px, longer side at which GrabCut works: seconds at 12 megapixels, and its result is no better
 CLEAR_SHARE = 0.05  # of a cut-out's pixels are fully transparent, at least
@@ -104,7 +102,8 @@ def find_mask(image: Image.Image, matte: MatteConfig, mask: Image.Image | None =
     elif cutout_HW is not None:
         found = Mask(cutout_HW, "alpha", 1.0)
     else:
-        found = (_from_grabcut if matte.model in MASK_MODELS else _from_onnx)(flatten(image), matte.model)
+        find = _from_onnx if reads_onnx(matte.model) else _from_grabcut
+        found = find(flatten(image), matte.model)
     if found.confidence < matte.min_confidence or not (found.alpha_HW > FAINT).any():
         raise NoProductError(name, found.confidence, matte.min_confidence)
     if matte.strict and found.reasons:
@@ -150,58 +149,40 @@ def _cutout_alpha(image: Image.Image) -> np.ndarray | None:
     return alpha_HW / peak if peak >= OPAQUE_PEAK else alpha_HW
 
 
-# --- a segmentation network -------------------------------------------------------------------------------------------
+# --- a salient-object network -----------------------------------------------------------------------------------------
 
-# Side of the network's input -> (mean, scale) of its pixels in 0..255; all take RGB as 1x3xSxS and give 1x1xSxS first.
-ISNET = (np.float32(128), np.float32(256))  # IS-Net (DIS), 1024 px
-U2NET = (
-    np.array([123.675, 116.28, 103.53], np.float32),
-    np.array([58.395, 57.12, 57.375], np.float32),
-)  # U²-Net, 320 px: ImageNet's
-_NORMALISATION = {1024: ISNET, 320: U2NET}
 # Alpha that becomes 0 and 1. Their last layer is a sigmoid, which ends at .94 to .99 inside a product: taken as it is,
 # a part of the new background would shine through, and no pixel would count as the product's core.
 ONNX_LEVELS = (0.05, 0.95)
 
 
-def load_segmentation(matte: MatteConfig) -> None:
-    """Load what :func:`find_mask` would use. Raises ConfigError if it is not a usable model."""
-    if matte.model not in MASK_MODELS:
-        load_session("matte.model", matte.model)
-    elif _network_of(matte.model):
-        from packshot.imaging.matting_network import load_matting
+def _from_onnx(image: Image.Image, model: str) -> Mask:
+    """The mask of a public network or an ONNX file.
 
-        load_matting(MINI)
-
-
-def _from_onnx(image: Image.Image, path: str) -> Mask:
-    """A salient-object network. Its input size is read from the model (a free size means 1024); IS-Net's
-    normalisation, (x - 128) / 256, holds for every size but U²-Net's 320."""
-    session = load_session("matte.model", path)
-    node = session.get_inputs()[0]
-    side = node.shape[2] if isinstance(node.shape[2], int) else 1024
-    mean, scale = _NORMALISATION.get(side, ISNET)
-    pixels_HWC = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), np.float32)
-    input_BCHW = ((pixels_HWC - mean) / scale).transpose(2, 0, 1)[None]
-    output = session.run([session.get_outputs()[0].name], {node.name: np.ascontiguousarray(input_BCHW)})[0]
-    guess_HW = np.clip(np.asarray(output, np.float32).reshape(side, side), 0, 1)
+    GrabCut, started from it, is the second way, which goes by the colours: where the two differ the mask is in doubt.
+    """
+    guess_HW = seen_by_onnx(image, model)
     likely = guess_HW > 0.1
     # A sure network says 0 or 1; on noise and empty pictures it hedges.
     certainty = float(np.abs(2 * guess_HW[likely] - 1).mean()) if likely.any() else 0.0
     confidence = min(ramp(certainty, 0.5, 0.9), plausible_area(float((guess_HW >= 0.5).mean())))
     alpha_HW = cv2.resize(guess_HW, image.size, interpolation=cv2.INTER_LINEAR)
-    return Mask(stretched(alpha_HW, *ONNX_LEVELS), "onnx", confidence)
+    small_HWC = shrink(np.asarray(image), WORK_SIDE)
+    seen_HW = cv2.resize(guess_HW, small_HWC.shape[1::-1], interpolation=cv2.INTER_AREA)
+    by_colour = _candidate(small_HWC, seen_HW)
+    salient = _candidate(small_HWC, saliency(small_HWC))
+    finding = Finding(
+        rgb_HWC=small_HWC,
+        mask_HW=seen_HW >= 0.5,
+        network_HW=by_colour.clean_HW.astype(np.float32),
+        salient_HW=salient.clean_HW,
+        frame_spread=frame_spread(small_HWC),
+        lost_HW=np.zeros(seen_HW.shape, bool),  # the network's own outline is kept
+    )
+    return Mask(stretched(alpha_HW, *ONNX_LEVELS), "onnx", confidence, doubts(finding))
 
 
 # --- a network that guides GrabCut, and GrabCut alone -----------------------------------------------------------------
-
-
-def _network_of(model: str) -> bool:
-    """Whether the family's network is used: ``auto`` goes on without it where it is not installed."""
-    if model == "auto" and not resolve(MINI).is_dir():
-        log.warning("matte.model=auto: %s is not installed, masks are found by GrabCut alone", MINI)
-        return False
-    return MASK_MODELS[model].weights is not None
 
 
 @dataclass(frozen=True)
@@ -250,9 +231,9 @@ def _from_grabcut(image: Image.Image, model: str) -> Mask:
     salient = _candidate(small_HWC, salient_HW)
     spread = frame_spread(small_HWC)
     method, network_HW, chosen = "grabcut", None, salient
-    if _network_of(model):
+    if uses_family(model):
         method = "network"
-        network_HW = _seen_by_network(rgb_HWC, small_HWC.shape[:2])
+        network_HW = seen_by_family(rgb_HWC, small_HWC.shape[:2])
         chosen = _candidate(small_HWC, (network_HW + salient_HW) / 2 if spread < PLAIN_FRAME else network_HW)
         stronger = spread < PLAIN_FRAME and salient.evidence > chosen.evidence
         if stronger or _is_part_of(chosen, salient):
@@ -263,14 +244,6 @@ def _from_grabcut(image: Image.Image, model: str) -> Mask:
     lost_HW = chosen.raw_HW & ~near_HW
     finding = Finding(small_HWC, chosen.clean_HW, network_HW, salient.clean_HW, spread, lost_HW)
     return Mask(refine(rgb_HWC, chosen.clean_HW), method, chosen.evidence, doubts(finding))
-
-
-def _seen_by_network(rgb_HWC: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The network's alpha at a shape (H, W)."""
-    from packshot.imaging.matting_network import load_matting, predict_alpha  # with torch, which mask files do not need
-
-    alpha_HW = predict_alpha(load_matting(MINI), rgb_HWC)
-    return cv2.resize(alpha_HW, shape[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def _object_from(rgb_HWC: np.ndarray, saliency_HW: np.ndarray, iterations: int = 6) -> np.ndarray:

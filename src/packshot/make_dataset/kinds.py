@@ -12,7 +12,7 @@ from typing import Any
 
 from packshot.config.compose import to_plain
 from packshot.config.schema import BuildData, CaptionerKind, DatasetKind
-from packshot.imaging.masks import load_segmentation
+from packshot.imaging.mask_networks import load_network
 from packshot.imaging.onnx import load_session
 from packshot.make_dataset import sources, steps
 from packshot.pipeline import Report, Step
@@ -110,7 +110,7 @@ def naming_notes(config: BuildData, report: Report) -> list[str]:
 
 def refuse_networks(config: BuildData) -> None:
     """Load what finds products and depth once."""
-    load_segmentation(config.matte)
+    load_network(config.matte.model)
     if config.depth.onnx:
         load_session("depth.onnx", config.depth.onnx)
 

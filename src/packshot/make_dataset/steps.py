@@ -14,10 +14,11 @@ from PIL.Image import Image, Resampling
 from packshot.caption.models.captioner import Captioner
 from packshot.caption.models.load import identity, load_captioner
 from packshot.config.make_dataset import BuildData, ProductNaming
-from packshot.config.mask_models import MASK_MODELS
+from packshot.config.mask_models import MASK_MODELS, reads_onnx
 from packshot.config.schema import MatteConfig
 from packshot.imaging.decode import MAX_PIXELS, DecodeError, decode, decode_image, flatten
 from packshot.imaging.depth import estimate_depth
+from packshot.imaging.mask_networks import network_file
 from packshot.imaging.masks import ONNX_LEVELS, DoubtfulMaskError, MaskFileError, NoProductError, find_mask
 from packshot.imaging.profiles import READ_AS_SRGB
 from packshot.make_dataset.dedup import color_map, find_duplicates, perceptual_hash
@@ -268,10 +269,10 @@ def depth_step(config: BuildData) -> Step:
 
 def network_identity(matte: MatteConfig) -> dict[str, Any]:
     """What finds products, by its digest: another network makes other masks."""
-    row = MASK_MODELS.get(matte.model)
-    if row is None:
-        return {"onnx": file_sha256(readable("matte.model", matte.model)), "levels": ONNX_LEVELS}
-    folder = resolve(row.weights) if row.weights else None
+    if reads_onnx(matte.model):
+        return {"onnx": file_sha256(network_file(matte.model)), "levels": ONNX_LEVELS}
+    weights = MASK_MODELS[matte.model].weights
+    folder = resolve(weights) if weights else None
     return {"network": folder_hash(folder) if folder and folder.is_dir() else None}
 
 

@@ -73,8 +73,11 @@ def refuse_rows(licenses: LicenseConfig, key: str, path: str, names: Iterable[st
 def weights_licenses(source: str) -> list[str]:
     """The licences of weights: of what an export was made from, or those in the model card; [] if there is neither.
 
-    source: folder or file, or a hub id, whose card is fetched.
+    source: folder or file, the name of a public mask network, or a hub id, whose card is fetched.
     """
+    public = MASK_MODELS.get(source)
+    if public and public.license:
+        return [public.license]
     path = resolve(source)
     if not path.exists():
         return licenses_of_card(source)
@@ -134,6 +137,6 @@ def named_weights(config: object) -> Iterator[tuple[str, str]]:
             value = getattr(value, name, None)
         for source in value if isinstance(value, list) else [value]:
             named = MASK_MODELS.get(str(source))
-            weights = named.weights if named else source
+            weights = named.weights if named and not named.public else source
             if weights:
                 yield key, str(weights)
