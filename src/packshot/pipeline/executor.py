@@ -12,12 +12,19 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import get_context, parent_process
 from multiprocessing.sharedctypes import Synchronized
-from typing import Any
+from typing import Protocol, TypeVar
 
 from packshot.config.schema import ExecutorConfig, ExecutorKind
 from packshot.errors import ConfigError, PackshotError
 
-Execute = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class Execute(Protocol):
+    """Calls a function with every job; yields the results as they are ready, in any order."""
+
+    def __call__(self, function: Callable[[Job], Result], jobs: Iterable[Job], /) -> Iterator[Result]: ...
 
 
 _DEAD_WORKER = "A worker process died (killed, or out of memory)."
@@ -50,13 +57,13 @@ def start_worker(counter: Synchronized) -> None:
 def local_workers(workers: int) -> Iterator[Execute]:
     """Processes of this machine. Spawned, not forked: OpenCV and torch threads do not survive a fork."""
     if workers == 1:
-        yield map
+        yield map  # in this process, job by job
         return
     context = get_context("spawn")
     counter = context.Value("i", 0)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(counter,)) as pool:
 
-        def execute(function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
+        def execute(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
             futures = [pool.submit(function, job) for job in jobs]
             for future in as_completed(futures):
                 yield future.result()
@@ -84,11 +91,12 @@ def ray_workers(workers: int) -> Iterator[Execute]:
     local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
     ray.init(log_to_driver=False, logging_level=logging.WARNING, **local)
 
-    def execute(function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
+    def execute(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
         task = ray.remote(num_cpus=1, max_retries=0)(function)
-        waiting, running = iter(jobs), []
+        waiting = iter(jobs)
+        running = []
         while True:
-            running += [task.remote(job) for job in itertools.islice(waiting, workers - len(running))]
+            running += map(task.remote, itertools.islice(waiting, workers - len(running)))
             if not running:
                 return
             [ready], running = ray.wait(running, num_returns=1)

@@ -29,16 +29,17 @@ class Ledger:
     """``ledger.jsonl`` of a dataset folder. Only the main process writes it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / "ledger.jsonl"
+        self.path = folder / "ledger.jsonl"
+        self._entries: dict[tuple[str, int], Entry] = {}
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        entries = [entry for line in lines if (entry := read_entry(line)) is not None]
-        self._entries = {(entry.step, entry.shard): entry for entry in entries}
+        entries = list(filter(None, map(read_entry, lines)))
+        self._remember(entries)
         if len(entries) < len(lines):
             log.warning("%s: %d unreadable lines; their shards are done again", self.path, len(lines) - len(entries))
             self._write(entries)
 
     def find(self, step: str, shard: int) -> Entry | None:
-        """The entry of a shard, whatever its key."""
+        """The entry of a shard, also one whose key is out of date."""
         return self._entries.get((step, shard))
 
     def add(self, entry: Entry) -> None:
@@ -51,10 +52,14 @@ class Ledger:
 
     def finish(self, entries: Sequence[Entry]) -> None:
         """Reduce the ledger to these entries, in this order: the same bytes however the run went."""
-        self._entries = {(entry.step, entry.shard): entry for entry in entries}
-        text = "".join(map(entry_line, entries))
-        if not self.path.exists() or self.path.read_text() != text:
+        self._entries.clear()
+        self._remember(entries)
+        if not self.path.exists() or self.path.read_text() != "".join(map(entry_line, entries)):
             self._write(entries)
+
+    def _remember(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._entries[entry.step, entry.shard] = entry
 
     def _write(self, entries: Sequence[Entry]) -> None:
         with replacing_file(self.path) as file:

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from packshot.config.schema import ExecutorConfig
 from packshot.pipeline.executor import Execute, open_executor
@@ -33,14 +32,29 @@ class Report:
 
 @dataclass(frozen=True)
 class Job:
-    """A shard for a worker. inputs: items for the first step, else the files of the steps before."""
+    """A shard for a worker.
+
+    items: what the first step works on. files: what the steps before have written, empty for the first step.
+    rows: how many samples reach the step. known: the ledger's entry of the shard.
+    """
 
     folder: Path
     step: Step
     shard: int
-    inputs: Sequence[Any]
-    digest: str | Callable[[Sequence[Any]], str]
+    items: Sequence[Sample]
+    fingerprint: Callable[[Sequence[Sample]], str]
+    files: list[Path]
+    files_digest: str
+    rows: int
     known: Entry | None
+
+    def samples(self) -> Iterable[Sample]:
+        """The step's input."""
+        return read_samples(self.files, self.step.reads) if self.files else self.items
+
+    def digest(self) -> str:
+        """The hash of the input's content."""
+        return self.files_digest if self.files else self.fingerprint(self.items)
 
 
 def run_steps(
@@ -66,26 +80,30 @@ def run_steps(
     with open_executor(executor) as execute:
         for step in steps:
             jobs = jobs_of(folder, step, shards, fingerprint, list(done.values()), ledger)
-            entries: dict[int, Entry] = {}
-            rows = sum(reaching(shard, items, list(done.values())) for shard, items in enumerate(shards))
-            with progress(step.name, rows) as advance, watching(folder, advance) as meter:
-                for entry, is_new in results_of(step, jobs, execute):
-                    if is_new:
-                        ledger.add(entry)
-                        worked += 1
-                    entries[entry.shard] = entry
-                    rejected = sum(entry.rejected for entry in entries.values())
-                    meter.finished(entry.shard, entry.rows, rejected=rejected)
-            done[step.name] = [entries[shard] for shard in range(len(shards))]
+            done[step.name], new = run_step(folder, step, jobs, ledger, execute)
+            worked += new
     everything = list(itertools.chain(*done.values()))
     ledger.finish(everything)
     prune(folder, {entry.file for entry in everything})
     return Report(folder, done, worked)
 
 
-def reaching(shard: int, items: Sequence[Sample], before: Sequence[Sequence[Entry]]) -> int:
-    """How many samples of a shard the steps so far have kept."""
-    return len(items) - sum(of_step[shard].rejected for of_step in before)
+def run_step(
+    folder: Path, step: Step, jobs: Sequence[Job], ledger: Ledger, execute: Execute
+) -> tuple[list[Entry], int]:
+    """A step over all shards: their entries in order, and how many shards were not found done."""
+    entries: dict[int, Entry] = {}
+    new = rejected = 0
+    rows = sum(job.rows for job in jobs)
+    with progress(step.name, rows) as advance, watching(folder, advance) as meter:
+        for entry, is_new in results_of(step, jobs, execute):
+            if is_new:
+                ledger.add(entry)
+                new += 1
+            entries[entry.shard] = entry
+            rejected += entry.rejected
+            meter.finished(entry.shard, entry.rows, rejected=rejected)
+    return list(map(entries.__getitem__, range(len(jobs)))), new
 
 
 def rejections(report: Report, step: str, columns: Sequence[str]) -> list[tuple[int, Sample]]:
@@ -108,15 +126,20 @@ def jobs_of(
 ) -> list[Job]:
     """A job per shard: over the items for the first step, over the files of all steps before it for the others."""
     jobs = []
-    folder = folder.absolute()  # a worker elsewhere stands in another folder
+    folder = folder.absolute()  # a worker on another machine has another current folder
     for shard, items in enumerate(shards):
-        inputs: list[Any] = [{**item, "index": index} for index, item in enumerate(items)]
-        digest: str | Callable[[Sequence[Any]], str] = fingerprint
-        if before:
-            entries = [of_step[shard] for of_step in before]
-            inputs = [folder / entry.file for entry in entries]
-            digest = sha256("".join(entry.sha256 for entry in entries).encode())
-        jobs.append(Job(folder, step, shard, inputs, digest, ledger.find(step.name, shard)))
+        numbered = [{**item, "index": index} for index, item in enumerate(items)]
+        files = []
+        hashes = ""
+        rows = len(items)
+        for of_step in before:
+            entry = of_step[shard]
+            files.append(folder / entry.file)
+            hashes += entry.sha256
+            rows -= entry.rejected
+        digest = sha256(hashes.encode())
+        known = ledger.find(step.name, shard)
+        jobs.append(Job(folder, step, shard, numbered, fingerprint, files, digest, rows, known))
     return jobs
 
 
@@ -138,12 +161,11 @@ def is_done(job: Job, key: str) -> bool:
 
 def run_shard(job: Job) -> tuple[Entry, bool]:
     """(entry, whether it had to be done). Runs in a worker."""
-    key = job.step.key(job.digest(job.inputs) if callable(job.digest) else job.digest)
+    key = job.step.key(job.digest())
     if is_done(job, key):
         assert job.known is not None
         return job.known, False
-    samples = job.inputs if callable(job.digest) else read_samples(job.inputs, job.step.reads)
-    return commit(job, key, ((batch, call_step(job, batch)) for batch in batches(samples))), True
+    return commit(job, key, ((batch, call_step(job, batch)) for batch in batches(job.samples()))), True
 
 
 def call_step(job: Job, batch: list[Sample]) -> list[Outcome]:
@@ -157,10 +179,10 @@ def call_step(job: Job, batch: list[Sample]) -> list[Outcome]:
 
 def run_whole(step: Step, jobs: Sequence[Job]) -> list[tuple[Entry, bool]]:
     """All shards in one call; its key covers all of them."""
-    key = step.key(sha256("".join(str(job.digest) for job in jobs).encode()))
+    key = step.key(sha256("".join(map(Job.digest, jobs)).encode()))
     if all(is_done(job, key) for job in jobs):
         return [(job.known, False) for job in jobs if job.known]
-    samples = [list(read_samples(job.inputs, step.reads)) for job in jobs]
+    samples = list(map(list, map(Job.samples, jobs)))
     outcomes = iter(step.function(list(itertools.chain(*samples))))
     entries = []
     for job, shard in zip(jobs, samples, strict=True):

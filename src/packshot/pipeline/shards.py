@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,14 +42,14 @@ def read_outcomes(file: Path, columns: Sequence[str] | None = None) -> Iterator[
         names = parquet.schema_arrow.names
         if columns is not None:
             wanted = {*columns, *pa.schema(_BOOKKEEPING).names}
-            names = [name for name in names if name in wanted]
+            names = list(filter(wanted.__contains__, names))
         for batch in parquet.iter_batches(BATCH, columns=names):
             yield from batch.to_pylist()
 
 
 def read_samples(files: Sequence[Path], columns: Sequence[str] | None = None) -> Iterator[Sample]:
     """Samples that every step kept, with the columns of all of them (of equal names the last step's counts)."""
-    first, *rest = [read_outcomes(file, columns) for file in files]
+    first, *rest = map(read_outcomes, files, repeat(columns))
     for row in first:
         sample = dict(row)
         for rows in rest:
@@ -57,7 +57,9 @@ def read_samples(files: Sequence[Path], columns: Sequence[str] | None = None) ->
                 break
             sample |= next(rows)  # a step has one row for every sample that those before it kept
         if sample["kept"]:
-            yield {key: value for key, value in sample.items() if key not in ("kept", "reason", "measure")}
+            for name in ("kept", "reason", "measure"):
+                del sample[name]
+            yield sample
 
 
 def write_outcomes(path: Path, step: Step, pairs: Iterable[tuple[list[Sample], Sequence[Outcome]]]) -> tuple[int, int]:
@@ -68,11 +70,12 @@ def write_outcomes(path: Path, step: Step, pairs: Iterable[tuple[list[Sample], S
     rows = rejected = 0
     with replacing_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for samples, outcomes in pairs:
-            lines = [outcome_line(sample, outcome) for sample, outcome in zip(samples, outcomes, strict=True)]
-            rows += len(lines)
-            rejected += sum(not line["kept"] for line in lines)
-            if step.final:
-                lines = [line for line in lines if line["kept"]]
+            lines = []
+            for sample, outcome in zip(samples, outcomes, strict=True):
+                rows += 1
+                rejected += not outcome.kept
+                if outcome.kept or not step.final:
+                    lines.append(outcome_line(sample, outcome))
             writer.write_table(pa.Table.from_pylist(lines, schema=schema))
     return rows, rejected
 

@@ -1,4 +1,4 @@
-"""What a step is, and what it says about a sample."""
+"""What a step is, and what it answers about a sample."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Step:
     reads: the columns it needs; None for all.
     whole: it sees the samples of all shards in one call (deduplication); keep ``reads`` small.
     exclusive: it runs in the main process, one shard at a time (it holds a model on a GPU).
-    calls_of: samples per call: fewer for slow steps, so that progress is told sooner. Changes no result.
+    calls_of: samples per call: fewer for slow steps, so that the bar moves sooner. Changes no result.
     final: its rows are the dataset, ``part-<shard>.parquet``: kept samples only, no bookkeeping columns.
     """
 

@@ -1,6 +1,6 @@
 """How far the workers are, row by row: each appends to a small file near the shards, the main process reads sizes.
 
-Files work wherever a shard can be written, on this machine or on another one.
+Files work where a shard can be written, on this machine or on another one.
 """
 
 from __future__ import annotations
