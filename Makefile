@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
+export PYTHONPATH := .
 
-.PHONY: help demo test test-slow lint smoke proof-fullsize proof-learning family render-env clean
+.PHONY: help demo test test-slow lint smoke proof-fullsize proof-learning family render-env gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -44,6 +45,9 @@ proof-fullsize: $(VENV)/.installed ## two steps, kill, resume and export at SDXL
 
 proof-learning: $(VENV)/.installed ## a LoRA learns a look the base has never seen, three seeds and their controls
 	$(BIN)/python benchmarks/learning.py
+
+gpu-check: $(VENV)/.installed ## speed and memory at SDXL's shapes on one GPU, random weights, 8 minutes; writes docs/gpu.md
+	$(BIN)/python benchmarks/gpu_check.py
 
 family: $(VENV)/.installed render-env ## render for and train the mini family, from where the last run stopped (40 core hours)
 	tools/mini/family.sh

@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -34,6 +35,23 @@ from packshot.runs.files import resolve
 
 WARM_UP = 5
 SIZE = 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a reference loop trains on.
+
+    base: pipeline folder. data: dataset folder. size: side of the pictures, px. precision: accelerate's
+    mixed_precision. checkpointing: whether activations are recomputed.
+    """
+
+    base: str = ModelConfig.base
+    data: str = "data/rendered/train"
+    size: int = SIZE
+    precision: str = "no"
+    checkpointing: bool = False
+
+
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 CONFIGS = {"lora": LoraMethod(), "controlnet": ControlNetMethod(), "ip_adapter": IPAdapterMethod()}
 
@@ -41,7 +59,8 @@ CONFIGS = {"lora": LoraMethod(), "controlnet": ControlNetMethod(), "ip_adapter":
 class Pictures(Dataset):
     """Rows decoded and transformed at each access."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, size: int) -> None:
+        self.size = (size, size)
         files = sorted(resolve(folder).glob("part-*.parquet"))
         self.table = pq.read_table(files, columns=["image", "mask", "text"])
 
@@ -50,10 +69,9 @@ class Pictures(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = {name: self.table.column(name)[index].as_py() for name in self.table.column_names}
-        image = (
-            Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-        )
-        mask = Image.open(io.BytesIO(row["mask"]["bytes"])).convert("L").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+        image = image.resize(self.size, Image.Resampling.BILINEAR)
+        mask = Image.open(io.BytesIO(row["mask"]["bytes"])).convert("L").resize(self.size, Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1)
         known = torch.from_numpy(np.asarray(mask, np.float32) / 255)[None] >= 0.5
         control = torch.where(known, (pixels + 1) / 2, -1.0)
@@ -69,7 +87,7 @@ def encode_prompts(parts: Parts, texts: list[str]) -> tuple[torch.Tensor, torch.
     hidden, pooled = [], None
     for tokenizer, encoder in ((parts.tokenizer, parts.text_encoder), (parts.tokenizer_2, parts.text_encoder_2)):
         ids = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-        output = encoder(ids, output_hidden_states=True)
+        output = encoder(ids.to(encoder.device), output_hidden_states=True)
         pooled = output[0]
         hidden.append(output.hidden_states[-2])
     assert pooled is not None
@@ -112,29 +130,29 @@ def reference_ip_adapter(parts: Parts) -> tuple[list[torch.nn.Parameter], Predic
 REFERENCES = {"lora": reference_lora, "controlnet": reference_controlnet, "ip_adapter": reference_ip_adapter}
 
 
-def reference(name: str, steps: int, batch_size: int) -> Iterator[None]:
+def reference(name: str, steps: int, batch_size: int, shape: Shape = Shape()) -> Iterator[None]:
     """Yields after every optimizer step."""
-    accelerator = Accelerator(cpu=True)
-    parts = load_parts(ModelConfig())
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=shape.precision)
+    device = accelerator.device
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16}[shape.precision]
+    parts = load_parts(ModelConfig(base=shape.base))
+    parts.to(device, dtype)
     parameters, predict = REFERENCES[name](parts)
+    for parameter in parameters:
+        parameter.data = parameter.data.to(device, torch.float32)
+    if shape.checkpointing:
+        parts.unet.enable_gradient_checkpointing()
+        parts.unet.train()
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     schedule = DDPMScheduler.from_config(parts.scheduler.config)
-    loader = DataLoader(Pictures("data/rendered/train"), batch_size, shuffle=True, collate_fn=collate)
+    loader = DataLoader(Pictures(shape.data, shape.size), batch_size, shuffle=True, collate_fn=collate)
     rates = get_scheduler("constant", optimizer)
     optimizer, loader, rates = accelerator.prepare(optimizer, loader, rates)
     done = 0
     while True:
         for batch in loader:
-            with torch.no_grad():
-                latents = parts.latent_scale().to_unet(parts.vae.encode(batch["pixels"]).latent_dist.sample())
-                prompt_embeds, pooled = encode_prompts(parts, batch["texts"])
-            noise = torch.randn_like(latents)
-            timesteps = torch.randint(0, 1000, (len(latents),))
-            noisy = schedule.add_noise(latents, noise, timesteps)  # type: ignore[arg-type]
-            time_ids = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]] * len(latents), dtype=torch.float32)
-            added = {"text_embeds": pooled, "time_ids": time_ids}
-            conditioning = {"encoder_hidden_states": prompt_embeds, "added_cond_kwargs": added}
-            loss = F.mse_loss(predict(batch, noisy, timesteps, conditioning).float(), noise.float())
+            with accelerator.autocast():
+                loss = reference_loss(parts, schedule, predict, batch, shape)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -145,6 +163,24 @@ def reference(name: str, steps: int, batch_size: int) -> Iterator[None]:
             yield
             if done == steps:
                 return
+
+
+def reference_loss(
+    parts: Parts, schedule: DDPMScheduler, predict: Predict, batch: dict[str, Any], shape: Shape
+) -> torch.Tensor:
+    """Encode a batch of pictures and prompts, noise the latents, and compare what is predicted with the noise."""
+    with torch.no_grad(), torch.autocast(parts.vae.device.type, enabled=False):
+        posterior = parts.vae.encode(batch["pixels"].to(parts.vae.device)).latent_dist
+        latents = parts.latent_scale().to_unet(posterior.sample())
+        prompt_embeds, pooled = encode_prompts(parts, batch["texts"])
+    noise = torch.randn_like(latents)
+    timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device)
+    noisy = schedule.add_noise(latents, noise, timesteps)  # type: ignore[arg-type]
+    size = [shape.size, shape.size, 0, 0, shape.size, shape.size]
+    time_ids = torch.tensor([size] * len(latents), dtype=torch.float32, device=latents.device)
+    added = {"text_embeds": pooled, "time_ids": time_ids}
+    conditioning = {"encoder_hidden_states": prompt_embeds, "added_cond_kwargs": added}
+    return F.mse_loss(predict(batch, noisy, timesteps, conditioning).float(), noise.float())
 
 
 def bare(name: str, steps: int, batch_size: int) -> Iterator[None]:

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from packshot.base.ip_adapters import EXPORT as IP_ADAPTER_FILE
+from packshot.base.lora_files import DIFFUSERS_FILE as LORA_FILE
 from packshot.config.schema import AdaptersConfig, GenerateSettings, ProductConditioning
 from packshot.dataset.rows import Rows, load_rows
 from packshot.generate import Packshot
 from packshot.generate.color import delta_e
-from packshot.generate.load import IP_ADAPTER_FILE, LORA_FILE
 from packshot.imaging.control_maps import keep_mask
 from packshot.imaging.matte import held_cells
 from packshot.imaging.outline import compare_size, measure_extension, segment_near

@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from learning import BASE, ROOT, spread, write_set
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
+from sets import BASE, ROOT, spread, write_set
 from transformers import CLIPImageProcessorPil
 
 from packshot.base.shapes import meta_parts
@@ -60,8 +60,11 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def write_base(folder: Path, family: str) -> None:
-    """A StableDiffusionXLPipeline folder of a family's shapes, fp16, one part in memory at a time."""
+def write_base(folder: Path, family: str, device: torch.device | None = None) -> None:
+    """A StableDiffusionXLPipeline folder of a family's shapes, fp16, one part in memory at a time.
+
+    device: where the weights are drawn; default: the CPU.
+    """
     if folder.exists():
         return
     shapes = meta_parts(FAMILIES[family])
@@ -76,7 +79,7 @@ def write_base(folder: Path, family: str) -> None:
             # diffusers and transformers build from a config in two ways; both draw in half precision on a CPU
             make = getattr(type(meta), "from_config", type(meta))
             torch.manual_seed(number)
-            with default_dtype(torch.float16):
+            with default_dtype(torch.float16), device or torch.device("cpu"):
                 make(meta.config).save_pretrained(temporary / name)
             print(f"{name}: {sum(p.numel() for p in meta.parameters()):,} parameters", file=sys.stderr)
 
@@ -361,7 +364,7 @@ def main() -> None:
     proof = Proof(args.family, folder, args.resolution, args.precision)
     write_base(proof.base, args.family)
     rows = load_rows("train", "data/rendered/train")
-    write_set(proof.data, rows, spread(rows, SAMPLES), styled=False)
+    write_set(proof.data, rows, spread(rows, SAMPLES))
     found = prove(proof, args.unbroken)
     wrong = failures(found)
     said = report(proof, found) + "".join(f"- FAILED: {line}\n" for line in wrong)

@@ -22,23 +22,19 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
+from sets import BASE, ROOT, Pictures, spread, write_set
 from transformers import CLIPVisionModelWithProjection
 
 from packshot.config.schema import GenerateSettings
-from packshot.dataset.rows import Rows, load_rows
+from packshot.dataset.rows import load_rows
 from packshot.evaluate.distance import cmmd
 from packshot.imaging.color import to_lab
-from packshot.render.rows import encode
-from packshot.runs.files import folder_hash, replacing_file, replacing_folder, sha256
+from packshot.runs.files import folder_hash, replacing_file, replacing_folder
 from tools.mini.clip import image_embeddings
 
-ROOT = Path(__file__).resolve().parents[1]
-BASE = ROOT / "data" / "models" / "sdxl"
 TRAIN, HELD_OUT = 300, 64
 BATCH, DENOISING_STEPS = 16, 20
 # Of the way from the base's distance to that of two real samples, a LoRA trained on the look goes at least this share,
@@ -46,7 +42,6 @@ BATCH, DENOISING_STEPS = 16, 20
 LEARNT, UNLEARNT = 0.5, 0.1
 DARK, MIDDLE, LIGHT = (np.array(rgb, np.float32) for rgb in ((26, 16, 78), (214, 62, 92), (255, 232, 150)))
 KINDS = {"styled": "LoRA trained on the look", "plain": "control: LoRA trained without it"}
-Pictures = list[np.ndarray]  # uint8 (height, width, 3)
 
 
 def look(image_HW3: np.ndarray) -> np.ndarray:
@@ -72,36 +67,6 @@ def begin(folder: Path) -> None:
 # ---- data ----
 
 
-def spread(rows: Rows, count: int, first: int = 0) -> list[int]:
-    """Indices evenly over a set; another ``first`` (0 or 1) gives others, up to half of the set."""
-    return [int(place) + first for place in np.linspace(0, len(rows) - 2, count)]
-
-
-def write_set(folder: Path, rows: Rows, indices: list[int], styled: bool) -> None:
-    """A dataset of these rows, with the look or as they are; the same captions and masks."""
-    if folder.exists():
-        return
-    lines = []
-    for index in indices:
-        row = rows.read(index, ("image", "mask"))
-        image = Image.fromarray(look(np.asarray(row["image"]))) if styled else row["image"]
-        picture = encode(image, None)
-        lines.append(
-            {
-                "image": picture,
-                "mask": encode(row["mask"], None),
-                "text": row["text"],
-                "id": sha256(picture["bytes"]),
-                "license": row["license"],
-                "source": f"{rows.path}, sample {row['id']}",
-                "width": image.width,
-                "height": image.height,
-            }
-        )
-    with replacing_folder(folder) as temporary:
-        pq.write_table(pa.Table.from_pylist(lines), temporary / "part-00000.parquet")
-
-
 def write_sets(folder: Path) -> None:
     """``train``, ``heldout`` and ``floor`` (other held-out rows), each ``styled-`` and ``plain-``."""
     train = load_rows("train", "data/rendered/train")
@@ -113,7 +78,7 @@ def write_sets(folder: Path) -> None:
     }
     for name, (rows, indices) in sets.items():
         for kind in ("styled", "plain"):
-            write_set(folder / f"{kind}-{name}", rows, indices, kind == "styled")
+            write_set(folder / f"{kind}-{name}", rows, indices, look if kind == "styled" else None)
 
 
 def pictures_of(folder: Path) -> Pictures:

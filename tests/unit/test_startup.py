@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from packshot.base.load import load_parts, weights_hash
+from packshot.base.places import Place
 from packshot.base.sdxl import PARTS, Source
 from packshot.config.compose import compose
 from packshot.config.schema import IPAdapterMethod, LoraMethod, ModelConfig
@@ -39,7 +40,7 @@ from packshot.base.sdxl import Source
 from packshot.train.run import train
 
 parts, seen, load = [], {}, Source.load
-Source.load = lambda self: parts.append(self.subfolder) or load(self)
+Source.load = lambda self, dtype: parts.append(self.name) or load(self, dtype)
 def metrics(self, line):
     seen.setdefault("parts", list(parts))
     seen.setdefault("modules", [name for name, module in sys.modules.items() if module is not None])
@@ -192,10 +193,9 @@ def test_a_part_that_cannot_be_read_is_named_with_its_key(tmp_path):
 
 
 def test_sources_on_the_hub_are_taken_to_be_there():
-    source = Source("model.vae", "owner/name", None, PARTS["vae"])
+    source = Source("vae", Place("model.vae", "owner/name", None, "owner/name"), PARTS["vae"])
     assert source.found
     assert source.folder is None
-    assert source.files() == []
     assert source.config() == {}
 
 

@@ -80,7 +80,7 @@ def read_metadata(key: str, folder: Path) -> AdapterMetadata | None:
             bool(entries.get("zero_terminal_snr", False)),
             Unconditional[unconditional].name,
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         known = "|".join(member.name for member in ProductConditioning)

@@ -11,10 +11,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from packshot.base.lora_files import merge_loras
 from packshot.base.quantize import move_quantized, quantize
 from packshot.base.sdxl import AT_ONCE, NETWORKS, PARTS, Source, find_sources
+from packshot.base.single_file import tensor_shapes
 from packshot.config.schema import ModelConfig, Quantization
 from packshot.diffusion.latents import LatentScale
 from packshot.runs.files import file_sha256, folder_hash, resolve
@@ -53,13 +54,15 @@ class Parts:
     def __post_init__(self) -> None:
         self._sources: dict[str, Source] = {}
         self._place: tuple[torch.device, torch.dtype] | None = None
+        self._loading_dtype = torch.float32
 
     @classmethod
-    def lazily(cls, sources: dict[str, Source]) -> Parts:
-        """Parts of which none is loaded yet."""
+    def lazily(cls, sources: dict[str, Source], dtype: torch.dtype = torch.float32) -> Parts:
+        """Parts of which none is loaded yet. dtype: that networks are loaded in until :meth:`to` is called."""
         parts = cls.__new__(cls)
         parts.__post_init__()
         parts._sources = sources
+        parts._loading_dtype = dtype
         return parts
 
     def __getattr__(self, name: str) -> object:
@@ -69,7 +72,7 @@ class Parts:
             raise AttributeError(f"Parts has no {name!r}")
         with _LOADING:
             if name not in vars(self):
-                setattr(self, name, self._placed(name, source.load()))
+                setattr(self, name, self._placed(name, source.load(self._dtype(name))))
             return vars(self)[name]
 
     def load(self, *names: str) -> None:
@@ -126,8 +129,9 @@ class Parts:
         return self
 
     def _dtype(self, name: str) -> torch.dtype:
-        # SDXL's VAE overflows in fp16.
-        return self._place[1] if self._place and name != "vae" else torch.float32
+        if name == "vae":  # SDXL's overflows in fp16
+            return torch.float32
+        return self._place[1] if self._place else self._loading_dtype
 
     def _placed(self, name: str, part: object) -> object:
         if self._place is not None and isinstance(part, torch.nn.Module):
@@ -137,10 +141,13 @@ class Parts:
         return part
 
 
-def load_parts(model: ModelConfig) -> Parts:
-    """The parts that a model config names, in fp32 on the CPU: UNet and scheduler at once, the others at first use.
+def load_parts(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Parts:
+    """The parts that a model config names, on the CPU: UNet and scheduler at once, the others at first use.
 
-    The UNet is quantised if the config asks for it. A local folder is checked for completeness at once.
+    ``model.loras`` are merged into them. The UNet is quantised if the config asks for it. A local folder is checked for
+    completeness at once.
+
+    dtype: of the networks but the VAE. Loading them in that of the forward pass halves the memory of every process.
 
     Raises:
         ConfigError: a folder or hub id cannot be loaded, or the UNet not quantised; names the key.
@@ -151,8 +158,9 @@ def load_parts(model: ModelConfig) -> Parts:
     # Their progress bars and remarks on loading would bury our own lines.
     transformers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
-    parts = Parts.lazily(find_sources(model))
+    parts = Parts.lazily(find_sources(model), dtype)
     parts.load(*AT_ONCE)
+    merge_loras(parts, model.loras, model.merged_loras())
     if model.quantization is not Quantization.none:
         # The linear layers of the transformers; convolutions stay as they are.
         quantize(parts.unet, model.quantization, "model.quantization", lambda name: "attentions." in name)
@@ -177,20 +185,21 @@ def trained_scheduler(
 
 
 def model_folder(model: ModelConfig) -> Path | None:
-    """The base's folder when it is local (for hashes in certificates and cards), else None."""
+    """The base's folder or file when it is local (for hashes in certificates and cards), else None."""
     path = resolve(model.base)
-    return path if path.is_dir() else None
+    return path if path.exists() else None
 
 
 def hint_of_failure(place: Path) -> str:
     """What to do about weights that do not load: a damaged file is named, otherwise they may be of another model."""
-    files = sorted(place.rglob("*.safetensors")) if place.is_dir() else []
+    files = sorted(place.rglob("*.safetensors")) if place.is_dir() else [place]
     for file in files:
+        if file.suffix != ".safetensors" or not file.is_file():
+            continue
         try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError):
-            return f"{file} is damaged or empty: copy or export it again."
+            tensor_shapes(file)
+        except (OSError, ValueError) as error:
+            return f"{file}: {error}. Copy or export it again."
     return "Was it trained on another model?"
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import pkgutil
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,32 +14,37 @@ from typing import Any
 
 import torch
 
+from packshot.base import single_file
+from packshot.base.places import Place, choose_weights, find_place
 from packshot.config.schema import ModelConfig
 from packshot.errors import ConfigError
-from packshot.runs.files import resolve
 
 
 @dataclass(frozen=True)
 class PartKind:
     """A kind of part.
 
-    library, cls: the class that loads it. needs: a file that its folder must have. network: whether it has weights.
+    library, cls: the class that loads it. config: the file that describes it. network: whether it has weights.
     reference: whether it reads reference images; SDXL's own repository has no such part.
     """
 
     library: str
     cls: str
-    needs: str = "config.json"
+    config: str = "config.json"
     network: bool = True
     reference: bool = False
+
+    def loader(self, name: str | None = None) -> Any:
+        """The class, or another one of the same library."""
+        return pkgutil.resolve_name(f"{self.library}:{name or self.cls}")
 
 
 PARTS: dict[str, PartKind] = {
     "vae": PartKind("diffusers", "AutoencoderKL"),
     "text_encoder": PartKind("transformers", "CLIPTextModel"),
     "text_encoder_2": PartKind("transformers", "CLIPTextModelWithProjection"),
-    "tokenizer": PartKind("transformers", "CLIPTokenizer", "*.json", network=False),
-    "tokenizer_2": PartKind("transformers", "CLIPTokenizer", "*.json", network=False),
+    "tokenizer": PartKind("transformers", "CLIPTokenizer", "tokenizer_config.json", network=False),
+    "tokenizer_2": PartKind("transformers", "CLIPTokenizer", "tokenizer_config.json", network=False),
     "unet": PartKind("diffusers", "UNet2DConditionModel"),
     "scheduler": PartKind("diffusers", "EulerDiscreteScheduler", "scheduler_config.json", network=False),
     "image_encoder": PartKind("transformers", "CLIPVisionModelWithProjection", reference=True),
@@ -50,102 +54,151 @@ PARTS: dict[str, PartKind] = {
 }
 NETWORKS = {name for name, kind in PARTS.items() if kind.network}
 AT_ONCE = ("unet", "scheduler")  # every stage begins with these two
-_WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors")
 
 
 @dataclass(frozen=True)
 class Source:
     """Where one part comes from.
 
-    key: the config key that names ``place``, a local folder or a hub id. subfolder: of the part inside ``place``.
+    name: of the part. place: its own folder or file, or the file of the whole base. variant: ``model.variant``.
+    configs: the pipeline folder that describes parts which lie in a file; None: they have SDXL's shapes.
     """
 
-    key: str
-    place: str
-    subfolder: str | None
+    name: str
+    place: Place
     kind: PartKind
+    variant: str | None = None
+    configs: Place | None = None
+
+    @property
+    def key(self) -> str:
+        """The config key that names the place."""
+        return self.place.key
 
     @property
     def folder(self) -> Path | None:
         """The part's own folder when it is local."""
-        place = Path(self.place)
-        return place / (self.subfolder or "") if place.is_dir() else None
+        path = self.place.path
+        return path if path is not None and path.is_dir() else None
 
     @property
     def found(self) -> bool:
         """False if the part is known to be missing. A part on the hub is assumed to exist."""
-        return self.folder is None or any(self.folder.glob(self.kind.needs))
+        if self.place.is_file or self.place.path is None:
+            return True
+        wanted = [self.kind.config]
+        if self.name == "feature_extractor":  # published encoders come without one: it follows from the encoder
+            wanted.append("config.json")
+        return any((self.place.path / name).is_file() for name in wanted)
 
     def config(self) -> Mapping[str, Any]:
-        """The part's configuration file; empty if the part is not local."""
-        return json.loads((self.folder / self.kind.needs).read_text()) if self.folder else {}
+        """The part's configuration file; empty if the part is on the hub or lies in a file."""
+        return json.loads((self.folder / self.kind.config).read_text()) if self.folder else {}
 
     def files(self) -> list[Path]:
-        """The configuration and the weights that the libraries choose, without variants; [] if not local."""
-        if self.folder is None:
+        """The configuration and the weights that are loaded from a folder; [] for a part in a file."""
+        if self.place.is_file:
             return []
-        inside = sorted(file for file in self.folder.iterdir() if file.is_file())
-        weights = [file for file in inside if _WEIGHTS.fullmatch(file.name)]
-        if not weights:
-            return inside
-        return [self.folder / self.kind.needs, *weights]
+        names = self.place.names()
+        _, weights = choose_weights(names, self.variant)
+        wanted = [self.kind.config, *weights] if weights else names
+        folder = self.place.fetch(wanted)
+        return [folder / name for name in wanted]
 
     def refused(self, reason: str) -> ConfigError:
         """The error for a part that cannot be loaded."""
-        place = f"{self.place}/{self.subfolder}" if self.subfolder else self.place
+        place = self.place.path or self.place.value
         return ConfigError(
             f"{self.key}: {place} holds no {self.kind.cls} that can be loaded ({reason}).",
-            "Give a complete local folder, or a hub id on a machine that reaches the hub.",
+            "Give a pipeline folder, an SDXL checkpoint in one file, or a hub id: owner/name[/folder][@revision].",
         )
 
-    def load(self) -> object:
-        """The part on the CPU; a network is in fp32, frozen and in eval mode.
+    def load(self, dtype: torch.dtype = torch.float32) -> object:
+        """The part on the CPU; a network is in ``dtype``, frozen and in eval mode.
 
         Raises:
             ConfigError: it cannot be loaded; names the key.
         """
-        arguments: dict[str, Any] = {"subfolder": self.subfolder} if self.subfolder else {}
-        if self.kind.network:
-            dtype_name = "torch_dtype" if self.kind.library == "diffusers" else "dtype"
-            arguments[dtype_name] = torch.float32
         try:
-            part = pkgutil.resolve_name(f"{self.kind.library}:{self.kind.cls}").from_pretrained(self.place, **arguments)
+            part = self._from_file(dtype) if self.place.is_file else self._from_folder(dtype)
         except (OSError, ValueError) as error:
             raise self.refused(str(error).strip().splitlines()[0]) from error
         return part.requires_grad_(False).eval() if self.kind.network else part
 
+    def _from_folder(self, dtype: torch.dtype) -> Any:
+        names = self.place.names()
+        if self.name == "feature_extractor" and self.kind.config not in names:
+            return self._plain_feature_extractor()
+        variant, weights = choose_weights(names, self.variant)
+        texts = [name for name in names if name.endswith((".json", ".txt"))]
+        folder = self.place.fetch([*texts, *weights])
+        arguments: dict[str, Any] = {"local_files_only": True}
+        cls = self.kind.loader()
+        if self.kind.network:
+            arguments["torch_dtype" if self.kind.library == "diffusers" else "dtype"] = dtype
+            arguments["variant"] = variant
+        elif self.name == "scheduler":
+            cls = self._scheduler_class(json.loads((folder / self.kind.config).read_text()))
+        return cls.from_pretrained(folder, **arguments)
 
-def find_place(key: str, value: str) -> str:
-    """A local folder as an absolute path, or a hub id as it is.
+    def _scheduler_class(self, config: Mapping[str, Any]) -> Any:
+        """The class that the base's own config names."""
+        name = str(config.get("_class_name", self.kind.cls))
+        try:
+            return self.kind.loader(name)
+        except (AttributeError, ImportError) as error:
+            raise self.refused(f"diffusers has no scheduler {name}") from error
 
-    Raises:
-        ConfigError: the value names neither.
-    """
-    path = resolve(value)
-    if path.exists():
-        return str(path)
-    if value.startswith((".", "/", "data/", "outputs/")) or value.count("/") != 1:
-        raise ConfigError(f"{key}={value}: no such folder.", "Give a model folder or a hub id (owner/name).")
-    return value
+    def _from_file(self, dtype: torch.dtype) -> Any:
+        if self.name in single_file.TOKENIZERS:
+            return single_file.load_tokenizer(self.name)
+        if self.name == "scheduler":
+            folder = single_file.config_folder(self.place, self.configs) / self.name
+            return self._scheduler_class(json.loads((folder / self.kind.config).read_text())).from_pretrained(folder)
+        if self.name == "feature_extractor":
+            return self._plain_feature_extractor()
+        if self.key == "model.base":
+            return single_file.load_network(self.kind.loader(), self.name, self.place, self.configs, dtype)
+        return single_file.load_part(self.kind.loader(), self.name, self.place, self.configs, dtype)
+
+    def _plain_feature_extractor(self) -> Any:
+        """CLIP's own preparation of pictures, for encoders that come without a file about it, as published ones do."""
+        side = single_file.vision_side(self.place, self.configs)
+        return self.kind.loader()(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 def find_sources(model: ModelConfig) -> dict[str, Source]:
     """The source of every part of a model config, by the part's name.
 
     Raises:
-        ConfigError: a key names neither a folder nor a hub id, or a local folder lacks a part.
+        ConfigError: a key names neither a file, a folder nor a hub id, or a local folder lacks a part.
     """
     base = find_place("model.base", model.base)
     encoder = find_place("model.image_encoder", model.image_encoder) if model.image_encoder else None
+    vae = find_place("model.vae", model.vae) if model.vae else None
+    configs = find_place("model.config", model.config) if model.config else None
+    if configs is None and not base.is_file:
+        configs = base  # a VAE or image encoder in a file has the shapes of the one that it replaces
     sources: dict[str, Source] = {}
     for name, kind in PARTS.items():
-        if name == "vae" and model.vae:
-            source = Source("model.vae", find_place("model.vae", model.vae), None, kind)
-        elif kind.reference and encoder:
-            source = Source("model.image_encoder", encoder, None, kind)
+        if name == "vae" and vae:
+            place = vae if vae.is_file else own_folder(vae, "vae", kind)
+        elif kind.reference:
+            place = encoder or base.below(name)
+            place = Place(
+                "model.image_encoder", place.value, place.path, place.repository, place.inside, place.revision
+            )
         else:
-            source = Source("model.image_encoder" if kind.reference else "model.base", base, name, kind)
+            place = base if base.is_file else base.below(name)
+        source = Source(name, place, kind, model.variant, configs)
         if not source.found and (encoder or not kind.reference):
-            raise source.refused(f"no {kind.needs}")
+            raise source.refused(f"no {kind.config}")
         sources[name] = source
     return sources
+
+
+def own_folder(place: Place, part: str, kind: PartKind) -> Place:
+    """The folder of a part, also where a whole pipeline is named for it."""
+    if place.path is not None and not (place.path / kind.config).is_file() and (place.path / part).is_dir():
+        return place.below(part)
+    return place

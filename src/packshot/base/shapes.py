@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,19 @@ TEXT_2 = {
     "projection_dim": 1280,
     "hidden_act": "gelu",
 }
+# Not a shape, but published with them: the noise schedule.
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "EulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "interpolation_type": "linear",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "use_karras_sigmas": False,
+}
 VISION = {  # CLIP-ViT-H/14, which SDXL's IP-Adapters read
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -70,9 +85,11 @@ def meta_parts(model: ModelConfig) -> Parts:
 
     Tokenizers, scheduler and feature extractor are None.
     """
-    folder = resolve(model.base)
+    folder = resolve(model.config or model.base)
     with torch.device("meta"):
-        networks = local_networks(folder) if folder.is_dir() else published_networks()
+        networks = published_networks()
+        if folder.is_dir():
+            networks |= local_networks(folder)
     for network in networks.values():
         network.requires_grad_(False).eval()
     parts = Parts.lazily({})
@@ -81,21 +98,29 @@ def meta_parts(model: ModelConfig) -> Parts:
     return parts
 
 
-def local_networks(folder: Path) -> dict[str, Any]:
-    """The networks of a base's folder, by part."""
-    unet: Any = UNet2DConditionModel.load_config(folder, subfolder="unet")
-    vae: Any = AutoencoderKL.load_config(folder, subfolder="vae")
-    return {
-        "unet": UNet2DConditionModel.from_config(unet),
-        "vae": AutoencoderKL.from_config(vae),
-        "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")),
-        "text_encoder_2": CLIPTextModelWithProjection(
+def local_networks(folder: Path) -> dict[str, torch.nn.Module]:
+    """The networks that a base's folder describes, by part."""
+    makers: dict[str, Callable[[], torch.nn.Module]] = {
+        "unet": lambda: UNet2DConditionModel.from_config(read_config(folder, "unet")),
+        "vae": lambda: AutoencoderKL.from_config(read_config(folder, "vae")),
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")),
+        "text_encoder_2": lambda: CLIPTextModelWithProjection(
             CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder_2")
         ),
-        "image_encoder": CLIPVisionModelWithProjection(
+        "image_encoder": lambda: CLIPVisionModelWithProjection(
             CLIPVisionConfig.from_pretrained(folder, subfolder="image_encoder")
         ),
     }
+    networks = {}
+    for name, make in makers.items():
+        if (folder / name / "config.json").is_file():  # SDXL's own repository has no image encoder
+            networks[name] = make()
+    return networks
+
+
+def read_config(folder: Path, part: str) -> dict[str, Any]:
+    """The config of one part of a base's folder."""
+    return json.loads((folder / part / "config.json").read_text())
 
 
 def published_networks() -> dict[str, torch.nn.Module]:

@@ -84,13 +84,39 @@ def captioner_weights() -> list[tuple[str, Any, Any]]:
 
 @dataclass
 class ModelConfig(make_dataclass("CaptionerWeights", captioner_weights())):
-    base: str = opt("data/models/sdxl", "SDXL pipeline folder or hub id")
-    vae: str | None = opt(None, "VAE folder or hub id that replaces the base's VAE (sdxl-vae-fp16-fix)")
-    image_encoder: str | None = opt(None, "CLIP vision encoder; default: <base>/image_encoder")
+    base: str = opt(
+        "data/models/sdxl",
+        "SDXL: pipeline folder, checkpoint in one file, or hub id: owner/name[/folder or file][@revision]",
+    )
+    vae: str | None = opt(None, "VAE folder, file or hub id that replaces the base's VAE (sdxl-vae-fp16-fix)")
+    image_encoder: str | None = opt(
+        None, "CLIP vision encoder, folder, file or hub id (h94/IP-Adapter/models/image_encoder); default: the base's"
+    )
+    variant: str | None = opt(
+        None, "preferred variant of weights, such as fp16, where a folder has several; default: the plain files"
+    )
+    config: str | None = opt(
+        None, "pipeline folder or hub id with the configs of a base in one file whose shapes are not SDXL's (SSD-1B)"
+    )
+    loras: list[str] = opt(
+        [], "LoRAs that are merged into the base, files, folders or hub ids: diffusers', kohya's or LyCORIS' layout"
+    )
+    lora_scales: list[float] = opt([], "one weight for each of model.loras; default 1.0 each")
     resolution: int = opt(128, "side of the square the base was trained on, px", min=32, max=2048)
     quantization: Quantization = opt(
         Quantization.none, "format of the frozen UNet's transformer layers while a LoRA is trained"
     )
+
+    def merged_loras(self) -> list[float]:
+        """The weight of each of ``loras``."""
+        return self.lora_scales or [1.0] * len(self.loras)
+
+    def check(self) -> None:
+        if self.lora_scales and len(self.lora_scales) != len(self.loras):
+            raise ConfigError(
+                f"model.lora_scales has {len(self.lora_scales)} values for {len(self.loras)} LoRAs.",
+                "Give one for each of model.loras, or none.",
+            )
 
 
 @dataclass

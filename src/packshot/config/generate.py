@@ -34,13 +34,17 @@ MOST_REFERENCES = 64  # every one adds its image tokens to what each layer atten
 
 @dataclass
 class AdaptersConfig:
-    lora: str | None = opt(None, "export/ folder of train_lora.py")
+    lora: str | None = opt(
+        None, "LoRA: export/ folder of train_lora.py, or a file, folder or hub id in the layout of any trainer"
+    )
     lora_scale: float = opt(1.0, "weight of the LoRA", min=0, max=10)
-    loras: list[str] = opt([], "several such folders instead")
+    loras: list[str] = opt([], "several of them instead")
     lora_scales: list[float] = opt([], "one weight for each of adapters.loras, 0 to 10; default 1.0 each")
     lora_start: float = opt(0.0, "share of the denoising steps at which the LoRA becomes active", min=0, max=1)
     lora_end: float = opt(1.0, "share of the denoising steps at which it becomes inactive", min=0, max=1)
-    controlnets: list[str] = opt([], "export/ folders of train_controlnet.py")
+    controlnets: list[str] = opt(
+        [], "export/ folders of train_controlnet.py, or others after their condition: canny:owner/name"
+    )
     controlnet_scales: list[float] = opt([], "one weight per ControlNet; default 1.0 each")
     controlnet_starts: list[float] = opt(
         [], "one share of the steps per ControlNet, at which it becomes active; default 0 each"
@@ -48,7 +52,7 @@ class AdaptersConfig:
     controlnet_ends: list[float] = opt(
         [], "one share of the steps per ControlNet, at which it becomes inactive; default 1 each"
     )
-    ip_adapter: str | None = opt(None, "export/ folder of train_ip_adapter.py")
+    ip_adapter: str | None = opt(None, "export/ folder of train_ip_adapter.py, or a published file, here or on the hub")
     ip_adapter_scale: float = opt(1.0, "weight of the reference image", min=0, max=2)
     ip_adapter_layers: IPAdapterLayers = opt(
         IPAdapterLayers.all,

@@ -46,6 +46,10 @@ class LoraMethod:
     text_rank: int | None = opt(
         None, "rank on the text encoders (alpha stays, so the scale is alpha/text_rank); null: rank", min=1, max=1024
     )
+    init: str | None = opt(
+        None, "LoRA to start from, file, folder or hub id, in diffusers' or kohya's layout; null: one without effect"
+    )
+    trigger_words: list[str] = opt([], "words that the captions share, recorded in the export for those who use it")
     conv_rank: int | None = opt(None, "rank on the convolutions among targets; null: rank", min=1, max=1024)
     conv_alpha: float | None = opt(None, "alpha on the convolutions among targets; null: alpha", min=1e-3)
 
@@ -54,6 +58,11 @@ class LoraMethod:
             raise ConfigError(
                 f"method.text_rank={self.text_rank} has no effect without a LoRA on the text encoders.",
                 "Add method.text_encoder=true, or leave it out.",
+            )
+        if self.init and self.kind not in LOW_RANK:
+            raise ConfigError(
+                f"method.init={self.init} with method.kind={self.kind}: only products of two matrices are continued.",
+                "Set method.kind=lora, or merge it into the base with model.loras.",
             )
         try:
             re.compile(self.target_modules or "")
@@ -84,8 +93,9 @@ class IPAdapterMethod:
     image_dropout: float = opt(0.05, "share of samples trained without the reference", min=0, max=1)
     init: str | None = opt(
         None,
-        "adapter to start from: a .safetensors or .bin file in the original layout (ip-adapter_sdxl_vit-h, "
-        "ip-adapter-plus_sdxl_vit-h with num_tokens=16), or an export/ folder; null: one without effect",
+        "adapter to start from: a .safetensors or .bin file in the original layout, here or on the hub "
+        "(h94/IP-Adapter/sdxl_models/ip-adapter_sdxl_vit-h.safetensors; plus: num_tokens=16), or an export/ folder; "
+        "null: one without effect",
     )
     resampler_dim: int | None = opt(
         None, "inner width of variant=plus; null: that of init, or the image encoder's", min=64, max=8192
@@ -112,9 +122,11 @@ class ControlNetMethod:
         Condition.inpaint,
         "the control map: " + ", ".join(f"{name} ({row.help})" for name, row in CONDITIONS.items()),
     )
-    init: str | None = opt(None, "ControlNet to start from, folder or hub id; null: a copy of the UNet's encoder")
+    init: str | None = opt(None, "ControlNet to start from, folder, file or hub id; null: a copy of the UNet's encoder")
     extra_controlnets: list[str] = opt(
-        [], "export/ folders of ControlNets that work along, frozen unless method.train_extras=true"
+        [],
+        "ControlNets that work along, frozen unless method.train_extras=true: export/ folders, or folders, files and "
+        "hub ids of others after their condition, such as canny:owner/name",
     )
     train_extras: bool = opt(
         False, "also train those of method.extra_controlnets; they are exported to export/beside-<k>"

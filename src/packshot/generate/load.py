@@ -13,13 +13,15 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
 )
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from packshot.base.adapter_metadata import common_metadata
-from packshot.base.controlnets import load_controlnet, read_control
+from packshot.base.controlnets import find_controlnet, load_controlnet, read_control, split_condition
 from packshot.base.inpainting import CONV_FILE, load_conv, reads_product, split_conv_in
+from packshot.base.ip_adapters import find_ip_adapter
 from packshot.base.load import Parts, hint_of_failure, load_parts, model_folder, trained_scheduler
+from packshot.base.lora_files import LoraFile, find_lora, merge_lora, merge_peft, peft_tensors, read_lora
+from packshot.base.places import find_place
 from packshot.config.conditions import INPUTS
 from packshot.config.schema import (
     AdaptersConfig,
@@ -35,11 +37,8 @@ from packshot.generate.conditions import refuse_unread
 from packshot.generate.json_types import Json
 from packshot.imaging.control_maps import Control
 from packshot.imaging.onnx import load_session
-from packshot.runs.files import file_sha256, readable
+from packshot.runs.files import file_sha256
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-PEFT_FILE = "adapter_model.safetensors"  # method.kind=loha and lokr, which diffusers has no loader for
-IP_ADAPTER_FILE = "ip_adapter.safetensors"
 # diffusers' pipelines and models: their attributes are set at run time, which a type checker cannot follow
 Pipe: TypeAlias = Any
 Network: TypeAlias = Any
@@ -152,8 +151,10 @@ def adapter_entries(adapters: AdaptersConfig, folders: dict[str, list[Path]]) ->
         entries.append(AdapterEntry("lora", folder, scale, (adapters.lora_start, adapters.lora_end)))
     controlnets = folders["controlnets"]
     scales = adapters.controlnet_scales or [1.0] * len(controlnets)
-    for folder, scale, span in zip(controlnets, scales, adapters.controlnet_spans(), strict=True):
-        control = read_control("adapters.controlnets", folder)
+    conditions = [split_condition(value)[0] for value in adapters.controlnets]
+    spans = adapters.controlnet_spans()
+    for folder, scale, span, condition in zip(controlnets, scales, spans, conditions, strict=True):
+        control = read_control("adapters.controlnets", folder, condition)
         entries.append(AdapterEntry("controlnet", folder, scale, span, control))
     for folder in folders["ip_adapter"]:
         span = (adapters.ip_adapter_start, adapters.ip_adapter_end)
@@ -212,7 +213,9 @@ def check_adapters(
     """
     folders = adapter_folders(adapters)
     common_metadata(folders)
-    controls = {folder: read_control("adapters.controlnets", folder) for folder in folders["controlnets"]}
+    controls = {}
+    for folder, value in zip(folders["controlnets"], adapters.controlnets, strict=True):
+        controls[folder] = read_control("adapters.controlnets", folder, split_condition(value)[0])
     refuse_unread(settings or GenerateSettings(), controls.values())
     needed = {}
     for folder, control in controls.items():
@@ -252,24 +255,27 @@ def set_product_input(unet: Network, loras: list[Path], shown: str) -> str:
 
 
 def adapter_folders(adapters: AdaptersConfig) -> dict[str, list[Path]]:
-    """The folders of all adapters by kind. Raises ConfigError where one lacks its main file."""
-    wanted = {
-        "lora": (adapters.lora_paths(), (LORA_FILE, PEFT_FILE)),
-        "controlnets": (adapters.controlnets, ("config.json",)),
-        "ip_adapter": ([adapters.ip_adapter] if adapters.ip_adapter else [], (IP_ADAPTER_FILE,)),
-    }
-    folders: dict[str, list[Path]] = {}
-    for kind, (paths, files) in wanted.items():
-        folders[kind] = []
-        for path in paths:
-            folder = readable(f"adapters.{kind}", path)
-            if not any((folder / file).is_file() for file in files):
-                raise ConfigError(
-                    f"adapters.{kind}={path} has no {' or '.join(files)}.",
-                    "Name the export/ folder that the trainer wrote.",
-                )
-            folders[kind].append(folder)
+    """The folders and files of all adapters by kind; those on the hub are fetched.
+
+    Where a folder is named, it is the folder: an export of ours holds more than the weights.
+
+    Raises:
+        ConfigError: one has no weights, or cannot be fetched.
+    """
+    folders: dict[str, list[Path]] = {"lora": [], "controlnets": [], "ip_adapter": []}
+    for value in adapters.lora_paths():
+        folders["lora"].append(named_folder("adapters.lora", value, find_lora("adapters.lora", value)))
+    for value in adapters.controlnets:
+        folders["controlnets"].append(find_controlnet("adapters.controlnets", value))
+    if adapters.ip_adapter:
+        key = "adapters.ip_adapter"
+        folders["ip_adapter"].append(named_folder(key, adapters.ip_adapter, find_ip_adapter(key, adapters.ip_adapter)))
     return folders
+
+
+def named_folder(key: str, value: str, found: Path) -> Path:
+    """The folder of the weights that were found, if the config names a folder; else their file."""
+    return found if found.is_dir() or find_place(key, value).is_file else found.parent
 
 
 def unloadable(key: str, folder: Path, error: Exception) -> ConfigError:
@@ -279,16 +285,22 @@ def unloadable(key: str, folder: Path, error: Exception) -> ConfigError:
 
 
 def add_lora(pipe: Pipe, entry: AdapterEntry, weights: dict[str, float]) -> Switch:
-    """Load one LoRA. weights: those of all LoRAs of the pipeline by name; the new one is added."""
-    folder = entry.folder
-    merged = not (folder / LORA_FILE).is_file()
-    own_channels = (folder / CONV_FILE).is_file()
-    name = f"lora_{len(weights)}"
+    """Load one LoRA. weights: those of all LoRAs of the pipeline by name; the new one is added.
+
+    Products of two matrices become an adapter of peft's, which can be switched; other forms are merged into the base.
+    """
+    key = "adapters.lora"
+    path = find_lora(key, str(entry.folder))
+    networks = lora_networks(pipe)
+    lora = None if path.is_dir() else read_lora(key, path, networks)
+    merged = lora is None or not lora.is_plain()
     if entry.span != ALWAYS and merged:
         raise ConfigError(
-            f"adapters.lora={folder} is of a kind that is merged into the base: it counts at every step.",
+            f"{key}={entry.folder} is of a kind that is merged into the base: it counts at every step.",
             "Leave out adapters.lora_start and adapters.lora_end, or train method.kind=lora, dora or rslora.",
         )
+    own_channels = (entry.folder / CONV_FILE).is_file()
+    name = f"lora_{len(weights)}"
 
     def set_weight(weight: float) -> None:
         if not merged:
@@ -299,24 +311,28 @@ def add_lora(pipe: Pipe, entry: AdapterEntry, weights: dict[str, float]) -> Swit
             pipe.unet.conv_in.strength = entry.scale * weight
 
     try:
-        if merged:
-            merge_peft(pipe.unet, folder, entry.scale)
-        else:
-            pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=name)
+        add_weights(pipe, path, lora, networks, name, entry.scale)
         set_weight(1.0)
     except _LOAD_ERRORS as error:
-        raise unloadable("adapters.lora", folder, error) from error
+        raise unloadable(key, entry.folder, error) from error
     return Switch(entry.span, set_weight)
 
 
-def merge_peft(unet: Network, folder: Path, scale: float) -> None:
-    """Add an adapter of peft's to the UNet's own weights, ``scale`` times; the UNet stays a plain one."""
-    adapted = PeftModel.from_pretrained(unet, str(folder), torch_device=str(unet.device))
-    modules: list[Network] = list(adapted.modules())
-    for module in modules:
-        if isinstance(module, BaseTunerLayer):
-            module.set_scale("default", scale)
-    adapted.merge_and_unload()
+def add_weights(
+    pipe: Pipe, path: Path, lora: LoraFile | None, networks: Mapping[str, nn.Module], name: str, scale: float
+) -> None:
+    """Give a pipeline the weights of a LoRA: as an adapter called ``name``, or merged at ``scale``."""
+    if lora is None:
+        merge_peft(pipe.unet, path, scale)
+    elif lora.is_plain():
+        pipe.load_lora_weights(peft_tensors(lora), adapter_name=name)
+    else:
+        merge_lora(lora, networks, scale)
+
+
+def lora_networks(pipe: Pipe) -> dict[str, nn.Module]:
+    """The networks of a pipeline that a LoRA may adapt, by their names in files."""
+    return {name: getattr(pipe, name) for name in ("unet", "text_encoder", "text_encoder_2")}
 
 
 # Which of the two layers that InstantStyle found to carry style and layout a choice of layers has.
@@ -362,20 +378,23 @@ def add_ip_adapter(pipe: Pipe, entry: AdapterEntry, layers: IPAdapterLayers) -> 
     def set_weight(weight: float) -> None:
         pipe.set_ip_adapter_scale(ip_adapter_scales(pipe.unet, layers, entry.scale * weight))
 
+    file = find_ip_adapter("adapters.ip_adapter", str(entry.folder))
     try:
-        pipe.load_ip_adapter(str(entry.folder), subfolder="", weight_name=IP_ADAPTER_FILE, image_encoder_folder=None)
+        pipe.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None)
         set_weight(1.0)
     except _LOAD_ERRORS as error:
         raise unloadable("adapters.ip_adapter", entry.folder, error) from error
     return Switch(entry.span, set_weight)
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 by relative name of a folder's weights and JSON configs."""
+def file_hashes(place: Path) -> dict[str, str]:
+    """SHA-256 by relative name of a folder's weights and JSON configs, or of a file."""
+    if place.is_file():
+        return {place.name: file_sha256(place)}
     hashes = {}
-    for file in sorted(folder.rglob("*")):
+    for file in sorted(place.rglob("*")):
         if file.suffix in (".safetensors", ".json") and file.is_file():
-            hashes[file.relative_to(folder).as_posix()] = file_sha256(file)
+            hashes[file.relative_to(place).as_posix()] = file_sha256(file)
     return hashes
 
 
@@ -392,12 +411,14 @@ def describe_weights(value: str) -> Json:
     """Name and SHA-256 of a base or VAE."""
     folder = model_folder(ModelConfig(base=value))
     if folder is not None:
-        used = {n: h for n, h in file_hashes(folder).items() if n.endswith(".safetensors")}
+        used = {n: h for n, h in file_hashes(folder).items() if not n.endswith(".json")}
         return {"name": certified_name(folder), "files": used}
     from huggingface_hub import snapshot_download
 
+    place = find_place("model.base", value)
     # The snapshot's folder is named by its commit; it was downloaded a moment ago, so this asks nobody.
-    return {"name": value, "revision": Path(snapshot_download(value, local_files_only=True)).name}
+    copied = snapshot_download(place.repository, revision=place.revision, local_files_only=True)
+    return {"name": value, "revision": Path(copied).name}
 
 
 def describe_models(model: ModelConfig, entries: list[AdapterEntry]) -> Json:
@@ -406,5 +427,10 @@ def describe_models(model: ModelConfig, entries: list[AdapterEntry]) -> Json:
     if any(entry.kind == "ip_adapter" for entry in entries):
         used["image_encoder"] = model.image_encoder
     parts: Json = {name: describe_weights(value) for name, value in used.items() if value}
+    merged = []
+    for value, scale in zip(model.loras, model.merged_loras(), strict=True):
+        merged.append({**describe_weights(value), "scale": scale})
+    if merged:
+        parts["merged_loras"] = merged
     parts["adapters"] = [entry.describe() for entry in entries]
     return parts

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from packshot.base.adapter_metadata import NO_METADATA, write_metadata
-from packshot.base.controlnets import load_controlnet, read_control
+from packshot.base.controlnets import find_controlnet, load_controlnet, read_control, split_condition
 from packshot.base.load import Parts
 from packshot.config.conditions import INPUTS
 from packshot.config.schema import ControlNetMethod
@@ -22,7 +22,6 @@ from packshot.errors import PackshotError
 from packshot.imaging.control_maps import Control, View
 from packshot.imaging.pixels import to_unit
 from packshot.methods.base import FramedSample, Method, Tensors, trainable_fp32, unet_conditioning
-from packshot.runs.files import readable
 
 if TYPE_CHECKING:  # imported where one is built
     from diffusers import ControlNetModel, DiffusionPipeline
@@ -50,8 +49,8 @@ class ControlNet(Method):
         else:
             self.controlnet = ControlNetModel.from_unet(self.unet)
         self.beside = nn.ModuleList()  # the extra ones; checkpoints have them under this name
-        for folder in extra_folders(config):
-            self.beside.append(load_controlnet("method.extra_controlnets", str(folder), self.unet))
+        for place in config.extra_controlnets:
+            self.beside.append(load_controlnet("method.extra_controlnets", place, self.unet))
         self.controls = controls_of(config)
         self.controlnet.requires_grad_(True).train()
         self.beside.requires_grad_(config.train_extras).train(config.train_extras)
@@ -134,15 +133,15 @@ class ControlNet(Method):
             write_metadata(place, {**asdict(self.controls[number]), **metadata})
 
 
-def extra_folders(config: ControlNetMethod) -> list[Path]:
-    """The folders of ``method.extra_controlnets``."""
-    return [readable("method.extra_controlnets", path) for path in config.extra_controlnets]
-
-
 def controls_of(config: ControlNetMethod) -> list[Control]:
     """The map of every ControlNet, the trained one first."""
     own = Control(config.condition.name, config.mask_grow, config.mask_feather)
-    return [own, *(read_control("method.extra_controlnets", folder) for folder in extra_folders(config))]
+    controls = [own]
+    for value in config.extra_controlnets:
+        key = "method.extra_controlnets"
+        condition, _ = split_condition(value)
+        controls.append(read_control(key, find_controlnet(key, value, whole=False), condition))
+    return controls
 
 
 def inputs_of(controls: Sequence[Control]) -> list[str]:

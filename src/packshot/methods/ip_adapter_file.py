@@ -12,11 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from packshot.base.ip_adapters import find_ip_adapter
 from packshot.config.schema import IPAdapterMethod, IPAdapterVariant
 from packshot.errors import ConfigError
-from packshot.runs.files import readable
 
-EXPORT = "ip_adapter.safetensors"
 # A tensor that each variant has and the other has not; and how many image tokens its projection makes.
 _MARKS = {IPAdapterVariant.base: "image_proj.proj.weight", IPAdapterVariant.plus: "image_proj.latents"}
 _TOKENS: dict[IPAdapterVariant, Callable[[dict[str, Tensor]], int]] = {
@@ -84,16 +83,13 @@ def from_original(tensors: dict[str, Tensor], projection: nn.Module, processors:
 def read_original(key: str, path: str, meta: bool = False) -> dict[str, Tensor]:
     """The tensors of a file in the original layout, by name: ``.safetensors``, or ``.bin`` (a pickled dict of dicts).
 
-    path: the file, or an export folder. meta: without values, which are then not read either.
+    path: the file, or an export folder, here or on the hub. meta: without values, which are then not read either.
 
     Raises:
         ConfigError: there is no such file, or it holds something else; names ``key``.
     """
-    file = readable(key, path)
-    file = file / EXPORT if file.is_dir() else file
+    file = find_ip_adapter(key, path)
     way_out = "Name a .safetensors or .bin file in the layout of the original IP-Adapter, or an export/ folder."
-    if not file.is_file():
-        raise ConfigError(f"{key}={path} has no {EXPORT}.", way_out)
     try:
         tensors = (_from_safetensors if file.suffix == ".safetensors" else _from_pickle)(file, meta)
     except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from packshot.base.adapter_metadata import NO_METADATA, write_metadata
 from packshot.base.inpainting import export_conv
 from packshot.base.load import Parts
+from packshot.base.lora_files import Update, find_lora, read_lora, scale_of
 from packshot.config.schema import LoraKind, LoraMethod
+from packshot.errors import ConfigError
 from packshot.methods.base import Method, Tensors, trainable_fp32, unet_conditioning
 from packshot.methods.lora_targets import Targets, text_targets, unet_targets
 from packshot.runs.folder import log
@@ -63,6 +65,8 @@ class Lora(Method):
             # SDXL does not read the last layer of its first text encoder
             self.adapt("text_encoder", text_targets(self.text_encoder.config.num_hidden_layers - 1, config))
             self.adapt("text_encoder_2", text_targets(self.text_encoder_2.config.num_hidden_layers, config))
+        if config.init:
+            start_from(config.init, self.adapted())
         trainable_fp32(self)
 
     def adapt(self, name: str, targets: Targets) -> None:
@@ -128,6 +132,50 @@ class Lora(Method):
                     tensors[f"{stem}.alpha"] = value.new_tensor(float(len(value)))
         metadata = {"ss_network_dim": str(self.config.rank), "ss_network_alpha": str(self.config.rank)}
         save_file(tensors, folder / "kohya_lora.safetensors", metadata=metadata)
+
+
+@torch.no_grad()
+def start_from(value: str, networks: dict[str, Any]) -> None:
+    """Give the adapters of these networks the weights of a LoRA in a file.
+
+    Raises:
+        ConfigError: it cannot be read, has another form or rank, or adapts layers that are not adapted here.
+    """
+    key = "method.init"
+    path = find_lora(key, value)
+    if path.is_dir():
+        raise ConfigError(f"{key}={value} is a LoHa or LoKr.", "Merge it into the base with model.loras.")
+    lora = read_lora(key, path, networks)
+    for name, layers in lora.updates.items():
+        for layer, update in layers.items():
+            module = networks[name].get_submodule(layer)
+            if not isinstance(module, BaseTunerLayer):
+                raise ConfigError(
+                    f"{key}={value} adapts {name}.{layer}, which this training does not.",
+                    "Set method.targets, method.target_modules or method.text_encoder so that it does.",
+                )
+            if update.keys() - {"down", "up", "alpha"}:
+                raise ConfigError(
+                    f"{key}={value} has updates that are not products of two matrices.",
+                    "Merge it into the base with model.loras.",
+                )
+            fill_layer(f"{key}={value}", module, update)
+    log.info("started from %s: %d layers", path.name, sum(map(len, lora.updates.values())))
+
+
+def fill_layer(what: str, module: Any, update: Update) -> None:
+    """Copy one update into an adapted layer; ``lora_B`` takes the difference between the two scales."""
+    down = module.lora_A["default"].weight
+    up = module.lora_B["default"].weight
+    if down.shape != update["down"].shape:
+        raise ConfigError(
+            f"{what} has rank {len(update['down'])}, method.rank is {len(down)}.",
+            f"Set method.rank={len(update['down'])} (method.conv_rank for convolutions).",
+        )
+    if down.is_meta:
+        return
+    down.copy_(update["down"])
+    up.copy_(update["up"] * scale_of(update, len(down)) / module.scaling["default"])
 
 
 def scaled_layers(name: str, network: nn.Module) -> Tensors:

@@ -22,7 +22,7 @@ COMMERCIAL = re.compile(
 )
 # Every key that can name weights, in any script. The keys of the base depend on the script; see named_weights.
 WEIGHT_KEYS = (
-    "matte.model", "depth.onnx", "captioner.adapter", "method.init", "method.extra_controlnets",
+    "matte.model", "depth.onnx", "captioner.adapter", "model.loras", "method.init", "method.extra_controlnets",
     "adapters.lora", "adapters.loras", "adapters.controlnets", "adapters.ip_adapter",
 )  # fmt: skip
 
@@ -80,7 +80,7 @@ def weights_licenses(source: str) -> list[str]:
         return [public.license]
     path = resolve(source)
     if not path.exists():
-        return licenses_of_card(source)
+        return licenses_of_card("/".join(source.partition("@")[0].split("/")[:2]))  # the card is the repository's
     folder = path if path.is_dir() else path.parent
     for place in (folder, folder.parent):  # the card of a part of a model, or of one of several ControlNets, is above
         if (place / "data.json").is_file():

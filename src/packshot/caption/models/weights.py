@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, PreTrainedModel
 
+from packshot.base.places import fetch_model
 from packshot.base.quantize import quantize
-from packshot.base.sdxl import find_place
 from packshot.caption.models.adapter import Network
 from packshot.config.captioners import CAPTIONERS, CaptionerFamily
 from packshot.config.schema import CaptionerConfig, ModelConfig, ProductTarget, Quantization
@@ -70,14 +70,19 @@ def find(kind: str, model: ModelConfig, captioner: CaptionerConfig) -> Source:
     """
     family = CAPTIONERS[kind]
     base = str(getattr(model, kind))
+    if base.startswith("microsoft/Florence-2"):  # these need code of their own, which transformers no longer runs
+        raise ConfigError(
+            f"model.{kind}={base} is in a format that transformers no longer reads.",
+            f"The same weights are in florence-community/{base.partition('/')[2]}.",
+        )
     if not captioner.adapter:
-        return Source(family, base, find_place(f"model.{kind}", base))
+        return Source(family, base, str(fetch_model(f"model.{kind}", base)))
     adapter = readable("captioner.adapter", captioner.adapter)
     record = read_record(kind, adapter)
     if not (adapter / "adapter_config.json").exists():
         return Source(family, base, str(adapter), adapter, record=record)
     refuse_other_base(adapter, f"model.{kind}", base)
-    return Source(family, base, find_place(f"model.{kind}", base), adapter, is_lora=True, record=record)
+    return Source(family, base, str(fetch_model(f"model.{kind}", base)), adapter, is_lora=True, record=record)
 
 
 def refuse_other_base(adapter: Path, key: str, base: str) -> None:

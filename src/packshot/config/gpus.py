@@ -1,0 +1,48 @@
+"""GPUs that a plan can be made for: memory and speed, one row each."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A model of GPU.
+
+    memory_gib: what its driver leaves to one process. tflops: products of dense bf16 matrices with fp32 sums, TFLOP/s,
+    by the maker's data sheet; no training reaches it. pattern: regular expression that is searched in the name that
+    CUDA reports.
+    """
+
+    name: str
+    title: str
+    memory_gib: float
+    tflops: float
+    pattern: str
+
+
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("rtx3090", "GeForce RTX 3090", 23.5, 71, r"RTX 3090"),
+        Gpu("rtx4090", "GeForce RTX 4090", 23.5, 165, r"RTX 4090"),
+        Gpu("rtx5090", "GeForce RTX 5090", 31.3, 209, r"RTX 5090"),
+        Gpu("l4", "L4", 22.0, 121, r"\bL4\b"),
+        Gpu("a10", "A10", 22.0, 125, r"\bA10G?\b"),
+        Gpu("l40s", "L40S", 44.4, 362, r"\bL40S\b"),
+        Gpu("a100_40", "A100 40 GB", 39.3, 312, r"A100.*40GB"),
+        Gpu("a100", "A100 80 GB", 79.1, 312, r"A100"),
+        Gpu("h100", "H100 SXM", 79.1, 989, r"H100"),
+        Gpu("h200", "H200", 139.7, 989, r"H200"),
+        Gpu("b200", "B200", 178.0, 2250, r"B200"),
+    )
+}
+
+
+def find_gpu(reported: str) -> Gpu | None:
+    """The row of the GPU that CUDA reports under this name; None if there is none."""
+    for gpu in GPUS.values():
+        if re.search(gpu.pattern, reported):
+            return gpu
+    return None
