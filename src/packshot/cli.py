@@ -132,6 +132,9 @@ STAGES: dict[str, Stage] = {
     "train_lora": Stage("Train a LoRA of SDXL on scenes.", "packshot.train.run:train"),
     "train_ip_adapter": Stage("Train an IP-Adapter: a reference image guides the scene.", "packshot.train.run:train"),
     "train_controlnet": Stage("Train a ControlNet that knows where the product is.", "packshot.train.run:train"),
+    "merge": Stage(
+        "Merge LoRAs into a base: a pipeline folder that stock diffusers loads.", "packshot.base.merge:merge"
+    ),
     "generate": Stage(
         "Put a product into a new scene. Its own pixels stay, and a certificate proves it.",
         "packshot.generate.run:generate",

@@ -1,9 +1,12 @@
-"""LoRAs in the layouts of other trainers: as base, as a start, in generation; a tensor without a layer refuses the file."""
+"""LoRAs in the layouts of other trainers, as base, as start and in generation; what belongs nowhere is refused."""
 
+import hashlib
+import json
 import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from packshot.base.load import load_parts
@@ -329,3 +332,78 @@ def test_a_lora_of_the_base_is_a_key_of_every_script():
     assert config.model.merged_loras() == [1.0, 0.5]
     with pytest.raises(ConfigError, match=r"model\.lora_scales has 1 values for 2"):
         compose("generate", ["model.loras=[a,b]", "model.lora_scales=[1]"])
+
+
+# ---- what the world reads ----
+
+
+def kohya_export(tmp_path, parts, *overrides):
+    """A kohya file as a training writes it."""
+    from packshot.methods.base import Exported
+
+    config = compose("train_lora", ["method.rank=4", *overrides])
+    method = Lora(parts, config.method)
+    method.export_dtype = getattr(torch, config.export.dtype.name)
+    exported = Exported(config, "epsilon", samples=40, step=100)
+    method.export_kohya(tmp_path, exported)
+    with safe_open(tmp_path / "kohya_lora.safetensors", "pt") as file:
+        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_a_kohya_export_has_sd_scripts_own_names(parts, tmp_path):
+    """As published LoRAs for SDXL have them; the number of a block follows from the config."""
+    _, tensors = kohya_export(tmp_path, parts)
+    stems = {name.partition(".")[0] for name in tensors}
+    assert "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q" in stems
+    assert "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_out_0" in stems
+    assert not any("down_blocks" in stem or "mid_block_" in stem for stem in stems)
+
+
+def test_a_kohya_export_tells_what_it_is(parts, tmp_path):
+    """Keys that sd-scripts and web interfaces look at."""
+    head, _ = kohya_export(tmp_path, parts, "method.trigger_words=[nordlicht style, oak]", "train.mixed_precision=no")
+    assert head["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert head["ss_network_module"] == "networks.lora"
+    assert (head["ss_network_dim"], head["ss_network_alpha"]) == ("4", "4")
+    assert head["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert head["modelspec.trigger_phrase"] == "nordlicht style, oak"
+    assert json.loads(head["ss_tag_frequency"]) == {"captions": {"nordlicht style": 40, "oak": 40}}
+    assert (head["ss_num_train_images"], head["ss_steps"]) == ("40", "100")
+    content = (tmp_path / "kohya_lora.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    assert head["sshs_model_hash"] == hashlib.sha256(content[start:]).hexdigest()
+
+
+def test_exports_are_written_in_the_precision_that_is_asked_for(parts, tmp_path):
+    _, tensors = kohya_export(tmp_path, parts, "export.dtype=float16")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    method = Lora(load_parts(ModelConfig()), LoraMethod(rank=RANK))
+    method.export_dtype = torch.bfloat16
+    method.export(tmp_path / "half")
+    assert {t.dtype for t in load_file(tmp_path / "half" / "pytorch_lora_weights.safetensors").values()} == {
+        torch.bfloat16
+    }
+    assert {parameter.dtype for parameter in method.parameters() if parameter.requires_grad} == {torch.float32}
+
+
+def test_a_merged_base_is_a_pipeline_folder(parts, tmp_path):
+    from packshot.base.merge import merge
+
+    file = tmp_path / "look.safetensors"
+    save_file(kohya(parts, published=True), file)
+    keys = [f"model.loras=[{file}]", "model.lora_scales=[0.5]", f"run.dir={tmp_path / 'run'}"]
+    merge(compose("merge", keys))
+    folder = tmp_path / "run" / "model"
+    expected = load_parts(ModelConfig(loras=[str(file)], lora_scales=[0.5]))
+    loaded = load_parts(ModelConfig(base=str(folder)))
+    for name in ("unet", "text_encoder"):
+        ours, theirs = getattr(loaded, name).state_dict(), getattr(expected, name).state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert json.loads((folder / "data.json").read_text())["loras"] == {str(file): 0.5}
+
+
+def test_a_merge_without_loras_is_refused():
+    from packshot.base.merge import merge
+
+    with pytest.raises(ConfigError, match=r"model\.loras is empty"):
+        merge(compose("merge", []))

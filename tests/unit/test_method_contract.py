@@ -18,7 +18,7 @@ from packshot.base.adapter_metadata import write_metadata
 from packshot.base.load import load_parts
 from packshot.config import compose as composing
 from packshot.config.keys import opt
-from packshot.config.schema import SCRIPTS, TrainScript
+from packshot.config.schema import SCRIPTS, ExportConfig, TrainScript
 from packshot.engine import checkpoints
 from packshot.errors import ConfigError
 from packshot.methods import METHODS, Method
@@ -34,7 +34,7 @@ class TintMethod:
 
 
 @dataclass
-class TintExport:
+class TintExport(ExportConfig):
     plain: bool = opt(False, "also write the weights as text")
 
 
@@ -94,7 +94,7 @@ class Tint(Method):
         save_file(self.network.state_dict(), folder / "tint.safetensors")
         write_metadata(folder, {"width": self.config.width, **dict(metadata)})
 
-    def export_plain(self, folder):
+    def export_plain(self, folder, exported):
         (folder / "tint.txt").write_text("\n".join(self.network.state_dict()))
 
 

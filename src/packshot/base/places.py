@@ -197,7 +197,7 @@ def unreachable(key: str, repository: str, revision: str | None) -> ConfigError:
     """The error where the hub does not answer and its files were not fetched earlier."""
     named = f"{repository}@{revision}" if revision else repository
     return ConfigError(
-        f"{key}: there is no local path of that name; {named} has not been fetched from the hub, which does not answer.",
+        f"{key}: there is no local path of that name; {named} was not fetched from the hub, which does not answer.",
         f"Fetch it where the hub answers (hf download {repository}), or name a local file or folder.",
     )
 

@@ -20,6 +20,7 @@ from packshot.errors import ConfigError
 
 CONF = Path(str(files("packshot.conf")))  # the checkout's conf/, or the wheel's copy of it
 HELP = "--help lists the keys."
+LAUNCH = "launch"  # configs of accelerate and Slurm, which are no options of a script
 
 
 def groups(config_dir: Path | None = None) -> list[str]:
@@ -27,7 +28,7 @@ def groups(config_dir: Path | None = None) -> list[str]:
     names: set[str] = set()
     for folder in filter(None, (CONF, config_dir)):
         names.update(path.parent.name for path in folder.glob("*/*.yaml"))
-    return sorted(names)
+    return sorted(names - {LAUNCH})
 
 
 def options(group: str, config_dir: Path | None = None) -> list[str]:

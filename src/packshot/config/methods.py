@@ -9,7 +9,7 @@ from typing import ClassVar
 from packshot.config.common import Quantization
 from packshot.config.conditions import CONDITIONS
 from packshot.config.keys import Names, opt
-from packshot.config.train import TrainScript
+from packshot.config.train import ExportConfig, TrainScript
 from packshot.errors import ConfigError
 
 LoraKind = Names("LoraKind", ["lora", "dora", "rslora", "loha", "lokr"])
@@ -19,6 +19,7 @@ LoraTargets = Names(
 Condition = Names("Condition", list(CONDITIONS))
 IPAdapterVariant = Names("IPAdapterVariant", ["base", "plus"])
 ReferenceSource = Names("ReferenceSource", ["self", "look", "place"])
+
 
 LOW_RANK = (LoraKind.lora, LoraKind.rslora)
 # Adapter kinds that train over quantized weights. loha and lokr read the shape of the stored weight, which nf4 packs;
@@ -139,8 +140,8 @@ class ControlNetMethod:
 
 
 @dataclass
-class ExportConfig:
-    kohya: bool = opt(False, "also write the LoRA in the kohya/ComfyUI key layout")
+class LoraExportConfig(ExportConfig):
+    kohya: bool = opt(False, "also write the LoRA under sd-scripts' names, for it, ComfyUI and others")
 
 
 @dataclass
@@ -149,7 +150,7 @@ class TrainLora(TrainScript):
     trains_input_layer: ClassVar[bool] = True
 
     method: LoraMethod = field(default_factory=LoraMethod)
-    export: ExportConfig = field(default_factory=ExportConfig)
+    export: LoraExportConfig = field(default_factory=LoraExportConfig)
 
     def check(self) -> None:
         super().check()

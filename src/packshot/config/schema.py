@@ -13,8 +13,10 @@ from packshot.config.generate import *  # noqa: F403
 from packshot.config.generate import Evaluate, Generate, Serve
 from packshot.config.make_dataset import *  # noqa: F403
 from packshot.config.make_dataset import BuildData
+from packshot.config.merge import Merge
 from packshot.config.methods import *  # noqa: F403
 from packshot.config.methods import TrainControlNet, TrainIPAdapter, TrainLora
+from packshot.config.plan import *  # noqa: F403
 from packshot.config.train import *  # noqa: F403
 
 SCRIPTS: dict[str, type] = {
@@ -23,6 +25,7 @@ SCRIPTS: dict[str, type] = {
     "train_lora": TrainLora,
     "train_ip_adapter": TrainIPAdapter,
     "train_controlnet": TrainControlNet,
+    "merge": Merge,
     "generate": Generate,
     "evaluate": Evaluate,
     "serve": Serve,

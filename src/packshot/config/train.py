@@ -10,6 +10,7 @@ from typing import ClassVar
 from packshot.config.common import LicenseConfig, Script
 from packshot.config.keys import Names, opt
 from packshot.config.optimizers import OPTIMIZERS
+from packshot.config.plan import PlanConfig
 from packshot.errors import ConfigError
 
 Mode = Names("Mode", ["train", "plan", "check"])
@@ -22,6 +23,7 @@ PredictionType = Names("PredictionType", ["base", "epsilon", "v_prediction"])
 LossWeighting = Names("LossWeighting", ["none", "min_snr", "debiased"])
 TimestepSampling = Names("TimestepSampling", ["uniform", "logit_normal", "cubic"])
 Unconditional = Names("Unconditional", ["zeros", "empty"])
+ExportDtype = Names("ExportDtype", ["float32", "float16", "bfloat16"])
 ProductConditioning = Names("ProductConditioning", ["noised", "clean", "channels"])
 
 
@@ -270,6 +272,11 @@ def check_objective(objective: ObjectiveConfig, prediction_type: str, num_timest
 
 
 @dataclass
+class ExportConfig:
+    dtype: ExportDtype = opt(ExportDtype.float32, "precision of the exported weights; float16 halves the files")
+
+
+@dataclass
 class TrainScript(Script):
     """Keys that the trainers share.
 
@@ -283,6 +290,8 @@ class TrainScript(Script):
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     mode: Mode = opt(
         Mode.train, "train; plan: print the cost of the run; check: show what the model will see, and measure a step"
     )

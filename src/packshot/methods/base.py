@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from packshot.base.adapter_metadata import NO_METADATA
 from packshot.base.load import Parts
+from packshot.config.schema import TrainScript
 from packshot.engine.keyed_random import SampleKey
 from packshot.imaging.framing import Geometry
 
@@ -37,6 +40,16 @@ class FramedSample(TypedDict):
     shadow: NotRequired[Image.Image | None]
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What an export is made from: the script's config, what the network predicts, the number of samples, the step."""
+
+    config: TrainScript
+    prediction_type: str
+    samples: int
+    step: int
+
+
 class Method(nn.Module):
     """A trainable extension of a frozen SDXL; parameters with ``requires_grad`` are trained, in fp32.
 
@@ -51,15 +64,19 @@ class Method(nn.Module):
         picture is decoded during training.
     encoders: parts of the base that only ``encode`` reads; they are freed once everything is encoded. A submodule of
         the method with the same name is freed too.
+    copies_base: whether trained weights start as copies of the base's, which is then loaded in fp32.
     trains_text: whether the text encoders are trained; then ``encode_prompt`` encodes the prompts at each step.
     peer_key: samples with the same key, which is read from their rows without pictures, are peers: each may be
         conditioned on the encodings of another. A sample with the key None has no peers. Without a function, no sample
         has any.
-    layouts: further file layouts that are exported on request, by their key below ``export``.
+    layouts: further file layouts that are exported on request, by their key below ``export``; they take the folder and
+        what is exported.
+    export_dtype: of the exported weights.
     """
 
     used_as: str
     encoders: tuple[str, ...] = ()
+    copies_base: bool = False
 
     def __init__(self, parts: Parts, config: Any) -> None:
         super().__init__()
@@ -69,7 +86,8 @@ class Method(nn.Module):
         self.pictures = self.pictures_of(config)
         self.trains_text = False
         self.peer_key: PeerKey | None = None
-        self.layouts: dict[str, Callable[[Path], None]] = {}
+        self.layouts: dict[str, Callable[[Path, Exported], None]] = {}
+        self.export_dtype = torch.float32
 
     @classmethod
     def pictures_of(cls, config: Any) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from packshot.base.adapter_metadata import NO_METADATA, write_metadata
@@ -39,6 +40,7 @@ class ControlNet(Method):
 
     config: ControlNetMethod
     used_as = "'adapters.controlnets=[FOLDER]'"
+    copies_base = True
 
     def __init__(self, parts: Parts, config: ControlNetMethod) -> None:
         from diffusers import ControlNetModel
@@ -129,8 +131,15 @@ class ControlNet(Method):
         trained = self.nets() if self.config.train_extras else [self.controlnet]
         for number, net in enumerate(trained):
             place = folder / f"beside-{number}" if number else folder
-            net.save_pretrained(place)
+            export_network(net, place, self.export_dtype)
             write_metadata(place, {**asdict(self.controls[number]), **metadata})
+
+
+def export_network(net: ControlNetModel, folder: Path, dtype: torch.dtype) -> None:
+    """A folder for ``from_pretrained`` with the weights in ``dtype``; the network stays as it is."""
+    net.save_config(folder)
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in net.state_dict().items()}
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
 def controls_of(config: ControlNetMethod) -> list[Control]:

@@ -51,6 +51,7 @@ class IPAdapter(Method):
     config: IPAdapterMethod
     used_as = "adapters.ip_adapter=FOLDER"
     encoders = ("image_encoder",)
+    copies_base = True
 
     def __init__(self, parts: Parts, config: IPAdapterMethod) -> None:
         super().__init__(parts, config)
@@ -133,7 +134,9 @@ class IPAdapter(Method):
     def export(self, folder: Path, metadata: Mapping[str, object] = NO_METADATA) -> None:
         """``ip_adapter.safetensors`` in the layout of the original IP-Adapter, and ``packshot.json``."""
         tensors = to_original(self.projection, self.processors)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / EXPORT)
+        save_file(
+            {k: v.detach().to("cpu", self.export_dtype).contiguous() for k, v in tensors.items()}, folder / EXPORT
+        )
         described = {"variant": self.config.variant.name, "num_tokens": self.config.num_tokens}
         write_metadata(folder, {**described, **metadata})
 

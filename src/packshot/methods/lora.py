@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,16 +13,18 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from packshot.base.adapter_metadata import NO_METADATA, write_metadata
 from packshot.base.inpainting import export_conv
 from packshot.base.load import Parts
 from packshot.base.lora_files import Update, find_lora, read_lora, scale_of
+from packshot.base.original_names import block_names, original_name
 from packshot.config.schema import LoraKind, LoraMethod
 from packshot.errors import ConfigError
-from packshot.methods.base import Method, Tensors, trainable_fp32, unet_conditioning
+from packshot.methods.base import Exported, Method, Tensors, trainable_fp32, unet_conditioning
+from packshot.methods.lora_head import lora_head
 from packshot.methods.lora_targets import Targets, text_targets, unet_targets
 from packshot.runs.folder import log
 
@@ -30,13 +33,6 @@ if TYPE_CHECKING:  # imported where one is built
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-# Of these two pairs only the names of the original code are read everywhere.
-KOHYA_MODULES = {
-    "time_embedding.linear_1": "time_embed_0",
-    "time_embedding.linear_2": "time_embed_2",
-    "add_embedding.linear_1": "label_emb_0_0",
-    "add_embedding.linear_2": "label_emb_0_2",
-}
 KOHYA_FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
@@ -112,26 +108,38 @@ class Lora(Method):
         the others. loha, lokr: ``adapter_model.safetensors`` and ``adapter_config.json``, for
         ``PeftModel.from_pretrained(pipe.unet, folder)``.
         """
-        KINDS[self.config.kind].export(self.adapted(), folder)
+        KINDS[self.config.kind].export(self.adapted(), folder, self.export_dtype)
         export_conv(self.unet, folder)
         write_metadata(folder, metadata)
 
-    def export_kohya(self, folder: Path) -> None:
-        """``kohya_lora.safetensors``: the same weights under the names of sd-scripts and ComfyUI (lora, rslora).
+    def export_kohya(self, folder: Path, exported: Exported | None = None) -> None:
+        """``kohya_lora.safetensors``: the same weights under sd-scripts' own names (lora, rslora), for it and ComfyUI.
 
         Readers multiply by alpha/rank, layer by layer: each alpha is its layer's rank, the scale is in the weights.
+        exported: is described in the file's head.
         """
+        published = block_names(self.unet.config)
         tensors = {}
         for name, network in self.adapted().items():
             for key, value in scaled_layers(name, network).items():
                 module, _, factor = key.removesuffix(".weight").rpartition(".")
-                kohya_module = KOHYA_MODULES.get(module, module.replace(".", "_"))
-                stem = f"{KOHYA_PREFIXES[name]}_{kohya_module}"
-                tensors[f"{stem}.{KOHYA_FACTORS[factor]}.weight"] = value.contiguous()
+                if name == "unet":
+                    module = original_name(module, published)
+                stem = f"{KOHYA_PREFIXES[name]}_{module.replace('.', '_')}"
+                tensors[f"{stem}.{KOHYA_FACTORS[factor]}.weight"] = value.to(self.export_dtype).contiguous()
                 if factor == "lora_A":
-                    tensors[f"{stem}.alpha"] = value.new_tensor(float(len(value)))
-        metadata = {"ss_network_dim": str(self.config.rank), "ss_network_alpha": str(self.config.rank)}
-        save_file(tensors, folder / "kohya_lora.safetensors", metadata=metadata)
+                    tensors[f"{stem}.alpha"] = value.new_tensor(float(len(value)), dtype=self.export_dtype)
+        rank = {"ss_network_dim": str(self.config.rank), "ss_network_alpha": str(self.config.rank)}
+        digest = {"sshs_model_hash": tensors_sha256(tensors)}
+        about = lora_head(exported, self.config) if exported else {}
+        save_file(tensors, folder / "kohya_lora.safetensors", metadata={"format": "pt", **about, **rank, **digest})
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a safetensors file without its head, by which other tools tell LoRAs apart."""
+    whole = save(dict(tensors))
+    head = int.from_bytes(whole[:8], "little")
+    return hashlib.sha256(whole[8 + head :]).hexdigest()
 
 
 @torch.no_grad()
@@ -196,7 +204,7 @@ def scaled_layers(name: str, network: nn.Module) -> Tensors:
     return layers
 
 
-def export_diffusers(networks: dict[str, Any], folder: Path) -> None:
+def export_diffusers(networks: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
     """One file with the layers of all networks."""
     from diffusers import StableDiffusionXLPipeline
 
@@ -206,16 +214,17 @@ def export_diffusers(networks: dict[str, Any], folder: Path) -> None:
         config = network.peft_config["default"]
         # the scale is in the weights, so every alpha is its layer's rank
         unscaled = {"lora_alpha": config.r, "alpha_pattern": config.rank_pattern, "use_rslora": False}
-        arguments[f"{name}_lora_layers"] = scaled_layers(name, network)
+        layers = {key: value.to(dtype) for key, value in scaled_layers(name, network).items()}
+        arguments[f"{name}_lora_layers"] = layers
         arguments[f"{name}_lora_adapter_metadata"] = config.to_dict() | unscaled
     StableDiffusionXLPipeline.save_lora_weights(folder, **arguments)
 
 
-def export_peft(networks: dict[str, Any], folder: Path) -> None:
+def export_peft(networks: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
     """The UNet's adapter as peft saves it."""
     unet = networks["unet"]
     state = get_peft_model_state_dict(unet)
-    tensors = {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
+    tensors = {f"base_model.model.{key}": value.to(dtype).contiguous() for key, value in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     unet.peft_config["default"].save_pretrained(str(folder))
 
@@ -250,7 +259,7 @@ class AdapterKind:
     """A value of ``method.kind``: peft's settings for some layers, and the writer of the export."""
 
     settings: Callable[[LoraMethod, Targets], PeftConfig]
-    export: Callable[[dict[str, Any], Path], None]
+    export: Callable[[dict[str, Any], Path, torch.dtype], None]
 
 
 # LoRA: Hu et al. 2021, arXiv 2106.09685. DoRA: Liu et al. 2024, arXiv 2402.09353. rsLoRA: Kalajdzievski 2023, arXiv

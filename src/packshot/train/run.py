@@ -10,9 +10,17 @@ from accelerate import Accelerator
 from packshot.base.adapter_metadata import objective_metadata
 from packshot.base.inpainting import prepare_unet
 from packshot.base.load import Parts, load_parts
-from packshot.config.schema import SCRIPTS, AttentionKernel, MixedPrecision, Mode, TrainConfig, TrainScript
+from packshot.config.schema import (
+    SCRIPTS,
+    AttentionKernel,
+    MixedPrecision,
+    Mode,
+    Quantization,
+    TrainConfig,
+    TrainScript,
+)
 from packshot.dataset.rows import Rows, load_rows
-from packshot.engine.checkpoints import EMA, exporting
+from packshot.engine.checkpoints import EMA, exported_step, exporting
 from packshot.engine.loop import fit
 from packshot.engine.memory import compile_networks, enable_checkpointing, refuse_unavailable
 from packshot.engine.processes import (
@@ -25,6 +33,7 @@ from packshot.engine.processes import (
 )
 from packshot.errors import ConfigError
 from packshot.methods import build_method, method_class
+from packshot.methods.base import Exported
 from packshot.runs.folder import log
 from packshot.runs.licenses import refuse_weights
 from packshot.runs.tracking import Input, finishing
@@ -48,7 +57,7 @@ def train(config: TrainScript) -> None:
         return
     rows = load_set("data.train", config.data.train, config)
     validation = load_set("data.validation", config.data.validation, config)
-    parts = load_parts(config.model)
+    parts = load_parts(config.model, loading_dtype(config))
     session = start(script, config, config.train, resumable=False)
     with finishing(session.tracker):
         announce(session, config.train)
@@ -58,6 +67,13 @@ def train(config: TrainScript) -> None:
                 check(session, task, examples, config)
             else:
                 fit_and_export(session, task, examples, config)
+
+
+def loading_dtype(config: TrainScript) -> torch.dtype:
+    """What frozen networks are loaded in: the forward pass's dtype, unless something starts from their exact values."""
+    if method_class(config).copies_base or config.model.quantization is not Quantization.none:
+        return torch.float32
+    return DTYPES[resolve_precision(config.train.mixed_precision)]
 
 
 def load_set(key: str, path: str, config: TrainScript) -> Rows:
@@ -151,13 +167,16 @@ def fit_and_export(session: Session, task: DiffusionTask, examples: Examples, co
 def export(session: Session, task: DiffusionTask, ema: EMA | None, rows: Rows, config: TrainScript) -> None:
     """``<run>/export``: the adapter (its moving average, if kept), its config, its data's identity and a model card."""
     method = task.method
+    method.export_dtype = getattr(torch, config.export.dtype.name)
     if ema:
         ema.swap(task)
+    step = exported_step(session.path, config.train)
+    exported = Exported(config, task.prediction_type, len(rows), step)
     with exporting(session.path) as folder:
         method.export(folder, objective_metadata(config.objective))
         for layout, write in method.layouts.items():
             if getattr(config.export, layout):
-                write(folder)
+                write(folder, exported)
         made_from = write_card(folder, session.path, rows, config, method.used_as)
     if session.tracker:
         session.tracker.artifact("adapter", session.path / "export", made_from)

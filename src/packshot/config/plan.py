@@ -1,0 +1,35 @@
+"""Keys of ``mode=plan``: the machine that a training is planned for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from packshot.config.gpus import GPUS
+from packshot.config.keys import Names, opt
+from packshot.errors import ConfigError
+
+GpuKind = Names("GpuKind", list(GPUS))
+
+
+@dataclass
+class PlanConfig:
+    gpu: GpuKind | None = opt(
+        None,
+        "GPU to plan for: "
+        + ", ".join(f"{gpu.name} ({gpu.memory_gib:g} GiB)" for gpu in GPUS.values())
+        + "; null: the one of this machine, if there is one",
+    )
+    gpus: int | None = opt(None, "number of GPUs, one process each; null: the launcher's processes", min=1, max=4096)
+    images: int | None = opt(None, "number of samples; no dataset is then needed", min=1)
+    gpu_hour_price: float | None = opt(None, "price of a GPU for an hour, in any currency", min=0)
+    utilisation_low: float = opt(
+        0.2, "share of the GPU's peak that a slow training reaches; make gpu-check measures it", min=0.01, max=1
+    )
+    utilisation_high: float = opt(0.4, "share of the GPU's peak that a fast training reaches", min=0.01, max=1)
+
+    def check(self) -> None:
+        if self.utilisation_low > self.utilisation_high:
+            raise ConfigError(
+                f"plan.utilisation_low={self.utilisation_low} is above plan.utilisation_high={self.utilisation_high}.",
+                "They are the ends of a range.",
+            )

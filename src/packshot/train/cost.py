@@ -1,0 +1,196 @@
+"""The cost of one step, from the shapes alone: TFLOP, and bytes that are alive at its peak; no weights, no data."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
+
+from packshot.base.inpainting import prepare_unet
+from packshot.base.load import Parts
+from packshot.config.schema import AttentionKernel, MixedPrecision, Quantization, TrainScript
+from packshot.engine.memory import enable_checkpointing
+from packshot.engine.processes import resolve_precision
+from packshot.methods import Method, build_method
+from packshot.methods.base import Tensors
+from packshot.train.autocast import autocast_rules
+from packshot.train.encode import encode_batch
+
+DTYPES = {MixedPrecision.no: torch.float32, MixedPrecision.fp16: torch.float16, MixedPrecision.bf16: torch.bfloat16}
+# Bytes of a quantised weight: codes of half a byte, a byte for each 64 of them, four for each 256 of those (nf4, its
+# scales quantised again); a byte per weight and four per row (int8).
+QUANTIZED_BYTES: dict[Quantization, Callable[[Tensor], float]] = {
+    Quantization.nf4: lambda weight: weight.numel() * (1 / 2 + 1 / 64 + 4 / (64 * 256)),
+    Quantization.int8: lambda weight: weight.numel() + 4 * weight.shape[0],
+}
+GIB = 2**30
+
+
+def meta_batch(parts: Parts, method: Method, resolution: int, size: int) -> tuple[Tensor, Tensor, Tensors]:
+    """noisy_BCHW, timesteps_B and the conditioning of a micro-batch, on the meta device."""
+    unet = parts.unet.config
+    side = latent_side(parts, resolution)
+    shapes = {
+        "prompt_embeds": (77, unet.cross_attention_dim),
+        "pooled_prompt_embeds": (parts.text_encoder_2.config.projection_dim,),
+        "time_ids": (6,),
+        **method.condition_shapes(resolution),
+    }
+    batch = {name: torch.empty(size, *shape, device="meta") for name, shape in shapes.items()}
+    for name in ("input_ids", "input_ids_2"):
+        batch[name] = torch.empty(size, 77, dtype=torch.long, device="meta")
+    noisy = torch.empty(size, unet.in_channels, side, side, device="meta")
+    return noisy, torch.empty(size, dtype=torch.long, device="meta"), batch
+
+
+def latent_side(parts: Parts, resolution: int) -> int:
+    """Latent cells along a side of ``resolution`` px."""
+    return resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1)
+
+
+class Cost(TorchDispatchMode):
+    """FLOPs of operations, and bytes of what they have made and nobody has dropped yet, with their peak.
+
+    PyTorch's FlopCounterMode keeps what checkpointing recomputes alive (its hooks on modules hold the graph).
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.flops = 0
+        self.bytes = 0
+        self.peak = 0
+        self._counted = WeakIdKeyDictionary({tensor.untyped_storage(): 0 for tensor in known})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=made)
+        tree_map_only(Tensor, self._count, made)
+        return made
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self._counted:
+            self._counted[storage] = size = storage.nbytes()
+            self._change(size)
+            weakref.finalize(storage, self._change, -size)
+
+    def _change(self, size: int) -> None:
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Count attention as a fused kernel does it: for tensors without values PyTorch would keep every score."""
+    ordinary = F.scaled_dot_product_attention
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+    # replaced, not intercepted by a mode: modes are suspended in a backward pass, and recomputation is part of that
+    F.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = ordinary
+
+
+def lower(method: Method, dtype: torch.dtype) -> None:
+    """Frozen weights in the dtype of the forward pass; trained ones stay in fp32."""
+    for parameter in method.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def measure_step(parts: Parts, method: Method, config: TrainScript, batch_size: int, on_cuda: bool) -> Cost:
+    """The cost of forward and backward of one micro-batch, besides weights and gradients.
+
+    on_cuda: whether autocast follows CUDA's rules or those of a CPU.
+    """
+    train = config.train
+    dtype = DTYPES[planned_precision(config, on_cuda)]
+    lower(method, dtype)
+    noisy, timesteps, batch = meta_batch(parts, method, config.model.resolution, batch_size)
+    kernel = nullcontext() if train.attention is AttentionKernel.math else fused_attention()
+    hooks = []
+    for parameter in method.parameters():
+        if parameter.requires_grad:  # gradients are counted by themselves
+            hooks.append(parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)))
+    known = [*method.parameters(), *method.buffers(), noisy, timesteps, *batch.values()]
+    with kernel, autocast_rules(dtype, on_cuda) as casts, Cost(known) as cost:
+        if method.trains_text:
+            prompt_embeds, pooled = method.encode_prompt([batch["input_ids"], batch["input_ids_2"]])
+            batch |= {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
+        loss = method.predict(noisy, timesteps, batch).float().square().mean()
+        casts.forget()
+        loss.backward()
+        casts.forget()
+    for hook in hooks:
+        hook.remove()
+    return cost
+
+
+def planned_precision(config: TrainScript, on_cuda: bool) -> MixedPrecision:
+    """The precision of the forward pass; every GPU of the table has bf16, also where this machine has no GPU."""
+    asked = config.train.mixed_precision
+    if asked is MixedPrecision.auto and on_cuda and not torch.cuda.is_available():
+        return MixedPrecision.bf16
+    return resolve_precision(asked)
+
+
+def measure_encoding(parts: Parts, resolution: int) -> tuple[float, float]:
+    """(GiB at the peak of one pass of the fp32 VAE's encoder besides weights, TFLOP of one picture)."""
+    size = encode_batch((resolution, resolution))
+    pixels = torch.empty(size, parts.vae.config.in_channels, resolution, resolution, device="meta")
+    with torch.no_grad(), fused_attention(), Cost([*parts.vae.parameters(), *parts.vae.buffers(), pixels]) as cost:
+        parts.vae.encode(pixels)
+    return cost.peak / GIB, cost.flops / size / 1e12
+
+
+def count_parameters(module: nn.Module, trained: bool | None = None) -> int:
+    """Parameters of a module; only those that are trained, or only those that are not."""
+    return sum(p.numel() for p in module.parameters() if trained in (None, p.requires_grad))
+
+
+def frozen_bytes(parts: Parts, method: Method, config: TrainScript, width: int) -> float:
+    """Bytes of the weights that are not trained: as ``base.load.quantize`` stores them, else ``width`` bytes each.
+
+    Text encoders that are not trained are freed before training starts.
+    """
+    quantization = config.model.quantization
+    quantized = set()
+    if quantization is not Quantization.none:
+        for name, module in parts.unet.named_modules():
+            if "attentions." in name and hasattr(module, "weight") and module.weight.dim() == 2:
+                quantized.add(id(module.weight))
+    total = 0.0
+    for parameter in method.parameters():
+        if id(parameter) in quantized and not parameter.requires_grad:
+            total += QUANTIZED_BYTES[quantization](parameter)
+        elif not parameter.requires_grad:
+            total += parameter.numel() * width
+    return total
+
+
+def meta_method(config: TrainScript) -> tuple[Parts, Method]:
+    """The base and the method of a config as they are trained, without values."""
+    from packshot.base.shapes import meta_parts  # imports every kind of model
+
+    parts = meta_parts(config.model)
+    with torch.device("meta"):
+        method = build_method(parts, config)
+        prepare_unet(parts.unet, config.objective.product_conditioning)
+    if config.train.gradient_checkpointing:
+        enable_checkpointing(method)
+    return parts, method
