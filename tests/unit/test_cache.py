@@ -2,12 +2,15 @@
 
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
+from packshot.engine import tensor_cache
 from packshot.engine.tensor_cache import Job, TensorCache
 from packshot.errors import PackshotError
 from packshot.runs.files import _UMASK as UMASK
@@ -105,3 +108,61 @@ def test_entries_of_another_run_are_not_written_again(tmp_path, monkeypatch):
     )  # as it was a moment ago
     fill(tmp_path, [["a"], ["b"]], 2.0, process(1, 2))
     assert set(tmp_path.glob("*.safetensors")) == before
+
+
+def test_items_are_prepared_while_the_encoder_works(tmp_path):
+    """The preparation of a later chunk has begun before the encoder has finished an earlier one."""
+    begun = threading.Event()
+    order = []
+
+    def prepare(item):
+        order.append(item)
+        if item == 2:
+            begun.set()
+        return item * 10
+
+    def encode(items):
+        if 0 in items:
+            assert begun.wait(timeout=30)
+        return [{"x": torch.tensor([float(item)])} for item in items]
+
+    chunks = [[Job(str(number), "item", number)] for number in range(6)]
+    cache = TensorCache(tmp_path)
+    cache.fill("encoding", chunks, encode, Accelerator(cpu=True), prepare)
+    assert [cache.get(str(number))["x"].item() for number in range(6)] == [0, 10, 20, 30, 40, 50]
+    assert sorted(order) == list(range(6))
+
+
+def test_only_a_few_items_are_prepared_ahead(tmp_path, monkeypatch):
+    """Prepared pictures are large."""
+    monkeypatch.setattr(tensor_cache, "MOST_DECODERS", 2)
+    prepared = 0
+    most = 0
+
+    def prepare(item):
+        nonlocal prepared
+        prepared += 1
+        return item
+
+    def encode(items):
+        nonlocal most
+        time.sleep(0.02)
+        most = max(most, prepared - items[0])
+        return [{"x": torch.zeros(1)} for _ in items]
+
+    chunks = [[Job(str(number), "item", number)] for number in range(40)]
+    TensorCache(tmp_path).fill("encoding", chunks, encode, Accelerator(cpu=True), prepare)
+    assert 1 < most <= 2 * 2 + 2
+
+
+def test_an_error_while_preparing_reaches_the_caller(tmp_path):
+    def prepare(item):
+        if item == 3:
+            raise PackshotError("sample 3 cannot be decoded.")
+        return item
+
+    chunks = [[Job(str(number), "item", number)] for number in range(5)]
+    with pytest.raises(PackshotError, match="sample 3"):
+        TensorCache(tmp_path).fill(
+            "encoding", chunks, lambda items: [{"x": torch.zeros(1)} for _ in items], Accelerator(cpu=True), prepare
+        )

@@ -441,3 +441,21 @@ def test_latents_are_shifted_and_scaled_as_the_vae_says():
     for config in ({"scaling_factor": 0.13025}, {"scaling_factor": 0.13025, "latents_mean": None, "latents_std": None}):
         assert torch.equal(LatentScale.of(config).to_unet(latents), latents * 0.13025)
         assert torch.equal(LatentScale.of(config).to_vae(latents), latents / 0.13025)
+
+
+def test_zero_terminal_snr_brings_guidance_back_to_scale():
+    """Pipelines that take the argument are given it; the stock ControlNet pipeline has none."""
+    from types import SimpleNamespace
+
+    from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
+
+    from packshot.diffusion.sample import GUIDANCE_RESCALE, rescaled_guidance
+
+    def pipeline(cls, zero_snr):
+        pipe = cls.__new__(cls)
+        object.__setattr__(pipe, "scheduler", SimpleNamespace(config={"rescale_betas_zero_snr": zero_snr}))
+        return pipe
+
+    assert rescaled_guidance(pipeline(StableDiffusionXLPipeline, True)) == {"guidance_rescale": GUIDANCE_RESCALE}
+    assert rescaled_guidance(pipeline(StableDiffusionXLPipeline, False)) == {}
+    assert rescaled_guidance(pipeline(StableDiffusionXLControlNetPipeline, True)) == {}

@@ -244,7 +244,7 @@ def test_what_does_not_fit_names_the_first_change():
     keys = ("model.resolution=1024", "train.batch_size=64")
     _, decision = decided(*keys, "train.mixed_precision=no")
     assert (decision.verdict, decision.change) == ("does not fit", "train.mixed_precision=bf16")
-    _, decision = decided(*keys)
+    _, decision = decided("model.resolution=1024", "train.batch_size=160")
     assert decision.change == "train.gradient_checkpointing=true"
     assert decided()[1].change == ""
 

@@ -11,6 +11,7 @@ from torch import Tensor, device
 class Scheduler(Protocol):
     """A sampler of diffusers. sigmas: the Euler family has them; see ``hold_product.INPUT_SCALES``."""
 
+    config: Mapping[str, Any]
     timesteps: Tensor
     sigmas: Tensor
     init_noise_sigma: float

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ Tensors = dict[str, Tensor]
 Item = Any  # only the encoder looks into it
 # Tensors per file. A kill costs one file at most; every file is mapped, and a process may have 65,530 maps.
 SHARD_BYTES = 128 * 2**20
+MOST_DECODERS = 8  # threads that prepare items while the encoder works; more than a GPU's VAE can keep up with
 
 
 @dataclass(frozen=True)
@@ -162,12 +167,14 @@ class TensorCache:
         chunks: Sequence[Sequence[Job]],
         encode: Callable[[list[Item]], list[Tensors]],
         accelerator: Accelerator,
+        prepare: Callable[[Item], Item] | None = None,
     ) -> None:
         """Verify existing entries and encode missing ones. Every process takes its share and waits for the others.
 
         chunks: the jobs that go through the encoder together. A chunk with a missing entry is encoded whole, so that no
             bit of an entry depends on earlier contents or on the number of processes. Existing entries stay.
         encode: makes the tensors of the items of a chunk.
+        prepare: is done to each item before, in threads that work ahead of the encoder: reading and decoding pictures.
 
         Raises:
             PackshotError: a value is not finite, or the tensors cannot be written.
@@ -183,7 +190,9 @@ class TensorCache:
         # The main process decides, because other runs write here too and each process may see other files.
         todo = broadcast_from_main(accelerator, missing_chunks)
         mine = todo[accelerator.process_index :: accelerator.num_processes]
-        self._encode(description, [chunks[number] for number in mine], encode, accelerator)
+        started = time.monotonic()
+        done = self._encode(description, [chunks[number] for number in mine], encode, accelerator, prepare)
+        seconds = time.monotonic() - started
         accelerator.wait_for_everyone()
         self.open()
         absent = sum(key not in self for key in wanted)
@@ -197,6 +206,8 @@ class TensorCache:
             encoded = sum(len(chunks[number]) for number in todo)
             cached = 100 * (1 - encoded / max(1, sum(map(len, chunks))))
             log.info("%s: %d entries, %.1f MiB, %.0f %% were cached", description, len(wanted), size, cached)
+            if done:
+                log.info("%s: %.3g per second and process", description, done / seconds)
 
     def files_of(self, keys: Iterable[str]) -> list[Path]:
         """The files that hold any of these entries, sorted."""
@@ -219,14 +230,17 @@ class TensorCache:
         chunks: Sequence[Sequence[Job]],
         encode: Callable[[list[Item]], list[Tensors]],
         accelerator: Accelerator,
-    ) -> None:
-        """Encode chunks and write their new entries, a file whenever there is enough for one."""
+        prepare: Callable[[Item], Item] | None,
+    ) -> int:
+        """Encode chunks and write their new entries, a file whenever there is enough for one; returns how many."""
         entries: dict[str, Tensors] = {}
         size = 0
         total = sum(map(len, chunks))
-        with progress(description, total, show=bool(chunks) and accelerator.is_main_process) as advance:
-            for number, chunk in enumerate(chunks, 1):
-                results = encode([job.item for job in chunk])
+        shown = bool(chunks) and accelerator.is_main_process
+        ready = prepared_ahead(chunks, prepare)
+        with progress(description, total, show=shown) as advance, closing(ready):
+            for number, (chunk, items) in enumerate(ready, 1):
+                results = encode(items)
                 for job, tensors in zip(chunk, results, strict=True):
                     if job.key not in self:
                         refuse_non_finite(tensors, f"{description}, {job.name}")
@@ -238,6 +252,36 @@ class TensorCache:
                     entries = {}
                     size = 0
                 advance(len(chunk))
+        return total
+
+
+def prepared_ahead(
+    chunks: Sequence[Sequence[Job]], prepare: Callable[[Item], Item] | None
+) -> Generator[tuple[Sequence[Job], list[Item]]]:
+    """Each chunk with its items, prepared by a pool of threads while the caller works on earlier chunks.
+
+    Only so many are ahead as keep the threads busy, because prepared items are whole pictures.
+    """
+    if prepare is None:
+        for chunk in chunks:
+            yield chunk, [job.item for job in chunk]
+        return
+    workers = min(MOST_DECODERS, os.cpu_count() or 1)
+    waiting: deque[tuple[Sequence[Job], list[Future[Item]]]] = deque()
+    ahead = 0
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decoder")
+    try:
+        for chunk in chunks:
+            waiting.append((chunk, [pool.submit(prepare, job.item) for job in chunk]))
+            ahead += len(chunk)
+            while ahead > 2 * workers + len(waiting[0][0]):
+                first, futures = waiting.popleft()
+                ahead -= len(first)
+                yield first, [future.result() for future in futures]
+        for rest, futures in waiting:
+            yield rest, [future.result() for future in futures]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def refuse_non_finite(tensors: Tensors, name: str) -> None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 from packshot.errors import ConfigError
 from packshot.runs.files import readable
+
+# In this order. TensorRT, which onnxruntime would take first, compiles each network for minutes at its first picture.
+PROVIDERS = ("CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider")
+
+
+def providers(available: Sequence[str]) -> list[str]:
+    """The execution providers to use, of those that are there."""
+    return [name for name in PROVIDERS if name in available]
 
 
 @lru_cache(maxsize=2)
@@ -20,7 +29,7 @@ def load_session(key: str, path: str) -> Any:
 
     file = readable(key, path)
     try:
-        session = onnxruntime.InferenceSession(str(file), providers=onnxruntime.get_available_providers())
+        session = onnxruntime.InferenceSession(str(file), providers=providers(onnxruntime.get_available_providers()))
     except Exception as error:  # onnxruntime has no common base for its errors
         raise ConfigError(f"{key}={path} cannot be loaded: {error}", "Name an ONNX model file.") from error
     shape = session.get_inputs()[0].shape

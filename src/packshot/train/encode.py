@@ -380,12 +380,8 @@ class Examples(Sequence[Example]):
         accelerator: Accelerator,
     ) -> None:
         """Fill one cache, if there is one of that name, from framed samples."""
-
-        def encode_indices(indices: Sequence[int]) -> list[Tensors]:
-            return encode([self.seen(index) for index in indices])
-
         if name in self._caches:
-            self._caches[name].fill(description, chunks, encode_indices, accelerator)
+            self._caches[name].fill(description, chunks, encode, accelerator, prepare=self.seen)
 
     def __getitem__(self, index: Any) -> Any:
         if not self._caches:
