@@ -28,14 +28,12 @@ def imported_rooms(room: str) -> set[str]:
     found: set[str] = set()
     for path in sorted((SOURCE / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            for name in names:
-                parts = name.split(".")
-                if parts[0] == "packshot" and len(parts) > 1 and (SOURCE / parts[1]).is_dir():
-                    found.add(parts[1])
-    return found - {room}
+            if isinstance(node, ast.ImportFrom):
+                found.add(node.module or "")
+            elif isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+    rooms = {path.parent.name for path in SOURCE.glob("*/__init__.py")} - {room}
+    return {name.split(".")[1] for name in found if name.startswith("packshot.")} & rooms
 
 
 def without_detours(rooms: dict[str, set[str]]) -> dict[str, set[str]]:
@@ -87,7 +85,10 @@ def places(below: dict[str, list[str]]) -> dict[str, tuple[float, float]]:
         levels.setdefault(level(name, imports), []).append(name)
     centres: dict[str, tuple[float, float]] = {}
     for height, members in sorted(levels.items()):
-        wanted = {name: sum(centres[other][0] for other in below[name]) / max(1, len(below[name])) for name in members}
+        wanted = dict.fromkeys(members, 0.0)
+        for name in members:
+            for other in below[name]:
+                wanted[name] += centres[other][0] / len(below[name])
         members.sort(key=wanted.__getitem__)
         widths = [LANE if "@" in name else BOX[0] + LANE for name in members]
         x = (WIDTH - sum(widths)) / 2
@@ -149,8 +150,8 @@ def draw() -> str:
             f'<text x="{x:.0f}" y="{y - 24:.0f}" font-size="15" font-weight="bold" text-anchor="middle">{room}</text>'
         )
         for index, text in enumerate(purpose(room)):
-            below = y - 8 + 13 * index
-            lines.append(f'<text x="{x:.0f}" y="{below:.0f}" font-size="11" text-anchor="middle">{escape(text)}</text>')
+            line = y - 8 + 13 * index
+            lines.append(f'<text x="{x:.0f}" y="{line:.0f}" font-size="11" text-anchor="middle">{escape(text)}</text>')
     return "\n".join([*lines, "</svg>", ""])
 
 

@@ -177,7 +177,8 @@ def test_learning_rate_warms_up_and_ends_low(tmp_path: Path) -> None:
     assert rates[1] > rates[2] > rates[3] == pytest.approx(0.02 * plan.learning_rate)
 
 
-def test_a_part_is_replaced_only_by_a_better_one_or_when_its_terms_have_changed(tmp_path: Path) -> None:
+def test_a_part_is_replaced_only_by_a_better_one(tmp_path: Path) -> None:
+    """Or by any part, once the inputs or the held-out scenes are others."""
     family = Family.open(tmp_path / "work", tmp_path / "out", "sdxl")
 
     def offer(name: str, score: float, inputs: str, held_out: str = "") -> bool:
@@ -210,12 +211,10 @@ def test_a_deeper_autoencoder_begins_as_the_earlier_one(tmp_path: Path) -> None:
     assert not torch.allclose(before, latents[1], atol=1e-2)
     assert torch.allclose(latents[0], latents[1], atol=1e-4)
     assert torch.allclose(decoded[0], decoded[1], atol=1e-4)
-    earlier = family.effort("vae", Progress(step=0, seconds=0.0))
-    assert family.effort("vae", Progress(step=5, seconds=60.0)) == {
-        "steps": earlier["steps"] + 5,
-        "minutes": earlier["minutes"] + 1,
-    }
-    assert earlier["steps"] > 0
+    earlier = family.record("vae", Progress(step=0, seconds=0.0), Renders([], []), 1.0, {}, 1)
+    later = family.record("vae", Progress(step=5, seconds=60.0), Renders([], []), 1.0, {}, 1)
+    assert (later.steps, later.minutes) == (earlier.steps + 5, earlier.minutes + 1)
+    assert earlier.steps > 0
     with pytest.raises(PackshotError, match="holds no family"):
         Family.open(tmp_path / "work", tmp_path / "out", "sdxl", start=tmp_path)
 
@@ -250,7 +249,7 @@ def test_renders_are_the_rows_of_two_sets(tmp_path: Path) -> None:
     assert {render.id for render in drawn} == {render.id for render in renders.train}
 
 
-def test_a_batch_for_the_unet_pairs_each_latent_with_its_size_and_text(pipeline: StableDiffusionXLPipeline) -> None:
+def test_a_unet_batch_pairs_latent_size_and_text(pipeline: StableDiffusionXLPipeline) -> None:
     pair = [_render("a"), _render("b")]
     picture = pair[0].image
     cache = LatentCache(pipeline.vae)
@@ -386,7 +385,8 @@ def test_reframing_keeps_the_size_and_most_of_the_picture() -> None:
     assert len({reframed(ramp, random.Random(seed)).tobytes() for seed in range(20)}) > 10
 
 
-def test_florence_begins_with_the_tokens_it_shares_with_an_earlier_one(florence: tuple) -> None:
+def test_florence_begins_with_shared_tokens(florence: tuple) -> None:
+    """An earlier model's embeddings are carried over by token."""
     earlier, processor = florence
     tokenizer = train_florence_tokenizer(["a bed of sand", "a zebra in a bazaar"] * 4, 400)
     model = build_florence(tokenizer)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -89,17 +88,51 @@ def _restore(plan: Plan, model: torch.nn.Module, optimizer: torch.optim.Optimize
     return Progress(state["step"], state["seconds"])
 
 
-def _save(plan: Plan, progress: Progress, **parts: Any) -> None:
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    state = {name: part.state_dict() for name, part in parts.items()}
+def _save(
+    plan: Plan, progress: Progress, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel
+) -> None:
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
     path = plan.folder / "checkpoint.pt"
     partial = path.with_suffix(".partial")
     torch.save({**state, "step": progress.step, "seconds": progress.seconds, "inputs": plan.inputs}, partial)
     partial.replace(path)
 
 
+class Window:
+    """Means of what the steps report, from one line of ``metrics.jsonl`` to the next."""
+
+    def __init__(self, plan: Plan, progress: Progress) -> None:
+        self._plan = plan
+        self._open(progress)
+
+    def _open(self, progress: Progress) -> None:
+        self._step = progress.step
+        self._seconds = progress.seconds
+        self._sums: dict[str, float] = {}
+
+    def add(self, values: dict[str, float]) -> None:
+        """What one step reports."""
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+
+    def is_full(self, progress: Progress) -> bool:
+        """Whether a line is due."""
+        return progress.seconds - self._seconds >= self._plan.log_seconds
+
+    def close(self, progress: Progress, learning_rate: float) -> None:
+        """Write the line and begin the next window."""
+        steps = progress.step - self._step
+        values = {key: total / steps for key, total in self._sums.items()}
+        values["learning_rate"] = learning_rate
+        values["images_per_second"] = steps * self._plan.batch_size / (progress.seconds - self._seconds)
+        _log(self._plan, progress, values)
+        self._open(progress)
+
+
 def _log(plan: Plan, progress: Progress, values: dict[str, float]) -> None:
-    line = {"step": progress.step, "seconds": round(progress.seconds, 1), **{k: round(v, 6) for k, v in values.items()}}
+    line = {"step": progress.step, "seconds": round(progress.seconds, 1)}
+    for key, value in values.items():
+        line[key] = round(value, 6)
     with (plan.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     left = max(0.0, plan.minutes - progress.seconds / 60)
@@ -108,10 +141,7 @@ def _log(plan: Plan, progress: Progress, values: dict[str, float]) -> None:
 
 
 def run_stretch(
-    plan: Plan,
-    model: torch.nn.Module,
-    loss_of: Loss,
-    preview: Callable[[Progress], None] | None = None,
+    plan: Plan, model: torch.nn.Module, loss_of: Loss, preview: Callable[[Progress], None] | None = None
 ) -> Progress:
     """Train ``model`` until the budget is spent; on return it holds the EMA weights, in eval mode.
 
@@ -123,33 +153,25 @@ def run_stretch(
         PackshotError: the loss stopped being finite, or the checkpoint belongs to other inputs.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=plan.weight_decay, foreach=True
-    )
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decay = plan.weight_decay
+    optimizer = torch.optim.AdamW(parameters, plan.learning_rate, betas=(0.9, 0.99), weight_decay=decay, foreach=True)
     ema = EMAModel(parameters, decay=plan.ema_decay, foreach=True)
     progress = _restore(plan, model, optimizer, ema)
-    saved_at = logged_at = progress.seconds
-    logged_step, sums = progress.step, {}
+    saved_at = progress.seconds
+    window = Window(plan, progress)
     while progress.seconds < 60 * plan.minutes:
         began = _work_seconds()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(plan, progress)
         norm, values = _step(plan, progress, model, loss_of, optimizer, ema, parameters)
         progress.step += 1
         progress.seconds += _work_seconds() - began
-        for key, value in {**values, "grad_norm": norm}.items():
-            sums[key] = sums.get(key, 0.0) + value
+        window.add({**values, "grad_norm": norm})
         finished = progress.seconds >= 60 * plan.minutes
-        if finished or progress.seconds - logged_at >= plan.log_seconds:
-            steps = progress.step - logged_step
-            rate = steps * plan.batch_size / (progress.seconds - logged_at)
-            means = {key: value / steps for key, value in sums.items()}
-            _log(plan, progress, {**means, "learning_rate": optimizer.param_groups[0]["lr"], "images_per_second": rate})
-            logged_at, logged_step, sums = progress.seconds, progress.step, {}
+        if finished or window.is_full(progress):
+            window.close(progress, optimizer.param_groups[0]["lr"])
         if finished or progress.seconds - saved_at >= plan.checkpoint_seconds:
             saved_at = progress.seconds
-            _save(plan, progress, model=model, optimizer=optimizer, ema=ema)
+            _save(plan, progress, model, optimizer, ema)
             if preview and not finished:
                 _with_ema(model, ema, parameters, lambda: preview(progress))
     if progress.step:
@@ -175,6 +197,8 @@ def _step(
     loss, values = loss_of(torch.Generator().manual_seed(key))
     if not torch.isfinite(loss):
         raise PackshotError(f"{plan.stage}: the loss is {loss.item()} at step {progress.step}", hint="lower the rate")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(plan, progress)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from packshot.pipeline.shards import split
 from packshot.scene import SLOTS, Scene
 from tools.mini.budgeted_training import Plan, Progress, run_stretch
 from tools.mini.data import (
@@ -35,14 +36,19 @@ from tools.mini.data import (
     Renders,
     bare_phrases,
     coarser,
+    filled_slots,
+    images_and_plates,
     loose_caption,
     mirrored,
     reframed,
+    scenes_of,
+    shares_right,
+    standardized,
     sub_scene,
     to_pixels,
     without_product,
 )
-from tools.mini.folder import Family, Record, set_loading_dtype
+from tools.mini.folder import Family, set_loading_dtype
 from tools.mini.vocabulary import VOCABULARY_SIZE
 
 PARTS = ("text_encoder", "text_encoder_2", "image_encoder")
@@ -102,11 +108,9 @@ def feature_extractor() -> CLIPImageProcessorPil:
 
 def to_clip_pixels(images: list[np.ndarray]) -> torch.Tensor:
     """What :func:`feature_extractor` makes of uint8 images, for whole batches of one shape."""
-    pixels = to_pixels(images).add(1).div(2)
     size = (IMAGE_SIZE, IMAGE_SIZE)
-    pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
-    mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return (pixels - mean) / std
+    pixels = F.interpolate(to_pixels(images), size=size, mode="bicubic", antialias=True, align_corners=False)
+    return standardized(pixels, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
@@ -116,7 +120,7 @@ def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
 
 def _draw_slots(scene: Scene, rng: random.Random) -> set[str]:
     """One slot, some, or all of the filled ones, at equal odds."""
-    filled = [slot for slot, values in scene.slots().items() if values]
+    filled = filled_slots(scene)
     return set(rng.sample(filled, rng.choice((1, 1, rng.randint(1, len(filled)), len(filled)))))
 
 
@@ -142,15 +146,21 @@ def match_matrix(named: list[Scene], scenes: list[Scene]) -> torch.Tensor:
     A phrase stays true when its end is left out: "lemons" of "lemons behind it", a podium without its table.
     """
 
-    def shows(scene: Scene, asked: Scene) -> bool:
-        slots = scene.slots()
-        return all(
-            any(told == value or told.startswith(value + " ") for told in slots[slot])
-            for slot, values in asked.slots().items()
-            for value in values
-        )
+    matches = torch.zeros(len(named), len(scenes))
+    for row, asked in enumerate(named):
+        for column, scene in enumerate(scenes):
+            matches[row, column] = shows(scene, asked)
+    return matches
 
-    return torch.tensor([[shows(scene, asked) for scene in scenes] for asked in named], dtype=torch.float32)
+
+def shows(scene: Scene, asked: Scene) -> bool:
+    """Whether the scene has every phrase that is asked for, or a longer one that begins with it."""
+    for slot, values in asked.slots().items():
+        phrases = scene.slots()[slot]
+        for value in values:
+            if not any(phrase == value or phrase.startswith(value + " ") for phrase in phrases):
+                return False
+    return True
 
 
 def contrast(logits_TI: torch.Tensor, matches_TI: torch.Tensor) -> torch.Tensor:
@@ -162,10 +172,13 @@ def contrast(logits_TI: torch.Tensor, matches_TI: torch.Tensor) -> torch.Tensor:
 
 def phrase_loss(logits_BP: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
     """Cross-entropy per filled slot over the slot's phrases, evenly spread where a scene has several of them."""
-    losses, start = [], 0
+    losses = []
+    start = 0
     for slot, phrases in PHRASES.items():
-        wanted = [bare_phrases(scene, slot) for scene in scenes]
-        target = torch.tensor([[float(phrase in values) for phrase in phrases] for values in wanted])
+        target = torch.zeros(len(scenes), len(phrases))
+        for row, scene in enumerate(scenes):
+            for phrase in set(bare_phrases(scene, slot)).intersection(phrases):
+                target[row, phrases.index(phrase)] = 1.0
         known = target.sum(1) > 0
         if known.any():
             logits = logits_BP[known, start : start + len(phrases)]
@@ -183,33 +196,56 @@ def text_embeddings(encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokeniz
 @torch.inference_mode()
 def image_embeddings(encoder: CLIPVisionModelWithProjection, images: list[np.ndarray]) -> torch.Tensor:
     """Unit vectors embeddings_BE of uint8 images."""
-    batches = [images[i : i + 64] for i in range(0, len(images), 64)]
-    return torch.cat([F.normalize(encoder(to_clip_pixels(batch)).image_embeds, dim=-1) for batch in batches])
+    parts = []
+    for batch in split(images, 64):
+        parts.append(F.normalize(encoder(to_clip_pixels(list(batch))).image_embeds, dim=-1))
+    return torch.cat(parts)
 
 
 def slot_accuracy(parts: dict, images: list[np.ndarray], scenes: list[Scene]) -> dict[str, float]:
     """Per slot, how often the vocabulary phrase nearest to the image is one its scene has. Chance is 1 in 8 to 14."""
     seen = image_embeddings(parts["image_encoder"], images)
-    result = {}
+    guesses = {}
     for slot, phrases in PHRASES.items():
-        texts = [sub_scene(Scene.from_dict({slot: _slot_value(slot, p)}), {slot}).render() for p in phrases]
-        said = text_embeddings(parts["text_encoder_2"], parts["tokenizer_2"], texts)
-        nearest = (seen @ said.T).argmax(dim=1).tolist()
-        wanted = [bare_phrases(scene, slot) for scene in scenes]
-        hits = [phrases[index] in values for index, values in zip(nearest, wanted, strict=True) if values]
-        if hits:
-            result[slot] = sum(hits) / len(hits)
-    return result
-
-
-def _slot_value(slot: str, phrase: str) -> str | list[str]:
-    return [phrase] if SLOTS[slot].many else phrase
+        texts = [Scene.from_slots({slot: [phrase]}).render() for phrase in phrases]
+        embeddings = text_embeddings(parts["text_encoder_2"], parts["tokenizer_2"], texts)
+        nearest = (seen @ embeddings.T).argmax(dim=1).tolist()
+        guesses[slot] = [phrases[index] for index in nearest]
+    return shares_right(guesses, scenes)
 
 
 def measure_clip(parts: dict, renders: list[Render]) -> dict[str, float]:
     """Slot accuracies on images with and without their product."""
-    images = [image for render in renders for image in (render.image, render.plate)]
-    return slot_accuracy(parts, images, [render.scene for render in renders for _ in range(2)])
+    scenes: list[Scene] = []
+    for scene in scenes_of(renders):
+        scenes += [scene, scene]
+    return slot_accuracy(parts, images_and_plates(renders), scenes)
+
+
+def clip_loss(
+    model: torch.nn.ModuleDict,
+    tokenizers: dict[str, CLIPTokenizer],
+    batch: tuple[list[np.ndarray], list[str], list[Scene], list[Scene]],
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Contrast of both text encoders with the image encoder, and the classifier's losses, of :func:`_draw_batch`."""
+    images, texts, scenes, named = batch
+    matches = match_matrix(named, scenes)
+    scale = model["log_scale"]["value"].clamp(max=4.0).exp()
+    anchors = F.normalize(model["phrases"].weight, dim=-1)
+    seen = F.normalize(model["image_encoder"](to_clip_pixels(images)).image_embeds, dim=-1)
+    first = model["head"](model["text_encoder"](token_ids(tokenizers["tokenizer"], texts)).pooler_output)
+    second = model["text_encoder_2"](token_ids(tokenizers["tokenizer_2"], texts)).text_embeds
+    contrasts = []
+    phrases = []
+    for embedding in (first, second):
+        text = F.normalize(embedding, dim=-1)
+        contrasts.append(contrast(scale * text @ seen.T, matches))
+        phrases.append(phrase_loss(scale * text @ anchors.T, named))
+    between = torch.stack(contrasts).mean()
+    of_images = phrase_loss(scale * seen @ anchors.T, scenes)
+    of_texts = torch.stack(phrases).mean()
+    values = {"contrast": between.item(), "image_phrases": of_images.item(), "text_phrases": of_texts.item()}
+    return between + of_images + of_texts, values
 
 
 def train_clip(renders: Renders, family: Family, folder: Path, minutes: float, seed: int) -> None:
@@ -222,38 +258,21 @@ def train_clip(renders: Renders, family: Family, folder: Path, minutes: float, s
     plan = Plan("clip", folder, minutes, learning_rate=1e-3, batch_size=64, seed=seed, weight_decay=0.05)
 
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        images, texts, scenes, named = _draw_batch(renders, generator, plan.batch_size)
-        matches, scale = match_matrix(named, scenes), model["log_scale"]["value"].clamp(max=4.0).exp()
-        anchors = F.normalize(model["phrases"].weight, dim=-1)
-        seen = F.normalize(model["image_encoder"](to_clip_pixels(images)).image_embeds, dim=-1)
-        first = model["head"](model["text_encoder"](token_ids(tokenizers["tokenizer"], texts)).pooler_output)
-        second = model["text_encoder_2"](token_ids(tokenizers["tokenizer_2"], texts)).text_embeds
-        said = [F.normalize(embedding, dim=-1) for embedding in (first, second)]
-        contrasts = torch.stack([contrast(scale * text @ seen.T, matches) for text in said]).mean()
-        of_images = phrase_loss(scale * seen @ anchors.T, scenes)
-        of_texts = torch.stack([phrase_loss(scale * text @ anchors.T, named) for text in said]).mean()
-        values = {"contrast": contrasts.item(), "image_phrases": of_images.item(), "text_phrases": of_texts.item()}
-        return contrasts + of_images + of_texts, values
+        return clip_loss(model, tokenizers, _draw_batch(renders, generator, plan.batch_size))
 
     def preview(at: Progress) -> None:
         print(f"clip  step {at.step}  held out {measure_clip({**model, **tokenizers}, renders.held_out)}", flush=True)
 
     progress = run_stretch(plan, model, loss_of, preview)
     measures = measure_clip({**model, **tokenizers}, renders.held_out)
-    parts = {name: model[name] for name in PARTS}
 
     def write(staging: Path) -> None:
-        for name, part in parts.items():
-            part.half().save_pretrained(staging / name)
+        for name in PARTS:
+            model[name].half().save_pretrained(staging / name)
             set_loading_dtype(staging / name)
         feature_extractor().save_pretrained(staging / "feature_extractor")
 
-    record = Record(
-        score=sum(measures.values()) / len(measures),
-        measures=measures,
-        **family.effort("clip", progress),
-        scenes=len(renders.train),
-        held_out=renders.held_out_id,
-        parameters=sum(part.num_parameters() for part in parts.values()),
-    )
+    score = sum(measures.values()) / len(measures)
+    parameters = sum(model[name].num_parameters() for name in PARTS)
+    record = family.record("clip", progress, renders, score, measures, parameters)
     family.keep_if_better("clip", record, write)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import cv2
@@ -79,7 +79,7 @@ def read_renders(key: str, path: str, size: int = SIZE) -> Iterator[Render]:
                 "The mini family learns from rendered sets: build_data.py dataset=rendered writes them.",
             )
         layers = [np.array(row[name]) for name in _LAYERS]
-        image, plate, cutout = (_resized(layer, size) for layer in _square(layers, layers[-1][..., 3]))
+        image, plate, cutout = map(_resized, _square(layers, layers[-1][..., 3]), (size,) * len(layers))
         product = design(row["product_id"])
         yield Render(row["id"], row["product_id"], product, row["scene"], image, plate, cutout)
 
@@ -98,9 +98,11 @@ class Renders:
         Raises:
             ConfigError: a set is missing, empty, not Parquet, or not a rendered one; both show the same product.
         """
-        scenes = [render for path in train for render in read_renders("--train", path, size)]
+        scenes: list[Render] = []
+        for path in train:
+            scenes += read_renders("--train", path, size)
         renders = cls(scenes, list(read_renders("--heldout", held_out, size)))
-        shared = {r.product_id for r in renders.train} & {r.product_id for r in renders.held_out}
+        shared = product_ids(renders.train) & product_ids(renders.held_out)
         if shared:
             raise ConfigError(
                 f"--train {' '.join(train)} and --heldout {held_out} both show {', '.join(sorted(shared)[:3])}.",
@@ -118,9 +120,39 @@ class Renders:
         return [self.train[i] for i in torch.randint(len(self.train), (count,), generator=generator).tolist()]
 
 
+def product_ids(renders: Sequence[Render]) -> set[str]:
+    """The products that the renders show."""
+    return {render.product_id for render in renders}
+
+
+def images_of(renders: Sequence[Render]) -> list[np.ndarray]:
+    """The renders' images, in their order."""
+    return [render.image for render in renders]
+
+
+def scenes_of(renders: Sequence[Render]) -> list[Scene]:
+    """The renders' scenes, in their order."""
+    return [render.scene for render in renders]
+
+
+def images_and_plates(renders: Sequence[Render]) -> list[np.ndarray]:
+    """Image and plate of each render in turn."""
+    images: list[np.ndarray] = []
+    for render in renders:
+        images += [render.image, render.plate]
+    return images
+
+
 def to_pixels(images: list[np.ndarray]) -> torch.Tensor:
     """uint8 (H, W, 3) images to pixels_BCHW in [-1, 1]."""
     return to_network(np.stack(images))
+
+
+def standardized(pixels_BCHW: torch.Tensor, mean: Sequence[float], deviation: Sequence[float]) -> torch.Tensor:
+    """Pixels in [-1, 1] as an image processor with this mean and standard deviation makes them."""
+    means = pixels_BCHW.new_tensor(mean).view(1, 3, 1, 1)
+    deviations = pixels_BCHW.new_tensor(deviation).view(1, 3, 1, 1)
+    return (pixels_BCHW.add(1).div(2) - means) / deviations
 
 
 def to_images(pixels_BCHW: torch.Tensor) -> np.ndarray:
@@ -144,7 +176,8 @@ def reframed(image: np.ndarray, rng: random.Random) -> np.ndarray:
     """A random window of at least seven eighths of the side, at the image's size: few scenes pass for more."""
     size = image.shape[0]
     side = rng.randint(size * 7 // 8, size)
-    top, left = rng.randint(0, size - side), rng.randint(0, size - side)
+    top = rng.randint(0, size - side)
+    left = rng.randint(0, size - side)
     window = np.ascontiguousarray(image[top : top + side, left : left + side])
     return cv2.resize(window, (size, size), interpolation=cv2.INTER_LINEAR)
 
@@ -172,14 +205,36 @@ def bare_phrases(scene: Scene, slot: str) -> tuple[str, ...]:
     return tuple(split_position(value)[0] for value in scene.slots()[slot])
 
 
+def shares_right(guesses: Mapping[str, Sequence[str]], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Per slot, how often the guessed phrase is one that the scene has; a slot that no scene fills is left out.
+
+    guesses: per slot, a phrase for each scene.
+    """
+    result = {}
+    for slot, phrases in guesses.items():
+        hits: list[bool] = []
+        for phrase, scene in zip(phrases, scenes, strict=True):
+            values = bare_phrases(scene, slot)
+            if values:
+                hits.append(phrase in values)
+        if hits:
+            result[slot] = sum(hits) / len(hits)
+    return result
+
+
 def sub_scene(scene: Scene, slots: set[str]) -> Scene:
     """The scene with only the named slots filled."""
     return Scene(**{slot: getattr(scene, slot) for slot in slots})
 
 
+def filled_slots(scene: Scene) -> list[str]:
+    """The slots that the scene fills."""
+    return [slot for slot, values in scene.slots().items() if values]
+
+
 def thinned(scene: Scene, rng: random.Random, keep: float) -> Scene:
     """Every slot stays with probability ``keep``; at least one stays."""
-    filled = [slot for slot, values in scene.slots().items() if values]
+    filled = filled_slots(scene)
     kept = {slot for slot in filled if rng.random() < keep} or {rng.choice(filled)}
     return sub_scene(scene, kept)
 
@@ -243,7 +298,7 @@ def product_words(product: dict[str, object]) -> str:
     """A plain noun phrase for the product, article included: "an amber glass bottle"."""
     name = str(product.get("model") or product["kind"])  # a modelled object, or a kind of package
     noun = _NOUNS.get(name, name.replace("-", " "))
-    words = " ".join(str(word) for word in (product["palette"], product.get("finish"), noun) if word)
+    words = " ".join(map(str, filter(None, (product["palette"], product.get("finish"), noun))))
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 

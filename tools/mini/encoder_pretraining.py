@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packshot.pipeline.shards import split
 from packshot.scene import Scene
 from tools.mini.budgeted_training import Plan, Progress, run_stretch
 from tools.mini.clip import PHRASES, phrase_loss
-from tools.mini.data import Render, Renders, bare_phrases, mirrored, reframed
+from tools.mini.data import Render, Renders, images_of, mirrored, reframed, scenes_of, shares_right
 
 GRID = 3  # regions a side
 DROPOUT = 0.2  # of what is seen, while captions are learned: a few scenes told often are recognised, not looked at
@@ -48,7 +49,7 @@ def other_product(render: Render, other: Render) -> np.ndarray:
 
 
 def stacked(below: Render, above: Render, rng: random.Random) -> tuple[np.ndarray, Scene]:
-    """The lower part of one scene under the upper part of another, and what can be said of the two together."""
+    """The lower part of one scene under the upper part of another, and the scene of the two together."""
     size = below.image.shape[0]
     seam = rng.randint(size * 27 // 64, size * 37 // 64)
     share = np.clip((np.arange(size) - seam) / 6 + 0.5, 0, 1)[:, None, None]
@@ -61,12 +62,15 @@ def sight_batch(renders: Renders, generator: torch.Generator, count: int) -> tup
     rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
     images, scenes = [], []
     for render, other in zip(renders.draw(generator, count), renders.draw(generator, count), strict=True):
-        image, scene, form = render.image, render.scene, rng.random()
+        image = render.image
+        scene = render.scene
+        form = rng.random()
         if form < 0.3:
             image, scene = stacked(render, other, rng)
         elif form < 0.55:
             image = other_product(render, other)
-        image, flip = reframed(image, rng), rng.random() < 0.5
+        image = reframed(image, rng)
+        flip = rng.random() < 0.5
         images.append(image[:, ::-1] if flip else image)
         scenes.append(mirrored(scene) if flip else scene)
     return images, scenes
@@ -75,16 +79,12 @@ def sight_batch(renders: Renders, generator: torch.Generator, count: int) -> tup
 @torch.inference_mode()
 def sight_accuracy(logits_of: Callable[[list[np.ndarray]], Tensor], renders: list[Render]) -> dict[str, float]:
     """Per slot, how often the likeliest phrase is one the scene has."""
-    parts = [logits_of([render.image for render in renders[i : i + BATCH]]) for i in range(0, len(renders), BATCH)]
-    logits_BP, start, result = torch.cat(parts), 0, {}
-    for slot, phrases in PHRASES.items():
-        likeliest = logits_BP[:, start : start + len(phrases)].argmax(dim=1).tolist()
-        start += len(phrases)
-        wanted = [bare_phrases(render.scene, slot) for render in renders]
-        hits = [phrases[index] in values for index, values in zip(likeliest, wanted, strict=True) if values]
-        if hits:
-            result[slot] = sum(hits) / len(hits)
-    return result
+    parts = [logits_of(images_of(batch)) for batch in split(renders, BATCH)]
+    of_slots = torch.cat(parts).split(list(map(len, PHRASES.values())), dim=1)
+    guesses = {}
+    for (slot, phrases), logits_BP in zip(PHRASES.items(), of_slots, strict=True):
+        guesses[slot] = [phrases[index] for index in logits_BP.argmax(dim=1).tolist()]
+    return shares_right(guesses, scenes_of(renders))
 
 
 def train_sight(
@@ -104,7 +104,8 @@ def train_sight(
     tokens_of: tokens_BTC of uint8 images that are first brought to the given side.
     Returns: steps and seconds of all stretches together.
     """
-    model, whole = torch.nn.ModuleList([tower, regions]), Progress()
+    model = torch.nn.ModuleList([tower, regions])
+    whole = Progress()
     for size in sizes:
         plan = Plan(f"{name} sight {size} px", folder / f"sight{size}", minutes / len(sizes), rate, BATCH, seed=seed)
 

@@ -1,8 +1,8 @@
 """Stage ``florence2``: Florence-2's classes, small, pretrained to describe renders in free sentences.
 
 It names the product on purpose, as the real checkpoint does: the structured, product-free style is what the project's
-captioner fine-tune teaches. It sees before it speaks (``sight.py``), and knows regions as the checkpoint does: where
-the product is, and what is at a place.
+captioner fine-tune teaches. Its image encoder is trained first (``encoder_pretraining.py``). It knows regions as the
+checkpoint does: where the product is, and what is at a place.
 """
 
 # diffusers annotates block tuples as one-element tuples and module attributes as optional.
@@ -12,8 +12,9 @@ the product is, and what is at a place.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from transformers import (
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from packshot.imaging.framing import location_tokens
+from packshot.pipeline.shards import split
 from packshot.scene import Scene
 from tools.mini.budgeted_training import Plan, Progress, run_stretch
 from tools.mini.clip import PHRASES, phrase_loss
@@ -39,11 +41,14 @@ from tools.mini.data import (
     SIZE,
     Render,
     Renders,
-    bare_phrases,
     free_caption,
+    images_of,
     mirrored,
     product_words,
     reframed,
+    scenes_of,
+    shares_right,
+    standardized,
     to_pixels,
 )
 from tools.mini.encoder_pretraining import DROPOUT as SEEN_DROPOUT
@@ -60,43 +65,47 @@ SHARED = "model.language_model.shared.weight"  # token embeddings, tied to the o
 IMAGE_TOKENS = (SIZE // 16) ** 2 + 1  # the last stage's grid and its mean
 
 
+TEXT_CONFIG = {
+    "model_type": "bart",
+    "d_model": 128,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 384,
+    "decoder_ffn_dim": 384,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "dropout": DROPOUT,
+    "tie_word_embeddings": True,
+}
+VISION_CONFIG = {
+    "depths": (1, 1, 3),
+    "patch_size": (7, 3, 3),
+    "patch_stride": (4, 2, 2),
+    "patch_padding": (3, 1, 1),
+    "patch_prenorm": (False, True, True),
+    "embed_dim": (32, 64, 128),
+    "num_heads": (2, 4, 4),
+    "num_groups": (2, 4, 4),
+    "window_size": 8,
+    "drop_path_rate": 0.0,
+    "projection_dim": 128,
+    "max_position_embeddings": 16,
+    "max_temporal_embeddings": 4,
+}
+
+
 def build_florence(tokenizer: PreTrainedTokenizerFast) -> Florence2ForConditionalGeneration:
     """The untrained model: a three-stage DaViT at 128 px and a BART of two layers each way."""
-    text = {
-        "model_type": "bart",
-        "vocab_size": len(tokenizer),
-        "d_model": 128,
-        "encoder_layers": 2,
-        "decoder_layers": 3,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 384,
-        "decoder_ffn_dim": 384,
-        "max_position_embeddings": 512,
-        "bos_token_id": 0,
-        "pad_token_id": 1,
-        "eos_token_id": 2,
-        "decoder_start_token_id": 2,
-        "dropout": DROPOUT,
-        "tie_word_embeddings": True,
-    }
-    vision = {
-        "depths": (1, 1, 3),
-        "patch_size": (7, 3, 3),
-        "patch_stride": (4, 2, 2),
-        "patch_padding": (3, 1, 1),
-        "patch_prenorm": (False, True, True),
-        "embed_dim": (32, 64, 128),
-        "num_heads": (2, 4, 4),
-        "num_groups": (2, 4, 4),
-        "window_size": 8,
-        "drop_path_rate": 0.0,
-        "projection_dim": 128,
-        "max_position_embeddings": 16,
-        "max_temporal_embeddings": 4,
-    }
     config = Florence2Config(
-        text_config=text, vision_config=vision, image_token_id=tokenizer.image_token_id, pad_token_id=1
+        text_config=TEXT_CONFIG | {"vocab_size": len(tokenizer)},
+        vision_config=VISION_CONFIG,
+        image_token_id=tokenizer.image_token_id,
+        pad_token_id=1,
     )
     model = Florence2ForConditionalGeneration(config)
     # The defaults of the published checkpoints, hostile ones included: what works here must work there.
@@ -138,19 +147,19 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Florence2Processor:
 def tokenizer_texts(renders: list[Render]) -> list[str]:
     """Texts the vocabulary is learned from: free and structured captions, and every phrase scenes are made of."""
     rng = random.Random(0)
-    texts = [phrase for phrases in PHRASES.values() for phrase in phrases]
-    texts += [Scene(surface=s, background=b).render() for s, b in product(PHRASES["surface"], PHRASES["background"])]
+    texts = list(chain(*PHRASES.values()))
+    for surface, background in product(PHRASES["surface"], PHRASES["background"]):
+        texts.append(Scene(surface=surface, background=background).render())
     for render in renders:
-        texts += [render.scene.render(), *(free_caption(render, render.scene, rng, detail) for detail in range(3))]
+        texts.append(render.scene.render())
+        for detail in range(3):
+            texts.append(free_caption(render, render.scene, rng, detail))
     return texts
 
 
 def _pixels(images: list[np.ndarray]) -> torch.Tensor:
     """What the processor makes of 128-px images."""
-    pixels = to_pixels(images).add(1).div(2)
-    stats = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in stats)
-    return (pixels - mean) / std
+    return standardized(to_pixels(images), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def collate(
@@ -177,7 +186,7 @@ def held_out_scores(
     """Loss per token on full captions, once with the right images and once with another scene's: the gap is sight."""
     rng = random.Random(0)
     captions = [free_caption(render, render.scene, rng, detail=2) for render in renders]
-    images = [render.image for render in renders]
+    images = images_of(renders)
     result = {}
     for name, shown in (("loss", images), ("loss_shuffled_images", images[1:] + images[:1])):
         total = tokens = 0.0
@@ -215,21 +224,19 @@ def slots_told(
 ) -> dict[str, float]:
     """:func:`slots_in` of the model's greedy captions."""
     texts = []
-    for i in range(0, len(renders), 16):
-        texts += describe(model, processor, [render.image for render in renders[i : i + 16]])
+    for batch in split(renders, 16):
+        texts += describe(model, processor, images_of(batch))
     return slots_in(texts, renders)
 
 
 def slots_in(texts: list[str], renders: list[Render]) -> dict[str, float]:
     """Per slot, how often the (longest) vocabulary phrase in a scene's caption is one the scene has."""
-    result = {}
+    guesses: dict[str, list[str]] = {slot: [] for slot in PHRASES}
     for slot, phrases in PHRASES.items():
-        wanted = [bare_phrases(render.scene, slot) for render in renders]
-        told = [max((phrase for phrase in phrases if phrase in text), key=len, default="") for text in texts]
-        hits = [phrase in values for phrase, values in zip(told, wanted, strict=True) if values]
-        if hits:
-            result[slot] = sum(hits) / len(hits)
-    return result
+        for text in texts:
+            named = [phrase for phrase in phrases if phrase in text]
+            guesses[slot].append(max(named, key=len, default=""))
+    return shares_right(guesses, scenes_of(renders))
 
 
 def tell(render: Render, other: Render, rng: random.Random) -> tuple[np.ndarray, str, str, Scene]:
@@ -238,37 +245,84 @@ def tell(render: Render, other: Render, rng: random.Random) -> tuple[np.ndarray,
     Mostly a caption, sometimes where the product is, or what is at its place. Two scenes stacked are told in one
     sentence, which asks for no more than surface and background.
     """
-    form, flip, detail = rng.random(), rng.random() < 0.5, rng.choice((0, 1, 2, 2, 2))
-    image, scene = render.image, render.scene
+    form = rng.random()
+    flip = rng.random() < 0.5
+    detail = rng.choice((0, 1, 2, 2, 2))
+    image = render.image
+    scene = mirrored(render.scene) if flip else render.scene
     if form < 0.15:
         mask = render.mask[:, ::-1] if flip else render.mask
-        place, name = location_tokens(Image.fromarray(mask.astype(np.uint8) * 255)), product_words(render.product)
+        place = location_tokens(Image.fromarray(mask.astype(np.uint8) * 255))
+        name = product_words(render.product)
         task, answer = (FIND, name + place) if form < 0.08 else (NAME + place, name)
-        scene = mirrored(scene) if flip else scene
     else:
         if form < 0.35:
-            (image, scene), detail = stacked(render, other, rng), 1
+            detail = 1
+            image, scene = stacked(render, other, rng)
+            scene = mirrored(scene) if flip else scene
         elif form < 0.6:
-            image, render = other_product(render, other), replace(render, product=other.product)
-        image, scene = reframed(image, rng), mirrored(scene) if flip else scene
-        task, answer = TASKS[detail], free_caption(render, scene, rng, detail)
+            image = other_product(render, other)
+            render = replace(render, product=other.product)
+        image = reframed(image, rng)
+        task = TASKS[detail]
+        answer = free_caption(render, scene, rng, detail)
     return image[:, ::-1] if flip else image, task, answer, scene
+
+
+def kept_tokenizer(folder: Path, train: Callable[[], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    """The tokenizer that a stage learned once and keeps in ``folder`` for resumed runs."""
+    kept = folder / "tokenizer"
+    if kept.exists():
+        return PreTrainedTokenizerFast.from_pretrained(kept)
+    tokenizer = train()
+    tokenizer.save_pretrained(kept)
+    return tokenizer
+
+
+Answers = tuple[list[np.ndarray], list[str], list[str], list[Scene]]  # images, tasks, answers, scenes
+
+
+def draw_answers(renders: Renders, generator: torch.Generator, count: int) -> Answers:
+    """A batch of :func:`tell`."""
+    rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+    pairs = zip(renders.draw(generator, count), renders.draw(generator, count), strict=True)
+    images, tasks, answers, scenes = map(list, zip(*(tell(*pair, rng) for pair in pairs), strict=True))
+    return images, tasks, answers, scenes
+
+
+def caption_loss(
+    model: Florence2ForConditionalGeneration, processor: Florence2Processor, regions: Regions, answers: Answers
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The captions' cross-entropy, and the classifier's on the same image tokens."""
+    images, tasks, texts, scenes = answers
+    batch = collate(processor, images, tasks, texts)
+    seen_BTC = model.model.get_image_features(batch.pop("pixel_values")).pooler_output
+    words_BTC = model.get_input_embeddings()(batch.pop("input_ids")[:, IMAGE_TOKENS:])  # the rest is placeholders
+    shown_BTC = F.dropout(seen_BTC, SEEN_DROPOUT)
+    output = model(inputs_embeds=torch.cat([shown_BTC, words_BTC], dim=1), **batch)
+    sight = phrase_loss(regions(seen_BTC[:, 1:]), scenes)
+    return output.loss + sight, {"caption": output.loss.item(), "sight": sight.item()}
+
+
+def print_captions(renders: list[Render], texts: list[str]) -> None:
+    """Each scene in words, and what the captioner wrote for it."""
+    for render, text in zip(renders, texts, strict=True):
+        print(f"  {render.scene.render()}\n    -> {text}", flush=True)
 
 
 def train_florence(renders: Renders, family: Family, folder: Path, minutes: float, seed: int) -> None:
     """Train and stage model and processor. The tokenizer is learned once and kept in ``folder`` for resumed runs."""
     torch.manual_seed(seed)
-    kept = folder / "tokenizer"
-    if kept.exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(kept)
-    else:
-        tokenizer = train_florence_tokenizer(tokenizer_texts(renders.train), VOCABULARY, places=True)
-        tokenizer.save_pretrained(kept)
-    model, processor = build_florence(tokenizer), build_processor(tokenizer)
+    tokenizer = kept_tokenizer(
+        folder, lambda: train_florence_tokenizer(tokenizer_texts(renders.train), VOCABULARY, places=True)
+    )
+    model = build_florence(tokenizer)
+    processor = build_processor(tokenizer)
     family.begin(model, "")
     if family.start is not None:
         carry_tokens(model, tokenizer, family.start)
-    regions, core = Regions(model.config.text_config.d_model), model.model
+    regions = Regions(model.config.text_config.d_model)
+    core = model.model
 
     def tokens_of(images: list[np.ndarray], size: int) -> torch.Tensor:
         pixels = F.interpolate(_pixels(images), size=(size, size), mode="area")
@@ -284,22 +338,12 @@ def train_florence(renders: Renders, family: Family, folder: Path, minutes: floa
     plan = Plan("florence2", folder, budget, family.rate(1e-3), batch_size=24, seed=seed, inputs=str(len(tokenizer)))
 
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
-        pairs = zip(renders.draw(generator, plan.batch_size), renders.draw(generator, plan.batch_size), strict=True)
-        images, tasks, answers, scenes = map(list, zip(*(tell(*pair, rng) for pair in pairs), strict=True))
-        batch = collate(processor, images, tasks, answers)
-        seen_BTC = core.get_image_features(batch.pop("pixel_values")).pooler_output
-        told_BTC = model.get_input_embeddings()(batch.pop("input_ids")[:, IMAGE_TOKENS:])  # the rest is placeholders
-        shown_BTC = F.dropout(seen_BTC, SEEN_DROPOUT)
-        output = model(inputs_embeds=torch.cat([shown_BTC, told_BTC], dim=1), **batch)
-        sight = phrase_loss(regions(seen_BTC[:, 1:]), scenes)
-        return output.loss + sight, {"caption": output.loss.item(), "sight": sight.item()}
+        return caption_loss(model, processor, regions, draw_answers(renders, generator, plan.batch_size))
 
     def preview(at: Progress) -> None:
         print(f"florence2  step {at.step}  held out {held_out_scores(model, processor, renders.held_out)}", flush=True)
         shown = renders.held_out[:3]
-        for render, text in zip(shown, describe(model, processor, [r.image for r in shown]), strict=True):
-            print(f"  {render.scene.render()}\n    -> {text}", flush=True)
+        print_captions(shown, describe(model, processor, images_of(shown)))
 
     progress = run_stretch(plan, torch.nn.ModuleList([model, regions]), loss_of, preview)
     progress = Progress(progress.step + seen.step, progress.seconds + seen.seconds)

@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel, ProcessorMixin
 
 from packshot.errors import PackshotError
 from tools.mini.budgeted_training import Progress
@@ -65,7 +65,8 @@ class Family:
         """
         if start is not None and not (start / name / RECORD).is_file():
             raise PackshotError(f"{start / name} holds no family ({RECORD} is missing)", hint="leave out --start")
-        staging, published = work / "staging" / name, out / name
+        staging = work / "staging" / name
+        published = out / name
         earlier = published if published.exists() or start is None else start / name
         if not staging.exists() and earlier.exists():
             shutil.copytree(earlier, staging)
@@ -84,9 +85,12 @@ class Family:
         """
         if self.start is None:
             return False
-        own, weights = model.state_dict(), {}
+        own = model.state_dict()
+        weights = {}
         for path in (self.start / part).glob("*.safetensors"):
-            weights |= {name: w for name, w in load_file(path).items() if name in own and own[name].shape == w.shape}
+            for name, weight in load_file(path).items():
+                if name in own and own[name].shape == weight.shape:
+                    weights[name] = weight
         if 2 * len(weights) < len(own):
             return False
         model.load_state_dict(weights, strict=False)
@@ -95,7 +99,7 @@ class Family:
         )
         return True
 
-    def start_config(self, part: str) -> dict[str, Any]:
+    def start_config(self, part: str) -> dict[str, object]:
         """The configuration of the earlier family's ``part``.
 
         Raises:
@@ -109,11 +113,25 @@ class Family:
         """Peak learning rate: less than ``full`` for weights that an earlier training has brought to rest."""
         return full if self.start is None else 0.4 * full
 
-    def effort(self, stage: str, progress: Progress) -> dict[str, Any]:
-        """``steps`` and ``minutes`` that went into a part, those of the weights it began with included."""
+    def record(
+        self,
+        stage: str,
+        progress: Progress,
+        renders: Renders,
+        score: float,
+        measures: dict[str, float],
+        parameters: int,
+        inputs: str = "",
+    ) -> Record:
+        """The record of a freshly trained part; its effort includes that of the weights it began with."""
+        steps = progress.step
+        minutes = progress.seconds / 60
         earlier = _read_records(self.start).get(stage) if self.start else None
-        steps, minutes = (earlier.steps, earlier.minutes) if earlier else (0, 0.0)
-        return {"steps": steps + progress.step, "minutes": minutes + progress.seconds / 60}
+        if earlier is not None:
+            steps += earlier.steps
+            minutes += earlier.minutes
+        scenes = len(renders.train)
+        return Record(score, measures, steps, minutes, scenes, parameters, inputs, renders.held_out_id)
 
     def keep_if_better(self, stage: str, record: Record, write: Callable[[Path], None]) -> bool:
         """Let ``write`` put the stage's files into staging unless the part there scores higher on the same terms."""
@@ -123,7 +141,8 @@ class Family:
             print(f"{stage}: kept the present part, {old.score:.4f} against {record.score:.4f}", flush=True)
             return False
         write(self.staging)
-        values = {name: asdict(item) for name, item in {**self.records, stage: record}.items()}
+        values = json.loads((self.staging / RECORD).read_text(encoding="utf-8")) if self.records else {}
+        values[stage] = asdict(record)
         (self.staging / RECORD).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         print(f"{stage}: new part, score {record.score:.4f} {record.measures}", flush=True)
         return True
@@ -131,26 +150,20 @@ class Family:
     def keep_captioner(
         self,
         stage: str,
-        model: Any,
-        processor: Any,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
         scores: tuple[dict[str, float], dict[str, float]],
         renders: Renders,
         progress: Progress,
     ) -> None:
         """Stage a captioner, at half precision, unless the present one is better.
 
-        scores: losses, and per slot the share of held-out scenes that it told right, whose mean decides.
+        scores: losses, and per slot the share of held-out scenes that it describes right, whose mean decides.
         """
         losses, told = scores
-        record = Record(
-            score=sum(told.values()) / len(told),
-            measures={**losses, **told},
-            **self.effort(stage, progress),
-            scenes=len(renders.train),
-            held_out=renders.held_out_id,
-            parameters=model.num_parameters(),
-            inputs=f"vocabulary {len(processor.tokenizer)}",
-        )
+        score = sum(told.values()) / len(told)
+        inputs = f"vocabulary {len(processor.tokenizer)}"
+        record = self.record(stage, progress, renders, score, {**losses, **told}, model.num_parameters(), inputs)
 
         def write(staging: Path) -> None:
             halve(model)
@@ -163,7 +176,8 @@ class Family:
     def publish(self, card: str) -> None:
         """Replace the published folder by a copy of staging in one rename."""
         (self.staging / "README.md").write_text(card, encoding="utf-8")
-        fresh, stale = self.out.with_name(f".{self.out.name}.new"), self.out.with_name(f".{self.out.name}.old")
+        fresh = self.out.with_name(f".{self.out.name}.new")
+        stale = self.out.with_name(f".{self.out.name}.old")
         for leftover in (fresh, stale):
             shutil.rmtree(leftover, ignore_errors=True)
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +193,7 @@ def fingerprint(*folders: Path) -> str:
     """16 hex digits over the weights and configs of model folders, in the order given."""
     digest = hashlib.sha256()
     for folder in folders:
-        for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json")):
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -18,7 +18,7 @@ from tools.mini.budgeted_training import DEVICE, Plan, Progress, fast_precision,
 from tools.mini.clip import phrase_loss
 from tools.mini.data import Renders, to_pixels
 from tools.mini.encoder_pretraining import BATCH, Regions, sight_accuracy, sight_batch
-from tools.mini.folder import Family, Record
+from tools.mini.folder import Family
 
 CHANNELS = (32, 64, 128, 192)  # one level each, every level at half the size of the one before
 WEIGHTS = "judge.safetensors"
@@ -85,13 +85,8 @@ def train_judge(renders: Renders, family: Family, folder: Path, minutes: float, 
 
     progress = run_stretch(plan, judge, loss_of, preview)
     measures = accuracy()
-    record = Record(
-        score=(measures["surface"] + measures["background"] + measures["lighting"]) / 3,
-        measures=measures,
-        **family.effort("judge", progress),
-        scenes=len(renders.train),
-        held_out=renders.held_out_id,
-        parameters=sum(parameter.numel() for parameter in judge.parameters()),
-    )
+    score = (measures["surface"] + measures["background"] + measures["lighting"]) / 3
+    parameters = sum(map(Tensor.numel, judge.parameters()))
+    record = family.record("judge", progress, renders, score, measures, parameters)
     weights = {name: weight.cpu().contiguous() for name, weight in judge.state_dict().items()}
     family.keep_if_better("judge", record, lambda staging: save_file(weights, staging / WEIGHTS))

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 
 from packshot.imaging.matting_network import alpha_logits, input_side
+from packshot.pipeline.shards import split
 from tools.mini.budgeted_training import DEVICE, Loss, Plan, Progress, fast_precision, run_stretch
 from tools.mini.data import Render, Renders, to_pixels
-from tools.mini.folder import Family, Record
+from tools.mini.folder import Family
 from tools.mini.matting_samples import SIDE, Material, Sample, draw, in_other_scene, in_studio, read_cutouts
 
 PATCH = 4  # px; the network works on blocks of this side
@@ -56,18 +57,19 @@ def find_alphas(network: UNet2DModel, images: list[np.ndarray]) -> list[np.ndarr
     side = input_side(network)
     squares = [cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in images]
     found = alpha_logits(network, to_pixels(squares).to(DEVICE)).sigmoid()[:, 0].float().cpu().numpy()
-    sizes = [image.shape[1::-1] for image in images]
-    return [cv2.resize(alpha, size, interpolation=cv2.INTER_LINEAR) for alpha, size in zip(found, sizes, strict=True)]
+    alphas = []
+    for alpha, image in zip(found, images, strict=True):
+        alphas.append(cv2.resize(alpha, image.shape[1::-1], interpolation=cv2.INTER_LINEAR))
+    return alphas
 
 
 def measure_matting(network: UNet2DModel, samples: list[Sample]) -> dict[str, float]:
     """``iou``: mean over pictures of the overlap of alpha >= 0.5; ``good``: share above 0.9; ``error``: mean absolute
     error of alpha."""
     overlaps, errors = [], []
-    for first in range(0, len(samples), 32):
-        batch = samples[first : first + 32]
-        guesses = find_alphas(network, [image for image, _ in batch])
-        for guess, (_, truth) in zip(guesses, batch, strict=True):
+    for batch in split(samples, 32):
+        images, truths = zip(*batch, strict=True)
+        for guess, truth in zip(find_alphas(network, list(images)), truths, strict=True):
             both = (guess >= 0.5) & (truth >= 0.5)
             either = (guess >= 0.5) | (truth >= 0.5)
             overlaps.append(both.sum() / either.sum())
@@ -98,9 +100,9 @@ def _scores(network: UNet2DModel, held_out: dict[str, list[Sample]], count: int 
 def _loss(network: UNet2DModel, material: Material, batch_size: int) -> Loss:
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
-        samples = [draw(material, rng) for _ in range(batch_size)]
-        pixels = to_pixels([image for image, _ in samples]).to(DEVICE)
-        alpha_B1HW = torch.from_numpy(np.stack([alpha for _, alpha in samples]))[:, None].to(DEVICE)
+        images, alphas = zip(*(draw(material, rng) for _ in range(batch_size)), strict=True)
+        pixels = to_pixels(list(images)).to(DEVICE)
+        alpha_B1HW = torch.from_numpy(np.stack(alphas))[:, None].to(DEVICE)
         with fast_precision():
             logits = alpha_logits(network, pixels)
         return matting_loss(logits.float(), alpha_B1HW), {}
@@ -124,12 +126,6 @@ def train_matting(
 
     progress = run_stretch(plan, network, loss_of, preview)
     measures = _scores(network, held_out, None)
-    record = Record(
-        score=(measures["scenes_iou"] + measures["studio_iou"]) / 2,
-        measures=measures,
-        **family.effort("matting", progress),
-        scenes=len(renders.train),
-        held_out=renders.held_out_id,
-        parameters=network.num_parameters(),
-    )
+    score = (measures["scenes_iou"] + measures["studio_iou"]) / 2
+    record = family.record("matting", progress, renders, score, measures, network.num_parameters())
     family.keep_if_better("matting", record, lambda staging: network.half().save_pretrained(staging))

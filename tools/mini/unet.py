@@ -31,10 +31,12 @@ from transformers import (
 )
 
 from packshot.imaging.pixels import to_bytes
+from packshot.pipeline.shards import split
+from packshot.scene import Scene
 from tools.mini.budgeted_training import DEVICE, Loss, Plan, Progress, fast_precision, run_stretch
 from tools.mini.clip import slot_accuracy, token_ids
-from tools.mini.data import SIZE, Render, Renders, mirrored, prompt
-from tools.mini.folder import Family, Record, fingerprint
+from tools.mini.data import SIZE, Render, Renders, images_of, mirrored, prompt, scenes_of
+from tools.mini.folder import Family, fingerprint
 from tools.mini.vae import encode, encoder_fingerprint
 
 LOADERS = {
@@ -120,14 +122,12 @@ class PromptCache:
 
     def of(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """states_B77D and pooled_BE as :func:`encode_prompts` has them, rounded to half precision."""
-        missing = sorted({text for text in texts if text not in self._encoded})
+        missing = sorted(set(texts) - self._encoded.keys())
         if missing:
             states, pooled = encode_prompts(self._parts, missing)
             for text, state, vector in zip(missing, states.half().cpu(), pooled.half().cpu(), strict=True):
                 self._encoded[text] = state, vector
-        found = [self._encoded[text] for text in texts]
-        states = torch.stack([state for state, _ in found])
-        pooled = torch.stack([vector for _, vector in found])
+        states, pooled = map(torch.stack, zip(*map(self._encoded.__getitem__, texts), strict=True))
         return states.to(DEVICE).float(), pooled.to(DEVICE).float()
 
 
@@ -150,7 +150,8 @@ class LatentCache:
 def _cut(latent_CHW: torch.Tensor, shape: tuple[int, int], rng: random.Random) -> tuple[torch.Tensor, list[int]]:
     """A random window and its time_ids: original size, crop corner, target size, in pixels, height first."""
     height, width = shape
-    top, left = rng.randint(0, SIDE - height), rng.randint(0, SIDE - width)
+    top = rng.randint(0, SIDE - height)
+    left = rng.randint(0, SIDE - width)
     window = latent_CHW[:, top : top + height, left : left + width]
     return window, [SIZE, SIZE, 8 * top, 8 * left, 8 * height, 8 * width]
 
@@ -162,10 +163,12 @@ def draw_batch(
 
     wordings: how many prompts there are for one view of a render, so that each is encoded once; None for no limit.
     """
-    shape = rng.choices([shape for shape, _ in SHAPES], [share for _, share in SHAPES])[0]
+    shapes, shares = zip(*SHAPES, strict=True)
+    shape = rng.choices(shapes, shares)[0]
     latents, times, texts = [], [], []
     for render in renders:
-        empty, flip = rng.random() < 0.4, rng.random() < 0.5
+        empty = rng.random() < 0.4
+        flip = rng.random() < 0.5
         window, time = _cut(cache.of(render)[2 * flip + empty], shape, rng)
         latents.append(window)
         times.append(time)
@@ -203,10 +206,11 @@ def held_out_loss(
     unet: UNet2DConditionModel, parts: dict, noiser: DDPMScheduler, renders: list[Render], cache: LatentCache
 ) -> float:
     """Mean squared noise error on the same held-out images, noise and evenly spread timesteps every time."""
-    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    rng = random.Random(0)
+    generator = torch.Generator().manual_seed(0)
     losses = []
-    for start in range(0, len(renders), 16):
-        latents, times, texts = draw_batch(renders[start : start + 16], cache, rng)
+    for batch in split(renders, 16):
+        latents, times, texts = draw_batch(list(batch), cache, rng)
         prompts = encode_prompts(parts, texts)
         for timestep in range(50, 1000, 100):
             timesteps = torch.full((len(texts),), timestep)
@@ -233,9 +237,9 @@ def sample(
 def _save_samples(parts: dict, unet: UNet2DConditionModel, renders: Renders, path: Path) -> None:
     """Rows: held-out renders, what the model draws for their captions, and for the same places left empty."""
     chosen = renders.held_out[:8]
-    texts = [render.scene.render() for render in chosen]
+    texts = list(map(Scene.render, scenes_of(chosen)))
     drawn = sample(parts, unet, texts + [text.replace("an object", "an empty place") for text in texts])
-    rows = np.vstack([np.hstack(row) for row in ([r.image for r in chosen], drawn[: len(texts)], drawn[len(texts) :])])
+    rows = np.vstack(list(map(np.hstack, (images_of(chosen), drawn[: len(texts)], drawn[len(texts) :]))))
     cv2.imwrite(str(path), cv2.cvtColor(rows, cv2.COLOR_RGB2BGR))
 
 
@@ -243,8 +247,8 @@ def measure_unet(
     unet: UNet2DConditionModel, parts: dict, noiser: DDPMScheduler, renders: list[Render], cache: LatentCache
 ) -> dict[str, float]:
     """Held-out loss, and per slot how often the image encoder sees in a sample what its prompt asked for."""
-    scenes = [render.scene for render in renders][:32]
-    drawn = sample(parts, unet, [scene.render() for scene in scenes])
+    scenes = scenes_of(renders[:32])
+    drawn = sample(parts, unet, list(map(Scene.render, scenes)))
     seen = slot_accuracy(parts, drawn, scenes)
     loss = held_out_loss(unet, parts, noiser, renders, cache)
     return {"loss": loss, **{f"sample_{slot}": value for slot, value in seen.items()}}
@@ -298,15 +302,8 @@ def train_unet(renders: Renders, family: Family, folder: Path, minutes: float, s
 
     progress = run_stretch(plan, unet, loss_of, preview)
     measures = measure_unet(unet, parts, noiser, renders.held_out, cache)
-    record = Record(
-        score=-measures["loss"],
-        measures=measures,
-        **family.effort("unet", progress),
-        scenes=len(renders.train),
-        held_out=renders.held_out_id,
-        parameters=unet.num_parameters(),
-        inputs=inputs,
-    )
+    score = -measures["loss"]
+    record = family.record("unet", progress, renders, score, measures, unet.num_parameters(), inputs)
 
     def write(staging: Path) -> None:
         pipeline = assemble(parts, unet)
@@ -328,5 +325,5 @@ def _inputs(family: Family) -> str:
 
 def fits(family: Family) -> bool:
     """Whether the staged UNet was trained on the staged autoencoder and text encoders."""
-    record: Record | None = family.records.get("unet")
+    record = family.records.get("unet")
     return record is not None and record.inputs == _inputs(family)

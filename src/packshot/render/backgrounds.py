@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import bpy
 import numpy as np
 
 from packshot.render import materials
-from packshot.render.frame import BACKDROP_Y, WALL_Y
+from packshot.render.frame import BACKDROP_Y, WALL_Y, Job
 from packshot.render.materials import Color
-from packshot.render.mesh import add_mesh, cuboid, loft, plane
+from packshot.render.mesh import add_mesh, cuboid, grid_faces, loft, plane
 from packshot.scene.vocabulary import BACKDROPS, SWEEPS
 
 _PAINTS: dict[str, Color] = {
@@ -42,9 +43,6 @@ _GRADIENTS: dict[str, tuple[Color, Color]] = {  # at the table, at the top of th
     "a blue and white gradient": ((0.86, 0.9, 0.93), (0.08, 0.3, 0.72)),
 }
 _WALL_MATERIALS: dict[str, Callable[[], bpy.types.Material]] = {
-    **{phrase: (lambda color=color: materials.painted("paint", color, 0.04)) for phrase, color in _PAINTS.items()},
-    # The wall's own height axis starts at its middle, 4 above the table.
-    **{phrase: (lambda tones=tones: materials.gradient(*tones, -4.0, -1.2)) for phrase, tones in _GRADIENTS.items()},
     "a concrete wall": materials.concrete,
     "a brick wall": materials.bricks,
     "a wooden panel wall": lambda: materials.wood((0.36, 0.17, 0.075), (0.26, 0.11, 0.045), vertical=True, plank=0.4),
@@ -52,6 +50,10 @@ _WALL_MATERIALS: dict[str, Callable[[], bpy.types.Material]] = {
     "a white panelled wall": lambda: materials.painted("panelling", (0.84, 0.83, 0.81), 0.02, 0.6),
     "a window": lambda: materials.painted("paint", (0.8, 0.75, 0.68), 0.03),
 }
+for _phrase, _color in _PAINTS.items():
+    _WALL_MATERIALS[_phrase] = partial(materials.painted, "paint", _color, 0.04)
+for _phrase, _pair in _GRADIENTS.items():  # the wall's own height axis starts at its middle, 4 above the table
+    _WALL_MATERIALS[_phrase] = partial(materials.gradient, *_pair, -4.0, -1.2)
 
 
 def has_wall(background: str | None) -> bool:
@@ -84,7 +86,7 @@ _FLOORS: dict[str, Callable[[], bpy.types.Material]] = {
 }
 
 
-def _flat_wall(job: dict[str, Any]) -> None:
+def _flat_wall(job: Job) -> None:
     material = _WALL_MATERIALS[job["scene"]["background"]]()
     plane("wall", 9, 6, material, (0, WALL_Y, 4), (math.pi / 2, 0, 0))
 
@@ -103,7 +105,7 @@ def _frame(left: float, right: float, low: float, high: float, width: float, mat
         _strip((width, high - low), (x, (low + high) / 2), material)
 
 
-def _panelling(job: dict[str, Any]) -> None:
+def _panelling(job: Job) -> None:
     _flat_wall(job)
     material = _WALL_MATERIALS["a white panelled wall"]()
     shift = random.Random(f"packshot-panels-{job['seed']}").uniform(0, 1.5)
@@ -114,12 +116,17 @@ def _panelling(job: dict[str, Any]) -> None:
         _frame(left, left + 1.2, 1.25, 4.2, 0.045, material)
 
 
-def _window(job: dict[str, Any]) -> None:
+def _window(job: Job) -> None:
     """A wall with an opening, mullions in it, and a garden out of focus behind."""
     rng = random.Random(f"packshot-window-{job['seed']}")
-    wall, white = _WALL_MATERIALS["a window"](), materials.plain("sash", (0.85, 0.85, 0.83), 0.4)
-    middle, half, low, high = rng.uniform(-0.5, 0.5), rng.uniform(1.0, 1.35), rng.uniform(0.55, 0.85), 3.6
-    left, right = middle - half, middle + half
+    wall = _WALL_MATERIALS["a window"]()
+    white = materials.plain("sash", (0.85, 0.85, 0.83), 0.4)
+    middle = rng.uniform(-0.5, 0.5)
+    half = rng.uniform(1.0, 1.35)
+    low = rng.uniform(0.55, 0.85)
+    high = 3.6
+    left = middle - half
+    right = middle + half
     for start, stop, bottom, top in (
         (-9, left, -2, 10),
         (right, 9, -2, 10),
@@ -134,7 +141,7 @@ def _window(job: dict[str, Any]) -> None:
     sill = cuboid("sill", (2 * half + 0.3, 0.22, 0.07), white, 0.02)
     sill.location = (middle, WALL_Y - 0.08, low - 0.1)
     horizon = _tones(job["scene"]["lighting"])[0]
-    garden = _backdrop(materials.garden([min(1.0, 0.35 + 0.7 * c) for c in horizon], 1.2))
+    garden = _backdrop(materials.garden(materials.tinted(horizon, 0.7, 0.35), 1.2))
     garden.location.x = rng.uniform(-4, 4)
 
 
@@ -152,7 +159,7 @@ def _tones(lighting: str) -> tuple[Color, Color, Color]:
     return (0.55, 0.75, 0.95), (0.06, 0.22, 0.68), (0.95, 0.96, 0.98)
 
 
-def _blue_sky(job: dict[str, Any]) -> None:
+def _blue_sky(job: Job) -> None:
     horizon, zenith, cloud = _tones(job["scene"]["lighting"])
     if job["scene"]["lighting"] == "golden hour light":  # it stays a blue sky: only the horizon burns
         zenith = (0.07, 0.2, 0.58)
@@ -175,34 +182,37 @@ def _add_layer(name: str, points, faces, tone: Color, layer: int) -> None:
     obj.visible_diffuse = obj.visible_shadow = False
 
 
-def _mountains(job: dict[str, Any]) -> None:
+def _mountains(job: Job) -> None:
     rng = random.Random(f"packshot-mountains-{job['seed']}")
     horizon, zenith, cloud = _tones(job["scene"]["lighting"])
     _backdrop(materials.sky(horizon, zenith, cloud))
-    far, near = np.array(horizon) * 0.62, np.array((0.035, 0.055, 0.06))
+    far = np.array(horizon) * 0.62
+    near = np.array((0.035, 0.055, 0.06))
     for layer in range(4):
         t = layer / 3
         heights = _ridge(rng, 0.3 - 0.65 * t, 1.5 - 0.7 * t)
-        x = np.linspace(-8, 8, len(heights))
-        points = [(a, 0, b) for a, b in zip(x, heights, strict=True)] + [(a, 0, -6) for a in x]
-        n = len(heights)
-        faces = [(k, k + 1, n + k + 1, n + k) for k in range(n - 1)]
-        _add_layer("ridge", points, faces, (far * (1 - t) + near * t).tolist(), layer)
+        count = len(heights)
+        x = np.linspace(-8, 8, count)
+        zero = np.zeros(count)
+        points = np.concatenate([np.stack([x, zero, heights], 1), np.stack([x, zero, zero - 6], 1)])
+        _add_layer("ridge", points, grid_faces(2, count), (far * (1 - t) + near * t).tolist(), layer)
 
 
-def _conifer(x: float, foot: float, height: float, rng: random.Random) -> list[list[tuple[float, float, float]]]:
-    """Triangles of one spruce in the xz plane, overlapping tiers from the foot up."""
-    tiers, width = 6, height * rng.uniform(0.16, 0.22)
-    triangles = []
+def _conifer(x: float, foot: float, height: float, rng: random.Random) -> list[tuple[float, float, float]]:
+    """Corners of the triangles of one spruce in the xz plane, overlapping tiers from the foot up."""
+    tiers = 6
+    width = height * rng.uniform(0.16, 0.22)
+    corners = []
     for k in range(tiers):
-        low, reach = foot + height * (0.1 + 0.14 * k), width * (1 - k / (tiers + 0.8)) * rng.uniform(0.85, 1.15)
-        triangles.append([(x - reach, 0, low), (x + reach, 0, low), (x, 0, low + height * 0.27)])
+        low = foot + height * (0.1 + 0.14 * k)
+        reach = width * (1 - k / (tiers + 0.8)) * rng.uniform(0.85, 1.15)
+        corners += [(x - reach, 0, low), (x + reach, 0, low), (x, 0, low + height * 0.27)]
     trunk = 0.03 * height
-    triangles.append([(x - trunk, 0, foot - 8), (x + trunk, 0, foot - 8), (x, 0, foot + height * 0.5)])
-    return triangles
+    corners += [(x - trunk, 0, foot - 8), (x + trunk, 0, foot - 8), (x, 0, foot + height * 0.5)]
+    return corners
 
 
-def _forest(job: dict[str, Any]) -> None:
+def _forest(job: Job) -> None:
     """Rows of spruces in fog, pale far away and dark in front."""
     rng = random.Random(f"packshot-forest-{job['seed']}")
     horizon, _, _ = _tones(job["scene"]["lighting"])
@@ -211,24 +221,25 @@ def _forest(job: dict[str, Any]) -> None:
     near = np.array((0.012, 0.04, 0.022))
     for layer in range(4):
         t = layer / 3
-        triangles = []
+        corners = []
         for k in range(34):
             x = -8.5 + 0.5 * k + rng.uniform(-0.2, 0.2)
-            triangles += _conifer(x, -0.9 - 0.5 * t, rng.uniform(1.9, 3.2) * (1.15 - 0.35 * t), rng)
+            corners += _conifer(x, -0.9 - 0.5 * t, rng.uniform(1.9, 3.2) * (1.15 - 0.35 * t), rng)
         ground = [(-9, 0, -0.7 - 0.5 * t), (9, 0, -0.7 - 0.5 * t), (9, 0, -8), (-9, 0, -8)]
-        points = [point for triangle in triangles for point in triangle] + ground
-        faces = [tuple(range(3 * k, 3 * k + 3)) for k in range(len(triangles))]
-        faces.append(tuple(range(3 * len(triangles), 3 * len(triangles) + 4)))
+        count = len(corners)
+        faces = [*np.arange(count).reshape(-1, 3), range(count, count + 4)]
         share = 0.3 + 0.7 * t
-        _add_layer("spruces", points, faces, (mist * (1 - share) + near * share).tolist(), layer)
+        _add_layer("spruces", corners + ground, faces, (mist * (1 - share) + near * share).tolist(), layer)
 
 
-def _bokeh(job: dict[str, Any]) -> None:
+def _bokeh(job: Job) -> None:
     rng = random.Random(f"packshot-bokeh-{job['seed']}")
     _backdrop(materials.sky((0.05, 0.025, 0.02), (0.012, 0.012, 0.03), None))
     tones = ((1.0, 0.52, 0.16), (1.0, 0.72, 0.36), (1.0, 0.35, 0.18), (0.35, 0.55, 1.0), (1.0, 0.42, 0.6))
     palette = rng.sample(tones, 3)
-    lit = [materials.glow("bokeh", color, strength) for color in palette for strength in (0.5, 1.1, 2.2)]
+    lit = []
+    for color, strength in itertools.product(palette, (0.5, 1.1, 2.2)):
+        lit.append(materials.glow("bokeh", color, strength))
     for k in range(70):
         radius = rng.uniform(0.1, 0.34)
         disc = loft("bokeh", [(radius, 0.0), (radius, 0.001)], rng.choice(lit), steps=24)
@@ -237,7 +248,7 @@ def _bokeh(job: dict[str, Any]) -> None:
         disc.visible_diffuse = disc.visible_shadow = False
 
 
-BUILDERS: dict[str, Callable[[dict[str, Any]], None]] = {
+BUILDERS: dict[str, Callable[[Job], None]] = {
     **dict.fromkeys(_WALL_MATERIALS, _flat_wall),
     "a white panelled wall": _panelling,
     "a window": _window,
@@ -248,7 +259,7 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 
 
-def build_background(job: dict[str, Any]) -> None:
+def build_background(job: Job) -> None:
     """Build what the job's scene has in the background: nothing if the camera does not see it, or the surface is it."""
     if job["scene"]["background"] is None or job["scene"]["surface"] in SWEEPS:
         return

@@ -10,6 +10,7 @@ for each a line of JSON with its name and `error` (null, or why it was refused) 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import bpy
 import numpy as np
@@ -25,7 +26,7 @@ from PIL import Image
 
 from packshot.render import camera, materials
 from packshot.render.backgrounds import build_background
-from packshot.render.frame import FRAME, items_of
+from packshot.render.frame import FRAME, Job, items_of
 from packshot.render.lights import build_light
 from packshot.render.products import add_product
 from packshot.render.props import add_surroundings
@@ -72,7 +73,7 @@ def clear_scene() -> None:
         bpy.data.batch_remove(list(collection))
 
 
-def build(job: dict[str, Any]) -> list[bpy.types.Object]:
+def build(job: Job) -> list[bpy.types.Object]:
     """Build the job's scene; returns the product's objects."""
     ground = build_surface(job)
     build_background(job)
@@ -137,9 +138,11 @@ def cut_out(image: np.ndarray, coverage: np.ndarray) -> np.ndarray:
         weight = np.pad(known.astype(np.float64), 1)
         padded = np.pad(color * known[..., None], ((1, 1), (1, 1), (0, 0)))
         height, width = known.shape
-        shifts = [(dy, dx) for dy in range(3) for dx in range(3)]
-        count = sum(weight[dy : dy + height, dx : dx + width] for dy, dx in shifts)
-        total = sum(padded[dy : dy + height, dx : dx + width] for dy, dx in shifts)
+        count = np.zeros(known.shape)
+        total = np.zeros(color.shape)
+        for dy, dx in itertools.product(range(3), repeat=2):  # the pixel and its eight neighbours
+            count += weight[dy : dy + height, dx : dx + width]
+            total += padded[dy : dy + height, dx : dx + width]
         grow = ~known & (count > 0)
         if not grow.any():
             raise ValueError("the product covers no pixel fully: nothing to take the edge colour from")
@@ -149,7 +152,7 @@ def cut_out(image: np.ndarray, coverage: np.ndarray) -> np.ndarray:
     return np.dstack([np.rint(color).astype(np.uint8), np.where(coverage >= 253, 255, coverage).astype(np.uint8)])
 
 
-def _check_in_frame(coverage: np.ndarray, job: dict[str, Any]) -> None:
+def _check_in_frame(coverage: np.ndarray, job: Job) -> None:
     border = np.concatenate([coverage[0], coverage[-1], coverage[:, 0], coverage[:, -1]])
     share = float((coverage > 127).mean())
     if border.max() > 0 or share < (0.006 if "frame" in job else 0.02):
@@ -161,7 +164,7 @@ def _show(parts: list[bpy.types.Object], camera_sees: bool, exists: bool = True)
         part.hide_render, part.visible_camera = not exists, camera_sees
 
 
-def _set_frame(job: dict[str, Any], size: int) -> None:
+def _set_frame(job: Job, size: int) -> None:
     """The picture's width and height; the longer side is `size`, the other a multiple of 8."""
     width, height = job.get("frame", (1.0, 1.0))
     render = bpy.context.scene.render
@@ -169,7 +172,7 @@ def _set_frame(job: dict[str, Any], size: int) -> None:
     render.resolution_y = size if height == 1 else 8 * round(size * height / 8)
 
 
-def _render_layers(job: dict[str, Any], folder: Path, size: int) -> None:
+def _render_layers(job: Job, folder: Path, size: int) -> None:
     _set_frame(job, size)
     product = build(job)
     image = _render_to(folder / "image.png")
@@ -189,7 +192,7 @@ def _render_layers(job: dict[str, Any], folder: Path, size: int) -> None:
     Image.fromarray(depth).save(folder / "depth.png")
 
 
-def render_job(job: dict[str, Any], folder: Path, size: int) -> None:
+def render_job(job: Job, folder: Path, size: int) -> None:
     """Render one job into `folder` by way of a temporary one beside it.
 
     Raises ValueError if the product leaves the frame or is hidden.

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from filelock import FileLock, Timeout
 
@@ -27,6 +27,7 @@ from packshot.errors import ConfigError, PackshotError
 from packshot.pipeline import Outcome, Step
 from packshot.pipeline.executor import worker_number
 from packshot.pipeline.step import Sample
+from packshot.render.frame import Job
 from packshot.render.phrase_lookup import renderable
 from packshot.render.rows import features, row
 from packshot.render.sample import is_test_seed, sample_job
@@ -124,7 +125,8 @@ def sole_use(folder: str) -> Iterator[None]:
 
 def open_farm(config: BuildData, run: Path) -> Farm:
     """Settings of the renderer for a run, and its folder for finished scenes, cleared of a killed run's remains."""
-    render, cores = config.render, len(os.sched_getaffinity(0))
+    render = config.render
+    cores = len(os.sched_getaffinity(0))
     folder = Path(render.folder) if render.folder else run / "renders"
     folder.mkdir(parents=True, exist_ok=True)
     for draft in folder.glob(".*.draft"):
@@ -187,7 +189,7 @@ class Blender:
             env={**os.environ, "PYTHONPATH": str(CHECKOUT / "src")},
         )
 
-    def render(self, job: dict[str, Any]) -> str | None:
+    def render(self, job: Job) -> str | None:
         """Render one job into its folder; returns why it was refused, or None.
 
         Raises:
@@ -202,9 +204,9 @@ class Blender:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            code, said = self._process.wait(), self._tail()
+            code = self._process.wait()
             raise PackshotError(
-                f"Blender stopped while rendering seed {job['seed']} (exit code {code}): {said}",
+                f"Blender stopped while rendering seed {job['seed']} (exit code {code}): {self._tail()}",
                 "run.resume=true goes on, finished scenes are kept. Short of memory? Use fewer executor.workers.",
             )
         return json.loads(answer)["error"]
@@ -212,4 +214,4 @@ class Blender:
     def _tail(self) -> str:
         self._errors.seek(0)
         lines = self._errors.read().strip().splitlines()
-        return " / ".join(lines[-3:]) or "it said nothing"
+        return " / ".join(lines[-3:]) or "it printed nothing"

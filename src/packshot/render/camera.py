@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import bpy
 from mathutils import Vector
 
-from packshot.render.frame import FRAME, items_of
+from packshot.render.frame import FRAME, Job, items_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def apply_grade(grade: Grade) -> None:
     view.use_white_balance, view.white_balance_temperature = grade.kelvin != 6500.0, grade.kelvin
 
 
-def build_camera(job: dict[str, Any], product_z: float) -> None:
+def build_camera(job: Job, product_z: float) -> None:
     """Camera so far away that the frame is FRAME wide at the product, looking at its middle from a little above."""
     spec = job["camera"]
     height = max(item["height"] for item in items_of(job)) * FRAME

@@ -7,13 +7,12 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import bpy
 from mathutils import Matrix, Vector
 
 from packshot.render import materials
-from packshot.render.frame import WALL_Y
+from packshot.render.frame import WALL_Y, Job
 from packshot.render.materials import Color
 from packshot.render.mesh import frond, plane
 from packshot.render.sample import OUTDOOR
@@ -166,7 +165,7 @@ def _build_world(light: Light, fill: float, turn: float) -> None:
     mapping = materials.add_node(tree, "ShaderNodeMapping", {"Rotation": (0, 0, turn)})
     tree.links.new(coordinates.outputs["Generated"], mapping.inputs[0])
     tree.links.new(mapping.outputs[0], environment.inputs[0])
-    background = next(node for node in tree.nodes if node.type == "BACKGROUND")
+    background = materials.find_node(tree, "BACKGROUND")
     background.inputs["Strength"].default_value = fill
     tree.links.new(environment.outputs[0], background.inputs["Color"])
     # The importance map is rebuilt for every scene; 256 is fine for fill light and 16 times cheaper than automatic.
@@ -174,7 +173,7 @@ def _build_world(light: Light, fill: float, turn: float) -> None:
     bpy.context.scene.world = world
 
 
-def build_light(job: dict[str, Any], fill: float) -> None:
+def build_light(job: Job, fill: float) -> None:
     """Lamps and world light of the job's lighting phrase; `fill` scales what brightens the shadows."""
     rng = random.Random(f"packshot-light-{job['seed']}")
     light = LIGHTS[job["scene"]["lighting"]]

@@ -20,8 +20,21 @@ def add_node(tree, kind: str, values: dict | None = None, **attributes):
     return node
 
 
+def find_node(tree, kind: str):
+    """The first node of a type, or None."""
+    for node in tree.nodes:
+        if node.type == kind:
+            return node
+    return None
+
+
 def _principled_node(material):
-    return next(node for node in material.node_tree.nodes if node.type == "BSDF_PRINCIPLED")
+    return find_node(material.node_tree, "BSDF_PRINCIPLED")
+
+
+def tinted(color: Color, factor: float, lift: float = 0.0) -> list[float]:
+    """``lift + factor * color``, at most 1: a darker, lighter or paler tone."""
+    return [min(1.0, lift + factor * channel) for channel in color]
 
 
 def plain(name: str, color: Color, roughness=0.5, **inputs) -> bpy.types.Material:
@@ -47,8 +60,8 @@ def glass(name: str, color: Color, roughness=0.03) -> bpy.types.Material:
     """Coloured glass whose shadow is tinted: without caustics a plain glass casts the shadow of a stone."""
     material = plain(name, color, roughness, Transmission_Weight=1.0, IOR=1.45)
     tree = material.node_tree
-    output = next(node for node in tree.nodes if node.type == "OUTPUT_MATERIAL")
-    clear = add_node(tree, "ShaderNodeBsdfTransparent", {0: (*[0.35 + 0.6 * c for c in color], 1)})
+    output = find_node(tree, "OUTPUT_MATERIAL")
+    clear = add_node(tree, "ShaderNodeBsdfTransparent", {0: (*tinted(color, 0.6, 0.35), 1)})
     path = add_node(tree, "ShaderNodeLightPath")
     mix = add_node(tree, "ShaderNodeMixShader")
     tree.links.new(path.outputs["Is Shadow Ray"], mix.inputs[0])
@@ -77,7 +90,8 @@ def _ramp(tree, factor, stops):
     while len(elements) < len(stops):
         elements.new(0.5)
     for element, (position, color) in zip(elements, stops, strict=True):
-        element.position, element.color = position, (*color, 1)
+        element.position = position
+        element.color = (*color, 1)
     tree.links.new(factor, ramp.inputs[0])
     return ramp.outputs[0]
 
@@ -102,12 +116,12 @@ def mottled(name, stops, scale, roughness=0.6, bump=0.0, detail=8.0, distortion=
 
 def painted(name, color: Color, variation=0.05, roughness=0.8, scale=4.0, bump=0.15):
     """A painted or plastered body of one colour with a slight unevenness."""
-    dark, light = ([min(1.0, c * (1 + sign * variation)) for c in color] for sign in (-1, 1))
-    return mottled(name, [(0.3, dark), (0.7, light)], scale, roughness, bump)
+    stops = [(0.3, tinted(color, 1 - variation)), (0.7, tinted(color, 1 + variation))]
+    return mottled(name, stops, scale, roughness, bump)
 
 
 def marble(body: Color = (0.86, 0.85, 0.84), vein: Color = (0.2, 0.21, 0.23), shade: Color = (0.7, 0.7, 0.7)):
-    stops = [(0.3, shade), (0.455, body), (0.5, vein), (0.53, body), (0.8, [min(1.0, c * 1.05) for c in body])]
+    stops = [(0.3, shade), (0.455, body), (0.5, vein), (0.53, body), (0.8, tinted(body, 1.05))]
     return mottled("marble", stops, 0.75, 0.18, distortion=1.6, detail=9, Coat_Weight=0.3)
 
 
@@ -123,8 +137,8 @@ def concrete():
 
 
 def stone(color: Color):
-    dark, light = [c * 0.72 for c in color], [min(1, c * 1.12) for c in color]
-    return mottled("stone", [(0.35, dark), (0.5, color), (0.65, light)], 9, 0.8, bump=0.25, detail=8)
+    stops = [(0.35, tinted(color, 0.72)), (0.5, color), (0.65, tinted(color, 1.12))]
+    return mottled("stone", stops, 9, 0.8, bump=0.25, detail=8)
 
 
 def moss():
@@ -204,8 +218,8 @@ def wood(light: Color, dark: Color, vertical=False, roughness=0.45, plank=0.62):
     turn = math.pi / 2 if vertical else 0.0
     grain = _noise(tree, _coordinates(tree, (0.35, 5, 1) if not vertical else (5, 0.35, 1)), 3.2, 10, 0.6)
     tint = _ramp(tree, grain, [(0.32, (0.4, 0.36, 0.33)), (0.5, (0.85, 0.82, 0.8)), (0.68, (1, 1, 1))])
-    seam = [c * 0.25 for c in dark]
-    planks = _masonry(material, _coordinates(tree, rotation=turn), (light, dark, seam), 7.0, plank, 0.012, 0.37)
+    tones = (light, dark, tinted(dark, 0.25))
+    planks = _masonry(material, _coordinates(tree, rotation=turn), tones, 7.0, plank, 0.012, 0.37)
     tree.links.new(_multiply(tree, planks.outputs[0], tint), _principled_node(material).inputs["Base Color"])
     _bump(material, planks.outputs[1], 0.4, -0.03)
     return material
@@ -227,7 +241,7 @@ def tiles(color: Color, grout: Color, size: float):
     """Square glazed tiles with sunk grout."""
     material = plain("tiles", color, 0.12, Coat_Weight=0.3)
     tree = material.node_tree
-    tones = (color, [c * 0.94 for c in color], grout)
+    tones = (color, tinted(color, 0.94), grout)
     squares = _masonry(material, _coordinates(tree), tones, size, size, 0.012, offset=0.0)
     tree.links.new(squares.outputs[0], _principled_node(material).inputs["Base Color"])
     _bump(material, squares.outputs[1], 0.6, -0.03)
@@ -235,13 +249,12 @@ def tiles(color: Color, grout: Color, size: float):
 
 
 def citrus(color: Color):
-    return mottled("citrus", [(0.4, [c * 0.85 for c in color]), (0.6, color)], 40, 0.38, bump=0.35, detail=2)
+    return mottled("citrus", [(0.4, tinted(color, 0.85)), (0.6, color)], 40, 0.38, bump=0.35, detail=2)
 
 
 def foliage(color: Color):
     """Leaf green with some light passing through."""
-    dark = [c * 0.55 for c in color]
-    return mottled("foliage", [(0.3, dark), (0.7, color)], 3, 0.42, detail=3, Specular_IOR_Level=0.4)
+    return mottled("foliage", [(0.3, tinted(color, 0.55)), (0.7, color)], 3, 0.42, detail=3, Specular_IOR_Level=0.4)
 
 
 METALS: dict[str, Color] = {"gold": (0.9, 0.62, 0.24), "silver": (0.8, 0.8, 0.82)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ import numpy as np
 def add_mesh(name: str, vertices, faces, material=None, smooth: float | None = 35.0) -> bpy.types.Object:
     """Link a new mesh object. `smooth` is the angle in degrees above which an edge stays sharp; None shades flat."""
     mesh = bpy.data.meshes.new(name)
-    mesh.from_pydata([tuple(map(float, v)) for v in vertices], [], [tuple(map(int, f)) for f in faces])
+    mesh.from_pydata(np.asarray(vertices, float).tolist(), [], [tuple(map(int, face)) for face in faces])
     mesh.validate()
     if smooth is not None:
         mesh.shade_smooth()
@@ -31,6 +32,15 @@ def link_copy(obj: bpy.types.Object) -> bpy.types.Object:
     return copy
 
 
+def grid_faces(rows: int, columns: int, wrap: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """Quads (n, 4) between the neighbours of a grid of points that are numbered row by row.
+
+    wrap: 1 where the last (row, column) meets the first.
+    """
+    index = np.pad(np.arange(rows * columns).reshape(rows, columns), ((0, wrap[0]), (0, wrap[1])), "wrap")
+    return np.stack([index[:-1, :-1], index[:-1, 1:], index[1:, 1:], index[1:, :-1]], -1).reshape(-1, 4)
+
+
 def arc(x: float, z: float, radius: float, start: float, stop: float, steps: int = 6) -> list[tuple[float, float]]:
     """Points (r, z) on a circle around (x, z), from angle `start` to `stop` in degrees."""
     angles = np.radians(np.linspace(start, stop, steps + 1))
@@ -39,7 +49,8 @@ def arc(x: float, z: float, radius: float, start: float, stop: float, steps: int
 
 def superellipse(angles, power: float):
     """Unit cross section |x|^p + |y|^p = 1 at the angles (radians): 2 is a circle, 8 a square with round corners."""
-    cos, sin = np.cos(angles), np.sin(angles)
+    cos = np.cos(angles)
+    sin = np.sin(angles)
     return np.sign(cos) * np.abs(cos) ** (2 / power), np.sign(sin) * np.abs(sin) ** (2 / power)
 
 
@@ -49,17 +60,9 @@ def loft(name, profile, material=None, power=2.0, depths: Sequence[float] | None
     x, y = superellipse(np.linspace(0, 2 * np.pi, steps, endpoint=False), power)
     rings = [np.stack([r * x, r * d * y, np.full(steps, z)], 1) for (r, z), d in zip(profile, depths, strict=True)]
     base = np.arange(steps)
-    following = (base + 1) % steps
-    faces = [
-        quad
-        for k in range(len(profile) - 1)
-        for quad in np.stack(
-            [k * steps + base, k * steps + following, (k + 1) * steps + following, (k + 1) * steps + base], 1
-        )
-    ]
     # End caps are fans of one n-gon: profiles start and end on the axis or close flat.
-    faces += [base[::-1], (len(profile) - 1) * steps + base]
-    return add_mesh(name, np.concatenate(rings), faces, material)
+    caps = [base[::-1], (len(profile) - 1) * steps + base]
+    return add_mesh(name, np.concatenate(rings), [*grid_faces(len(profile), steps, (0, 1)), *caps], material)
 
 
 def pillar(name, radius, height, material, bevel=0.03, power=2.0, depth=1.0) -> bpy.types.Object:
@@ -71,12 +74,13 @@ def pillar(name, radius, height, material, bevel=0.03, power=2.0, depth=1.0) -> 
 
 def cuboid(name, size, material, bevel=0.02) -> bpy.types.Object:
     """Box of size (x, y, z) standing on z = 0, with bevelled edges."""
-    sx, sy, sz = (s / 2 for s in size)
-    corners = [(x * sx, y * sy, sz + z * sz) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]
+    corners = np.array(list(itertools.product((-1, 1), repeat=3))) * (np.array(size) / 2)
+    corners[:, 2] += size[2] / 2
     faces = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
     box = add_mesh(name, corners, faces, material)
     modifier = box.modifiers.new("bevel", "BEVEL")
-    modifier.width, modifier.segments = bevel, 2
+    modifier.width = bevel
+    modifier.segments = 2
     return box
 
 
@@ -93,34 +97,29 @@ def tube(
     angles = np.linspace(0, 2 * np.pi, 10, endpoint=False)[:, None, None]
     rings = line + radius * (np.cos(angles) * side + np.sin(angles) * up)  # (10, points, 3)
     count = len(line)
-    faces = []
-    for around in range(10):
-        beside = (around + 1) % 10
-        for k in range(count if closed else count - 1):
-            after = (k + 1) % count
-            faces.append((around * count + k, beside * count + k, beside * count + after, around * count + after))
+    faces = list(grid_faces(10, count, (1, int(closed)))[:, [0, 3, 2, 1]])
     if not closed:
-        faces.append([around * count for around in range(9, -1, -1)])
-        faces.append([around * count + count - 1 for around in range(10)])
+        ends = count * np.arange(10)
+        faces += [ends[::-1], ends + count - 1]
     return add_mesh(name, rings.reshape(-1, 3), faces, material, smooth=60.0)
 
 
 def plane(name, half_x, half_y, material, location=(0, 0, 0), rotation=(0, 0, 0)) -> bpy.types.Object:
     corners = [(-half_x, -half_y, 0), (half_x, -half_y, 0), (half_x, half_y, 0), (-half_x, half_y, 0)]
     obj = add_mesh(name, corners, [(0, 1, 2, 3)], material, smooth=None)
-    obj.location, obj.rotation_euler = location, rotation
+    obj.location = location
+    obj.rotation_euler = rotation
     return obj
 
 
 def relief(name, x_range, y_range, height, material, steps=140) -> bpy.types.Object:
     """Grid whose z is `height(x, y)`, a function of numpy arrays."""
     x, y = np.meshgrid(np.linspace(*x_range, steps), np.linspace(*y_range, steps))
-    index = np.arange(steps * steps).reshape(steps, steps)
-    quads = np.stack([index[:-1, :-1], index[:-1, 1:], index[1:, 1:], index[1:, :-1]], -1).reshape(-1, 4)
-    return add_mesh(name, np.stack([x, y, height(x, y)], -1).reshape(-1, 3), quads, material, smooth=180.0)
+    points = np.stack([x, y, height(x, y)], -1).reshape(-1, 3)
+    return add_mesh(name, points, grid_faces(steps, steps), material, smooth=180.0)
 
 
-def sphere_points(rows=24, columns=36) -> tuple[np.ndarray, list[tuple[int, ...]]]:
+def sphere_points(rows=24, columns=36) -> tuple[np.ndarray, np.ndarray]:
     """Vertices of a unit sphere and its faces; the first and last rows are tiny rings around the poles."""
     polar, around = np.meshgrid(
         np.linspace(1e-3, np.pi - 1e-3, rows), np.linspace(0, 2 * np.pi, columns, endpoint=False), indexing="ij"
@@ -128,12 +127,7 @@ def sphere_points(rows=24, columns=36) -> tuple[np.ndarray, list[tuple[int, ...]
     points = np.stack([np.sin(polar) * np.cos(around), np.sin(polar) * np.sin(around), np.cos(polar)], -1).reshape(
         -1, 3
     )
-    faces = [
-        (r * columns + c, (r + 1) * columns + c, (r + 1) * columns + (c + 1) % columns, r * columns + (c + 1) % columns)
-        for r in range(rows - 1)
-        for c in range(columns)
-    ]
-    return points, faces
+    return points, grid_faces(rows, columns, (0, 1))[:, [0, 3, 2, 1]]
 
 
 def bumps(points: np.ndarray, rng, count=10, frequency=2.0) -> np.ndarray:
@@ -161,9 +155,7 @@ def leaf(name, length, width, material, curl=0.25, fold=0.2, steps=8) -> bpy.typ
     for side in (-1.0, 0.0, 1.0):
         columns.append(np.stack([side * half, length * t, fold * half * abs(side) - curl * length * t**2], 1))
     points = np.concatenate(columns)
-    n = steps + 1
-    faces = [(s * n + k, (s + 1) * n + k, (s + 1) * n + k + 1, s * n + k + 1) for s in (0, 1) for k in range(steps)]
-    return add_mesh(name, points, faces, material, smooth=180.0)
+    return add_mesh(name, points, grid_faces(3, steps + 1)[:, [0, 3, 2, 1]], material, smooth=180.0)
 
 
 def frond(name, length, material, droop=0.3, pairs=15, leaflet=0.42, width=0.035) -> bpy.types.Object:
@@ -189,7 +181,7 @@ def frond(name, length, material, droop=0.3, pairs=15, leaflet=0.42, width=0.035
                 root + across * 0.3,
             ]
             faces.append(tuple(range(len(points), len(points) + 5)))
-            points += [bend(p) for p in outline]
+            points += map(bend, outline)
     rib = [(-0.012, -0.3), (0.012, -0.3), (0.004, 1.0), (-0.004, 1.0)]
     for lower, upper in zip(np.linspace(0, 1, 9)[:-1], np.linspace(0, 1, 9)[1:], strict=True):
         quad = []
@@ -201,5 +193,5 @@ def frond(name, length, material, droop=0.3, pairs=15, leaflet=0.42, width=0.035
         ):
             quad.append((left[0] + (right[0] - left[0]) * t, left[1] + (right[1] - left[1]) * t))
         faces.append(tuple(range(len(points), len(points) + 4)))
-        points += [bend(p) for p in quad]
+        points += map(bend, quad)
     return add_mesh(name, points, faces, material, smooth=180.0)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import bpy
 import numpy as np
 
 from packshot.render import materials
+from packshot.render.frame import Design
+from packshot.render.materials import tinted
 from packshot.render.mesh import add_mesh, arc, loft, pillar, sphere_points, tube
 from packshot.render.package_parts import (
     Body,
@@ -23,9 +24,9 @@ from packshot.render.package_parts import (
     raise_by,
     shouldered,
     skin,
+    widened,
 )
 
-Design = dict[str, Any]
 Point = tuple[float, float, float]
 
 
@@ -36,12 +37,13 @@ def _circle(radius: float, z: float, count: int = 48) -> list[Point]:
 
 def _clear(design: Design) -> bpy.types.Material:
     """Glass that is nearly colourless, with a breath of the design's colour."""
-    return materials.glass("body", [0.82 + 0.18 * channel for channel in color_of(design, "body")], 0.0)
+    return materials.glass("body", tinted(color_of(design, "body"), 0.18, 0.82), 0.0)
 
 
 def _drink(design: Design) -> bpy.types.Material:
-    tone = [min(1.0, 0.1 + 0.9 * channel) for channel in color_of(design, "accent")]
-    return materials.plain("drink", tone, 0.05, Transmission_Weight=0.7, IOR=1.33)
+    return materials.plain(
+        "drink", tinted(color_of(design, "accent"), 0.9, 0.1), 0.05, Transmission_Weight=0.7, IOR=1.33
+    )
 
 
 # ---- packages ----
@@ -133,18 +135,18 @@ def _wine_glass(design: Design) -> None:
     ]
     inside = [(0.82, 1.0), (0.78, 1.0), (0.91, 0.85), (0.95, 0.72), (0.79, 0.6), (0.2, 0.49)]
     profile = [*outside, (0.95, 0.85), *inside]
-    loft("glass", [(radius * r, z) for r, z in profile], _clear(design))
+    loft("glass", widened(profile, radius), _clear(design))
     if design["stripes"]:
         fill = [(0.19, 0.492), (0.77, 0.602), (0.92, 0.7)]
-        loft("drink", [(radius * r, z) for r, z in fill], _drink(design))
+        loft("drink", widened(fill, radius), _drink(design))
 
 
 def _tumbler(design: Design) -> None:
     radius = design["aspect"] / 2
     profile = [(0.85, 0.0), (0.88, 0.03), (1.0, 0.98), (0.97, 1.0), (0.93, 0.98), (0.79, 0.13)]
-    loft("glass", [(radius * r, z) for r, z in profile], _clear(design))
+    loft("glass", widened(profile, radius), _clear(design))
     if design["stripes"]:
-        loft("drink", [(radius * 0.78, 0.135), (radius * 0.87, 0.66)], _drink(design))
+        loft("drink", widened([(0.78, 0.135), (0.87, 0.66)], radius), _drink(design))
 
 
 def _vase(design: Design) -> None:
@@ -152,14 +154,14 @@ def _vase(design: Design) -> None:
     belly = 0.25 + 0.3 * design["roundness"]
     outside = [(0.55, 0.0), (0.6, 0.02), (1.0, belly), (0.88, belly + 0.18), (0.4, 0.8), (0.55, 0.98), (0.53, 1.0)]
     inside = [(0.48, 0.98), (0.33, 0.8), (0.8, belly + 0.17), (0.9, belly), (0.45, 0.06)]
-    loft("body", [(radius * r, z) for r, z in [*outside, *inside]], skin(design))
+    loft("body", widened([*outside, *inside], radius), skin(design))
 
 
 def _carafe(design: Design) -> None:
     radius = design["aspect"] / 2
     outside = [(0.9, 0.0), (1.0, 0.1), (0.98, 0.3), (0.36, 0.66), (0.3, 0.8), (0.42, 0.9)]
     inside = [(0.38, 0.9), (0.25, 0.8), (0.3, 0.66), (0.92, 0.3), (0.92, 0.1), (0.8, 0.04)]
-    loft("glass", [(radius * r, z) for r, z in [*outside, *inside]], _clear(design))
+    loft("glass", widened([*outside, *inside], radius), _clear(design))
     raise_by(pillar("stopper", radius * 0.34, 0.16, cap_material(design), 0.02), 0.84)
     if design["stripes"]:
         loft("drink", [(radius * 0.79, 0.045), (radius * 0.91, 0.1), (radius * 0.9, 0.3)], _drink(design))
@@ -172,7 +174,7 @@ def _bracelet(design: Design) -> None:
     """A leaning ring, or beads on it."""
     radius = design["aspect"] / 2 - 0.1
     ring = [(x, y, 0.5 + 0.4 * y / radius) for x, y, _ in _circle(radius, 0.0, 60)]
-    metal = materials.metal("metal", [0.3 + 0.7 * channel for channel in color_of(design, "accent")], 0.15)
+    metal = materials.metal("metal", tinted(color_of(design, "accent"), 0.7, 0.3), 0.15)
     if design["stripes"] == 0:
         tube("ring", ring, 0.09, metal, (0, -0.37, 0.93), closed=True)
         return
@@ -241,7 +243,7 @@ def _stool(design: Design) -> None:
 def _candlestick(design: Design) -> None:
     radius = design["aspect"] / 2
     stem = [(1.0, 0.0), (1.0, 0.025), (0.3, 0.07), (0.14, 0.14), (0.12, 0.42), (0.34, 0.5), (0.34, 0.53), (0.2, 0.535)]
-    loft("stick", [(radius * r, z) for r, z in stem], skin(design))
+    loft("stick", widened(stem, radius), skin(design))
     wax = materials.plain("wax", color_of(design, "label"), 0.5)
     raise_by(pillar("candle", radius * 0.2, 0.42, wax, 0.008), 0.53)
     raise_by(pillar("wick", 0.006, 0.05, materials.plain("wick", (0.02, 0.02, 0.02)), 0.001), 0.95)

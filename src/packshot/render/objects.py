@@ -22,6 +22,7 @@ import numpy as np
 from mathutils import Matrix, Vector
 from PIL import Image
 
+from packshot.render.materials import find_node
 from packshot.runs.files import resolve
 
 FOLDER = "data/objects"
@@ -59,7 +60,7 @@ def _imported(path: Path, **axes: str) -> list[bpy.types.Object]:
 
 
 def _shader(material: bpy.types.Material):
-    return next((node for node in material.node_tree.nodes if node.type == "BSDF_PRINCIPLED"), None)
+    return find_node(material.node_tree, "BSDF_PRINCIPLED")
 
 
 def _area(parts: list[bpy.types.Object], material: bpy.types.Material) -> float:
@@ -73,11 +74,12 @@ def _area(parts: list[bpy.types.Object], material: bpy.types.Material) -> float:
 
 def _tint(parts: list[bpy.types.Object], color: list[float]) -> None:
     """Give the largest plain (untextured) material of the object another colour."""
-    plain = [
-        material
-        for material in {material for part in parts for material in part.data.materials if material}
-        if (shader := _shader(material)) is not None and not shader.inputs["Base Color"].is_linked
-    ]
+    plain = set()
+    for part in parts:
+        for material in filter(None, part.data.materials):
+            shader = _shader(material)
+            if shader is not None and not shader.inputs["Base Color"].is_linked:
+                plain.add(material)
     if plain:
         largest = max(plain, key=lambda material: (_area(parts, material), material.name))
         _shader(largest).inputs["Base Color"].default_value = (*color, 1)
@@ -132,11 +134,12 @@ def _round_numbers(path: Path) -> None:
     """Four decimals of an object 1 high are a tenth of a pixel at 1024 px, and half the file; normals need three."""
 
     def shorter(line: str) -> str:
+        if line[:2] not in ("v ", "vn", "vt"):
+            return line
         digits = 3 if line.startswith("vn") else 4
         return re.sub(r"-?\d+\.\d+", lambda m: f"{float(m.group()):.{digits}f}".rstrip("0").rstrip("."), line)
 
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join(shorter(line) if line[:2] in ("v ", "vn", "vt") else line for line in lines) + "\n")
+    path.write_text("\n".join(map(shorter, path.read_text().splitlines())) + "\n")
 
 
 def _save_textures(source: Path, materials: Path, out: Path) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import bpy
 import numpy as np
 
 from packshot.render import materials
+from packshot.render.frame import Design
+from packshot.render.materials import tinted
 from packshot.render.mesh import arc, loft
 
 
@@ -27,38 +28,40 @@ class Body:
         own = [z for _, z in self.profile if low < z < high]
         return np.unique([low, *own, *np.linspace(low, high, 6)])
 
+    def section(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(x radius, y / x ratio) of the skin at the heights."""
+        radii, heights = np.array(self.profile).T
+        return np.interp(z, heights, radii), np.interp(z, heights, self.depths)
+
     def front(self, x: np.ndarray, z: np.ndarray, offset: float) -> np.ndarray:
         """y of the front surface at (x, z), moved outwards by `offset`."""
-        heights = [point[1] for point in self.profile]
-        radius = np.interp(z, heights, [point[0] for point in self.profile])
-        depth = radius * np.interp(z, heights, self.depths)
+        radius, ratio = self.section(z)
+        depth = radius * ratio
         inside = np.clip(1 - np.abs(x / radius) ** self.power, 0, 1)
         return -depth * inside ** (1 / self.power) - offset
 
 
-def color_of(design: dict[str, Any], name: str) -> list[float]:
+def color_of(design: Design, name: str) -> list[float]:
     """One of the palette's colours: body, label, ink or accent."""
     return design["colors"][name]
 
 
-def skin(design: dict[str, Any]) -> bpy.types.Material:
+def skin(design: Design) -> bpy.types.Material:
     """The body's material in the design's colour and finish."""
-    color, finish = color_of(design, "body"), design["finish"]
+    color = color_of(design, "body")
+    finish = design["finish"]
     if finish == "glass":
-        return materials.glass("body", [0.25 + 0.75 * c for c in color])
+        return materials.glass("body", tinted(color, 0.75, 0.25))
     if finish == "frosted":
-        return materials.plain(
-            "body", [0.15 + 0.85 * c for c in color], 0.32, Transmission_Weight=0.35, Coat_Weight=0.2
-        )
+        return materials.plain("body", tinted(color, 0.85, 0.15), 0.32, Transmission_Weight=0.35, Coat_Weight=0.2)
     if finish == "metal":
-        tone = [0.35 + 0.6 * c for c in color]
-        return materials.metal("body", tone, 0.28)
-    return materials.plain(
-        "body", color, 0.14 if finish == "glossy" else 0.55, Coat_Weight=0.6 if finish == "glossy" else 0.0
-    )
+        return materials.metal("body", tinted(color, 0.6, 0.35), 0.28)
+    if finish == "glossy":
+        return materials.plain("body", color, 0.14, Coat_Weight=0.6)
+    return materials.plain("body", color, 0.55)
 
 
-def cap_material(design: dict[str, Any]) -> bpy.types.Material:
+def cap_material(design: Design) -> bpy.types.Material:
     """The material of the design's cap."""
     choices: dict[str, Callable[[], bpy.types.Material]] = {
         "gold": lambda: materials.metal("gold"),
@@ -82,6 +85,11 @@ def raise_by(obj: bpy.types.Object, z: float) -> bpy.types.Object:
 def draw_body(body: Body, material: bpy.types.Material, name="body") -> bpy.types.Object:
     """The body as a mesh."""
     return loft(name, body.profile, material, body.power, body.depths, 64 if body.power == 2 else 96)
+
+
+def widened(profile: Sequence[tuple[float, float]], radius: float) -> list[tuple[float, float]]:
+    """A profile of (share of the radius, z) as one of (radius, z)."""
+    return [(radius * share, z) for share, z in profile]
 
 
 def cylinder_body(radius, bottom, top, bevel, power=2.0, depth=1.0, label=(0.15, 0.85)) -> Body:

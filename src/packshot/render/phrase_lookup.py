@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
 
 from packshot.errors import ConfigError
+from packshot.render.frame import Words
 from packshot.render.sample import suits
 from packshot.scene import SLOTS
 from packshot.scene.scores import token_f1
@@ -47,7 +47,7 @@ def _nearest(slot: str, phrase: str) -> str:
     return " ".join(filter(None, (max(SLOTS[slot].vocabulary, key=likeness), position)))
 
 
-def renderable(slots: dict[str, Any], nearest: bool = False) -> dict[str, Any]:
+def renderable(slots: Words, nearest: bool = False) -> Words:
     """Slots of a Scene (empty ones are left out) as what the renderer can build.
 
     nearest: replace a phrase that it does not know by the most similar one.
@@ -55,7 +55,7 @@ def renderable(slots: dict[str, Any], nearest: bool = False) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown phrase, with what the slot knows; or a light that the background cannot show.
     """
-    found: dict[str, Any] = {}
+    found: Words = {}
     for slot, value in slots.items():
         if not value:
             continue
@@ -73,7 +73,7 @@ def renderable(slots: dict[str, Any], nearest: bool = False) -> dict[str, Any]:
     return found
 
 
-def _check_light(found: dict[str, Any]) -> None:
+def _check_light(found: Words) -> None:
     """Some light cannot be seen on some surface or before some background, however the rest is drawn."""
     if "lighting" not in found:
         return

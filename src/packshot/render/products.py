@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import bpy
 import numpy as np
 from mathutils import Matrix
 
 from packshot.render import materials
-from packshot.render.mesh import add_mesh, arc, loft, pillar
+from packshot.render.frame import Design
+from packshot.render.mesh import add_mesh, arc, grid_faces, loft, pillar
 from packshot.render.more_products import MORE_BUILDERS
 from packshot.render.objects import add_object
 from packshot.render.package_parts import (
@@ -78,7 +78,7 @@ def _tube(design):
     radius, cap = design["aspect"] / 2, 0.15
     heights = np.linspace(cap, 1.0, 14)
     t = (heights - cap) / (1 - cap)
-    profile = [(radius * (0.9 + 0.1 * u), z) for u, z in zip(t, heights, strict=True)]
+    profile = list(zip(radius * (0.9 + 0.1 * t), heights, strict=True))
     body = Body(profile, [max(0.03, 1 - u**1.4) for u in t], 2.0, (0.3, 0.8))
     draw_body(body, skin(design))
     pillar("cap", radius * 0.8, cap + 0.01, cap_material(design), 0.015)
@@ -127,9 +127,8 @@ def _perfume(design):
     power = 2.0 + 8 * design["roundness"]
     body = cylinder_body(radius, 0.0, top, 0.04, power, 0.55, label=(0.2, 0.75))
     draw_body(body, skin(design))
-    liquid = materials.plain(
-        "liquid", [min(1.0, 0.2 + 0.9 * c) for c in color_of(design, "accent")], 0.05, Transmission_Weight=0.6, IOR=1.33
-    )
+    tone = materials.tinted(color_of(design, "accent"), 0.9, 0.2)
+    liquid = materials.plain("liquid", tone, 0.05, Transmission_Weight=0.6, IOR=1.33)
     raise_by(pillar("liquid", radius * 0.84, top * 0.72, liquid, 0.03, power, 0.45), 0.05)
     raise_by(pillar("collar", radius * 0.26, 0.06, materials.metal("gold"), 0.008), top - 0.01)
     raise_by(
@@ -190,7 +189,7 @@ def _object(design):
     add_object(design["model"], design["tint"])
 
 
-BUILDERS: dict[str, Callable[[dict[str, Any]], Body | None]] = {
+BUILDERS: dict[str, Callable[[Design], Body | None]] = {
     "bottle": _bottle, "dropper": _dropper, "pump": _pump, "jar": _jar, "tube": _tube,
     "can": _can, "aerosol": _aerosol, "carton": _carton, "perfume": _perfume, "tin": _tin,
     "spray": _spray, "lipstick": _lipstick, "object": _object,
@@ -201,34 +200,29 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], Body | None]] = {
 def _patch(name, body: Body, half_width, low, high, material, offset=0.002, steps=36) -> None:
     """A printed rectangle on the front of the body."""
     x, z = np.meshgrid(np.linspace(-half_width, half_width, steps), body.rows(low, high))
-    index = np.arange(x.size).reshape(x.shape)
-    quads = np.stack([index[:-1, :-1], index[:-1, 1:], index[1:, 1:], index[1:, :-1]], -1).reshape(-1, 4)
-    patch = add_mesh(name, np.stack([x, body.front(x, z, offset), z], -1).reshape(-1, 3), quads, material, smooth=60.0)
+    points = np.stack([x, body.front(x, z, offset), z], -1).reshape(-1, 3)
+    patch = add_mesh(name, points, grid_faces(*x.shape), material, smooth=60.0)
     patch.visible_shadow = False  # print lies in the skin; the gap that keeps it from flickering must cast nothing
 
 
 def _ring(name, body: Body, low, high, material, offset=0.002) -> None:
     """A printed band all the way round."""
     heights = body.rows(low, high)
-    points = [point[1] for point in body.profile]
-    radii = np.interp(heights, points, [point[0] for point in body.profile])
-    depths = np.interp(heights, points, body.depths)
+    radii, ratios = body.section(heights)
     x_radii = radii + offset
     profile = list(zip(x_radii.tolist(), heights.tolist(), strict=True))
-    loft(
-        name,
-        profile,
-        material,
-        body.power,
-        ((radii * depths + offset) / x_radii).tolist(),
-        64 if body.power == 2 else 96,
-    )
+    depths = ((radii * ratios + offset) / x_radii).tolist()
+    loft(name, profile, material, body.power, depths, 64 if body.power == 2 else 96)
 
 
 def _print_text(text, body: Body, size, z, material, offset) -> None:
     """Lay the text on the front of the body by projecting each vertex onto it."""
     curve = bpy.data.curves.new("text", "FONT")
-    curve.body, curve.size, curve.align_x, curve.align_y, curve.resolution_u = text, size, "CENTER", "CENTER", 3
+    curve.body = text
+    curve.size = size
+    curve.align_x = "CENTER"
+    curve.align_y = "CENTER"
+    curve.resolution_u = 3
     holder = bpy.data.objects.new("text_curve", curve)
     bpy.context.scene.collection.objects.link(holder)
     bpy.context.view_layer.update()
@@ -282,9 +276,9 @@ _LAYOUTS: dict[str, Callable[[Body, float, bpy.types.Material, bpy.types.Materia
 }
 
 
-def _print_label(design: dict[str, Any], body: Body) -> None:
+def _print_label(design: Design, body: Body) -> None:
     low, high = body.label
-    radius = float(np.interp((low + high) / 2, [p[1] for p in body.profile], [p[0] for p in body.profile]))
+    radius = float(body.section(np.array((low + high) / 2))[0])
     paper = materials.plain("paper", color_of(design, "label"), 0.65)
     accent = materials.plain("stripe", color_of(design, "accent"), 0.5)
     half_width = radius * (0.8 if body.power == 2 else 0.72)
@@ -301,9 +295,7 @@ def _print_label(design: dict[str, Any], body: Body) -> None:
     _print_text(design["brand"], body, size, low + span * 0.6, materials.plain("ink", ink_color, 0.55), 0.0045)
 
 
-def add_product(
-    design: dict[str, Any], height: float, at: tuple[float, float, float], turn: float
-) -> list[bpy.types.Object]:
+def add_product(design: Design, height: float, at: tuple[float, float, float], turn: float) -> list[bpy.types.Object]:
     """Build the product `height` scene units high at (x, y, z), turned by `turn` degrees; returns its objects."""
     before = set(bpy.context.scene.objects)
     body = BUILDERS[design["kind"]](design)

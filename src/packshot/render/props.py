@@ -12,7 +12,7 @@ import numpy as np
 from mathutils import Euler, Matrix, Vector
 
 from packshot.render import materials
-from packshot.render.mesh import add_mesh, cuboid, frond, leaf, loft, pebble, pillar, sphere_points
+from packshot.render.mesh import add_mesh, cuboid, frond, grid_faces, leaf, loft, pebble, pillar, sphere_points
 from packshot.scene.vocabulary import split_position
 
 
@@ -118,8 +118,7 @@ def _pampas_grass(layout: Layout) -> None:
             _place(add_mesh("plume", points, faces, fluff, smooth=None), foot)
             stalk = [(lean[0] * t * t * height, lean[1] * t * t * height, t * height) for t in np.linspace(0, 1, 8)]
             ribbon = [(x + dx, y, z) for x, y, z in stalk for dx in (-0.014, 0.014)]
-            quads = [(2 * k, 2 * k + 1, 2 * k + 3, 2 * k + 2) for k in range(7)]
-            _place(add_mesh("stalk", ribbon, quads, straw, smooth=None), foot)
+            _place(add_mesh("stalk", ribbon, grid_faces(8, 2), straw, smooth=None), foot)
 
 
 def _spray_of_leaves(layout, base, count, length, green) -> None:
@@ -201,7 +200,8 @@ def _smooth_stones(layout: Layout) -> None:
         size = rng.uniform(0.12, 0.32)
         if spot := layout.spot(size, (-0.6, 0.8)):
             tone = rng.choice(tones)
-            material = materials.mottled("pebble", [(0.3, [c * 0.8 for c in tone]), (0.7, tone)], 12, 0.5, bump=0.1)
+            stops = [(0.3, materials.tinted(tone, 0.8)), (0.7, tone)]
+            material = materials.mottled("pebble", stops, 12, 0.5, bump=0.1)
             stone = pebble("pebble", (size, size * rng.uniform(0.65, 0.9), size * rng.uniform(0.4, 0.6)), rng, material)
             _place(stone, spot, (0, 0, rng.uniform(0, 6.28)))
 

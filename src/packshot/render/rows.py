@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from packshot.errors import PackshotError
+from packshot.pipeline.step import Sample
 from packshot.runs.files import sha256
 from packshot.scene import Scene
 from packshot.scene.scene import scene_features
@@ -18,7 +18,7 @@ LICENSE = "CC0-1.0"
 LAYERS = ("image", "plate", "cutout", "shadow", "depth", "normals")
 
 
-def encode(image: Image.Image, quality: int | None) -> dict[str, Any]:
+def encode(image: Image.Image, quality: int | None) -> Sample:
     """The struct that `datasets` decodes to this image.
 
     quality: None for lossless (WebP, or PNG for one channel, which WebP lacks), or 0 to 100 for AVIF with full colour
@@ -36,7 +36,7 @@ def encode(image: Image.Image, quality: int | None) -> dict[str, Any]:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def row(folder: Path, quality: int | None) -> dict[str, Any]:
+def row(folder: Path, quality: int | None) -> Sample:
     """One dataset row from a finished render folder.
 
     Raises:

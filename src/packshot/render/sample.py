@@ -7,10 +7,9 @@ import json
 import random
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 from packshot.render import varied
-from packshot.render.frame import FRAME
+from packshot.render.frame import FRAME, Design, Item, Job, Words
 from packshot.runs.files import resolve
 from packshot.scene.vocabulary import (
     BACKGROUNDS,
@@ -125,7 +124,7 @@ _MOOD_LIKES: dict[str, tuple[str, ...]] = {
 
 
 @cache
-def _objects() -> dict[str, dict[str, Any]]:
+def _objects() -> dict[str, Design]:
     """The modelled objects by name, with their proportions (`data/objects/index.json`)."""
     return json.loads(resolve("data/objects/index.json").read_text())
 
@@ -133,8 +132,15 @@ def _objects() -> dict[str, dict[str, Any]]:
 @cache
 def product_pool() -> tuple[str, ...]:
     """The ids of all products: packages `p000` to `p095`, objects by name, and their colours (`handbag.blush`)."""
-    tints = [f"{name}.{palette}" for name, palettes in TINTED.items() for palette in palettes]
-    return (*(f"p{index:03d}" for index in range(PACKAGE_COUNT)), *_objects(), *tints)
+    tints = []
+    for name, palettes in TINTED.items():
+        tints += [f"{name}.{palette}" for palette in palettes]
+    return (*package_ids("p", PACKAGE_COUNT), *_objects(), *tints)
+
+
+def package_ids(letter: str, count: int) -> list[str]:
+    """The ids of a generation's packages, `p000` and so on."""
+    return [f"{letter}{index:03d}" for index in range(count)]
 
 
 def _share(text: str) -> float:
@@ -145,7 +151,7 @@ def _share(text: str) -> float:
 @cache
 def varied_pool() -> tuple[str, ...]:
     """The ids that the second generation's scenes choose from: packages `q000` to `q223` and the first pool."""
-    return (*(f"q{index:03d}" for index in range(varied.PACKAGE_COUNT)), *product_pool())
+    return (*package_ids("q", varied.PACKAGE_COUNT), *product_pool())
 
 
 def is_held_out(product_id: str) -> bool:
@@ -163,7 +169,7 @@ def is_held_out_combination(surface: str, background: str) -> bool:
     return _share(f"packshot-pair {surface} | {background}") < 1 / 8
 
 
-def design(product_id: str) -> dict[str, Any]:
+def design(product_id: str) -> Design:
     """The design behind an id: kind, colours, aspect (width / height), footprint (diameter / height), and more.
 
     It depends on the id alone, so that two scenes with one id show the same product.
@@ -182,7 +188,7 @@ def design(product_id: str) -> dict[str, Any]:
     }
 
 
-def _package(product_id: str) -> dict[str, Any]:
+def _package(product_id: str) -> Design:
     rng = random.Random(f"packshot-product-{product_id}")
     second = product_id.startswith("q")
     kinds = (*KINDS, *varied.ASPECTS) if second else KINDS
@@ -247,7 +253,7 @@ def _draw_surroundings(rng: random.Random, mood: str | None) -> list[str]:
     return [f"{thing} {place}" if rng.random() < 0.5 else thing for thing, place in zip(things, places, strict=False)]
 
 
-def sample_scene(rng: random.Random, given: dict[str, Any] | None = None, held_out: bool = False) -> dict[str, Any]:
+def sample_scene(rng: random.Random, given: Words | None = None, held_out: bool = False) -> Words:
     """Draw the five slots and the style as phrases of the vocabulary, coherent with the mood.
 
     given: slots that are set instead of drawn. The others stay what they are without it, unless they cannot be seen
@@ -262,8 +268,10 @@ def sample_scene(rng: random.Random, given: dict[str, Any] | None = None, held_o
     surroundings = _draw_surroundings(random.Random(rng.random()), mood)
     style = ["shallow depth of field"] if rng.random() < 0.2 else []
 
-    def draw() -> dict[str, Any]:
-        surface, background, lighting = (_draw(pairs, phrases, mood) for phrases in (SURFACES, BACKGROUNDS, LIGHTING))
+    def draw() -> Words:
+        surface = _draw(pairs, SURFACES, mood)
+        background = _draw(pairs, BACKGROUNDS, mood)
+        lighting = _draw(pairs, LIGHTING, mood)
         drowned = _COLORED_THINGS if lighting in _NEON else ()
         return {
             "surface": surface,
@@ -274,7 +282,7 @@ def sample_scene(rng: random.Random, given: dict[str, Any] | None = None, held_o
             "style": style,
         }
 
-    def fits(scene: dict[str, Any]) -> bool:
+    def fits(scene: Words) -> bool:
         return suits(scene["surface"], scene["background"], scene["lighting"])
 
     scene = draw()
@@ -298,7 +306,7 @@ def _products_of(held_out: bool, second: bool = False) -> tuple[str, ...]:
     return tuple(product for product in pool if is_held_out(product) == held_out)
 
 
-def sample_job(seed: int, given: dict[str, Any] | None = None, products: Sequence[str] | None = None) -> dict[str, Any]:
+def sample_job(seed: int, given: Words | None = None, products: Sequence[str] | None = None) -> Job:
     """One render job, the same for the same seed; JSON in and out without loss.
 
     Every seventh seed makes a scene for testing: a held-out product in a held-out combination of surface and
@@ -328,91 +336,95 @@ def sample_job(seed: int, given: dict[str, Any] | None = None, products: Sequenc
             "azimuth": round(rng.uniform(-9, 9), 2),
             "offset": [round(rng.gauss(0, 0.05), 3), round(rng.uniform(-0.07, 0.03), 3)],
         },
-        "podium": {"shape": rng.choice(("round", "round", "square")), "height": round(rng.uniform(0.22, 0.5), 3)},
+        "podium": _draw_podium(rng),
     }
 
 
-def _tallest(product: dict[str, Any], rng: random.Random, frame: tuple[float, float]) -> float:
+def _draw_podium(rng: random.Random) -> dict[str, object]:
+    return {"shape": rng.choice(("round", "round", "square")), "height": round(rng.uniform(0.22, 0.5), 3)}
+
+
+def _tallest(product: Design, rng: random.Random, frame: tuple[float, float]) -> float:
     """A height for the product, as a share of the frame's longer side: from small to nearly filling the frame."""
     room = min(frame[1], frame[0] / product["aspect"])
     return room * rng.triangular(0.28, 0.78, 0.62)
 
 
-def _draw_set(pool: Sequence[str], rng: random.Random, frame: tuple[float, float]) -> list[tuple[str, float]]:
-    """Ids and heights of a scene's products: one, or a set of two or three that share the frame's width."""
+def _draw_set(pool: Sequence[str], rng: random.Random, frame: tuple[float, float]) -> list[Item]:
+    """A scene's products, without place and turn: one, or a set of two or three that share the frame's width."""
     count = rng.choice((2, 2, 3)) if rng.random() < varied.SEVERAL else 1
     first = rng.choice(pool)
     chosen = [first]
     while len(chosen) < count:
         chosen.append(first if rng.random() < 0.3 else rng.choice(pool))
     narrow = (frame[0] / count, frame[1])
-    return [(product_id, round(_tallest(design(product_id), rng, narrow), 3)) for product_id in chosen]
+    items: list[Item] = []
+    for product_id in chosen:
+        product = design(product_id)
+        height = round(_tallest(product, rng, narrow), 3)
+        items.append({"product_id": product_id, "product": product, "height": height})
+    return items
 
 
-def _varied_scene(rng: random.Random, given: dict[str, Any] | None, held_out: bool, view: str | None) -> dict[str, Any]:
+def _varied_scene(rng: random.Random, given: Words | None, held_out: bool, view: str | None) -> Words:
     """A scene of the first generation's slots, moved to a studio or seen from elsewhere for some of the seeds.
 
-    A studio's surface and backdrop are one paper, so that the rule on held-out pairs says nothing of them.
+    A studio's surface and backdrop are one paper, so the rule on held-out pairs does not apply to them.
     """
-    scene: dict[str, Any] = sample_scene(random.Random(rng.random()), None, held_out)
+    scene: Words = sample_scene(random.Random(rng.random()), None, held_out)
     scene = varied.studio(scene, rng)
     if view is not None:
-        scene = scene | {"style": [view]}
+        scene["style"] = [view]
     if view == varied.VIEWS[-1]:  # from above nothing but the ground is seen
-        scene = scene | {"background": None}
+        scene["background"] = None
         if "wall" in scene["lighting"]:
-            scene = scene | {"lighting": "soft daylight"}
+            scene["lighting"] = "soft daylight"
     return scene | (given or {})
 
 
-def _sample_varied(seed: int, given: dict[str, Any] | None, products: Sequence[str] | None) -> dict[str, Any]:
+def _sample_varied(seed: int, given: Words | None, products: Sequence[str] | None) -> Job:
     """A job of the second generation. In addition to :func:`sample_job`: `frame` is the picture's (width, height), the
     longer one 1, and `others` are the further products of a set with their heights, places and turns."""
     rng = random.Random(f"packshot-varied-{seed}")
     frame = varied.draw_frame(rng)
-    chosen = _draw_set(products or _products_of(is_test_seed(seed), second=True), rng, frame)
-    designs = [design(product_id) for product_id, _ in chosen]
-    heights = [height for _, height in chosen]
-    places = varied.place_set(designs, heights, rng)
+    items = _draw_set(products or _products_of(is_test_seed(seed), second=True), rng, frame)
+    varied.place_set(items, rng)
     elevation, view = varied.draw_view(rng)
     lens = rng.choice((40, 50, 60, 70, 85, 100))
-    wide, tall = varied.extent(designs, heights, places, elevation, lens)
+    wide, tall = varied.extent(items, elevation, lens)
     shrink = min(1.0, (frame[0] - 2 * varied.MARGIN) / wide, (frame[1] - 2 * varied.MARGIN) / tall)
-    heights = [round(height * shrink, 3) for height in heights]
-    places = [(round(x * shrink, 3), round(y * shrink, 3)) for x, y in places]
-    elevation = max(elevation, varied.lowest_elevation(lens, max(heights) * FRAME / 2))
+    tallest = 0.0
+    for item in items:
+        x, y = item["place"]
+        item["height"] = round(item["height"] * shrink, 3)
+        item["place"] = [round(x * shrink, 3), round(y * shrink, 3)]
+        tallest = max(tallest, item["height"])
+    elevation = max(elevation, varied.lowest_elevation(lens, tallest * FRAME / 2))
     if elevation > -1 and view == varied.VIEWS[0]:  # too small to be seen from below
         view = None
     scene = _varied_scene(rng, given, is_test_seed(seed), view)
-    others = []
-    for number in range(1, len(chosen)):
-        others.append(
-            {
-                "product_id": chosen[number][0],
-                "product": designs[number],
-                "height": heights[number],
-                "place": list(places[number]),
-                "turn": round(rng.uniform(-24, 24), 1),
-            }
-        )
+    first, *others = items
+    for item in others:
+        item["turn"] = round(rng.uniform(-24, 24), 1)
     return {
         "seed": seed,
         "scene": scene,
-        "product_id": chosen[0][0],
-        "product": designs[0],
-        "height": heights[0],
+        "product_id": first["product_id"],
+        "product": first["product"],
+        "height": first["height"],
         "turn": round(rng.uniform(-40, 40), 1),
-        "place": list(places[0]),
+        "place": first["place"],
         "others": others,
         "frame": list(frame),
-        "camera": {
-            "lens": lens,
-            "elevation": round(elevation, 2),
-            "azimuth": round(rng.uniform(-14, 14), 2),
-            "offset": [
-                varied.offset_within(rng, wide * shrink, frame[0]),
-                varied.offset_within(rng, tall * shrink, frame[1]),
-            ],
-        },
-        "podium": {"shape": rng.choice(("round", "round", "square")), "height": round(rng.uniform(0.22, 0.5), 3)},
+        "camera": _draw_camera(rng, lens, elevation, (wide * shrink, tall * shrink), frame),
+        "podium": _draw_podium(rng),
     }
+
+
+def _draw_camera(
+    rng: random.Random, lens: int, elevation: float, taken: tuple[float, float], frame: tuple[float, float]
+) -> dict[str, object]:
+    """taken: the (width, height) of the frame that the products need."""
+    azimuth = round(rng.uniform(-14, 14), 2)
+    offset = [varied.offset_within(rng, taken[0], frame[0]), varied.offset_within(rng, taken[1], frame[1])]
+    return {"lens": lens, "elevation": round(elevation, 2), "azimuth": azimuth, "offset": offset}

@@ -6,15 +6,25 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import bpy
 import numpy as np
 
 from packshot.render import materials
 from packshot.render.backgrounds import STUDIO_PAINTS, floor_below, has_wall
-from packshot.render.frame import WALL_Y, reach_of
-from packshot.render.mesh import add_mesh, arc, bumps, cuboid, link_copy, pebble, pillar, relief, sphere_points
+from packshot.render.frame import WALL_Y, Job, reach_of
+from packshot.render.mesh import (
+    add_mesh,
+    arc,
+    bumps,
+    cuboid,
+    grid_faces,
+    link_copy,
+    pebble,
+    pillar,
+    relief,
+    sphere_points,
+)
 from packshot.scene.vocabulary import ON, SWEEPS
 
 OPEN_BACK = 8.0  # y where the ground ends if nothing is behind it: the camera looks down
@@ -68,14 +78,14 @@ def _sweep(color: int, rng: random.Random, reach: float) -> Ground:
     bend = rng.uniform(0.4, 1.6)
     line = [(-10.0, 0.0), *arc(start, bend, bend, -90, 0, 16), (start + bend, 10.0)]
     points = [(x, y, z) for y, z in line for x in (-10.0, 10.0)]
-    faces = [(2 * k, 2 * k + 1, 2 * k + 3, 2 * k + 2) for k in range(len(line) - 1)]
-    add_mesh("sweep", points, faces, material, smooth=180.0)
+    add_mesh("sweep", points, grid_faces(len(line), 2), material, smooth=180.0)
     return Ground(0.0, reach * 1.1)
 
 
-def _podium(material: bpy.types.Material, job: dict[str, Any], reach: float) -> Ground:
+def _podium(material: bpy.types.Material, job: Job, reach: float) -> Ground:
     """As wide as what stands on it needs: `reach` is the product's radius on the ground."""
-    height, radius = job["podium"]["height"], max(0.62, reach * 1.12 + 0.08)
+    height = job["podium"]["height"]
+    radius = max(0.62, reach * 1.12 + 0.08)
     if job["podium"]["shape"] == "square":
         pillar("podium", radius, height, material, 0.03, power=24)
     else:
@@ -96,7 +106,8 @@ def _ground(name: str, material, height: Callable, sink: float, reach: float, ba
 
 
 def _sand(rng: random.Random, reach: float, back: float) -> Ground:
-    phase, turn = rng.uniform(0, 6), rng.uniform(-0.5, 0.5)
+    phase = rng.uniform(0, 6)
+    turn = rng.uniform(-0.5, 0.5)
 
     def height(x, y):
         across = x * math.sin(turn) + y * math.cos(turn) + 0.14 * np.sin(1.7 * x + phase) + 0.05 * np.sin(4.1 * x)
@@ -119,7 +130,8 @@ def _snow(rng: random.Random, reach: float, back: float) -> Ground:
 
 def _water(rng: random.Random, reach: float, back: float) -> Ground:
     """Rings around the product over a light cross swell."""
-    phase, turn = rng.uniform(0, 6), rng.uniform(-0.6, 0.6)
+    phase = rng.uniform(0, 6)
+    turn = rng.uniform(-0.6, 0.6)
 
     def height(x, y):
         distance = np.hypot(x, y) - reach
@@ -156,7 +168,8 @@ def _pebbles(rng: random.Random, reach: float, back: float) -> Ground:
     stones = []
     for tone in tones:
         for _ in range(2):
-            material = materials.mottled("pebble", [(0.3, [c * 0.85 for c in tone]), (0.7, tone)], 10, 0.55, bump=0.1)
+            stops = [(0.3, materials.tinted(tone, 0.85)), (0.7, tone)]
+            material = materials.mottled("pebble", stops, 10, 0.55, bump=0.1)
             radius = rng.uniform(0.1, 0.14)
             stones.append(pebble("pebble", (radius, radius * rng.uniform(0.7, 0.9), radius * 0.55), rng, material))
     relief("gravel", (-5, 5), (-6, back), lambda x, y: 0 * x - 0.02, materials.stone((0.5, 0.48, 0.45)), 2)
@@ -174,7 +187,8 @@ def _pebbles(rng: random.Random, reach: float, back: float) -> Ground:
 
 def _moss(rng: random.Random, reach: float, back: float) -> Ground:
     points, faces = sphere_points(72, 108)
-    radius, top = max(0.95, reach * 1.5), 0.36
+    radius = max(0.95, reach * 1.5)
+    top = 0.36
     rough = 0.09 * bumps(points, rng, 8, 1.6) + 0.035 * bumps(points, rng, 12, 7)
     points = points * (1 + rough)[:, None] * np.array([radius * 1.2, radius, 0.52])
     # Flatten the top softly so that a product can stand on it.
@@ -195,9 +209,10 @@ GROUNDS: dict[str, Callable[[random.Random, float, float], Ground]] = {
 }
 
 
-def build_surface(job: dict[str, Any]) -> Ground:
+def build_surface(job: Job) -> Ground:
     """Build what the product stands on, and the floor below it if that is a podium or a stone."""
-    surface, background = job["scene"]["surface"], job["scene"]["background"]
+    surface = job["scene"]["surface"]
+    background = job["scene"]["background"]
     reach = reach_of(job)
     if surface in SWEEPS:
         return _sweep(SWEEPS.index(surface), random.Random(f"packshot-ground-{job['seed']}"), reach)

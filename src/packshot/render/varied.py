@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Any
 
-from packshot.render.frame import FRAME
+from packshot.render.frame import FRAME, Item, Words
 from packshot.scene.vocabulary import BACKDROPS, STUDIO_COLORS, SWEEPS, VIEWS
 
 FIRST_SEED = 100_000_000
@@ -46,15 +45,14 @@ ON_SWEEP = 0.22
 BEFORE_BACKDROP = 0.08
 STUDIO_WEIGHTS = (5, 3, 1, 1, 1, 1, 1, 1)  # of the colours: most studios are white or grey
 SEVERAL = 0.12  # share of the scenes that show a set of two or three products
-FRAMES = (((1.0, 1.0), 0.6), ((0.75, 1.0), 0.2), ((1.0, 0.75), 0.2))  # (width, height), share
+FRAMES = {(1.0, 1.0): 0.6, (0.75, 1.0): 0.2, (1.0, 0.75): 0.2}  # (width, height): share
 MARGIN = 0.05  # of the frame, kept free around the product
 _LOW, _HIGH, _TOP = VIEWS
 
 
 def draw_frame(rng: random.Random) -> tuple[float, float]:
     """(width, height) of the picture, the longer one 1."""
-    frames = [frame for frame, _ in FRAMES]
-    return rng.choices(frames, [share for _, share in FRAMES])[0]
+    return rng.choices(list(FRAMES), list(FRAMES.values()))[0]
 
 
 def draw_view(rng: random.Random) -> tuple[float, str | None]:
@@ -69,7 +67,7 @@ def draw_view(rng: random.Random) -> tuple[float, str | None]:
     return rng.triangular(2, 30, 10), None
 
 
-def studio(scene: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+def studio(scene: Words, rng: random.Random) -> Words:
     """The scene on a studio sweep or before a backdrop, for the share of scenes that are; else as it is."""
     form = rng.random()
     number = rng.choices(range(len(SWEEPS)), STUDIO_WEIGHTS)[0]
@@ -84,42 +82,41 @@ def studio(scene: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     return scene
 
 
-def place_set(products: list[dict[str, Any]], heights: list[float], rng: random.Random) -> list[tuple[float, float]]:
-    """Where the products of a set stand, (x, y) in scene units around the set's middle: side by side, no two touching.
+def radius_of(item: Item) -> float:
+    """Radius of a product on the ground, in scene units; its height is a share of the frame."""
+    return 0.5 * item["height"] * FRAME * item["product"]["footprint"]
 
-    heights: of each product, as a share of the frame.
-    """
-    radii = [0.5 * height * FRAME * product["footprint"] for product, height in zip(products, heights, strict=True)]
+
+def place_set(items: list[Item], rng: random.Random) -> None:
+    """Sets the `place` of each product of a set: side by side, no two touching, the set's middle at (0, 0)."""
     x = 0.0
-    places: list[tuple[float, float]] = []
-    for number, radius in enumerate(radii):
+    for number, item in enumerate(items):
         if number:
-            x += radii[number - 1] + radius + rng.uniform(0.04, 0.16)
-        places.append((x, rng.uniform(-0.15, 0.15)))
-    middle = (places[0][0] - radii[0] + places[-1][0] + radii[-1]) / 2
-    return [(round(x - middle, 3), round(y, 3)) for x, y in places]
+            x += radius_of(items[number - 1]) + radius_of(item) + rng.uniform(0.04, 0.16)
+        item["place"] = (x, rng.uniform(-0.15, 0.15))
+    first, last = items[0], items[-1]
+    middle = (first["place"][0] - radius_of(first) + last["place"][0] + radius_of(last)) / 2
+    for item in items:
+        x, y = item["place"]
+        item["place"] = (round(x - middle, 3), round(y, 3))
 
 
-def extent(
-    products: list[dict[str, Any]],
-    heights: list[float],
-    places: list[tuple[float, float]],
-    elevation: float,
-    lens: float,
-) -> tuple[float, float]:
+def extent(items: list[Item], elevation: float, lens: float) -> tuple[float, float]:
     """Width and height that the products take in the picture at most, in units of the frame's longer side.
 
     The nearest parts are seen larger, and from above a product's depth adds to its height.
     """
     right = 0.0
     near = 0.0
-    for product, height, (x, y) in zip(products, heights, places, strict=True):
-        radius = 0.5 * height * FRAME * product["footprint"]
-        right = max(right, abs(x) + radius)
-        near = max(near, abs(y) + radius)
+    highest = 0.0
+    for item in items:
+        x, y = item["place"]
+        right = max(right, abs(x) + radius_of(item))
+        near = max(near, abs(y) + radius_of(item))
+        highest = max(highest, item["height"])
     slant = math.radians(abs(elevation))
     magnified = 1 / (1 - min(0.6, near / (FRAME * lens / 36)))
-    tall = max(heights) * math.cos(slant) + 2 * near / FRAME * math.sin(slant)
+    tall = highest * math.cos(slant) + 2 * near / FRAME * math.sin(slant)
     return 2 * right / FRAME * magnified, tall * magnified
 
 
