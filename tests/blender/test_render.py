@@ -70,7 +70,8 @@ def pixels(cell):
     return np.asarray(Image.open(io.BytesIO(cell["bytes"])), np.float64)
 
 
-def test_a_build_killed_at_random_ends_with_the_bytes_of_an_unbroken_one(unbroken, tmp_path):
+def test_a_killed_build_ends_with_the_same_bytes(unbroken, tmp_path):
+    """The build is killed at random moments and resumed."""
     out, rng, kills = tmp_path / "set", random.Random(1), 0
     for _ in range(3):
         process = start(out, "executor.workers=2", "run.resume=true")
@@ -84,7 +85,8 @@ def test_a_build_killed_at_random_ends_with_the_bytes_of_an_unbroken_one(unbroke
     assert contents(out) == contents(unbroken)
 
 
-def test_a_finished_build_does_nothing_and_leaves_no_scenes_behind(unbroken):
+def test_a_finished_build_does_nothing(unbroken):
+    """It renders nothing again and leaves no scene folders."""
     before = contents(unbroken)
     assert "everything was done already" in finish(start(unbroken, "run.resume=true"))
     assert contents(unbroken) == before

@@ -8,7 +8,8 @@ from packshot.imaging.color import to_lab
 from packshot.make_dataset import audit
 
 
-def test_association_is_one_for_copies_and_about_nothing_for_chance():
+def test_association_of_copies_and_of_chance():
+    """It is one for a copied column and about zero for independent ones."""
     rng = np.random.default_rng(0)
     letters = [str(letter) for letter in rng.integers(0, 8, 2000)]
     others = [str(letter) for letter in rng.integers(0, 8, 2000)]
@@ -32,7 +33,8 @@ def test_layers_that_belong_together_give_the_photograph():
     assert audit.mask_iou(np.roll(cutout[..., 3], 1, axis=1), cutout) == pytest.approx(3 / 5)
 
 
-def test_thumbnails_of_one_colour_apart_by_their_colour_difference():
+def test_thumbnails_differ_by_their_colour_difference():
+    """Each thumbnail has one colour."""
     grey, red = (np.full((16, 16, 3), color, np.uint8) for color in ((128,) * 3, (128, 0, 0)))
     a, b = (to_lab(pixels).ravel()[None] for pixels in (grey, red))
     assert audit.distances(a, a) == pytest.approx(0)

@@ -109,7 +109,8 @@ def test_a_product_set_opens_in_datasets_as_it_is(photos, tmp_path):
     assert Scene.from_dict(table[5]["scene"]) == Scene()
 
 
-def test_a_background_set_has_no_masks_and_is_read_by_the_trainers(photos, tmp_path):
+def test_the_trainers_read_a_background_set(photos, tmp_path):
+    """It has no masks."""
     for seed in range(5):
         (photos / f"{seed}.txt").write_text(CAPTION)
     (photos / "more" / "5.txt").write_text(CAPTION)
@@ -120,7 +121,8 @@ def test_a_background_set_has_no_masks_and_is_read_by_the_trainers(photos, tmp_p
     assert loaded[0]["scene"] == Scene.parse(CAPTION).scene
 
 
-def test_card_and_contact_sheet_show_counts_licences_and_pictures(photos, tmp_path):
+def test_card_and_contact_sheet(photos, tmp_path):
+    """They show counts, licences and pictures."""
     (photos / "empty.png").write_bytes(b"")
     out = run(photos, tmp_path / "out", "source.license=CC-BY-4.0")
     card = (out / "README.md").read_text()
@@ -132,7 +134,8 @@ def test_card_and_contact_sheet_show_counts_licences_and_pictures(photos, tmp_pa
     assert (counts["images"], counts["accepted"], counts["rejected"]) == (7, 6, 1)
 
 
-def test_transparent_cut_outs_are_stored_over_white_with_their_alpha_as_mask(tmp_path):
+def test_transparent_cut_outs_are_stored_over_white(tmp_path):
+    """Their alpha becomes the mask."""
     pixels = np.random.default_rng(0).integers(0, 200, (80, 80, 4), np.uint8)
     pixels[..., 3] = 0
     pixels[20:60, 20:60, 3] = 255
@@ -148,7 +151,7 @@ def test_transparent_cut_outs_are_stored_over_white_with_their_alpha_as_mask(tmp
 # --- what is left out
 
 
-def test_every_rejected_sample_is_kept_with_its_reason_and_measure(photos, tmp_path):
+def test_rejected_samples_keep_reason_and_measure(photos, tmp_path):
     Image.new("RGB", (90, 90), "white").save(photos / "blank.png")
     photo(6, (40, 300)).save(photos / "narrow.png")
     photo(7).filter(ImageFilter.GaussianBlur(12)).save(photos / "soft.png")
@@ -176,7 +179,8 @@ def test_every_rejected_sample_is_kept_with_its_reason_and_measure(photos, tmp_p
     assert len(rows(out)) == 7
 
 
-def test_a_raised_limit_of_pixels_holds_for_every_step_and_for_masks(photos, tmp_path, monkeypatch):
+def test_a_raised_pixel_limit_holds_for_every_step(photos, tmp_path, monkeypatch):
+    """It holds for masks too."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     monkeypatch.setattr("packshot.make_dataset.steps.MAX_PIXELS", 1000)
     (tmp_path / "masks").mkdir()
@@ -187,7 +191,8 @@ def test_a_raised_limit_of_pixels_holds_for_every_step_and_for_masks(photos, tmp
     assert [row["source"] for row in rows(out)] == ["photos/0.png"]
 
 
-def test_near_duplicates_across_shards_lose_against_the_earlier_one(photos, tmp_path):
+def test_near_duplicates_across_shards_are_rejected(photos, tmp_path):
+    """The earlier sample stays."""
     photo(1).resize((192, 160)).save(photos / "z.jpg", quality=80)
     for name, extra in (("one", ["shard_size=2"]), ("two", ["shard_size=2", "executor.workers=2"])):
         run(photos, tmp_path / name, "quality.duplicate_distance=4", *extra)
@@ -245,7 +250,8 @@ def test_a_published_card_says_nothing_of_disks_and_networks(photos, tmp_path, c
         assert said in card
 
 
-def test_when_nothing_is_accepted_the_build_fails_and_says_where_to_look(tmp_path):
+def test_a_build_that_accepts_nothing_fails(tmp_path):
+    """The message names the file with the reasons."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"")
     with pytest.raises(PackshotError, match="None of the 1 images") as caught:
@@ -279,7 +285,7 @@ def test_mask_files_are_used_and_bad_ones_rejected(photos, tmp_path):
     assert rejected(out)["4.png"]["measure"] == "source.masks has no 4.*"
 
 
-def test_masks_that_belong_to_no_image_or_to_one_image_twice_are_config_errors(photos, tmp_path):
+def test_masks_without_or_twice_for_an_image_are_refused(photos, tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()
     Image.new("L", (96, 80), 255).save(masks / "zero_mask.png")
@@ -299,7 +305,8 @@ def test_masks_beside_a_parquet_that_has_its_own_are_refused(photos, tmp_path):
         run(first, tmp_path / "out", f"source.masks={photos}")
 
 
-def test_two_pictures_of_one_stem_each_have_the_mask_of_their_name():
+def test_pictures_of_one_stem_have_masks_of_their_own():
+    """The mask is found by the whole file name."""
     names = ["a.jpg", "a.png", "b.jpg"]
     assert pair_masks("mask", names, ["a.jpg", "a.png", "b.png"]) == {
         "a.jpg": "a.jpg",
@@ -358,7 +365,8 @@ def shard(path, files, mode="w"):
     return path
 
 
-def test_tar_shards_bring_captions_masks_and_licences_and_lose_nothing(photos, tmp_path):
+def test_tar_shards_lose_nothing(photos, tmp_path):
+    """Captions, masks and licences arrive with the pictures."""
     mask = io.BytesIO()
     Image.open(photos / "1.png").convert("L").point(lambda value: 255 * (value < 140)).save(mask, "PNG")
     pictures = [(photos / f"{number}.png").read_bytes() for number in range(3)]
@@ -441,14 +449,15 @@ def odd_table(path, **columns):
         ("license", [{"name": "MIT"}] * 3, "struct<name: string>, not the name of a licence"),
     ],
 )
-def test_columns_that_are_not_what_their_name_says_are_config_errors(tmp_path, name, values, says):
+def test_columns_of_the_wrong_type_are_config_errors(tmp_path, name, values, says):
     table = odd_table(tmp_path / "t.parquet", **{name: values})
     with pytest.raises(ConfigError, match=rf"source.path: .*t.parquet: column '{name}' holds {says}"):
         run(table, tmp_path / "out", "dataset=background")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_row_without_a_picture_is_rejected_by_its_column_and_number(tmp_path):
+def test_a_row_without_a_picture_is_rejected(tmp_path):
+    """The message names the column and the row."""
     pictures = pq.read_table(odd_table(tmp_path / "t.parquet")).column("image").to_pylist()
     names = pa.array(["MIT", None, "MIT"]).dictionary_encode()
     table = odd_table(tmp_path / "t.parquet", image=[pictures[0], None, pictures[2]], license=names)
@@ -508,7 +517,8 @@ def die(number):
     os._exit(9)
 
 
-def test_ray_builds_the_same_bytes_and_passes_on_what_goes_wrong(photos, tmp_path, monkeypatch):
+def test_ray_builds_the_same_bytes(photos, tmp_path, monkeypatch):
+    """An error in a task is raised by the build."""
     from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no module that a worker could import
@@ -559,7 +569,8 @@ def captioner(monkeypatch, tmp_path):
     return ["captioner=florence2", f"model.florence2={tmp_path / 'weights'}", "captioner.prompt=calm"]
 
 
-def test_a_captioner_fills_empty_captions_and_one_failure_stops_nothing(photos, tmp_path, captioner):
+def test_a_captioner_fills_empty_captions(photos, tmp_path, captioner):
+    """One failed sample does not stop the build."""
     (photos / "0.txt").write_text("An object on a rock")
     photo(9, (100, 80)).save(photos / "9.png")
     out = run(photos, tmp_path / "out", *captioner)
@@ -589,7 +600,8 @@ def test_a_changed_prompt_redoes_captions_not_masks(photos, tmp_path, captioner)
 # --- measures
 
 
-def test_perceptual_hash_survives_encoding_and_tells_pictures_apart(tmp_path):
+def test_perceptual_hash_survives_encoding(tmp_path):
+    """It differs between different pictures."""
     coffee = Image.open(ROOT / "data/products/coffee.png").convert("RGB")
     coffee.resize((300, 200)).save(tmp_path / "c.jpg", quality=60)
     assert hamming(perceptual_hash(coffee), perceptual_hash(Image.open(tmp_path / "c.jpg"))) <= 4

@@ -152,7 +152,8 @@ def test_exit_code_of_a_wrong_key():
         (["objective.min_timestep=500", "objective.max_timestep=500"], "not above"),
     ],
 )
-def test_objectives_without_meaning_are_refused_before_a_model_loads(overrides, says):
+def test_objectives_without_meaning_are_refused(overrides, says):
+    """They are refused before a model loads."""
     with pytest.raises(ConfigError, match=says):
         compose("train_lora", overrides)
 
@@ -322,7 +323,8 @@ def test_a_sweep_expands_in_hydras_grammar(overrides, expected):
     assert expand("train_lora", overrides) == expected
 
 
-def test_the_jobs_of_a_sweep_have_their_own_folders_and_one_group():
+def test_jobs_of_a_sweep_share_a_group():
+    """Each job has a folder of its own."""
     found = jobs("train_lora", ["run.dir=outputs/rates", "train.learning_rate=1e-4,2e-4"])
     assert found == [
         [f"train.learning_rate={rate}", "tracking.group=rates", f"run.dir=outputs/rates/{index}"]

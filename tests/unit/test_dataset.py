@@ -206,7 +206,8 @@ def test_changed_files_are_copied_anew(tmp_path):
     assert load_rows("data.train", path, cache=cache)[1]["image"].getpixel((0, 0)) == (200, 0, 0)
 
 
-def test_a_file_that_breaks_off_among_its_pictures_is_named_and_nothing_is_kept(tmp_path):
+def test_a_truncated_file_is_named(tmp_path):
+    """No part of its copy is kept."""
     path = shards(tmp_path / "set", count=1)
     file = tmp_path / "set" / "part-00000.parquet"
     column = pq.ParquetFile(file).metadata.row_group(0).column(2)
@@ -237,7 +238,7 @@ def test_processes_that_want_one_set_copy_its_pictures_once(tmp_path, monkeypatc
     assert len(load_rows("data.train", path, cache=cache)) == 2
 
 
-def test_a_set_may_have_more_shards_than_a_process_may_open_files(tmp_path):
+def test_a_set_may_have_more_shards_than_open_files(tmp_path):
     path = shards(tmp_path / "set", count=40)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))

@@ -127,7 +127,8 @@ def test_decompression_bombs_are_refused_before_decoding(monkeypatch):
     assert reason(encode(Image.new("1", (20_000, 10_000)), "PNG"), max_pixels=50_000_000) == "too_many_pixels"
 
 
-def test_the_limit_may_be_above_pillows_own_which_stays_as_it_is(monkeypatch, recwarn):
+def test_the_limit_may_be_above_pillows_own(monkeypatch, recwarn):
+    """Pillow's own limit is not changed."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert decode_image(encode(picture(40, 24), "PNG"), "x", max_pixels=960).size == (40, 24)
     assert reason(encode(picture(40, 25), "PNG"), max_pixels=960) == "too_many_pixels"
@@ -135,7 +136,7 @@ def test_the_limit_may_be_above_pillows_own_which_stays_as_it_is(monkeypatch, re
     assert [str(warning.message) for warning in recwarn if "(960 pixels)" in str(warning.message)] == []
 
 
-def test_whoever_is_refused_for_size_is_not_sent_to_a_key_that_script_lacks():
+def test_a_size_error_names_a_key_of_the_script():
     with pytest.raises(DecodeError) as caught:
         decode_image(encode(picture(), "PNG"), "shoe.png", max_pixels=100)
     assert "quality.max_pixels" not in caught.value.hint
@@ -147,7 +148,8 @@ def test_content_decides_not_the_extension(tmp_path):
     assert decode_image(file, "photo.png").size == (40, 24)
 
 
-def test_srgb_profile_keeps_the_bytes_and_another_profile_converts():
+def test_an_srgb_profile_keeps_the_bytes():
+    """Another profile is converted."""
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     source = picture()
     same = decode_image(encode(source, "PNG", icc_profile=srgb), "x")

@@ -68,7 +68,8 @@ def made(photos, out, *overrides):
     return ids, [(row["source"], row["reason"], row["measure"]) for row in rejected]
 
 
-def test_rows_that_the_profile_does_not_let_in_are_rejected_with_their_licence(photos, tmp_path):
+def test_rows_are_rejected_with_their_licence(photos, tmp_path):
+    """The commercial profile does not accept it."""
     everything, _ = made(photos, tmp_path / "all", "source.license=CC-BY-NC-4.0")
     assert len(everything) == 4
     # the set is a source again: its rows bring their licences
@@ -101,7 +102,7 @@ def card(folder, head):
     return folder
 
 
-def test_weights_say_their_licence_in_a_card_beside_them_or_by_their_data(tmp_path):
+def test_weights_have_the_licence_of_card_or_data(tmp_path):
     assert weights_licenses("data/models/sdxl") == ["apache-2.0"]
     assert weights_licenses(str(card(tmp_path / "a", "license: openrail++"))) == ["openrail++"]
     (tmp_path / "a" / "vae").mkdir()
@@ -150,7 +151,8 @@ def test_lists_of_weights_are_all_looked_at(tmp_path):
         refuse_weights(compose("generate", ["licenses.commercial=true", f"adapters.controlnets=[{good},{bad}]"]))
 
 
-def test_scripts_stop_before_anything_is_written_and_run_on_what_is_shipped(tmp_path):
+def test_scripts_stop_before_anything_is_written(tmp_path):
+    """With the shipped data and weights they run."""
     bad = card(tmp_path / "base", "license: cc-by-nc-4.0")
     for script, run in (("train_lora", train), ("generate", generate)):
         out = tmp_path / script
@@ -176,7 +178,7 @@ def test_a_hub_id_whose_card_cannot_be_read_names_no_licence(monkeypatch):
     assert weights_licenses("somebody/model") == ["llama3.2"]
 
 
-def test_an_export_does_not_launder_the_licence_of_the_weights_it_began_with(tmp_path):
+def test_an_export_keeps_the_licences_of_its_weights(tmp_path):
     bad = card(tmp_path / "vae", "license: cc-by-nc-4.0")
     rows = load_rows("data.train", "data/rendered/heldout")
     export = tmp_path / "export"
@@ -193,7 +195,7 @@ def test_an_export_does_not_launder_the_licence_of_the_weights_it_began_with(tmp
         assert weights_licenses(str(export)) == []
 
 
-def test_rows_of_which_nothing_is_said_are_of_an_unknown_licence(tmp_path):
+def test_rows_without_a_licence_are_unknown(tmp_path):
     table = pq.read_table("data/rendered/heldout/part-00000.parquet")
     (tmp_path / "set").mkdir()
     pq.write_table(table.drop_columns("license"), tmp_path / "set" / "part-00000.parquet")
@@ -202,6 +204,7 @@ def test_rows_of_which_nothing_is_said_are_of_an_unknown_licence(tmp_path):
         load_rows("data.train", str(tmp_path / "set"), licenses=COMMERCIAL)
 
 
-def test_names_without_the_profile_are_refused_as_they_would_do_nothing():
+def test_allowed_names_need_the_profile():
+    """Without it they would have no effect."""
     with pytest.raises(ConfigError, match=r"licenses\.allowed has no effect"):
         compose("train_lora", ["licenses.allowed=[mine]"])

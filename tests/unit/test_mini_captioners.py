@@ -38,7 +38,8 @@ def render(name, scene, colour):
 A, B = render("a", RED, (200, 40, 40)), render("b", BLUE, (40, 40, 200))
 
 
-def test_stacked_scenes_show_and_say_the_one_below_and_the_other_above():
+def test_stacked_scenes_agree_with_their_pictures():
+    """The surface is that of the lower scene, the background that of the upper one."""
     image, scene = stacked(A, B, random.Random(0))
     assert (image[:40] == (40, 40, 200)).all(), "the other's plate, without its product"
     assert (image[-30:] == (200, 40, 40)).all()
@@ -52,7 +53,8 @@ def test_another_product_stands_before_the_same_plate():
     assert (image[60, 50:68] == (200, 40, 40)).all(), "the old product is gone"
 
 
-def test_sight_batches_are_drawn_by_the_generator_and_show_every_form():
+def test_sight_batches_show_every_form():
+    """The generator alone decides the draw."""
     renders = Renders([A, B], [])
     images, scenes = sight_batch(renders, torch.Generator().manual_seed(0), 64)
     again, same = sight_batch(renders, torch.Generator().manual_seed(0), 64)
@@ -102,7 +104,7 @@ def test_a_new_llama_looks_at_its_picture(tokenizer):
     assert model.model.vision_model.patch_embedding.weight.grad.any()
 
 
-def test_the_short_cut_through_the_picture_is_the_models_own_way(tokenizer):
+def test_the_short_cut_equals_the_models_own_way(tokenizer):
     """Training computes the picture's states once, for captions and phrases alike."""
     torch.manual_seed(0)
     model = mllama.build_mllama(tokenizer).eval()
@@ -137,7 +139,8 @@ def test_places_are_tokens_of_the_florence_tokenizer():
     assert "<loc_0>" not in train_florence_tokenizer(CAPTIONS * 4, 420).get_vocab()
 
 
-def test_florence_is_asked_for_captions_for_the_product_and_for_a_place():
+def test_florence_learns_captions_and_places():
+    """It is asked for captions, for the product and for what is at a place."""
     rng, told = random.Random(0), []
     for _ in range(300):
         told.append(florence2.tell(A, B, rng))

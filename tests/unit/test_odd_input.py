@@ -40,7 +40,7 @@ def examples(folder, parts, samples, *, buckets):
 
 
 @pytest.mark.parametrize("buckets", [True, False])
-def test_pictures_of_any_size_are_trained_on_without_cutting_a_product(tmp_path, parts, buckets):
+def test_no_size_cuts_a_product_in_training(tmp_path, parts, buckets):
     samples = [
         sample("square", 128, 128, (30, 30, 90, 90)),
         sample("wide", 90, 200, (20, 5, 70, 195)),  # too wide for its bucket at full height: bars above and below
@@ -81,7 +81,8 @@ def test_a_mask_of_another_size_is_refused_by_its_sample(tmp_path, parts):
 
 
 @pytest.mark.parametrize("some_buckets", [True, False])
-def test_a_resolution_that_the_base_cannot_draw_is_refused_with_the_nearest(parts, some_buckets):
+def test_an_impossible_resolution_is_refused(parts, some_buckets):
+    """The message names the nearest possible one."""
     method = Lora(parts, LoraMethod(rank=1, target_modules=r"mid_block.*attn2\.to_q"))
     with pytest.raises(ConfigError, match=r"model\.resolution=144 .* multiples of 32 px"):
         Encoder(parts, method, 144, DataConfig(buckets=some_buckets))

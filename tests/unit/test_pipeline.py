@@ -90,7 +90,8 @@ def test_steps_pass_on_what_they_keep_in_order(tmp_path):
     assert sum(e.rejected for entries in report.entries.values() for e in entries) + 7 == 50
 
 
-def test_the_number_of_shards_comes_from_the_input_and_workers_change_nothing(tmp_path):
+def test_workers_change_nothing(tmp_path):
+    """The number of shards comes from the input alone."""
     one, two = run(tmp_path / "one"), run(tmp_path / "two", workers=2)
     assert len(one.files("part")) == len(two.files("part")) == 3
     assert contents(tmp_path / "one") == contents(tmp_path / "two")

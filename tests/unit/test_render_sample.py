@@ -112,7 +112,8 @@ def test_a_product_id_is_one_design():
     assert len({json.dumps(product) for product in seen.values()}) == len(product_pool())
 
 
-def test_held_out_products_are_of_many_kinds_and_take_their_colours_along():
+def test_held_out_products_are_of_many_kinds():
+    """A held-out object is held out in all its colours."""
     held_out = [product for product in product_pool() if is_held_out(product)]
     kinds = {design(product).get("model") or design(product)["kind"] for product in held_out}
     assert len(kinds) >= 12
@@ -121,7 +122,8 @@ def test_held_out_products_are_of_many_kinds_and_take_their_colours_along():
             assert is_held_out(product) == is_held_out(product.split(".")[0])
 
 
-def test_test_scenes_share_neither_product_nor_combination_with_training():
+def test_test_scenes_share_nothing_with_training():
+    """Neither a product nor a pair of surface and background."""
     for job in JOBS:
         kept = is_test_seed(job["seed"])
         assert is_held_out(job["product_id"]) == kept
@@ -157,7 +159,8 @@ def test_all_slots_given_are_all_kept():
 # --- words from outside
 
 
-def test_an_unknown_phrase_is_refused_with_what_is_known_and_the_nearest():
+def test_an_unknown_phrase_is_refused():
+    """The message lists the known phrases and the nearest one."""
     with pytest.raises(ConfigError) as error:
         phrase_lookup.renderable({"background": "a brik wall"})
     assert "render.scene.background='a brik wall'" in str(error.value)
@@ -309,7 +312,7 @@ def test_a_sweep_stands_before_its_own_backdrop():
     assert colours == set(vocabulary.SWEEPS)
 
 
-def test_frames_are_square_portrait_and_landscape_and_some_show_a_set():
+def test_frames_have_three_shapes_and_some_show_a_set():
     frames = [tuple(job["frame"]) for job in VARIED]
     assert {frame: frames.count(frame) > 150 for frame in set(frames)} == dict.fromkeys(
         [(1.0, 1.0), (0.75, 1.0), (1.0, 0.75)], True

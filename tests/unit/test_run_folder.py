@@ -43,7 +43,8 @@ def test_what_does_not_print_is_escaped(text, shown):
     assert printable(text) == shown
 
 
-def test_a_folder_in_which_another_process_works_is_refused_until_that_one_is_dead(tmp_path):
+def test_a_folder_of_a_running_process_is_refused(tmp_path):
+    """It is free again once that process has ended."""
     work = f"""
 import time
 from packshot.config.compose import compose
@@ -73,7 +74,7 @@ with replacing_file(run.path / "report.json") as file, replacing_folder(run.path
     assert open_run("evaluate", again).resumed  # the same process may
 
 
-def test_a_folder_stays_locked_while_a_run_within_it_keeps_a_log_of_its_own(tmp_path):
+def test_a_folder_stays_locked_during_an_inner_run(tmp_path):
     """As evaluate.py has one when it draws, and as whoever reads log.txt."""
     outer = open_run("evaluate", compose("evaluate", [f"run.dir={tmp_path}/run"]))
     open_run("generate", compose("generate", [f"run.dir={tmp_path}/run/base"]))
@@ -109,7 +110,7 @@ def test_a_full_disk_ends_any_script_with_a_sentence(monkeypatch, capsys):
         run_stage("evaluate", [])
 
 
-def test_a_machine_that_does_not_see_the_run_folder_stops_all_of_them(tmp_path, monkeypatch):
+def test_a_machine_without_the_run_folder_stops_all(tmp_path, monkeypatch):
     other = SimpleNamespace(
         num_processes=2, process_index=1, is_main_process=False, wait_for_everyone=lambda: None, sign=tmp_path / "x"
     )

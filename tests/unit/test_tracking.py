@@ -59,7 +59,8 @@ def test_wandb_is_given_every_setting(online):
     assert expected.items() <= settings.items()
 
 
-def test_inputs_are_artifacts_online_and_references_in_the_config(online):
+def test_inputs_are_artifacts_or_references(online):
+    """They are artifacts online and references in the config."""
     tracker, wandb = online
     data = Input("dataset", "data.train", "data/rendered/heldout", "f00")
     tracker.inputs([data, Input("model", "model.base", "some-one/a-base")])
