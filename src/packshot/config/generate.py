@@ -27,6 +27,7 @@ POSITIONS = {
 }
 PLACEMENTS = ["original", *POSITIONS, "coordinates"]
 Placement = Names("Placement", list(PLACEMENTS))
+InferenceDtype = Names("InferenceDtype", ["auto", "float32", "float16", "bfloat16"])
 Suite = Names("Suite", ["full", "preservation", "scene"])
 
 MOST_REFERENCES = 64  # every one adds its image tokens to what each layer attends to at each step
@@ -209,8 +210,21 @@ def reference_weights(count: int, weights: Sequence[int]) -> list[int]:
 
 
 @dataclass
+class InferenceConfig:
+    dtype: InferenceDtype = opt(
+        InferenceDtype.auto, "precision of the networks but the VAE, which stays in float32; auto: float16 on CUDA"
+    )
+    vae_tiling: bool = opt(
+        False,
+        "encode and decode pictures larger than the base's in overlapping tiles: less memory, but seams may show in "
+        "even areas",
+    )
+
+
+@dataclass
 class Generate(Script, GenerateSettings):
     licenses: LicenseConfig = field(default_factory=LicenseConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
     product: str = opt("data/products/coffee.png", "product photo, or a folder of them")
     mask: str | None = opt(
         None, "product mask (white = product); null: the photo's alpha channel, or else segmentation"
@@ -295,6 +309,7 @@ class ServeConfig:
 class Serve(Script):
     licenses: LicenseConfig = field(default_factory=LicenseConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     matte: MatteConfig = field(default_factory=MatteConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)

@@ -23,7 +23,7 @@ class PlanConfig:
     images: int | None = opt(None, "number of samples; no dataset is then needed", min=1)
     gpu_hour_price: float | None = opt(None, "price of a GPU for an hour, in any currency", min=0)
     utilisation_low: float = opt(
-        0.2, "share of the GPU's peak that a slow training reaches; make gpu-check measures it", min=0.01, max=1
+        0.15, "share of the GPU's peak that a slow training reaches; make gpu-check measures it", min=0.01, max=1
     )
     utilisation_high: float = opt(0.4, "share of the GPU's peak that a fast training reaches", min=0.01, max=1)
 

@@ -26,6 +26,8 @@ from packshot.config.conditions import INPUTS
 from packshot.config.schema import (
     AdaptersConfig,
     GenerateSettings,
+    InferenceConfig,
+    InferenceDtype,
     IPAdapterLayers,
     ModelConfig,
     ProductConditioning,
@@ -71,14 +73,20 @@ class Models:
     manifest: Json
 
 
-def pick_device() -> tuple[torch.device, torch.dtype]:
-    """CUDA in fp16 when there is one, otherwise the CPU in fp32."""
-    if torch.cuda.is_available():
-        return torch.device("cuda"), torch.float16
-    return torch.device("cpu"), torch.float32
+def pick_device(asked: InferenceDtype = InferenceDtype.auto) -> tuple[torch.device, torch.dtype]:
+    """CUDA when there is one, otherwise the CPU; and the precision, by default fp16 on CUDA and fp32 on a CPU."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    if asked is InferenceDtype.auto:
+        return device, torch.float16 if cuda else torch.float32
+    if asked is InferenceDtype.float16 and not cuda:
+        raise ConfigError("inference.dtype=float16 needs a GPU.", "Set inference.dtype=bfloat16 or float32.")
+    return device, getattr(torch, asked.name)
 
 
-def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> Models:
+def load_models(
+    model: ModelConfig, adapters: AdaptersConfig | None = None, inference: InferenceConfig | None = None
+) -> Models:
     """Load base and adapters.
 
     Raises:
@@ -88,11 +96,14 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
     folders = adapter_folders(adapters)
     metadata = common_metadata(folders)
     entries = adapter_entries(adapters, folders)
-    device, dtype = pick_device()
-    parts = load_parts(model).to(device, dtype)
+    inference = inference or InferenceConfig()
+    device, dtype = pick_device(inference.dtype)
+    parts = load_parts(model, dtype).to(device, dtype)
     parts.scheduler = trained_scheduler(parts.scheduler, metadata.prediction_type, metadata.zero_terminal_snr)
     shown = set_product_input(parts.unet, folders["lora"], metadata.product_conditioning)
     pipe = make_pipeline(parts, folders["controlnets"], references=bool(folders["ip_adapter"]))
+    if inference.vae_tiling:
+        pipe.vae.enable_tiling()
     switches = add_adapters(pipe, entries, adapters.ip_adapter_layers)
     if metadata.unconditional == Unconditional.empty.name:  # the encoded '' instead of the zeros that SDXL's base has
         pipe.register_to_config(force_zeros_for_empty_prompt=False)
@@ -115,6 +126,7 @@ def load_models(model: ModelConfig, adapters: AdaptersConfig | None = None) -> M
         manifest={
             **describe_models(model, entries),
             "device": device.type,
+            "vae_tiling": inference.vae_tiling,
             "dtype": str(dtype).removeprefix("torch."),
             "product_shown": shown,
             "prediction_type": pipe.scheduler.config.prediction_type,

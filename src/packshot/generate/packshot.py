@@ -9,7 +9,7 @@ from pathlib import Path
 
 from packshot.config.checks import validate
 from packshot.config.compose import compose as compose_config
-from packshot.config.schema import AdaptersConfig, GenerateSettings, MatteConfig, ModelConfig
+from packshot.config.schema import AdaptersConfig, GenerateSettings, InferenceConfig, MatteConfig, ModelConfig
 from packshot.errors import ConfigError
 from packshot.generate.canvas import Canvas, make_working, place, plan_frame
 from packshot.generate.conditions import read_by, scene_inputs
@@ -48,12 +48,14 @@ class Packshot:
         adapters: AdaptersConfig | None = None,
         matte: MatteConfig | None = None,
         networks: Mapping[str, str] | None = None,
+        inference: InferenceConfig | None = None,
     ) -> Packshot:
         """Load a base and its adapters.
 
         model: the name of a file in ``conf/model`` or a ModelConfig.
         lora, controlnets, ip_adapter: export folders, each at weight 1; ``adapters`` names them with weights.
         networks: ONNX files that estimate what control maps are drawn from, by the input's name (``depth``).
+        inference: precision and memory.
 
         Raises:
             ConfigError: both ways of naming adapters are used, or a part is missing or does not fit.
@@ -62,7 +64,7 @@ class Packshot:
             raise ConfigError("adapters and lora/controlnets/ip_adapter are both given.", "Use one of the two ways.")
         wanted = adapters or AdaptersConfig(lora=lora, controlnets=list(controlnets), ip_adapter=ip_adapter)
         config = compose_config("generate", [f"model={model}"]).model if isinstance(model, str) else model
-        return cls(load_models(config, wanted), matte or MatteConfig(), networks=networks or {})
+        return cls(load_models(config, wanted, inference), matte or MatteConfig(), networks=networks or {})
 
     def set_product(
         self,

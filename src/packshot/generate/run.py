@@ -56,7 +56,7 @@ def generate(config: Generate) -> None:
     needed = check_adapters(config.adapters, named_networks, config)
     ready = partial(prepare, matte=config.matte, networks=needed)
     first = ready(files[0], masks[files[0]], name=files[0].stem) if len(files) == 1 else None
-    tool = Packshot(load_models(config.model, config.adapters), config.matte, networks=named_networks)
+    tool = Packshot(load_models(config.model, config.adapters, config.inference), config.matte, networks=named_networks)
     named = list(unique_names(files))
     run = open_run("generate", config, resumable=False)
     check_made(run.path, config, tool, dict(named))

@@ -296,7 +296,13 @@ def load_packshot(config: Serve) -> Packshot:
 
     named = networks(config)
     check_adapters(config.adapters, named, config.generate)
-    return Packshot.load(model=config.model, adapters=config.adapters, matte=config.matte, networks=named)
+    return Packshot.load(
+        model=config.model,
+        adapters=config.adapters,
+        matte=config.matte,
+        networks=named,
+        inference=config.inference,
+    )
 
 
 def process_devices(config: Serve) -> list[ProcessDevice]:

@@ -42,7 +42,7 @@ class Decision:
         words = {"tight": "is tight"}.get(self.verdict, self.verdict)
         yield f"It {words} on {self.gpu} ({self.gpu_memory_gib:.1f} GiB); the largest batch is {self.largest_batch}."
         if self.hours[1]:
-            yield f"Training takes {self.hours[0]:.1f} to {self.hours[1]:.1f} hours."
+            yield f"Training takes {self.hours[0]:.2f} to {self.hours[1]:.2f} hours."
             yield f"Encoding before it takes {self.encoding_hours[0]:.2f} to {self.encoding_hours[1]:.2f} hours."
         if self.price:
             yield f"It costs {self.price[0]:.0f} to {self.price[1]:.0f}."
