@@ -144,7 +144,7 @@ def reference(name: str, steps: int, batch_size: int, shape: Shape = Shape()) ->
         parts.unet.enable_gradient_checkpointing()
         parts.unet.train()
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    schedule = DDPMScheduler.from_config(parts.scheduler.config)
+    schedule: Any = DDPMScheduler.from_config(parts.scheduler.config)
     loader = DataLoader(Pictures(shape.data, shape.size), batch_size, shuffle=True, collate_fn=collate)
     rates = get_scheduler("constant", optimizer)
     optimizer, loader, rates = accelerator.prepare(optimizer, loader, rates)

@@ -122,6 +122,7 @@ def write_captioner(folder: Path, family: Family, device: torch.device) -> None:
     """A Florence-2 folder of the published large shapes, or of mini's, with random weights and mini's processor."""
     shipped = resolve("data/models/florence2")
     config = Florence2Config.from_pretrained(shipped)
+    assert config.text_config is not None
     if family.name == "sdxl":
         sizes = {"embed_dim": (256, 512, 1024, 2048), "num_heads": (8, 16, 32, 64), "num_groups": (8, 16, 32, 64)}
         strides = {"patch_size": (7, 3, 3, 3), "patch_stride": (4, 2, 2, 2), "patch_padding": (3, 1, 1, 1)}

@@ -280,3 +280,20 @@ def test_gpus_are_found_by_the_name_that_cuda_reports():
 def test_a_range_of_utilisation_that_is_turned_round_is_refused():
     with pytest.raises(ConfigError, match=r"plan\.utilisation_low"):
         compose("train_lora", ["plan.utilisation_low=0.5"])
+
+
+@pytest.mark.parametrize(("free", "warned"), [(80, False), (0.05, True)])
+def test_a_training_that_may_not_fit_is_announced(free, warned, monkeypatch, caplog):
+    """Before anything is loaded, on a machine with a GPU."""
+    from packshot.train.run import warn_of_memory
+
+    config = compose("train_lora", ["plan.gpu=h100"])
+    warn_of_memory(config, 10)
+    assert not caplog.records or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
+    with caplog.at_level("INFO"):
+        warn_of_memory(config, 10)
+    assert f"free: {free:.1f} GiB" in caplog.text
+    assert ("may not fit; change first: train.gradient_checkpointing=true" in caplog.text) is warned

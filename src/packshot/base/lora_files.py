@@ -151,7 +151,7 @@ def read_lora(key: str, path: Path, networks: Mapping[str, nn.Module]) -> LoraFi
 
 def layer_names(kind: str, network: nn.Module) -> dict[str, str]:
     """Every name that a file may give a layer of a network, with its own name."""
-    published = block_names(network.config) if kind == "unet" else {}
+    published = block_names(getattr(network, "config")) if kind == "unet" else {}  # noqa: B009 (its type is not known)
     names: dict[str, str] = {}
     for name, module in network.named_modules():
         if getattr(module, "weight", None) is None or module.weight.ndim not in (2, 4):
@@ -236,7 +236,9 @@ def refuse_misfits(
 def layer_weight(network: nn.Module, layer: str) -> Tensor:
     """The weight of a layer, also where peft has wrapped it."""
     module = network.get_submodule(layer)
-    return getattr(module, "base_layer", module).weight
+    weight = getattr(module, "base_layer", module).weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def difference(update: Update, shape: torch.Size) -> Tensor:
@@ -378,5 +380,5 @@ def merge_peft(unet: nn.Module, folder: Path, scale: float) -> None:
     adapted = PeftModel.from_pretrained(unet, str(folder), torch_device=str(unet.device))  # type: ignore[arg-type]
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
-            module.set_scale("default", scale)
+            module.set_scale("default", scale)  # type: ignore[operator]
     adapted.merge_and_unload()  # type: ignore[operator]

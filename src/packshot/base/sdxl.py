@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -18,6 +18,9 @@ from packshot.base import single_file
 from packshot.base.places import Place, choose_weights, find_place
 from packshot.config.schema import ModelConfig
 from packshot.errors import ConfigError
+
+Loader: TypeAlias = Any  # a class of diffusers or transformers, by its name
+Part: TypeAlias = Any  # what it loads
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class PartKind:
     network: bool = True
     reference: bool = False
 
-    def loader(self, name: str | None = None) -> Any:
+    def loader(self, name: str | None = None) -> Loader:
         """The class, or another one of the same library."""
         return pkgutil.resolve_name(f"{self.library}:{name or self.cls}")
 
@@ -125,14 +128,14 @@ class Source:
             raise self.refused(str(error).strip().splitlines()[0]) from error
         return part.requires_grad_(False).eval() if self.kind.network else part
 
-    def _from_folder(self, dtype: torch.dtype) -> Any:
+    def _from_folder(self, dtype: torch.dtype) -> Part:
         names = self.place.names()
         if self.name == "feature_extractor" and self.kind.config not in names:
             return self._plain_feature_extractor()
         variant, weights = choose_weights(names, self.variant)
         texts = [name for name in names if name.endswith((".json", ".txt"))]
         folder = self.place.fetch([*texts, *weights])
-        arguments: dict[str, Any] = {"local_files_only": True}
+        arguments: dict[str, object] = {"local_files_only": True}
         cls = self.kind.loader()
         if self.kind.network:
             arguments["torch_dtype" if self.kind.library == "diffusers" else "dtype"] = dtype
@@ -141,7 +144,7 @@ class Source:
             cls = self._scheduler_class(json.loads((folder / self.kind.config).read_text()))
         return cls.from_pretrained(folder, **arguments)
 
-    def _scheduler_class(self, config: Mapping[str, Any]) -> Any:
+    def _scheduler_class(self, config: Mapping[str, object]) -> Loader:
         """The class that the base's own config names."""
         name = str(config.get("_class_name", self.kind.cls))
         try:
@@ -149,7 +152,7 @@ class Source:
         except (AttributeError, ImportError) as error:
             raise self.refused(f"diffusers has no scheduler {name}") from error
 
-    def _from_file(self, dtype: torch.dtype) -> Any:
+    def _from_file(self, dtype: torch.dtype) -> Part:
         if self.name in single_file.TOKENIZERS:
             return single_file.load_tokenizer(self.name)
         if self.name == "scheduler":
@@ -161,7 +164,7 @@ class Source:
             return single_file.load_network(self.kind.loader(), self.name, self.place, self.configs, dtype)
         return single_file.load_part(self.kind.loader(), self.name, self.place, self.configs, dtype)
 
-    def _plain_feature_extractor(self) -> Any:
+    def _plain_feature_extractor(self) -> Part:
         """CLIP's own preparation of pictures, for encoders that come without a file about it, as published ones do."""
         side = single_file.vision_side(self.place, self.configs)
         return self.kind.loader()(size={"shortest_edge": side}, crop_size={"height": side, "width": side})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -22,8 +22,10 @@ from packshot.base.sdxl import PARTS
 from packshot.config.schema import ModelConfig
 from packshot.runs.files import resolve
 
+Config: TypeAlias = dict[str, Any]  # of a model, by the names of its library
+
 # The published shapes (Podell et al. 2023, arXiv 2307.01952, section 2.1 and table 1): nothing has to be fetched.
-UNET: dict[str, Any] = {
+UNET: Config = {
     "sample_size": 128,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -37,7 +39,7 @@ UNET: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-VAE: dict[str, Any] = {
+VAE: Config = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "block_out_channels": (128, 256, 512, 512),
@@ -56,7 +58,7 @@ TEXT_2 = {
     "hidden_act": "gelu",
 }
 # Not a shape, but published with them: the noise schedule.
-SCHEDULER: dict[str, Any] = {
+SCHEDULER: Config = {
     "_class_name": "EulerDiscreteScheduler",
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -100,7 +102,7 @@ def meta_parts(model: ModelConfig) -> Parts:
 
 def local_networks(folder: Path) -> dict[str, torch.nn.Module]:
     """The networks that a base's folder describes, by part."""
-    makers: dict[str, Callable[[], torch.nn.Module]] = {
+    makers: dict[str, Callable[[], Any]] = {  # diffusers types what it makes as a tuple too
         "unet": lambda: UNet2DConditionModel.from_config(read_config(folder, "unet")),
         "vae": lambda: AutoencoderKL.from_config(read_config(folder, "vae")),
         "text_encoder": lambda: CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")),
@@ -118,7 +120,7 @@ def local_networks(folder: Path) -> dict[str, torch.nn.Module]:
     return networks
 
 
-def read_config(folder: Path, part: str) -> dict[str, Any]:
+def read_config(folder: Path, part: str) -> Config:
     """The config of one part of a base's folder."""
     return json.loads((folder / part / "config.json").read_text())
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
@@ -31,6 +31,8 @@ from packshot.runs.folder import log
 if TYPE_CHECKING:  # imported where one is built
     from diffusers import DiffusionPipeline
 
+Adapted: TypeAlias = Any  # a module that peft has wrapped: its attributes are set at run time
+Networks: TypeAlias = dict[str, Adapted]  # by their names in a pipeline
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 KOHYA_FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
@@ -73,7 +75,7 @@ class Lora(Method):
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         log.info("%s adapts %d layers of %s: %s trained parameters", self.config.kind, modules, name, f"{trained:,}")
 
-    def adapted(self) -> dict[str, Any]:
+    def adapted(self) -> Networks:
         """The networks that carry adapters, by their names in a pipeline."""
         names = ("unet", *TEXT_ENCODERS) if self.trains_text else ("unet",)
         return {name: getattr(self, name) for name in names}
@@ -143,7 +145,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 @torch.no_grad()
-def start_from(value: str, networks: dict[str, Any]) -> None:
+def start_from(value: str, networks: Networks) -> None:
     """Give the adapters of these networks the weights of a LoRA in a file.
 
     Raises:
@@ -171,7 +173,7 @@ def start_from(value: str, networks: dict[str, Any]) -> None:
     log.info("started from %s: %d layers", path.name, sum(map(len, lora.updates.values())))
 
 
-def fill_layer(what: str, module: Any, update: Update) -> None:
+def fill_layer(what: str, module: Adapted, update: Update) -> None:
     """Copy one update into an adapted layer; ``lora_B`` takes the difference between the two scales."""
     down = module.lora_A["default"].weight
     up = module.lora_B["default"].weight
@@ -204,12 +206,12 @@ def scaled_layers(name: str, network: nn.Module) -> Tensors:
     return layers
 
 
-def export_diffusers(networks: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
+def export_diffusers(networks: Networks, folder: Path, dtype: torch.dtype) -> None:
     """One file with the layers of all networks."""
     from diffusers import StableDiffusionXLPipeline
 
     # In peft's names: diffusers' older ones exist for attention alone, and its loader drops those from a mixed file.
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, object] = {}
     for name, network in networks.items():
         config = network.peft_config["default"]
         # the scale is in the weights, so every alpha is its layer's rank
@@ -217,10 +219,10 @@ def export_diffusers(networks: dict[str, Any], folder: Path, dtype: torch.dtype)
         layers = {key: value.to(dtype) for key, value in scaled_layers(name, network).items()}
         arguments[f"{name}_lora_layers"] = layers
         arguments[f"{name}_lora_adapter_metadata"] = config.to_dict() | unscaled
-    StableDiffusionXLPipeline.save_lora_weights(folder, **arguments)
+    StableDiffusionXLPipeline.save_lora_weights(folder, **arguments)  # type: ignore[arg-type]
 
 
-def export_peft(networks: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
+def export_peft(networks: Networks, folder: Path, dtype: torch.dtype) -> None:
     """The UNet's adapter as peft saves it."""
     unet = networks["unet"]
     state = get_peft_model_state_dict(unet)
@@ -259,7 +261,7 @@ class AdapterKind:
     """A value of ``method.kind``: peft's settings for some layers, and the writer of the export."""
 
     settings: Callable[[LoraMethod, Targets], PeftConfig]
-    export: Callable[[dict[str, Any], Path, torch.dtype], None]
+    export: Callable[[Networks, Path, torch.dtype], None]
 
 
 # LoRA: Hu et al. 2021, arXiv 2106.09685. DoRA: Liu et al. 2024, arXiv 2402.09353. rsLoRA: Kalajdzievski 2023, arXiv

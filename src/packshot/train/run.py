@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -39,8 +40,10 @@ from packshot.runs.licenses import refuse_weights
 from packshot.runs.tracking import Input, finishing
 from packshot.train.card import write_card
 from packshot.train.check.run import check
+from packshot.train.cost import GIB
+from packshot.train.decide import USABLE, first_change
 from packshot.train.encode import Encoder, Examples
-from packshot.train.plan import plan
+from packshot.train.plan import make_plan, plan
 from packshot.train.task import DiffusionTask
 from packshot.train.validation import LOSS_SAMPLES
 
@@ -57,6 +60,7 @@ def train(config: TrainScript) -> None:
         return
     rows = load_set("data.train", config.data.train, config)
     validation = load_set("data.validation", config.data.validation, config)
+    warn_of_memory(config, len(rows))
     parts = load_parts(config.model, loading_dtype(config))
     session = start(script, config, config.train, resumable=False)
     with finishing(session.tracker):
@@ -67,6 +71,21 @@ def train(config: TrainScript) -> None:
                 check(session, task, examples, config)
             else:
                 fit_and_export(session, task, examples, config)
+
+
+def warn_of_memory(config: TrainScript, samples: int) -> None:
+    """Compare the plan with the free memory of the GPU, before anything is loaded or encoded.
+
+    A warning and no refusal: what is planned leaves out workspaces of kernels, and other processes may end meanwhile.
+    """
+    if not torch.cuda.is_available() or int(os.environ.get("RANK", 0)):
+        return
+    result = make_plan(config, samples)
+    needed = max(result.total_gib, result.encoding_gib)
+    free = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0] / GIB
+    log.info("planned memory: %.1f GiB, free: %.1f GiB", needed, free)
+    if needed > USABLE * free:
+        log.warning("this training may not fit; change first: %s", first_change(config))
 
 
 def loading_dtype(config: TrainScript) -> torch.dtype:
