@@ -27,11 +27,13 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from original_layout import checkpoint
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sets import BASE, ROOT, spread, write_set
 from transformers import CLIPImageProcessorPil
 
+from packshot.base.load import load_parts
 from packshot.base.shapes import meta_parts
 from packshot.config.schema import ModelConfig
 from packshot.dataset.rows import load_rows
@@ -82,6 +84,16 @@ def write_base(folder: Path, family: str, device: torch.device | None = None) ->
             with default_dtype(torch.float16), device or torch.device("cpu"):
                 make(meta.config).save_pretrained(temporary / name)
             print(f"{name}: {sum(p.numel() for p in meta.parameters()):,} parameters", file=sys.stderr)
+
+
+def write_one_file(base: Path) -> Path:
+    """The same base as one fp16 checkpoint in the published layout."""
+    file = base.with_suffix(".safetensors")
+    if not file.exists():
+        parts = load_parts(ModelConfig(base=str(base)), torch.float16)
+        with replacing_file(file) as temporary:
+            save_file(checkpoint(parts), temporary)
+    return file
 
 
 # ---- processes and their memory ----
@@ -169,11 +181,19 @@ class Proof:
     folder: Path
     resolution: int
     precision: str
+    one_file: bool
 
     def command(self, run: str, *more: str) -> list[str]:
         """The real script with this proof's settings."""
         return [
-            *("train_lora.py", "model=sdxl", f"model.base={self.base}", "model.vae=null", "model.image_encoder=null"),
+            *(
+                "train_lora.py",
+                "model=sdxl",
+                f"model.base={self.weights}",
+                f"model.config={self.base}",
+                "model.vae=null",
+                "model.image_encoder=null",
+            ),
             *(f"model.resolution={self.resolution}", f"data.train={self.data}", f"data.validation={self.data}"),
             *(f"data.cache_dir={self.folder / 'cache'}", "tracking=none", f"run.dir={self.folder / run}"),
             *(f"train.max_steps={STEPS}", "train.batch_size=1", "train.checkpointing_steps=1"),
@@ -184,6 +204,11 @@ class Proof:
     @property
     def base(self) -> Path:
         return self.folder.parent / f"{self.family}-random"
+
+    @property
+    def weights(self) -> Path:
+        """What ``model.base`` names: the folder, or the checkpoint in one file."""
+        return self.base.with_suffix(".safetensors") if self.one_file else self.base
 
     @property
     def data(self) -> Path:
@@ -334,8 +359,9 @@ def report(proof: Proof, found: dict[str, Any]) -> str:
     read = found["read"]
     same = {None: "not compared", True: "the same bits: weights, optimizer, export", False: "DIFFERENT"}[found["same"]]
     cores, ram = os.cpu_count(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    kind = "one fp16 file" if proof.one_file else "a folder"
     facts = [
-        f"\n{proof.family} shapes, {proof.resolution} px, batch 1, precision {proof.precision}, {cores} cores, "
+        f"\n{proof.family} shapes, {kind}, {proof.resolution} px, batch 1, precision {proof.precision}, {cores} cores, "
         f"{ram:.0f} GiB, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}.",
         f"- checkpoint {found['checkpoint'] / 2**20:.1f} MiB, export {found['export'] / 2**20:.1f} MiB",
         f"- resumed against unbroken: {same}",
@@ -350,6 +376,7 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, default="sdxl")
     parser.add_argument("--resolution", type=int, default=256, help="px")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
+    parser.add_argument("--one-file", action="store_true", help="the base is one fp16 checkpoint, as people have it")
     parser.add_argument("--unbroken", action="store_true", help="also without a kill, and compare: twice the time")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "proofs", help="folder; its last run goes")
     parser.add_argument("--check-export", type=Path, help="only that stage, for an export folder and --base")
@@ -361,8 +388,10 @@ def main() -> None:
         return
     folder = args.out.resolve() / f"fullsize-{args.family}-{args.resolution}-{args.precision}"
     shutil.rmtree(folder, ignore_errors=True)
-    proof = Proof(args.family, folder, args.resolution, args.precision)
+    proof = Proof(args.family, folder, args.resolution, args.precision, args.one_file)
     write_base(proof.base, args.family)
+    if args.one_file:
+        write_one_file(proof.base)
     rows = load_rows("train", "data/rendered/train")
     write_set(proof.data, rows, spread(rows, SAMPLES))
     found = prove(proof, args.unbroken)

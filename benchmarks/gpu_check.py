@@ -46,8 +46,8 @@ Figures: TypeAlias = dict[str, float | str]
 class Family:
     """Shapes and lengths of a check.
 
-    resolution: px. batch: samples per step of a LoRA and an IP-Adapter; ControlNets take half. steps: of each training.
-    pictures: that are encoded. photo: width and height of the photograph. precision: of training.
+    resolution: px. batch: samples per step where no preset decides. steps: of each training. pictures: that are
+    encoded. photo: width and height of the photograph. precision: of training.
     """
 
     name: str
@@ -93,6 +93,12 @@ class Check:
         """The same pictures without captions."""
         return self.folder / "uncaptioned"
 
+    def preset(self, script: str) -> list[str]:
+        """The shipped preset of a training script for one GPU; on the mini shapes only a small batch."""
+        if self.family.name == "sdxl":
+            return [f"experiment={script.removeprefix('train_')}_sdxl"]
+        return [f"train.batch_size={self.family.batch}", "train.gradient_checkpointing=true"]
+
     def overrides(self, run: str) -> list[str]:
         """Keys that all trainings of this check share."""
         family = self.family
@@ -111,6 +117,7 @@ class Check:
             f"train.checkpointing_steps={family.steps}",
             "train.validation_steps=0",
             "train.warmup_steps=0",
+            "train.log_steps=1",
             f"train.mixed_precision={family.precision}",
         ]
 
@@ -195,10 +202,11 @@ def trainer(script: str) -> Callable[[Check], Figures]:
         from packshot.train.plan import make_plan
         from packshot.train.run import train
 
-        batch = max(1, check.family.batch // 2) if script == "train_controlnet" else check.family.batch
-        overrides = [*check.overrides(script), f"train.batch_size={batch}", "train.gradient_checkpointing=true"]
-        planned = make_plan(compose(script, overrides), check.family.pictures)
-        train(compose(script, overrides))
+        overrides = [*check.preset(script), *check.overrides(script), "train.gradient_accumulation_steps=1"]
+        config = compose(script, overrides)
+        batch = config.train.batch_size
+        planned = make_plan(config, check.family.pictures)
+        train(config)
         figures = steady(check.folder / script, batch)
         figures["planned_gib"] = planned.total_gib
         figures["tflop_per_step"] = planned.tflop_per_step
@@ -216,15 +224,18 @@ def reference(check: Check) -> Figures:
     """A LoRA by a loop that works as the public example scripts do: decode, encode and step, one after the other."""
     import children
 
+    from packshot.config.compose import compose
+
     family = check.family
     shape = children.Shape(str(check.base), str(check.data), family.resolution, family.precision, checkpointing=True)
+    batch = compose("train_lora", check.preset("train_lora")).train.batch_size
     moments = []
-    for _ in children.reference("lora", family.steps, family.batch, shape):
+    for _ in children.reference("lora", family.steps, batch, shape):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         moments.append(time.monotonic())
     half = len(moments) // 2
-    rate = (len(moments) - 1 - half) * family.batch / (moments[-1] - moments[half])
+    rate = (len(moments) - 1 - half) * batch / (moments[-1] - moments[half])
     return {"images_per_second": rate, "peak_memory_gib": peak_memory()}
 
 

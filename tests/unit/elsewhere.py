@@ -189,7 +189,7 @@ def generate(folder: Path) -> None:
     from packshot.generate import Packshot, load
     from packshot.methods import METHODS
 
-    load.pick_device = lambda: (DEVICE, torch.float32)
+    load.pick_device = lambda *_: (DEVICE, torch.float32)
     methods = (LoraMethod(rank=4), ControlNetMethod(condition=Condition.light), IPAdapterMethod())
     for method in methods:
         (folder / type(method).__name__).mkdir()

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
-from original_layout import checkpoint, unet_tensors, vae_tensors
 from safetensors.torch import load_file, save_file
 
+from benchmarks.original_layout import checkpoint, unet_tensors, vae_tensors
 from packshot.base import places
 from packshot.base.load import load_parts
 from packshot.base.original_names import block_names, original_name

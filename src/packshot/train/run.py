@@ -39,6 +39,7 @@ from packshot.runs.folder import log
 from packshot.runs.licenses import refuse_weights
 from packshot.runs.tracking import Input, finishing
 from packshot.train.card import write_card
+from packshot.train.check.findings import small_buckets
 from packshot.train.check.run import check
 from packshot.train.cost import GIB
 from packshot.train.decide import USABLE, first_change
@@ -169,6 +170,10 @@ def fit_and_export(session: Session, task: DiffusionTask, examples: Examples, co
     """``mode=train``: encode, train to ``train.max_steps``, export."""
     if config.train.compile:
         compile_networks(task.method, session.accelerator.device)
+    if session.run:
+        per_step = config.train.batch_size * config.train.gradient_accumulation_steps
+        for finding in small_buckets(examples, per_step * session.accelerator.num_processes):
+            log.warning("%s (data.buckets=false puts all into one)", finding.says)
     examples.fill(session.accelerator)
     if config.train.validation_steps:
         task.validator.fill(session.accelerator)

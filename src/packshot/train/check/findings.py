@@ -41,7 +41,7 @@ def findings(examples: Examples, held_out: Sequence[str], config: TrainScript, p
     return [
         *_captions(examples),
         *_pictures(examples),
-        *_batches(examples, per_step),
+        *small_buckets(examples, per_step),
         *_held_out(examples, held_out),
         *_settings(config, len(examples), per_step),
     ]
@@ -114,7 +114,8 @@ def _picture(examples: Examples, index: int) -> tuple[list[str], float]:
     return [*names, *(name for name, true in tests.items() if true)], scale
 
 
-def _batches(examples: Examples, per_step: int) -> Iterator[Finding]:
+def small_buckets(examples: Examples, per_step: int) -> Iterator[Finding]:
+    """Buckets with fewer samples than a step takes. per_step: over all processes and micro-steps."""
     counts = Counter(examples.groups)
     for group, count in counts.items():
         if count < per_step:

@@ -1,22 +1,29 @@
-"""Weights in the layouts that the world has, made from a base's own: one checkpoint file, kohya and LyCORIS LoRAs."""
+"""A base as one checkpoint in the layout of the published SDXL code, made from the parts of a pipeline folder."""
+
+from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
+from packshot.base.load import Parts
 from packshot.base.original_names import block_names, original_name
 
 RESNET = {"conv_shortcut": "nin_shortcut"}
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def unet_tensors(unet):
-    names = block_names(unet.config)
-    return {
-        f"model.diffusion_model.{original_name(module, names)}.{leaf}": tensor
-        for module, _, leaf, tensor in ((*key.rpartition("."), t) for key, t in unet.state_dict().items())
-    }
+def unet_tensors(unet: nn.Module) -> dict[str, Tensor]:
+    """The UNet's tensors under their published names."""
+    names = block_names(unet.config)  # type: ignore[arg-type]
+    tensors = {}
+    for key, tensor in unet.state_dict().items():
+        module, _, leaf = key.rpartition(".")
+        tensors[f"model.diffusion_model.{original_name(module, names)}.{leaf}"] = tensor
+    return tensors
 
 
-def vae_name(key, blocks):
+def vae_name(key: str, blocks: int) -> str:
+    """The published name of one of the VAE's tensors. blocks: resolutions of the VAE."""
     for ours, theirs in {**RESNET, **ATTENTION}.items():
         key = key.replace(f".{ours}.", f".{theirs}.")
     key = key.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
@@ -32,7 +39,8 @@ def vae_name(key, blocks):
     return key
 
 
-def vae_tensors(vae, prefix="first_stage_model."):
+def vae_tensors(vae: nn.Module, prefix: str = "first_stage_model.") -> dict[str, Tensor]:
+    """The VAE's tensors under their published names, where its attention is made of convolutions."""
     tensors = {}
     for key, tensor in vae.state_dict().items():
         if ".attentions." in key and tensor.ndim == 2:
@@ -41,12 +49,14 @@ def vae_tensors(vae, prefix="first_stage_model."):
     return tensors
 
 
-def clip_tensors(encoder):
+def clip_tensors(encoder: nn.Module) -> dict[str, Tensor]:
+    """The first text encoder's tensors."""
     prefix = "conditioner.embedders.0.transformer.text_model."
     return {prefix + key.removeprefix("text_model."): tensor for key, tensor in encoder.state_dict().items()}
 
 
-def open_clip_tensors(encoder):
+def open_clip_tensors(encoder: nn.Module) -> dict[str, Tensor]:
+    """The second text encoder's tensors in OpenCLIP's layout, with queries, keys and values in one matrix."""
     prefix = "conditioner.embedders.1.model."
     state = {key.removeprefix("text_model."): tensor for key, tensor in encoder.state_dict().items()}
     tensors = {
@@ -67,7 +77,7 @@ def open_clip_tensors(encoder):
     return tensors
 
 
-def checkpoint(parts, dtype=torch.float16):
+def checkpoint(parts: Parts, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
     """Everything that a published SDXL checkpoint in one file has."""
     tensors = {
         **unet_tensors(parts.unet),
