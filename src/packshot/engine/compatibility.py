@@ -18,7 +18,8 @@ from packshot.runs.folder import log
 
 # Keys that change where a run writes, what it reports and how fast it is, but not the trained weights.
 FREE = (
-    "run.dir", "run.resume", "mode", "task", "tracking.*", "licenses.*", "export.*",
+    "run.dir", "run.resume", "mode", "task", "tracking.*", "licenses.*", "export.*", "plan.*",
+    "method.trigger_words",
     "data.num_workers", "data.cache", "data.cache_*", "data.validation", "data.input",
     "train.checkpoint*", "train.validat*", "train.keep_best", "train.export_best", "train.log_*",
     "train.process_timeout", "train.gradient_checkpointing", "train.fused_backward", "train.compile",

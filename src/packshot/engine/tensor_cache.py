@@ -190,24 +190,24 @@ class TensorCache:
         # The main process decides, because other runs write here too and each process may see other files.
         todo = broadcast_from_main(accelerator, missing_chunks)
         mine = todo[accelerator.process_index :: accelerator.num_processes]
-        started = time.monotonic()
-        done = self._encode(description, [chunks[number] for number in mine], encode, accelerator, prepare)
-        seconds = time.monotonic() - started
+        self._encode(description, [chunks[number] for number in mine], encode, accelerator, prepare)
         accelerator.wait_for_everyone()
         self.open()
+        self._refuse_absent(wanted)
+        if accelerator.is_main_process:
+            size = sum(path.stat().st_size for path in self.files_of(wanted)) / 2**20
+            encoded = sum(len(chunks[number]) for number in todo)
+            cached = 100 * (1 - encoded / max(1, sum(map(len, chunks))))
+            log.info("%s: %d entries, %.1f MiB, %.0f %% were cached", description, len(wanted), size, cached)
+
+    def _refuse_absent(self, wanted: set[str]) -> None:
+        """Raises PackshotError when entries that the processes have written are not here."""
         absent = sum(key not in self for key in wanted)
         if absent:
             raise PackshotError(
                 f"{self.folder} lacks {absent} of {len(wanted)} entries that the processes have just written.",
                 "data.cache_dir must be a folder that all of them see and may read.",
             )
-        if accelerator.is_main_process:
-            size = sum(path.stat().st_size for path in self.files_of(wanted)) / 2**20
-            encoded = sum(len(chunks[number]) for number in todo)
-            cached = 100 * (1 - encoded / max(1, sum(map(len, chunks))))
-            log.info("%s: %d entries, %.1f MiB, %.0f %% were cached", description, len(wanted), size, cached)
-            if done:
-                log.info("%s: %.3g per second and process", description, done / seconds)
 
     def files_of(self, keys: Iterable[str]) -> list[Path]:
         """The files that hold any of these entries, sorted."""
@@ -231,8 +231,9 @@ class TensorCache:
         encode: Callable[[list[Item]], list[Tensors]],
         accelerator: Accelerator,
         prepare: Callable[[Item], Item] | None,
-    ) -> int:
-        """Encode chunks and write their new entries, a file whenever there is enough for one; returns how many."""
+    ) -> None:
+        """Encode chunks and write their new entries, a file whenever there is enough for one; log the speed."""
+        started = time.monotonic()
         entries: dict[str, Tensors] = {}
         size = 0
         total = sum(map(len, chunks))
@@ -252,7 +253,8 @@ class TensorCache:
                     entries = {}
                     size = 0
                 advance(len(chunk))
-        return total
+        if total:
+            log.info("%s: %.3g per second and process", description, total / (time.monotonic() - started))
 
 
 def prepared_ahead(

@@ -16,19 +16,31 @@ def lora_head(exported: Exported, method: LoraMethod) -> dict[str, str]:
     Keys and values as sd-scripts writes them (its train_network.py and sai_model_spec.py), so that web interfaces list
     the LoRA under SDXL with its trigger words.
     """
+    head = training_head(exported) | specification(exported)
+    trigger = method.trigger_words
+    if trigger:
+        head["modelspec.trigger_phrase"] = ", ".join(trigger)
+        # web interfaces take the most frequent tags for the trigger words
+        head["ss_tag_frequency"] = json.dumps({"captions": dict.fromkeys(trigger, exported.samples)})
+    return head
+
+
+def title_of(exported: Exported) -> str:
+    """The name under which tools list the LoRA."""
+    return exported.config.tracking.name or "packshot LoRA"
+
+
+def training_head(exported: Exported) -> dict[str, str]:
+    """sd-scripts' entries about the training."""
     config = exported.config
-    prediction_type = exported.prediction_type
     train = config.train
     side = config.model.resolution
     local = resolve(config.model.base)
-    base = local.name if local.exists() else config.model.base
-    title = config.tracking.name or "packshot LoRA"
-    trigger = method.trigger_words
     head = {
         "ss_base_model_version": "sdxl_base_v1-0",
-        "ss_sd_model_name": base,
+        "ss_sd_model_name": local.name if local.exists() else config.model.base,
         "ss_network_module": "networks.lora",
-        "ss_output_name": title,
+        "ss_output_name": title_of(exported),
         "ss_resolution": str((side, side)),
         "ss_learning_rate": str(train.learning_rate),
         "ss_lr_scheduler": train.lr_schedule.name,
@@ -42,18 +54,22 @@ def lora_head(exported: Exported, method: LoraMethod) -> dict[str, str]:
         "ss_num_train_images": str(exported.samples),
         "ss_seed": str(config.run.seed),
         "ss_noise_offset": str(config.objective.noise_offset),
+    }
+    if exported.prediction_type == "v_prediction":
+        head["ss_v_parameterization"] = "True"
+    return head
+
+
+def specification(exported: Exported) -> dict[str, str]:
+    """The entries of Stability's model specification."""
+    side = exported.config.model.resolution
+    predicts = exported.prediction_type
+    return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": title,
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",  # whose names it has
+        "modelspec.title": title_of(exported),
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()),
         "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": {"v_prediction": "v"}.get(prediction_type, prediction_type),
+        "modelspec.prediction_type": "v" if predicts == "v_prediction" else predicts,
     }
-    if prediction_type == "v_prediction":
-        head["ss_v_parameterization"] = "True"
-    if trigger:
-        head["modelspec.trigger_phrase"] = ", ".join(trigger)
-        # web interfaces take the most frequent tags for the trigger words
-        head["ss_tag_frequency"] = json.dumps({"captions": dict.fromkeys(trigger, exported.samples)})
-    return head

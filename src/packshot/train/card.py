@@ -6,17 +6,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from packshot.base.places import find_place
 from packshot.config.schema import SCRIPTS, TrainScript
 from packshot.dataset.rows import Rows
 from packshot.engine.checkpoints import exported_step, weights_line
-from packshot.runs.files import resolve
 from packshot.runs.folder import read_metrics
 from packshot.runs.provenance import provenance_lines, write_provenance
 
 
 def hub_head(name: str, base: str) -> list[str]:
     """What the hub reads of a card. No licence: the publisher chooses one, within those of base and data."""
-    published = [] if resolve(base).exists() else [f"base_model: {base}"]
+    place = find_place("model.base", base)
+    published = [f"base_model: {place.repository}"] if place.path is None else []
     tags = ("packshot", "stable-diffusion-xl", name.replace("_", "-"))
     return ["---", *published, "library_name: diffusers", "tags:", *(f"- {tag}" for tag in tags), "---", ""]
 
