@@ -1,4 +1,4 @@
-"""Bulk captioning beside one picture at a time: the same model, pictures and words.
+"""Bulk captioning compared with one picture at a time: the same model, pictures and words.
 
     python benchmarks/caption_speed.py --adapter outputs/demo/captioner/export --batch-size 32 --rounds 3
 

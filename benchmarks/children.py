@@ -1,4 +1,4 @@
-"""What the benchmark runs beside our trainers: a plain reference loop and the bare step; one process each.
+"""What the benchmark compares our trainers with: a plain reference loop and the bare step; one process each.
 
     python benchmarks/children.py reference lora 40 8 outputs/figures.json
 

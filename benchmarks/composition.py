@@ -1,4 +1,4 @@
-"""What a denoising step takes with each adapter alone and with all of them, beside the sum of its parts.
+"""What a denoising step takes with each adapter alone and with all of them, compared with the sum of its parts.
 
     python benchmarks/composition.py outputs/{lora,inpaint,canny,ip_adapter}/export
 

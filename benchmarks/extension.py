@@ -45,7 +45,7 @@ PROMPTS = (
 
 
 def adapters_of(folder: Path) -> AdaptersConfig:
-    """The adapter in an export folder, told by its main file."""
+    """The adapter in an export folder, recognised by its main file."""
     if (folder / LORA_FILE).exists():
         return AdaptersConfig(lora=str(folder))
     if (folder / IP_ADAPTER_FILE).exists():

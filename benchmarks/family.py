@@ -1,4 +1,4 @@
-"""What the mini SDXL has learnt, on held-out scenes, beside what no learning would give.
+"""What the mini SDXL has learnt, on held-out scenes, compared with what no learning would give.
 
     python benchmarks/family.py --model data/models/sdxl --out outputs/proofs/family
 
@@ -136,7 +136,7 @@ def obedience(parts: dict, renders: Renders, count: int, seeds: int, unet: Any) 
 
 
 def distance(folder: Path, drawn: Pictures, renders: Renders) -> str:
-    """CMMD of the drawn pictures to held-out renders, beside that of as many training renders."""
+    """CMMD of the drawn pictures to held-out renders, and that of as many training renders."""
     encoder: Any = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder").eval()
     rng = np.random.default_rng(0)
     held_out = [render.image for render in renders.held_out]

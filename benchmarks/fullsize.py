@@ -6,7 +6,7 @@
 Writes a pipeline folder of SDXL's shapes (no download, no real weights), then runs the real script as processes of
 their own: mode=plan; two steps, killed within the second; the resumed run to its export; with --unbroken the same steps
 once more without a kill, which must give the same bits; and stock diffusers reading the export. Prints as Markdown what
-was measured beside what mode=plan had said. Ends with 1 when something does not hold.
+was measured next to what mode=plan had estimated. Ends with 1 when something does not hold.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Measured:
 
 
 def memory_of(pid: int) -> dict[str, float]:
-    """What /proc says of a process, GiB: ``RssAnon`` (its own memory), ``VmHWM`` (most resident); empty once gone.
+    """What /proc has on a process, GiB: ``RssAnon`` (its own memory), ``VmHWM`` (most resident); empty once gone.
 
     The peak that wait4 reports would include that of the parent, which the child is for a moment.
     """
@@ -320,7 +320,7 @@ def failures(found: dict[str, Any]) -> list[str]:
 
 
 def report(proof: Proof, found: dict[str, Any]) -> str:
-    """Markdown: planned beside measured, then the processes."""
+    """Markdown: planned and measured, then the processes."""
     plan, first, last = found["plan"], *found["steps"]
     begun, resumed = (found["processes"][name] for name in ("train, killed in step 2", "resume to step 2, export"))
     pairs = ((begun, first), (resumed, last))

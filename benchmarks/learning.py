@@ -103,7 +103,7 @@ def train(folder: Path, kind: str, seed: int, steps: int) -> Path:
     if not (run / "export").exists():
         print(" ".join(command), file=sys.stderr)
         if subprocess.run(command, cwd=ROOT).returncode:
-            raise SystemExit(f"{run} failed; its log.txt says why.")
+            raise SystemExit(f"{run} failed; its log.txt has the reason.")
     return run
 
 

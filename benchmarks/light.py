@@ -1,4 +1,4 @@
-"""Does light fall from where it is told to? Held-out products, lit from the left and from the right.
+"""Does light fall from the side that is asked for? Held-out products, lit from the left and from the right.
 
     python benchmarks/light.py outputs/light/export
 
@@ -68,7 +68,7 @@ def sided(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def learn(rows: Rows) -> np.ndarray:
-    """Weights of the judge; a positive product with :func:`side_features` says right."""
+    """Weights of the judge; a positive product with :func:`side_features` means right."""
     x_ND, y_N = sided(rows)
     scale_D = x_ND.std(0) + 1e-3
     x_ND = x_ND / scale_D
@@ -76,7 +76,7 @@ def learn(rows: Rows) -> np.ndarray:
 
 
 def draw(tool: Packshot, row: dict[str, Any], seed: int, steps: int, words: str | None, angle: float | None):
-    """One picture of the row's scene. words: what its caption says of light. angle: what the map says."""
+    """One picture of the row's scene. words: the light in its caption. angle: that of the map."""
     settings = GenerateSettings(num_inference_steps=steps, guidance_scale=3.5, light_angle=angle)
     scene: Scene = replace(row["scene"], lighting=words)
     tool.set_product(row["image"], row["mask"], row["id"])

@@ -1,9 +1,9 @@
-"""How fast the trainers are, beside a plain reference loop and the bare step: the same model, batch and machine.
+"""How fast the trainers are, compared with a plain reference loop and the bare step: the same model, batch and machine.
 
     python benchmarks/train_speed.py --method lora --steps 40 --rounds 3
 
 Alternates bare step, reference and ours (with a cold, then with a warm cache) as whole processes, and prints medians,
-spreads and ratios. The machine should have nothing else to do; the spread says whether it had.
+spreads and ratios. The machine should have nothing else to do; the spread shows whether it had.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def _run(command: list[str]) -> tuple[float, float]:
     started = time.time()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
-    said = process.stderr.read()
+    errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"{' '.join(command)}\n{said.decode()}")
+        raise SystemExit(f"{' '.join(command)}\n{errors.decode()}")
     return started, usage.ru_maxrss / 2**20
 
 

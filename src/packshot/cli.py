@@ -36,6 +36,7 @@ class CommandLine:
 
 
 FLAGS = ("--help", "--cfg", "--multirun", "--multirun.dry", "--config-dir")
+SHORT_FLAGS = {"-h": "--help", "-c": "--cfg", "-m": "--multirun", "-cd": "--config-dir"}
 
 
 def read_arguments(arguments: Sequence[str]) -> CommandLine:
@@ -48,29 +49,36 @@ def read_arguments(arguments: Sequence[str]) -> CommandLine:
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
-        flag, _, value = argument.partition("=")
-        if argument in ("-h", "--help"):
+        if argument.startswith("-"):
+            read_flag(line, argument, rest)
+        else:
+            line.overrides.append(argument)
+    return line
+
+
+def read_flag(line: CommandLine, argument: str, rest: list[str]) -> None:
+    """Enter one flag into ``line``; a value of its own is taken from the head of ``rest``."""
+    flag, _, value = argument.partition("=")
+    match SHORT_FLAGS.get(flag, flag):
+        case "--help" if not value:
             line.help = True
-        elif argument in ("-c", "--cfg"):
+        case "--cfg" if not value:
             line.prints_config = True
             if rest and rest[0] in ("job", "hydra", "all") and rest.pop(0) != "job":
                 raise ConfigError("--cfg prints the config of the job only.", "Write --cfg job, or --cfg alone.")
-        elif argument in ("-m", "--multirun"):
+        case "--multirun" if not value:
             line.multirun = True
-        elif flag == "--multirun.dry":
+        case "--multirun.dry":
             if value not in ("true", "false"):
                 raise ConfigError(f"{argument} is not a valid flag.", "Write --multirun.dry=true or false.")
             line.multirun = True
             line.dry = value == "true"
-        elif flag in ("-cd", "--config-dir"):
+        case "--config-dir":
             if not value and not rest:
                 raise ConfigError("--config-dir names no folder.", "Write --config-dir <folder>.")
             line.config_dir = Path(value or rest.pop(0)).expanduser()
-        elif argument.startswith("-"):
+        case _:
             raise ConfigError(f"There is no flag {argument}.", f"Known are {', '.join(FLAGS)}.")
-        else:
-            line.overrides.append(argument)
-    return line
 
 
 def default_text(field: dataclasses.Field) -> str:

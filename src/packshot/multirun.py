@@ -39,7 +39,7 @@ def expand(script: str, overrides: Sequence[str]) -> list[list[str]]:
             choices.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
         else:
             choices.append([override])
-    return [list(job) for job in itertools.product(*choices)]
+    return list(map(list, itertools.product(*choices)))
 
 
 def jobs(script: str, overrides: Sequence[str]) -> list[list[str]]:

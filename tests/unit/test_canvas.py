@@ -1,6 +1,7 @@
 """Where the product stands: placement, the working copy, and the control maps made from it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,6 +163,56 @@ def test_masks_are_max_pooled_to_condition_averaged_to_blend():
     assert (working.coverage_HW[55:80, 50] > 0.05).all()
     assert (working.coverage_HW[55:80, 50] < 0.5).all()
     assert not working.keep_HW[60, 60]
+
+
+def test_a_core_pixel_has_full_alpha_all_around():
+    """254 is not full; the picture's border does not count against a pixel."""
+    alpha = np.full((20, 20), 255, np.uint8)
+    alpha[10, 10] = 254
+    core = core_of(alpha)
+    assert not core[9:12, 9:12].any()
+    assert core.sum() == 400 - 9
+
+
+def grey_canvas(height, width):
+    """A grey photo of a product that fills the left half."""
+    photo = Image.fromarray(np.full((height, width, 3), 90, np.uint8))
+    mask = Image.new("L", photo.size)
+    mask.paste(255, (0, 0, width // 2, height))
+    return place(prepare(photo, mask), GenerateSettings())
+
+
+def test_pixels_of_half_alpha_and_more_are_kept():
+    """Condition and composite agree on where the product is."""
+    canvas = grey_canvas(100, 100)
+    matte = np.full((100, 100), 127, np.uint8)
+    matte[:, :50] = 128
+    keep = make_working(replace(canvas, matte_HW=matte), plan_frame(100, 100, 100, 4), 4).keep_HW
+    assert keep[:, :50].all()
+    assert not keep[:, 50:].any()
+
+
+def test_letterbox_bars_continue_the_picture_without_product():
+    """A border of another colour would be read as a part of the scene; the bars themselves show no product."""
+    matte = np.full((60, 100), 255, np.uint8)
+    canvas = replace(grey_canvas(60, 100), matte_HW=matte, inputs={"depth": np.full((60, 100), 200, np.uint8)})
+    frame = plan_frame(60, 100, 77, 32)
+    working = make_working(canvas, frame, 8)
+    bars = np.ones((frame.height, frame.width), bool)
+    bars[frame.content] = False
+    assert bars.sum() >= frame.width
+    assert (working.image_HW3[bars] == 90).all()
+    np.testing.assert_allclose(working.inputs["depth"][bars], 200 / 255, atol=1e-6)
+    assert not working.keep_HW[bars].any()
+    assert not working.coverage_HW[bars].any()
+
+
+def test_coverage_is_the_mean_of_what_a_pixel_shows():
+    """Every pixel of the matte counts in it, none is skipped."""
+    canvas = grey_canvas(100, 100)
+    matte = np.random.default_rng(0).integers(0, 256, (100, 100), np.uint8)
+    coverage = make_working(replace(canvas, matte_HW=matte), plan_frame(100, 100, 50, 2), 2).coverage_HW
+    np.testing.assert_allclose(coverage, matte.reshape(50, 2, 50, 2).mean(axis=(1, 3)) / 255, atol=1 / 255)
 
 
 def test_inpaint_map_shows_nothing_of_the_old_background():

@@ -15,7 +15,7 @@ from packshot.caption.models.adapter import Caption
 from packshot.config.compose import compose
 from packshot.errors import ConfigError
 from packshot.evaluate.adherence import adherence, baseline_scenes, describe, slot_means
-from packshot.evaluate.preservation import core_identity, hard_paste, preservation
+from packshot.evaluate.preservation import core_identity, halo_percentiles, hard_paste, noise_floor, preservation
 from packshot.evaluate.run import evaluate, score_preservation, summary, without_nan
 from packshot.evaluate.samples import load_sample, open_runs
 from packshot.generate.report import write_page
@@ -120,6 +120,22 @@ def test_preservation_sees_one_changed_core_pixel(finished):
     touched[64, 48] ^= 255
     pixels = sample.core_HW.sum()
     assert core_identity(touched, sample)["core_identical_share"] == pytest.approx(1 - 1 / pixels)
+
+
+def test_halo_is_the_median_and_the_95th_percentile():
+    assert halo_percentiles(np.arange(101.0)) == {"edge_halo_p50": 50, "edge_halo_p95": 95}
+
+
+@pytest.mark.parametrize("resampling", ["none", "pillow lanczos"])
+def test_the_noise_floor_is_measured_where_nothing_was_drawn(finished, resampling):
+    """On the unedited photo; a moved product has no such photo, so it stands on plain grey."""
+    [run] = open_runs([str(finished)])
+    sample = load_sample(run, "a-0")
+    sample = replace(sample, certificate={"transform": {"resampling": resampling}})
+    shown = []
+    noise_floor(sample, lambda image_HW3, keep_HW: shown.append(image_HW3) or keep_HW)
+    is_grey = bool((shown[0][0] == 127).all())  # the first row lies outside of the product
+    assert is_grey == (resampling != "none")
 
 
 def test_report_holds_all_systems_and_unmeasured_scenes(finished, tmp_path):

@@ -141,7 +141,7 @@ def _draw_batch(
 
 
 def match_matrix(named: list[Scene], scenes: list[Scene]) -> torch.Tensor:
-    """matches_TI: row = text, column = image, 1 where the image shows all that the text says.
+    """matches_TI: row = text, column = image, 1 where the image shows all that the text names.
 
     A phrase stays true when its end is left out: "lemons" of "lemons behind it", a podium without its table.
     """

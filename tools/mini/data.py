@@ -117,7 +117,8 @@ class Renders:
 
     def draw(self, generator: torch.Generator, count: int) -> list[Render]:
         """``count`` training scenes with replacement."""
-        return [self.train[i] for i in torch.randint(len(self.train), (count,), generator=generator).tolist()]
+        drawn = torch.randint(len(self.train), (count,), generator=generator).tolist()
+        return list(map(self.train.__getitem__, drawn))
 
 
 def product_ids(renders: Sequence[Render]) -> set[str]:
@@ -185,18 +186,16 @@ def reframed(image: np.ndarray, rng: random.Random) -> np.ndarray:
 def mirrored(scene: Scene) -> Scene:
     """The scene as its mirrored image shows it: left and right change places in every slot."""
 
-    def swap(text: str | None) -> str | None:
-        if text is None:
-            return None
+    def swap(text: str) -> str:
         return text.replace("left", "\0").replace("right", "left").replace("\0", "right")
 
     return replace(
         scene,
-        surface=swap(scene.surface) or "",
-        surroundings=tuple(swap(text) or "" for text in scene.surroundings),
-        background=swap(scene.background),
-        lighting=swap(scene.lighting),
-        style=tuple(swap(text) or "" for text in scene.style),
+        surface=swap(scene.surface),
+        surroundings=tuple(map(swap, scene.surroundings)),
+        background=scene.background and swap(scene.background),
+        lighting=scene.lighting and swap(scene.lighting),
+        style=tuple(map(swap, scene.style)),
     )
 
 

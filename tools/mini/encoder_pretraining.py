@@ -24,7 +24,7 @@ from tools.mini.clip import PHRASES, phrase_loss
 from tools.mini.data import Render, Renders, images_of, mirrored, reframed, scenes_of, shares_right
 
 GRID = 3  # regions a side
-DROPOUT = 0.2  # of what is seen, while captions are learned: a few scenes told often are recognised, not looked at
+DROPOUT = 0.2  # of what is seen, while captions are learned: a few scenes that come often are recognised, not looked at
 BATCH = 64
 
 
@@ -115,8 +115,8 @@ def train_sight(
             return loss, {}
 
         def preview(at: Progress, size: int = size) -> None:
-            told = sight_accuracy(lambda images: regions(tokens_of(images, size)), renders.held_out)
-            print(f"{name}  sight {size} px  step {at.step}  held out {told}", flush=True)
+            accuracy = sight_accuracy(lambda images: regions(tokens_of(images, size)), renders.held_out)
+            print(f"{name}  sight {size} px  step {at.step}  held out {accuracy}", flush=True)
 
         done = run_stretch(plan, model, loss_of, preview)
         whole = Progress(whole.step + done.step, whole.seconds + done.seconds)

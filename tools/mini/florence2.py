@@ -219,7 +219,7 @@ def describe(model: Florence2ForConditionalGeneration, processor: Florence2Proce
     )
 
 
-def slots_told(
+def slots_described(
     model: Florence2ForConditionalGeneration, processor: Florence2Processor, renders: list[Render]
 ) -> dict[str, float]:
     """:func:`slots_in` of the model's greedy captions."""
@@ -242,7 +242,7 @@ def slots_in(texts: list[str], renders: list[Render]) -> dict[str, float]:
 def tell(render: Render, other: Render, rng: random.Random) -> tuple[np.ndarray, str, str, Scene]:
     """A picture, a task, the answer, and the picture's scene.
 
-    Mostly a caption, sometimes where the product is, or what is at its place. Two scenes stacked are told in one
+    Mostly a caption, sometimes where the product is, or what is at its place. Two scenes stacked get one
     sentence, which asks for no more than surface and background.
     """
     form = rng.random()
@@ -347,6 +347,6 @@ def train_florence(renders: Renders, family: Family, folder: Path, minutes: floa
 
     progress = run_stretch(plan, torch.nn.ModuleList([model, regions]), loss_of, preview)
     progress = Progress(progress.step + seen.step, progress.seconds + seen.seconds)
-    scores = (held_out_scores(model, processor, renders.held_out), slots_told(model, processor, renders.held_out))
-    model.config.text_config.dropout = 0.0  # against overfitting here; a fine-tune says itself what it needs
+    scores = (held_out_scores(model, processor, renders.held_out), slots_described(model, processor, renders.held_out))
+    model.config.text_config.dropout = 0.0  # against overfitting here; a fine-tune sets its own
     family.keep_captioner("florence2", model, processor, scores, renders, progress)

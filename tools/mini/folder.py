@@ -160,10 +160,10 @@ class Family:
 
         scores: losses, and per slot the share of held-out scenes that it describes right, whose mean decides.
         """
-        losses, told = scores
-        score = sum(told.values()) / len(told)
+        losses, slots = scores
+        score = sum(slots.values()) / len(slots)
         inputs = f"vocabulary {len(processor.tokenizer)}"
-        record = self.record(stage, progress, renders, score, {**losses, **told}, model.num_parameters(), inputs)
+        record = self.record(stage, progress, renders, score, {**losses, **slots}, model.num_parameters(), inputs)
 
         def write(staging: Path) -> None:
             halve(model)

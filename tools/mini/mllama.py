@@ -38,7 +38,7 @@ from tools.mini.vocabulary import LLAMA_TEMPLATE, train_llama_tokenizer
 
 WIDTH = 128
 SIGHT = 0.6  # share of the minutes
-# What a user may ask, and how much is told then (see ``free_caption``).
+# What a user may ask, and how much detail is answered (see ``free_caption``).
 QUESTIONS = ("What is this?", "Describe the image in one sentence.", "Describe the image in detail.")
 _ONE_TILE = {"aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long), "aspect_ratio_mask": torch.ones(1, 1, 1).long()}
 

@@ -202,14 +202,14 @@ def reconstruction_loss(output_BCHW: torch.Tensor, pixels_BCHW: torch.Tensor) ->
     output = _ycbcr(output_BCHW)
     target = _ycbcr(pixels_BCHW)
     flat = F.l1_loss(output[:, :1], target[:, :1]) + 2.0 * F.l1_loss(output[:, 1:], target[:, 1:])
-    edges = sum(F.l1_loss(a, b) for a, b in zip(_edges(output), _edges(target), strict=True))
+    edges = sum(map(F.l1_loss, _edges(output), _edges(target)))
     return flat + 0.5 * edges
 
 
 def encoder_fingerprint(weights: dict[str, torch.Tensor]) -> str:
     """16 hex digits over the tensors that make latents, of an autoencoder's state dict at any precision."""
-    names = [name for name in weights if name.startswith(("encoder.", "quant_conv."))]
-    return digest_of_tensors({name: weights[name] for name in names})
+    parts = ("encoder.", "quant_conv.")
+    return digest_of_tensors({name: weight for name, weight in weights.items() if name.startswith(parts)})
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """Checks that run after composition and before anything heavy is imported.
 
-The rules stand beside what they rule: a config class that has any defines ``check()``, which raises ConfigError.
+The rules stand with what they rule: a config class that has any defines ``check()``, which raises ConfigError.
 """
 
 from __future__ import annotations

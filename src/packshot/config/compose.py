@@ -79,6 +79,11 @@ def unknown_key(key: str, keys: Mapping[str, str], others: Sequence[str] = ()) -
     return ConfigError(f"There is no key {key!r}.", hint)
 
 
+def described(schema: type) -> dict[str, str]:
+    """What each key of a script takes, by the key."""
+    return {key: describe(field, hint) for key, field, hint in fields(schema)}
+
+
 QUOTED = re.compile(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*\"""", re.DOTALL)
 
 
@@ -105,7 +110,7 @@ def quoted(override: str, texts: set[str]) -> str:
 def wrong_value(key: str, value: str, hint: Hint, takes: str) -> ConfigError:
     """The error for a value of the wrong kind."""
     if isinstance(hint, type) and issubclass(hint, Enum):
-        allowed = ", ".join(member.name for member in hint)
+        allowed = ", ".join(hint.__members__)
         return ConfigError(f"{key}={value} is not an allowed value.", f"Allowed are {allowed}.")
     return ConfigError(f"{key}={value} has a value of the wrong type.", f"{key} takes {takes}.")
 
@@ -120,15 +125,15 @@ def explain(error: Exception, schema: type, overrides: Sequence[str]) -> ConfigE
         messages.append(str(cause))
         cause = cause.__cause__ or cause.__context__
     text = "\n".join(messages)
-    keys = {key: describe(field, hint) for key, field, hint in fields(schema)}
-    hints = {key: hint for key, _, hint in fields(schema)}
+    keys = described(schema)
     found = re.search(r"full_key: ([\w.\[\]]+)", text) or re.search(r"Key '([^']+)' (?:is )?not in", text)
     key = re.sub(r"\[\d+\]$", "", found.group(1)) if found else ""
     if key in keys:
         given = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
         quoted_value = re.search(r"[Vv]alue '([^']*)'", text)  # of a YAML file
         value = given.get(key) or (quoted_value.group(1) if quoted_value else "…")
-        return wrong_value(key, value, hints[key], keys[key])
+        hint = next(hint for name, _, hint in fields(schema) if name == key)
+        return wrong_value(key, value, hint, keys[key])
     if key in parents(keys):
         members = [name for name in keys if name.startswith(f"{key}.")]
         return ConfigError(f"{key} is a group of keys and takes no value.", f"Set {', '.join(members[:4])}, …")
@@ -183,7 +188,7 @@ def compose(script: str, overrides: Sequence[str], config_dir: Path | None = Non
     from omegaconf.errors import OmegaConfBaseException
 
     schema = SCRIPTS[script]
-    keys = {key: describe(field, hint) for key, field, hint in fields(schema)}
+    keys = described(schema)
     texts = {key for key, _, hint in fields(schema) if is_text(hint)}
     if config_dir is not None and not config_dir.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: there is no such folder.", "Name a folder laid out as conf/.")

@@ -127,8 +127,12 @@ def settings() -> dict[str, Setting]:
 
 def networks(config: object) -> dict[str, str]:
     """The networks that a script's config names, by the input that each estimates."""
-    named = {name: attrgetter(row.network.key)(config) for name, row in INPUTS.items() if row.network is not None}
-    return {name: path for name, path in named.items() if path}
+    paths = {}
+    for name, row in INPUTS.items():
+        path = row.network and attrgetter(row.network.key)(config)
+        if path:
+            paths[name] = path
+    return paths
 
 
 def picture_columns() -> list[str]:

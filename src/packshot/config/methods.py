@@ -12,19 +12,35 @@ from packshot.config.keys import Names, opt
 from packshot.config.train import ExportConfig, TrainScript
 from packshot.errors import ConfigError
 
-LoraKind = Names("LoraKind", ["lora", "dora", "rslora", "loha", "lokr"])
+
+@dataclass(frozen=True)
+class LoraKindRow:
+    """What one value of ``method.kind`` allows; ``methods/lora.py`` has the code by kind.
+
+    low_rank: the update is a product of two matrices, as every file format holds it. quantizations: of the base, over
+        which it can be trained.
+    """
+
+    low_rank: bool = False
+    quantizations: tuple[Quantization, ...] = (Quantization.none,)
+
+
+# loha and lokr read the shape of the stored weight, which nf4 packs; dora needs the values of the weight itself, which
+# int8 no longer has after the first step.
+LORA_KINDS = {
+    "lora": LoraKindRow(low_rank=True, quantizations=tuple(Quantization)),
+    "dora": LoraKindRow(quantizations=(Quantization.none, Quantization.nf4)),
+    "rslora": LoraKindRow(low_rank=True, quantizations=tuple(Quantization)),
+    "loha": LoraKindRow(),
+    "lokr": LoraKindRow(),
+}
+LoraKind = Names("LoraKind", list(LORA_KINDS))
 LoraTargets = Names(
     "LoraTargets", ["attention", "cross_attention", "attention_and_ff", "attention_and_conv", "all_linear"]
 )
 Condition = Names("Condition", list(CONDITIONS))
 IPAdapterVariant = Names("IPAdapterVariant", ["base", "plus"])
 ReferenceSource = Names("ReferenceSource", ["self", "look", "place"])
-
-
-LOW_RANK = (LoraKind.lora, LoraKind.rslora)
-# Adapter kinds that train over quantized weights. loha and lokr read the shape of the stored weight, which nf4 packs;
-# dora needs the values of the weight itself, which int8 no longer has after the first step.
-QUANTIZED = {Quantization.nf4: (*LOW_RANK, LoraKind.dora), Quantization.int8: LOW_RANK}
 
 
 @dataclass
@@ -60,7 +76,7 @@ class LoraMethod:
                 f"method.text_rank={self.text_rank} has no effect without a LoRA on the text encoders.",
                 "Add method.text_encoder=true, or leave it out.",
             )
-        if self.init and self.kind not in LOW_RANK:
+        if self.init and not LORA_KINDS[self.kind.name].low_rank:
             raise ConfigError(
                 f"method.init={self.init} with method.kind={self.kind}: only products of two matrices are continued.",
                 "Set method.kind=lora, or merge it into the base with model.loras.",
@@ -157,16 +173,17 @@ class TrainLora(TrainScript):
         kind = self.method.kind
         # transformers drops the magnitudes of a DoRA on loading; readers disagree about their shape in a kohya file
         for key, given in (("method.text_encoder", self.method.text_encoder), ("export.kohya", self.export.kohya)):
-            if given and kind not in LOW_RANK:
+            if given and not LORA_KINDS[kind.name].low_rank:
                 raise ConfigError(
                     f"{key}=true with method.kind={kind}: no file format holds that so that all stock loaders agree.",
                     f"Use method.kind=lora or rslora, or set {key}=false.",
                 )
-        supported = QUANTIZED.get(self.model.quantization, tuple(LoraKind))
-        if kind not in supported:
+        quantization = self.model.quantization
+        supported = [name for name, row in LORA_KINDS.items() if quantization in row.quantizations]
+        if kind.name not in supported:
             raise ConfigError(
-                f"method.kind={kind} cannot be trained over model.quantization={self.model.quantization}.",
-                f"It works with {', '.join(map(str, supported))}.",
+                f"method.kind={kind} cannot be trained over model.quantization={quantization}.",
+                f"It works with {', '.join(supported)}.",
             )
 
 

@@ -35,7 +35,7 @@ class OptimizerRow:
 
     name: the value of ``optim.kind``. build: makes it for parameter groups, each with its own ``lr``.
     reads: the keys of ``optim`` that change what it does; another value than the default of any other key is refused.
-    state_bytes: bytes of its state for each trained parameter, in fp32 unless its name says otherwise.
+    state_bytes: bytes of its state for each trained parameter, in fp32 unless its name has another precision.
     usual_rates: lowest and highest peak learning rate that are usual for adapters and ControlNets; others mostly are a
         slip of a power of ten, or the setting of another optimizer, and ``mode=check`` reports them.
     finds_step_size: the learning rate only multiplies a step size that the optimizer finds, so it should be 1.

@@ -255,6 +255,11 @@ def check_objective(objective: ObjectiveConfig, prediction_type: str, num_timest
             "epsilon prediction: at the last step the input is the answer, and SNR weights divide by zero.",
             "Set objective.prediction_type=v_prediction.",
         )
+    check_timesteps(objective, num_timesteps)
+
+
+def check_timesteps(objective: ObjectiveConfig, num_timesteps: int | None) -> None:
+    """Raises ConfigError for an empty range of timesteps, or one beyond the schedule; see :func:`check_objective`."""
     last = objective.max_timestep
     if last is not None and last <= objective.min_timestep:
         raise ConfigError(

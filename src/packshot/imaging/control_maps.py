@@ -117,7 +117,7 @@ def light(view: View) -> np.ndarray:
     right, up = view.inputs["light"]
     height, width = view.mask_HW.shape
     ramp_HW = right * np.linspace(-1, 1, width)[None] + up * np.linspace(1, -1, height)[:, None]
-    # along its steepest line the ramp spans the frame, whatever the direction
+    # along its steepest line the ramp spans the frame, in every direction
     ramp_HW *= np.hypot(right, up) / max(abs(right) + abs(up), 1e-6)
     lit_HW = LIGHT_FLOOR + (1 - LIGHT_FLOOR) * (np.clip(ramp_HW, -1, 1) + 1) / 2
     return grey_map(np.where(view.mask_HW >= 0.5, 0.0, lit_HW))

@@ -1,4 +1,4 @@
-"""Image files as people really have them -> 8-bit RGB or RGBA in sRGB, upright; or an error that says what is wrong."""
+"""Image files as people really have them -> 8-bit RGB or RGBA in sRGB, upright; or an error that names the cause."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b
 
 
 class DecodeError(PackshotError):
-    """A file is no usable image.
+    """A file is not a usable image.
 
     reason: short code for tables (``empty_file``, ``truncated``, ``not_an_image``, …).
     measure: the value that decided, as text.
@@ -182,7 +182,7 @@ def is_high_depth(image: Image.Image) -> bool:
 
 
 def high_depth_to_uint8(image: Image.Image, name: str) -> np.ndarray:
-    """(H, W) grey samples of 16 bits (whatever integer mode Pillow holds them in) as uint8.
+    """(H, W) grey samples of 16 bits (in any integer mode of Pillow) as uint8.
 
     Raises:
         DecodeError: samples that are no whole numbers from 0 to 65535.
@@ -205,7 +205,7 @@ def _to_srgb(
     """RGB in sRGB: by the file's other notes on colour, else through its profile, else by the plain conversion.
 
     A profile that does nothing to colours leaves the picture's bytes alone. One for another number of channels (a grey
-    one left in an RGB file) says nothing about these pixels.
+    one left in an RGB file) does not describe these pixels.
     """
     if isinstance(encoding, str):
         steps.append(encoding)

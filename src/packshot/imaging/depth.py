@@ -31,8 +31,8 @@ def estimate_depth(image: Image.Image, onnx: str) -> Image.Image:
     onnx: a network with ImageNet's normalisation that gives inverse depth, as MiDaS and Depth Anything do.
 
     Raises:
-        ConfigError: ``onnx`` is no usable model.
-        PackshotError: the network's output is no map of one picture, or not finite.
+        ConfigError: ``onnx`` is not a usable model.
+        PackshotError: the network's output is not a map of one picture, or not finite.
     """
     session = load_session("depth.onnx", onnx)
     node = session.get_inputs()[0]

@@ -8,12 +8,12 @@ from pathlib import PurePath, PurePosixPath
 
 from packshot.errors import ConfigError
 
-# Which files of a folder are offered to the decoder. What they really are, their content says.
+# Which files of a folder are offered to the decoder; their content decides what they are.
 IMAGE_SUFFIXES = tuple(".png .jpg .jpeg .jpe .jfif .webp .tif .tiff .bmp .gif .ppm .pgm .avif .jp2 .heic .heif".split())
 
 
 def is_image(path: str | PurePath) -> bool:
-    """Whether a file's name says that it is a picture; hidden files are none."""
+    """Whether a file has the name of a picture; hidden files do not."""
     parts = PurePosixPath(path)
     return parts.suffix.lower() in IMAGE_SUFFIXES and not parts.name.startswith(".")
 
@@ -22,7 +22,7 @@ def pair_masks(key: str, images: Iterable[str], masks: Iterable[str]) -> dict[st
     """The mask of every image that has one: of its own name, or of its stem. Paths inside their folders.
 
     Raises:
-        ConfigError: several masks could be meant; ``key`` says whose they are.
+        ConfigError: several masks could be meant; ``key`` names their owner.
     """
     names, by_stem = set(images), defaultdict(list)
     for mask in masks:

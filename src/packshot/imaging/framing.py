@@ -23,7 +23,8 @@ class Geometry:
 
     def time_ids(self) -> tuple[float, ...]:
         """SDXL's micro-conditioning (arXiv 2307.01952, 2.2): original (h, w), crop (top, left), target (h, w)."""
-        top, left = (max(0, value) for value in self.crop)
+        top = max(0, self.crop[0])
+        left = max(0, self.crop[1])
         return tuple(map(float, (*self.original, top, left, *self.target)))
 
     def inside(self) -> np.ndarray:
@@ -102,5 +103,6 @@ def apply(geometry: Geometry, array: np.ndarray, *, hard: bool = False, pad: str
     padded = (
         np.pad(resized, margins, mode="edge" if pad == "edge" else "constant") if any(map(any, margins)) else resized
     )
-    top, left = (max(0, value) for value in geometry.crop)
+    top = max(0, geometry.crop[0])
+    left = max(0, geometry.crop[1])
     return np.ascontiguousarray(padded[top : top + geometry.target[0], left : left + geometry.target[1]])

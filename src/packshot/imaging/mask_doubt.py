@@ -31,6 +31,14 @@ def plausible_area(share: float) -> float:
     return min(ramp(share, 0.002, 0.02), 1 - ramp(share, 0.8, 0.97))
 
 
+def colour_gradient(rgb_HWC: np.ndarray) -> np.ndarray:
+    """Length of the Lab colour's Sobel gradient, slightly blurred, float32 (H, W)."""
+    lab_HWC = to_lab(cv2.GaussianBlur(rgb_HWC, (0, 0), 1.0))
+    across = cv2.Sobel(lab_HWC, cv2.CV_32F, 1, 0)
+    down = cv2.Sobel(lab_HWC, cv2.CV_32F, 0, 1)
+    return np.sqrt((across**2 + down**2).sum(-1))
+
+
 def evidence(rgb_HWC: np.ndarray, saliency_HW: np.ndarray, raw_HW: np.ndarray, mask_HW: np.ndarray) -> dict[str, float]:
     """What speaks for a mask, each in [0, 1].
 
@@ -39,9 +47,7 @@ def evidence(rgb_HWC: np.ndarray, saliency_HW: np.ndarray, raw_HW: np.ndarray, m
     outside. start: agreement (IoU) of the first guess, from saliency alone, with the result, from colours. compact:
     agreement of GrabCut's own result with its cleaned form; noise is speckle. single: share of the largest piece.
     """
-    lab_HWC = to_lab(cv2.GaussianBlur(rgb_HWC, (0, 0), 1.0))
-    slopes = [cv2.Sobel(lab_HWC, cv2.CV_32F, dx, dy) for dx, dy in ((1, 0), (0, 1))]
-    gradient_HW = np.sqrt((slopes[0] ** 2 + slopes[1] ** 2).sum(-1))
+    gradient_HW = colour_gradient(rgb_HWC)
     outline = cv2.morphologyEx(mask_HW.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
     ranks = np.searchsorted(np.sort(gradient_HW, axis=None), gradient_HW[outline], side="left") / gradient_HW.size
     frame = np.concatenate([mask_HW[1], mask_HW[-2], mask_HW[:, 1], mask_HW[:, -2]])
@@ -91,10 +97,7 @@ def edges_left(found: Finding) -> float:
     Before a plain ground there should be none: shadows are soft. A cap that was kept without its bottle leaves the
     bottle's outline.
     """
-    lab_HWC = to_lab(cv2.GaussianBlur(found.rgb_HWC, (0, 0), 1.0))
-    across = cv2.Sobel(lab_HWC, cv2.CV_32F, 1, 0)
-    down = cv2.Sobel(lab_HWC, cv2.CV_32F, 0, 1)
-    slope_HW = np.sqrt((across**2 + down**2).sum(-1)) / 4
+    slope_HW = colour_gradient(found.rgb_HWC) / 4
     mask = found.mask_HW.astype(np.uint8)
     reach = max(3, round(0.025 * max(mask.shape))) | 1
     outside = cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach))) == 0

@@ -41,7 +41,7 @@ def refine(rgb_HWC: np.ndarray, mask_HW: np.ndarray, radius: int = 3, eps: float
     hard = (soft_HW >= 0.5).astype(np.uint8)
     sure = (cv2.erode(hard, band), 1 - cv2.dilate(hard, band))
     inside, outside = (cv2.resize(part, full, interpolation=cv2.INTER_NEAREST) > 0 for part in sure)
-    # The fit is an average over windows; stretching it back gives whole pixels beside the edge their 0 or 1.
+    # The fit is an average over windows; stretching it back gives whole pixels next to the edge their 0 or 1.
     alpha_HW = stretched(alpha_HW, 0.1, 0.9)
     alpha_HW[inside], alpha_HW[outside] = 1.0, 0.0
     return alpha_HW.astype(np.float32)

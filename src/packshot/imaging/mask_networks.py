@@ -30,7 +30,7 @@ class Reading:
     logits: bool = False
 
 
-_ISNET = Reading(np.float32([128, 128, 128]), np.float32([256, 256, 256]))  # IS-Net (DIS), 1024 px
+_ISNET = Reading(np.full(3, 128, np.float32), np.full(3, 256, np.float32))  # IS-Net (DIS), 1024 px
 _BY_NAME = {"birefnet-general": Reading(*_IMAGENET, logits=True)}
 _BY_SIDE = {320: Reading(*_IMAGENET)}  # U²-Net
 

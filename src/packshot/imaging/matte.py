@@ -1,4 +1,4 @@
-"""What a product's matte says: its soft edge, its own colours under it, and the latent cells that show nothing else."""
+"""From a product's matte: its soft edge, its own colours under it, and the latent cells that show nothing else."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def _render_layers(job: Job, folder: Path, size: int) -> None:
 
 
 def render_job(job: Job, folder: Path, size: int) -> None:
-    """Render one job into `folder` by way of a temporary one beside it.
+    """Render one job into `folder` by way of a temporary one next to it.
 
     Raises ValueError if the product leaves the frame or is hidden.
     """
@@ -222,7 +222,9 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--core", type=int, help="stay on this core: beside others the denoiser's threads only spin")
+    parser.add_argument(
+        "--core", type=int, help="stay on this core; with several renderers the denoiser's threads only spin"
+    )
     args = parser.parse_args()
     if args.core is not None:
         os.sched_setaffinity(0, {args.core})

@@ -59,7 +59,7 @@ def blender_python(environment: str) -> Path:
     python = resolve(environment) / "bin" / "python"
     if not python.exists():
         raise ConfigError(
-            f"render.environment={environment}: there is no Blender here.",
+            f"render.environment={environment}: Blender is not installed there.",
             "`make render-env` installs it (about 1 GB, into .venv-render).",
         )
     return python

@@ -390,7 +390,7 @@ _PLACES: dict[str, tuple[Zone, tuple[int, ...] | None]] = {
 
 
 def add_surroundings(phrases: list[str], seed: int, clear: float, floor_z: Callable[[float, float], float]) -> None:
-    """Place the phrases' objects where they say; without a word on it, beside the product, on a side that is free."""
+    """Place the phrases' objects where the phrases put them; without a position, next to the product on a free side."""
     rng = random.Random(f"packshot-props-{seed}")
     free = [-1, 1]
     rng.shuffle(free)

@@ -44,16 +44,16 @@ def readable(key: str, path: str | Path) -> Path:
     return found
 
 
-def _beside(path: Path) -> Path:
+def _temporary(path: Path) -> Path:
     """A hidden name that no other process writes to: folders may be shared by machines, whose process numbers meet."""
     return path.with_name(f".{path.name}.{zlib.crc32(platform.node().encode())}{os.getpid()}.tmp")
 
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends without an exception."""
+    """A temporary path next to ``path`` that takes its place when the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
+    temporary = _temporary(path)
     try:
         yield temporary
         _settle(temporary)
@@ -67,7 +67,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``path`` when the block ends without an exception; an old ``path`` goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
+    temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

@@ -1,8 +1,8 @@
 """The Scene grammar as a constraint on decoding, in the Lark dialect that llguidance reads.
 
 It allows a part of what ``parse_strict`` reads: a surface always, the other slots in their order and in plain form,
-words of ASCII letters only, and no word that names a product. Whatever it lets through therefore parses and keeps the
-product's name to itself.
+words of ASCII letters only, and no word that names a product. All that it accepts therefore parses and names no
+product.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ _STYLE = frozenset(
 
 def with_plurals(nouns: Iterable[str]) -> set[str]:
     """Every noun with the plurals by which ``scores.product_words`` knows it."""
-    plurals = {noun + ending for noun in nouns for ending in ("s", "es")}
-    return {*nouns, *plurals, *(noun[:-1] + "ies" for noun in nouns if noun.endswith("y"))}
+    words = set(nouns)
+    for noun in nouns:
+        words |= {noun + "s", noun + "es"}
+        if noun.endswith("y"):
+            words.add(noun[:-1] + "ies")
+    return words
 
 
 def word_except(words: Iterable[str]) -> str:
-    """A word of ASCII letters that is none of ``words``, in whatever case."""
+    """A word of ASCII letters that is none of ``words``; case does not count."""
     return rf"/[A-Za-z]+/ & ~/(?i:{'|'.join(sorted(words))})/"
 
 

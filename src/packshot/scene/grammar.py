@@ -67,12 +67,13 @@ def quote(text: str) -> str:
 
 def unquote_all(text: str) -> tuple[str, ...]:
     """The quoted values of a tagged clause."""
-    return tuple(re.sub(r"\\(.)", r"\1", item[1:-1], flags=re.DOTALL) for item in re.findall(_QUOTED, text, re.DOTALL))
+    values = re.findall(_QUOTED, text, re.DOTALL)
+    return tuple(re.sub(r"\\(.)", r"\1", value[1:-1], flags=re.DOTALL) for value in values)
 
 
 def needs_quotes(values: tuple[str, ...]) -> bool:
     """Whether a value has a character that ends or escapes a clause."""
-    return any(char in "".join(values) for char in ',"\\')
+    return not set(',"\\').isdisjoint("".join(values))
 
 
 def survives(slot: str, values: tuple[str, ...]) -> bool:
@@ -83,7 +84,12 @@ def survives(slot: str, values: tuple[str, ...]) -> bool:
         scene = parse_strict(", ".join([HEAD, *SLOTS[slot].clauses(values)]))
     except SceneSyntaxError:
         return False
-    return {key: found for key, found in scene.slots().items() if found} == {slot: values}
+    return filled(scene) == {slot: values}
+
+
+def filled(scene: Scene) -> dict[str, tuple[str, ...]]:
+    """The slots that are not empty."""
+    return {slot: values for slot, values in scene.slots().items() if values}
 
 
 def render(scene: Scene) -> str:
@@ -146,7 +152,9 @@ def slot_spans(text: str) -> list[tuple[str, int, int]]:
 def parse_strict(text: str) -> Scene:
     """Read a caption that follows the grammar exactly; see :meth:`Scene.parse_strict`."""
     if not text.startswith(HEAD):
-        at = next((i for i, (a, b) in enumerate(zip(text, HEAD, strict=False)) if a != b), min(len(text), len(HEAD)))
+        at = 0
+        while text[at : at + 1] == HEAD[at]:
+            at += 1
         raise SceneSyntaxError(f"a caption starts with {HEAD!r}; it differs", text, at)
     found: dict[str, tuple[str, ...]] = {}
     last = -1
@@ -170,7 +178,7 @@ def parse_strict(text: str) -> Scene:
         last = rank
         found[slot] = found.get(slot, ()) + values
     scene = Scene.from_slots(found)
-    if {slot: values for slot, values in scene.slots().items() if values} != found:
+    if filled(scene) != found:
         raise SceneSyntaxError("a value is not in its normal form (blank, or doubled words)", text, 0)
     return scene
 
@@ -189,10 +197,10 @@ def classify_free(clause: str) -> tuple[str, tuple[str, ...]] | None:
 
 
 def free_values(row: Slot, value: str) -> tuple[str, ...]:
-    """The values of a free clause: cut at the slot's joiner, whatever white space stands around it."""
+    """The values of a free clause: cut at the slot's joiner and the white space around it."""
     if row.joiner is None:
         return (value,)
-    return tuple(item for item in re.split(rf"\s+{row.joiner.strip()}\s+", value) if item)
+    return tuple(filter(None, re.split(rf"\s+{row.joiner.strip()}\s+", value)))
 
 
 def parse(text: str) -> Parsed:
@@ -230,7 +238,7 @@ def parse(text: str) -> Parsed:
 
 
 def named(head: str) -> list[str]:
-    """What the head of a free caption says besides "photo of an object on": usually the product's name."""
+    """What the head of a free caption names besides "photo of an object on": usually the product's name."""
     words = [word for word in re.findall(r"[\w-]+", head) if word.lower() not in _HEAD_WORDS]
     return [" ".join(words)] if words else []
 

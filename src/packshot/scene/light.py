@@ -1,4 +1,4 @@
-"""From which side a lighting phrase says that light comes."""
+"""The side from which light comes, by a lighting phrase."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SIDES = {"right": 0.0, "behind": 90.0, "back": 90.0, "rear": 90.0, "left": 180.0
 _FROM = re.compile(r"\bfrom\b([^,;.]*)")
 _SIDE = re.compile(rf"\b({'|'.join(SIDES)})\b")
 _BACKLIGHT = re.compile(r"\bback-?\s?(?:light|lit)|\bcontre-jour\b|\brim light")
-_SHADOW = re.compile(r"\bshadows?\b")  # shadows "from the right" fall there: whether the light does is not said
+_SHADOW = re.compile(r"\bshadows?\b")  # shadows "from the right" fall there: whether the light does is unknown
 
 
 def light_angle(lighting: str | None) -> float | None:
@@ -18,8 +18,8 @@ def light_angle(lighting: str | None) -> float | None:
     None where the phrase names no side, or several: "soft daylight", "light from the left and the right".
     """
     phrase = (lighting or "").lower()
-    said = [] if _SHADOW.search(phrase) else _FROM.findall(phrase)
-    angles = {SIDES[side] for clause in said for side in _SIDE.findall(clause)}
+    clauses = [] if _SHADOW.search(phrase) else _FROM.findall(phrase)
+    angles = set(map(SIDES.__getitem__, _SIDE.findall("; ".join(clauses))))
     if _BACKLIGHT.search(phrase):
         angles.add(SIDES["behind"])
     return angles.pop() if len(angles) == 1 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -34,33 +35,40 @@ def content_words(text: str) -> list[str]:
 
 def token_f1(guess: str, truth: str) -> float:
     """F1 over content words, in [0, 1]; 0 when the two name opposites (left/right, soft/harsh)."""
-    a, b = content_words(guess), content_words(truth)
+    a = Counter(content_words(guess))
+    b = Counter(content_words(truth))
     if not a or not b:
         return float(a == b)
     for pair in _OPPOSITES:
-        if len(pair & set(a)) == 1 and len(pair & set(b)) == 1 and pair & set(a) != pair & set(b):
+        in_a = pair & a.keys()
+        in_b = pair & b.keys()
+        if len(in_a) == 1 and len(in_b) == 1 and in_a != in_b:
             return 0.0
-    common = sum(min(a.count(word), b.count(word)) for word in set(a))
-    return 2 * common / (len(a) + len(b))
+    return 2 * (a & b).total() / (a.total() + b.total())
 
 
 def set_f1(guess: Sequence[str], truth: Sequence[str]) -> float:
     """Soft F1 between two sets of texts under the best one-to-one matching (Hungarian), in [0, 1]."""
     if not guess or not truth:
         return float(len(guess) == len(truth))
-    agreeing = sum(token_f1(said, real) for said, real in paired(guess, truth) if said and real)
+    agreeing = 0.0
+    for text, real in paired(guess, truth):
+        if text and real:
+            agreeing += token_f1(text, real)
     return 2 * agreeing / (len(guess) + len(truth))
 
 
 def paired(guess: Sequence[str], truth: Sequence[str]) -> list[tuple[str, str]]:
     """(guess, truth) pairs of two sets of texts that agree best together (Hungarian); "" where one has no partner."""
-    similarity = np.array([[token_f1(g, t) for t in truth] for g in guess]).reshape(len(guess), len(truth))
-    found: list[list[int]] = [indices.tolist() for indices in linear_sum_assignment(-similarity)]
-    rows, columns = found
-    pairs = [(guess[i], truth[j]) for i, j in zip(rows, columns, strict=True)]
-    alone = [(text, "") for i, text in enumerate(guess) if i not in rows]
-    missed = [("", text) for j, text in enumerate(truth) if j not in columns]
-    return [*pairs, *alone, *missed]
+    similarity = np.zeros((len(guess), len(truth)))
+    for i, text in enumerate(guess):
+        for j, real in enumerate(truth):
+            similarity[i, j] = token_f1(text, real)
+    rows, columns = linear_sum_assignment(-similarity)
+    pairs: list[tuple[str, str]] = [(guess[i], truth[j]) for i, j in zip(rows.tolist(), columns.tolist(), strict=True)]
+    pairs += [(guess[i], "") for i in sorted(set(range(len(guess))).difference(rows))]
+    pairs += [("", truth[j]) for j in sorted(set(range(len(truth))).difference(columns))]
+    return pairs
 
 
 @dataclass(frozen=True)
@@ -75,8 +83,9 @@ def score(guess: Scene, truth: Scene) -> dict[str, SlotScore]:
     """Agreement per slot. Surroundings and style compare as sets."""
     result = {}
     for slot in SLOTS:
-        a, b = guess.slots()[slot], truth.slots()[slot]
-        same = sorted(text.lower() for text in a) == sorted(text.lower() for text in b)
+        a = guess.slots()[slot]
+        b = truth.slots()[slot]
+        same = sorted(map(str.lower, a)) == sorted(map(str.lower, b))
         result[slot] = SlotScore(exact=float(same), soft=set_f1(a, b))
     return result
 
@@ -99,22 +108,24 @@ def mean_scores(scores: Iterable[dict[str, SlotScore]]) -> dict[str, dict[str, f
 
 
 def singular(word: str) -> str:
+    """The product noun of which the word is the plural, else the word itself."""
     if word in PRODUCT_NOUNS:
         return word
-    for ending, repl in (("ies", "y"), ("es", ""), ("s", "")):
-        if word.endswith(ending) and word[: -len(ending)] + repl in PRODUCT_NOUNS:
-            return word[: -len(ending)] + repl
+    for plural, ending in (("ies", "y"), ("es", ""), ("s", "")):
+        noun = word.removesuffix(plural) + ending
+        if word.endswith(plural) and noun in PRODUCT_NOUNS:
+            return noun
     return word
 
 
 def product_words(caption: str | Scene, product: Iterable[str] = ()) -> list[str]:
-    """Words of a caption that name a product, in order; empty when the caption keeps the secret.
+    """Words of a caption that name a product, in order; empty when it names none.
 
     A prop (box, candle, book, …) is allowed inside the surroundings, nowhere else. ``product`` lists names that are
     refused everywhere, props included: the known category or title of this very product.
     """
     scene, loose = (caption, "") if isinstance(caption, Scene) else _parsed(caption)
-    own = {singular(word) for name in product for word in re.findall(r"[a-z]+", name.lower())} - {"object"}
+    own = set(map(singular, re.findall(r"[a-z]+", " ".join(product).lower()))) - {"object"}
     hits = []
     for slot, texts in (*scene.slots().items(), ("leftover", (loose,))):
         allowed = PROP_NOUNS if slot == "surroundings" else frozenset()

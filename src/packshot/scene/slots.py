@@ -58,7 +58,7 @@ class Slot:
             given = (value,) if isinstance(value, str) else tuple(value or ())  # type: ignore[arg-type]
             if not all(isinstance(item, str) for item in given):
                 raise TypeError(f"Scene.{name} takes a text or a sequence of texts, not {value!r}")
-            return tuple(text for text in map(single_spaced, given) if text)
+            return tuple(filter(None, map(single_spaced, given)))
         if value is not None and not isinstance(value, str):
             raise TypeError(f"Scene.{name} takes text, not {value!r}")
         text = single_spaced(value or "")

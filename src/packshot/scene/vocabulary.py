@@ -65,7 +65,7 @@ SURROUNDINGS = (
     "books",
 )
 
-# Where things around the object stand; said after the thing ("lemons behind it"), or left to the renderer.
+# Where things around the object stand; written after the thing ("lemons behind it"), or left to the renderer.
 POSITIONS = ("on the left side", "on the right side", "behind it", "in the corner")
 
 BACKGROUNDS = (
