@@ -302,7 +302,7 @@ def test_an_experiment_file_may_lie_anywhere(tmp_path):
 
 def test_a_config_folder_adds_options_to_the_shipped_ones(tmp_path):
     experiment_file(tmp_path / "experiment" / "mine.yaml", 7)
-    config = compose("train_lora", ["experiment=mine", "model=sdxl"], tmp_path)
+    config = compose("train_lora", ["experiment=mine", "model=sdxl", "train.warmup_steps=1"], tmp_path)
     assert (config.train.max_steps, config.model.resolution) == (7, 1024)
     with pytest.raises(ConfigError, match=r"experiment takes .*mine"):
         compose("train_lora", ["experiment=other"], tmp_path)

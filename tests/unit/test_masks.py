@@ -14,7 +14,7 @@ from packshot.dataset.rows import load_rows
 from packshot.errors import ConfigError
 from packshot.imaging.decode import decode_image
 from packshot.imaging.depth import estimate_depth, input_size
-from packshot.imaging.mask_doubt import Finding, doubts, evidence
+from packshot.imaging.mask_doubt import Finding, doubts, evidence, plausible_area
 from packshot.imaging.mask_networks import load_network, seen_by_onnx
 from packshot.imaging.masks import DoubtfulMaskError, MaskFileError, NoProductError, find_mask
 from packshot.imaging.onnx import load_session
@@ -179,6 +179,24 @@ def test_evidence_falls_with_the_frame_that_a_mask_touches():
     along = truth.copy()
     along[:, :3] = along[:, -3:] = along[:3] = True
     assert evidence(np.asarray(image), along.astype(np.float32), along, along)["border"] < 0.2
+
+
+def test_each_evidence_falls_with_its_own_flaw():
+    """Contrast without a salient product, agreement with a speckled result, one piece of two equal ones."""
+    image, truth = product("white", "navy")
+    pixels = np.asarray(image)
+    good = evidence(pixels, truth.astype(np.float32), truth, truth)
+    assert min(good["contrast"], good["compact"], good["single"], good["start"]) == 1
+    assert evidence(pixels, np.full(truth.shape, 0.5, np.float32), truth, truth)["contrast"] == 0
+    speckle = truth & (np.indices(truth.shape).sum(0) % 3 == 0)
+    assert evidence(pixels, truth.astype(np.float32), speckle, truth)["compact"] == 0
+    halves = truth.copy()
+    halves[:, truth.any(axis=0).nonzero()[0].mean().astype(int)] = False
+    assert evidence(pixels, truth.astype(np.float32), halves, halves)["single"] < 0.5
+
+
+def test_a_plausible_area_is_neither_speck_nor_picture():
+    assert [plausible_area(share) for share in (0.001, 0.3, 0.99)] == [0, 1, 0]
 
 
 def test_glass_keeps_its_alpha():

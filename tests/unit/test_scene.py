@@ -228,3 +228,8 @@ def test_naming_a_product_is_told_by_word_sense():
 )
 def test_words_that_name_the_product_are_listed(text, hits):
     assert names_product(text) == hits
+
+
+def test_a_position_needs_a_thing_before_it():
+    assert vocabulary.split_position("lemons behind it") == ("lemons", "behind it")
+    assert vocabulary.split_position("behind it") == ("behind it", None)
