@@ -208,3 +208,25 @@ def test_allowed_names_need_the_profile():
     """Without it they would have no effect."""
     with pytest.raises(ConfigError, match=r"licenses\.allowed has no effect"):
         compose("train_lora", ["licenses.allowed=[mine]"])
+
+
+def test_the_card_of_a_place_on_the_hub_is_its_repositorys(monkeypatch):
+    """Folder, file, revision and condition of a value are no part of the repository's name."""
+    asked = []
+
+    def read(source, **_):
+        if isinstance(source, str):  # not a local card
+            asked.append(source)
+        return SimpleNamespace(data={"license": "mit"})
+
+    monkeypatch.setattr("huggingface_hub.ModelCard.load", read)
+    keys = ["licenses.commercial=true", "model.base=data/models/sdxl"]
+    places = ["model.image_encoder=one/first/models/image_encoder", "adapters.lora=one/second/a.safetensors@v2"]
+    refuse_weights(compose("generate", [*keys, *places, "adapters.controlnets=[canny:one/third]"]))
+    assert sorted(asked) == ["one/first", "one/second", "one/third"]
+
+
+def test_loras_of_the_base_are_looked_at(tmp_path):
+    bad = card(tmp_path / "bad", "license: cc-by-nc-4.0")
+    with pytest.raises(ConfigError, match=rf"model\.loras={bad}"):
+        refuse_weights(compose("merge", ["licenses.commercial=true", f"model.loras=[{bad}]"]))

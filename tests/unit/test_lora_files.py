@@ -407,3 +407,13 @@ def test_a_merge_without_loras_is_refused():
 
     with pytest.raises(ConfigError, match=r"model\.loras is empty"):
         merge(compose("merge", []))
+
+
+def test_a_lora_merged_into_a_text_encoder_changes_its_identity(parts, tmp_path):
+    """Otherwise embeddings in the cache would be those of the base without it."""
+    file = tmp_path / "look.safetensors"
+    save_file(kohya(parts, published=True), file)
+    merged = load_parts(ModelConfig(loras=[str(file)]))
+    assert merged.identity("text_encoder") != parts.identity("text_encoder")
+    assert merged.identity("text_encoder_2") == parts.identity("text_encoder_2")
+    assert merged.pipeline_components(references=False)["text_encoder"] is merged.text_encoder

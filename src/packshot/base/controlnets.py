@@ -14,7 +14,7 @@ from packshot.base.adapter_metadata import METADATA_FILE, read_entries
 from packshot.base.load import hint_of_failure
 from packshot.base.places import choose_weights, find_place
 from packshot.base.single_file import refuse_missing, tensor_shapes
-from packshot.config.conditions import CONDITIONS
+from packshot.config.conditions import CONDITIONS, split_condition
 from packshot.errors import ConfigError
 from packshot.imaging.control_maps import Control
 
@@ -23,12 +23,6 @@ if TYPE_CHECKING:
 
 # The entries that have to equal the base's, so that residuals fit. Other entries may differ.
 _SHAPE = ("block_out_channels", "layers_per_block", "cross_attention_dim", "transformer_layers_per_block")
-
-
-def split_condition(value: str) -> tuple[str | None, str]:
-    """A ControlNet's condition, where a value names it, and its place: ``canny:owner/name`` or only the place."""
-    condition, colon, place = value.partition(":")
-    return (condition, place) if colon and condition in CONDITIONS else (None, value)
 
 
 def find_controlnet(key: str, value: str, whole: bool = True) -> Path:

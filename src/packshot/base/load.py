@@ -121,6 +121,12 @@ class Parts:
                 digest.update(str(self._dtype(name)).encode())
         return digest.hexdigest()
 
+    def changed(self, *names: str) -> None:
+        """These parts are no longer what their files hold: from now on their identity is that of their contents."""
+        for name in names:
+            getattr(self, name)
+            self._sources.pop(name, None)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Parts:
         """Move all networks, those not yet loaded when they are. All but the VAE, which stays fp32, take ``dtype``."""
         self._place = (device, dtype)

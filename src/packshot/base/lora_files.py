@@ -359,6 +359,7 @@ def merge_loras(parts: Parts, values: Sequence[str], scales: Sequence[float]) ->
             networks |= {"text_encoder": parts.text_encoder, "text_encoder_2": parts.text_encoder_2}
         lora = read_lora("model.loras", path, networks)
         merge_lora(lora, networks, scale)
+        parts.changed(*lora.updates)  # cached embeddings must not outlive the text encoders that made them
         layers = sum(map(len, lora.updates.values()))
         log.info("merged %s into the base: %d layers, weight %g", path.name, layers, scale)
 

@@ -155,3 +155,9 @@ def settings_class() -> type:
         for setting in settings().values()
     ]
     return make_dataclass("ConditionSettings", fields)
+
+
+def split_condition(value: str) -> tuple[str | None, str]:
+    """A ControlNet's condition, where a value names it, and its place: ``canny:owner/name`` or only the place."""
+    condition, colon, place = value.partition(":")
+    return (condition, place) if colon and condition in CONDITIONS else (None, value)

@@ -16,13 +16,13 @@ from diffusers import (
 from torch import nn
 
 from packshot.base.adapter_metadata import common_metadata
-from packshot.base.controlnets import find_controlnet, load_controlnet, read_control, split_condition
+from packshot.base.controlnets import find_controlnet, load_controlnet, read_control
 from packshot.base.inpainting import CONV_FILE, load_conv, reads_product, split_conv_in
 from packshot.base.ip_adapters import find_ip_adapter
 from packshot.base.load import Parts, hint_of_failure, load_parts, model_folder, trained_scheduler
 from packshot.base.lora_files import LoraFile, find_lora, merge_lora, merge_peft, peft_tensors, read_lora
 from packshot.base.places import find_place
-from packshot.config.conditions import INPUTS
+from packshot.config.conditions import INPUTS, split_condition
 from packshot.config.schema import (
     AdaptersConfig,
     GenerateSettings,

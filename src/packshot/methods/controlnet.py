@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from packshot.base.adapter_metadata import NO_METADATA, write_metadata
-from packshot.base.controlnets import find_controlnet, load_controlnet, read_control, split_condition
+from packshot.base.controlnets import find_controlnet, load_controlnet, read_control
 from packshot.base.load import Parts
-from packshot.config.conditions import INPUTS
+from packshot.config.conditions import INPUTS, split_condition
 from packshot.config.schema import ControlNetMethod
 from packshot.engine.keyed_random import SampleKey
 from packshot.errors import PackshotError

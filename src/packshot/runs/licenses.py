@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from packshot.config.common import LicenseConfig
+from packshot.config.conditions import split_condition
 from packshot.config.mask_models import MASK_MODELS
 from packshot.errors import ConfigError
 from packshot.runs.files import resolve
@@ -139,4 +140,4 @@ def named_weights(config: object) -> Iterator[tuple[str, str]]:
             named = MASK_MODELS.get(str(source))
             weights = named.weights if named and not named.public else source
             if weights:
-                yield key, str(weights)
+                yield key, split_condition(str(weights))[1]
