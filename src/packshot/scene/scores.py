@@ -64,10 +64,11 @@ def paired(guess: Sequence[str], truth: Sequence[str]) -> list[tuple[str, str]]:
     for i, text in enumerate(guess):
         for j, real in enumerate(truth):
             similarity[i, j] = token_f1(text, real)
-    rows, columns = linear_sum_assignment(-similarity)
-    pairs: list[tuple[str, str]] = [(guess[i], truth[j]) for i, j in zip(rows.tolist(), columns.tolist(), strict=True)]
-    pairs += [(guess[i], "") for i in sorted(set(range(len(guess))).difference(rows))]
-    pairs += [("", truth[j]) for j in sorted(set(range(len(truth))).difference(columns))]
+    found: list[list[int]] = [indices.tolist() for indices in linear_sum_assignment(-similarity)]
+    rows, columns = found
+    pairs = [(guess[i], truth[j]) for i, j in zip(rows, columns, strict=True)]
+    pairs += [(guess[i], "") for i in range(len(guess)) if i not in rows]
+    pairs += [("", truth[j]) for j in range(len(truth)) if j not in columns]
     return pairs
 
 
