@@ -1,4 +1,4 @@
-"""LoRAs of other trainers: files of diffusers, kohya's sd-scripts, LyCORIS and OneTrainer, told apart by their keys.
+"""LoRAs of other trainers: files of diffusers, kohya's sd-scripts and LyCORIS, recognised by their keys.
 
 A file is read once into one update for each layer of the base. A tensor that belongs to no layer refuses the file.
 """

@@ -25,7 +25,7 @@ WEIGHTS = re.compile(
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value of the config says that weights lie.
+    """Where the weights lie that a value of the config names.
 
     key, value: as in the config. path: the local file or folder; None for the hub. repository, inside, revision: the
     repository, a folder or file inside it, and a branch, tag or commit; for the hub.

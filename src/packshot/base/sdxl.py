@@ -1,4 +1,4 @@
-"""SDXL's parts: which there are, and where a model config says that each lies.
+"""SDXL's parts: which there are, and where each lies by the model config.
 
 The families ``mini`` and ``sdxl`` differ in these places and in nothing else.
 """

@@ -30,7 +30,7 @@ UNET_INPUT = "model.diffusion_model.input_blocks.0.0.weight"
 SECOND_TEXT_ENCODER = "conditioner.embedders.1.model.positional_embedding"
 CONFIG_FILES = {"scheduler": "scheduler_config.json"}
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
-# What a key of a file says about it, by a part of the key that no base of SDXL has.
+# What a file is, by a part of a key that no base of SDXL has.
 OTHERS = {
     "lora_": "a LoRA; name it in model.loras or adapters.lora",
     "cond_stage_model.": "a checkpoint of Stable Diffusion 1 or 2",
@@ -67,7 +67,7 @@ def read_shapes(place: Place) -> Shapes:
     """The tensors of a base's file.
 
     Raises:
-        ConfigError: it cannot be read, or is no whole base of SDXL; says what it seems to be.
+        ConfigError: it cannot be read, or is not a whole base of SDXL; names what it seems to be.
     """
     try:
         shapes = tensor_shapes(place.fetch())
