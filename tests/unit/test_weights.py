@@ -214,8 +214,9 @@ def test_without_the_hub_a_missing_model_costs_one_sentence(monkeypatch):
         load_parts(ModelConfig(base="owner/name"))
 
 
-def test_the_hub_is_asked_once_and_briefly(monkeypatch):
-    """An address that never answers: the probe gives up after its limit, and no library asks again."""
+@pytest.mark.parametrize("refused", [OSError("no route to host"), RuntimeError("403 Forbidden")])
+def test_the_hub_is_asked_once_and_briefly(refused, monkeypatch):
+    """An address that never answers, or a proxy that refuses: no library asks again."""
     import huggingface_hub
 
     asked = []
@@ -223,7 +224,12 @@ def test_the_hub_is_asked_once_and_briefly(monkeypatch):
     class Session:
         def head(self, address, timeout):
             asked.append(timeout)
-            raise OSError("no route to host")
+            if isinstance(refused, OSError):
+                raise refused
+            return self
+
+        def raise_for_status(self):
+            raise refused
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -231,7 +237,7 @@ def test_the_hub_is_asked_once_and_briefly(monkeypatch):
     places.hub_answers.cache_clear()
     try:
         for _ in range(2):
-            with pytest.raises(ConfigError, match="the hub does not answer"):
+            with pytest.raises(ConfigError, match="from the hub, which does not answer"):
                 load_parts(ModelConfig(base="owner/name"))
     finally:
         places.hub_answers.cache_clear()

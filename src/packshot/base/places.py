@@ -144,7 +144,7 @@ def hub_answers() -> bool:
     if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
         return False
     try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS).raise_for_status()  # a proxy may refuse it
     except Exception as error:  # of the HTTP library in use, which has changed between versions of huggingface_hub
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         log.warning("the hub does not answer (%s): only what was fetched earlier is used", reason)
