@@ -26,14 +26,9 @@ def spread(rows: Rows, count: int, first: int = 0) -> list[int]:
 
 
 def write_set(
-    folder: Path,
-    rows: Rows,
-    indices: list[int],
-    change: Callable[[np.ndarray], np.ndarray] | None = None,
-    captioned: bool = True,
+    folder: Path, rows: Rows, indices: list[int], change: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> None:
-    """A dataset of these rows, with their masks. change: is applied to each picture, uint8 (H, W, 3). captioned: with
-    the captions, too."""
+    """A dataset of these rows, with their captions and masks. change: is applied to each picture, uint8 (H, W, 3)."""
     if folder.exists():
         return
     lines = []
@@ -45,7 +40,7 @@ def write_set(
             {
                 "image": picture,
                 "mask": encode(row["mask"], None),
-                "text": row["text"] if captioned else "",
+                "text": row["text"],
                 "id": sha256(picture["bytes"]),
                 "license": row["license"],
                 "source": f"{rows.path}, sample {row['id']}",
