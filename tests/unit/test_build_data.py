@@ -93,7 +93,7 @@ def test_a_product_set_opens_in_datasets_as_it_is(photos, tmp_path):
     files = str(out / "part-*.parquet")
     table = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))["train"]
     usual = ["image", "mask", "text", "id", "scene", "source", "license", "width", "height"]
-    assert table.column_names == [*usual, "caption_origin", "status", "reasons"]
+    assert table.column_names == [*usual, "caption_origin", "status", "reasons", "mask_confidence"]
     assert set(table["status"]) == {"accepted"}
     assert list(table["caption_origin"]) == ["source", "", "", "", "", ""]
     assert len(table) == 6

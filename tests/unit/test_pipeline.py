@@ -24,8 +24,8 @@ ITEMS = [{"value": value} for value in range(50)]
 NUMBER = pa.schema([("number", pa.int64())])
 
 
-def fingerprint(items):
-    return sha256(json.dumps([item["value"] for item in items]).encode())
+def fingerprints(items):
+    return [sha256(json.dumps(item["value"]).encode()) for item in items]
 
 
 def double(samples):
@@ -69,7 +69,7 @@ def steps(amount=1, modulus=70):
 
 
 def run(folder, items=ITEMS, size=20, workers=1, **options):
-    return run_steps(folder, split(items, size), fingerprint, steps(**options), ExecutorConfig(workers=workers))
+    return run_steps(folder, split(items, size), fingerprints, steps(**options), ExecutorConfig(workers=workers))
 
 
 def contents(folder):
@@ -103,6 +103,41 @@ def test_rerun_on_finished_work_does_nothing(tmp_path):
     second = run(tmp_path)
     assert (first.worked, second.worked) == (12, 0)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def add_and_note(samples, notes, amount):
+    with open(notes, "a") as file:
+        file.writelines(f"{sample['number']}\n" for sample in samples)
+    return add(samples, amount)
+
+
+def noted_steps(notes, amount=1):
+    middle = Step("add", 1, {"amount": amount}, NUMBER, partial(add_and_note, notes=notes, amount=amount), ("number",))
+    return [steps()[0], middle, steps()[3]]
+
+
+@pytest.mark.parametrize("amount", [1, 5], ids=["same step", "changed step"])
+def test_only_changed_rows_of_a_shard_are_redone(tmp_path, amount):
+    """As long as the step is the same; the bytes are those of a run from the beginning."""
+    notes = tmp_path / "notes"
+    run_steps(tmp_path / "a", split(ITEMS, 20), fingerprints, noted_steps(notes), ExecutorConfig())
+    changed = [{"value": 99} if item["value"] == 25 else item for item in ITEMS]
+    notes.unlink()
+    run_steps(tmp_path / "a", split(changed, 20), fingerprints, noted_steps(notes, amount), ExecutorConfig())
+    redone = notes.read_text().split()
+    run_steps(tmp_path / "b", split(changed, 20), fingerprints, noted_steps(notes, amount), ExecutorConfig())
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert redone == ["198"] if amount == 1 else len(redone) == 46
+
+
+def test_a_damaged_file_is_not_reused(tmp_path):
+    run(tmp_path)
+    before = contents(tmp_path)
+    file = tmp_path / "steps/add/00001.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.set_column(table.schema.get_field_index("number"), "number", [[0] * len(table)]), file)
+    run(tmp_path)
+    assert contents(tmp_path) == before
 
 
 def worked(folder, **options):
@@ -197,7 +232,7 @@ def test_a_ledger_line_cut_short_by_a_kill_is_no_line(tmp_path, unbroken):
 def test_a_dead_worker_is_an_error_with_a_way_out(tmp_path):
     bad = [Step("die", 1, {}, NUMBER, die)]
     with pytest.raises(PackshotError, match="worker") as caught:
-        run_steps(tmp_path, split(ITEMS, 20), fingerprint, bad, ExecutorConfig(workers=2))
+        run_steps(tmp_path, split(ITEMS, 20), fingerprints, bad, ExecutorConfig(workers=2))
     assert "run.resume=true" in caught.value.hint
 
 

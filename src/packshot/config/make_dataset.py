@@ -11,6 +11,8 @@ from packshot.config.sources import conventions
 from packshot.errors import ConfigError
 
 DatasetKind = Names("DatasetKind", ["background", "product", "rendered"])
+BuildTask = Names("BuildTask", ["build", "review_masks"])
+WithoutMask = Names("WithoutMask", ["reject", "find"])
 RenderSplit = Names("RenderSplit", ["all", "train", "heldout"])
 ProductNaming = Names("ProductNaming", ["keep", "report", "reject"])
 ExecutorKind = Names("ExecutorKind", ["local", "ray"])
@@ -20,6 +22,9 @@ ExecutorKind = Names("ExecutorKind", ["local", "ray"])
 class SourceConfig:
     path: str = opt("data/products", f"a folder, glob or file, local or s3:// and similar; {conventions()}")
     masks: str | None = opt(None, "folder with a mask per image, same file name (white = product)")
+    without_mask: WithoutMask = opt(
+        WithoutMask.reject, "images without a file in source.masks: reject them, or find their mask by matte.model"
+    )
     license: str = opt("unknown", "licence of every image of the source (SPDX id or name)")
     caption_column: str | None = opt(
         None, "column or JSON key that holds the captions; null: text, caption, prompt or description"
@@ -98,7 +103,15 @@ class RenderConfig:
 
 
 @dataclass
+class ReviewConfig:
+    count: int = opt(1000, "task=review_masks: masks on the page, the worst first", min=1)
+
+
+@dataclass
 class BuildData(Script):
+    task: BuildTask = opt(
+        BuildTask.build, "build a dataset, or review_masks: a page and files of the doubtful masks of source.path"
+    )
     licenses: LicenseConfig = field(default_factory=LicenseConfig)
     dataset: DatasetKind = opt(DatasetKind.product, "background (image, text), product (image, mask, text) or rendered")
     source: SourceConfig = field(default_factory=SourceConfig)
@@ -106,6 +119,7 @@ class BuildData(Script):
     data: StorageConfig = field(default_factory=StorageConfig)
     matte: MatteConfig = field(default_factory=MatteConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
+    review: ReviewConfig = field(default_factory=ReviewConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
     render: RenderConfig = field(default_factory=RenderConfig)
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)

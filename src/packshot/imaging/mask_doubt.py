@@ -150,12 +150,22 @@ def thin_parts_lost(found: Finding) -> bool:
     return float(found.lost_HW.sum()) > 0.2 * perimeter
 
 
-# Reason code -> whether it holds. Their thresholds were fitted by benchmarks/mask_doubt.py (docs/log.md has the curve).
+# Reason code -> whether it holds.
 DOUBTS = {
     "mask_ways_disagree": ways_disagree,
     "mask_incomplete": incomplete,
     "mask_touches_frame": touches_frame,
     "thin_parts_lost": thin_parts_lost,
+}
+
+
+# What each code means to the person who looks at the mask.
+REMEDIES = {
+    "mask_ways_disagree": "two independent ways to the mask lead to different outlines",
+    "mask_incomplete": "something that looks like a part of the product is outside of the mask",
+    "mask_touches_frame": "the mask runs along the frame; the product may be cut, or the ground was taken for it",
+    "thin_parts_lost": "thin parts, such as a wire or a handle, were not kept",
+    "mask_inverted": "the mask is full along the frame; matte.invert=true swaps black and white",
 }
 
 

@@ -38,7 +38,7 @@ class Recipe:
     what: the pictures, for messages. sheet: how many of the first pictures the contact sheet shows.
     refuse: raises ConfigError for models that cannot be used, here and not in a worker.
     items: what there is to build from, and lines for the screen; ``cache`` is a folder for downloads.
-    fingerprint: digest of the content behind the items of a shard.
+    fingerprints: digests of the contents behind items.
     steps: in their order; the last one writes the rows.
     settings: what the card tells about how the set was made: all that shaped it, nothing about where.
     notes: lines for the screen about what was built.
@@ -49,7 +49,7 @@ class Recipe:
     sheet: int
     refuse: Callable[[BuildData], None]
     items: Callable[[BuildData, str], tuple[list[Sample], list[str]]]
-    fingerprint: Callable[[Sequence[Sample]], str]
+    fingerprints: Callable[[Sequence[Sample]], list[str]]
     steps: Callable[[BuildData, Path, Sequence[Sample]], list[Step]]
     settings: Callable[[BuildData], dict[str, Any]]
     notes: Callable[[BuildData, Report], list[str]] = lambda config, report: []
@@ -65,7 +65,7 @@ def photo_steps(config: BuildData, folder: Path, items: Sequence[Sample], masked
     if masked:
         made.append(steps.mask_step(config))
         pictures.append("mask")
-        added += ["status", "reasons"]
+        added += ["status", "reasons", "mask_confidence"]
         if config.depth.onnx:
             made.append(steps.depth_step(config))
             pictures.append("depth")
@@ -160,7 +160,7 @@ RECIPES: dict[DatasetKind, Recipe] = {
         24,
         lambda config: None,
         photo_items,
-        sources.fingerprint,
+        sources.fingerprints,
         partial(photo_steps, masked=False),
         photo_settings,
         naming_notes,
@@ -170,7 +170,7 @@ RECIPES: dict[DatasetKind, Recipe] = {
         24,
         refuse_networks,
         photo_items,
-        sources.fingerprint,
+        sources.fingerprints,
         partial(photo_steps, masked=True),
         photo_settings,
         naming_notes,
@@ -180,7 +180,7 @@ RECIPES: dict[DatasetKind, Recipe] = {
         48,
         refuse_blender,
         lambda config, cache: (blender_pool.jobs(config), []),
-        blender_pool.fingerprint,
+        blender_pool.fingerprints,
         render_steps,
         render_settings,
         hold=hold_scenes,

@@ -36,6 +36,7 @@ MEANING = {
     "product_id": "design of the product",
     "status": "accepted, or needs_review where the mask is in doubt",
     "reasons": "codes of what is in doubt; empty when accepted",
+    "mask_confidence": "0 to 1; 1 for a mask file or a cut-out's own alpha",
     "caption_origin": "source: a person's caption; else the captioner that wrote it; empty when there is none",
     "repeats": "how often training should see the image in an epoch",
 }

@@ -6,10 +6,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from packshot.config.schema import BuildData
+from packshot.config.schema import BuildData, BuildTask
 from packshot.errors import PackshotError
 from packshot.make_dataset.kinds import RECIPES, Recipe
 from packshot.make_dataset.output import reason_counts, write_extras
+from packshot.make_dataset.review import review_masks
 from packshot.pipeline import run_steps
 from packshot.pipeline.shards import split
 from packshot.runs.folder import default_dir, log, open_run
@@ -18,12 +19,17 @@ from packshot.runs.tracking import open_tracker
 
 
 def build(config: BuildData) -> None:
-    """Build ``config.dataset`` from ``config.source`` into the run folder; resumes to the same bytes.
+    """Do ``config.task``: build ``config.dataset`` from ``config.source`` into the run folder, or review its masks.
+
+    A build resumes to the same bytes.
 
     Raises:
         ConfigError: nothing to build from, an unusable model, or a run folder or render.folder in use.
         PackshotError: not one image was accepted, or a worker died.
     """
+    if config.task is BuildTask.review_masks:
+        review_masks(config)
+        return
     recipe = RECIPES[config.dataset]
     with recipe.hold(config):
         build_held(config, recipe)
@@ -44,7 +50,7 @@ def build_held(config: BuildData, recipe: Recipe) -> None:
     tracker = open_tracker(run, config, "build_data")
     started = time.monotonic()
     shards = split(items, config.shard_size)
-    report = run_steps(run.path, shards, recipe.fingerprint, steps, config.executor)
+    report = run_steps(run.path, shards, recipe.fingerprints, steps, config.executor)
     recipe.finish(config, run.path)
     figures = write_extras(report, steps, config.dataset.name, recipe.settings(config), recipe.sheet, len(items))
     if report.worked:

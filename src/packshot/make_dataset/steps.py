@@ -15,7 +15,7 @@ from packshot.caption.models.captioner import Captioner
 from packshot.caption.models.load import identity, load_captioner
 from packshot.config.make_dataset import BuildData, ProductNaming
 from packshot.config.mask_models import MASK_MODELS, reads_onnx
-from packshot.config.schema import MatteConfig
+from packshot.config.schema import MatteConfig, WithoutMask
 from packshot.imaging.decode import MAX_PIXELS, DecodeError, decode, decode_image, flatten
 from packshot.imaging.depth import estimate_depth
 from packshot.imaging.mask_networks import network_file
@@ -132,7 +132,7 @@ def find_masks(samples: list[Sample], matte: MatteConfig, from_files: bool) -> l
 
 
 def find_one_mask(sample: Sample, matte: MatteConfig, from_files: bool) -> Outcome:
-    """from_files: masks are drawn by hand (``source.masks``), and none is guessed where one is missing."""
+    """from_files: masks are drawn by hand (``source.masks``), and none is found where one is missing."""
     if from_files and sample["mask_file"] is None:
         wanted = mask_pattern(sample["source"].partition("/")[2])
         return Outcome({}, "no_mask", f"source.masks has no {wanted}", kept=False)
@@ -196,7 +196,8 @@ def added_features() -> dict[str, Any]:
     from datasets import List, Value
 
     text = Value("string")
-    return {"status": text, "reasons": List(text), "caption_origin": text, "repeats": Value("int32")}
+    masks = {"status": text, "reasons": List(text), "mask_confidence": Value("float32")}
+    return {**masks, "caption_origin": text, "repeats": Value("int32")}
 
 
 def final_step(
@@ -243,7 +244,7 @@ def mask_step(config: BuildData) -> Step:
     """Finds the product, or takes the masks that were drawn by hand."""
     settings = {**network_identity(config.matte), "min_confidence": config.matte.min_confidence}
     settings |= {"strict": config.matte.strict, "invert": config.matte.invert}
-    from_files = config.source.masks is not None
+    from_files = config.source.masks is not None and config.source.without_mask is WithoutMask.reject
     if from_files:
         settings["from_files"] = True
     columns = pa.schema(

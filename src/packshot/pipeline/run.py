@@ -10,7 +10,8 @@ from pathlib import Path
 from packshot.config.schema import ExecutorConfig
 from packshot.pipeline.executor import Execute, open_executor
 from packshot.pipeline.ledger import Entry, Ledger
-from packshot.pipeline.shards import batches, read_outcomes, read_samples, write_outcomes
+from packshot.pipeline.reuse import EarlierRows, digests_of
+from packshot.pipeline.shards import Answers, batches, read_outcomes, read_samples, write_outcomes
 from packshot.pipeline.step import Outcome, Sample, Step
 from packshot.pipeline.worker_progress import report, watching
 from packshot.runs.files import file_sha256, sha256
@@ -42,7 +43,7 @@ class Job:
     step: Step
     shard: int
     items: Sequence[Sample]
-    fingerprint: Callable[[Sequence[Sample]], str]
+    fingerprints: Callable[[Sequence[Sample]], list[str]]
     files: list[Path]
     files_digest: str
     rows: int
@@ -52,25 +53,30 @@ class Job:
         """The step's input."""
         return read_samples(self.files, self.step.reads) if self.files else self.items
 
-    def digest(self) -> str:
+    def item_digests(self) -> list[str]:
+        """The hash of each item's content for the first step, else nothing."""
+        return [] if self.files else self.fingerprints(self.items)
+
+    def digest(self, item_digests: Sequence[str]) -> str:
         """The hash of the input's content."""
-        return self.files_digest if self.files else self.fingerprint(self.items)
+        return self.files_digest if self.files else sha256("".join(item_digests).encode())
 
 
 def run_steps(
     folder: Path,
     shards: Sequence[Sequence[Sample]],
-    fingerprint: Callable[[Sequence[Sample]], str],
+    fingerprints: Callable[[Sequence[Sample]], list[str]],
     steps: Sequence[Step],
     executor: ExecutorConfig,
 ) -> Report:
     """Bring every step of every shard up to date.
 
     A shard of a step is done again when its key (content of its input, step name, version, config) or the bytes of its
-    file are not what the ledger says. Killed anywhere and run again, the folder ends with the same bytes.
+    file are not what the ledger says. In such a shard the rows whose own input is as before are kept, if the step is.
+    Killed anywhere and run again, the folder ends with the same bytes.
 
     shards: the input items; the first step receives them with their position as ``index``.
-    fingerprint: digest of the content that a shard's items stand for (called in the workers).
+    fingerprints: digests of the contents that items stand for, one each (called in the workers).
     """
     for leftover in [*folder.glob(".*.tmp"), *folder.glob("steps/*/.*.tmp")]:
         leftover.unlink()  # of a killed run
@@ -79,7 +85,7 @@ def run_steps(
     worked = 0
     with open_executor(executor) as execute:
         for step in steps:
-            jobs = jobs_of(folder, step, shards, fingerprint, list(done.values()), ledger)
+            jobs = jobs_of(folder, step, shards, fingerprints, list(done.values()), ledger)
             done[step.name], new = run_step(folder, step, jobs, ledger, execute)
             worked += new
     everything = list(itertools.chain(*done.values()))
@@ -120,7 +126,7 @@ def jobs_of(
     folder: Path,
     step: Step,
     shards: Sequence[Sequence[Sample]],
-    fingerprint: Callable[[Sequence[Sample]], str],
+    fingerprints: Callable[[Sequence[Sample]], list[str]],
     before: Sequence[Sequence[Entry]],
     ledger: Ledger,
 ) -> list[Job]:
@@ -139,7 +145,7 @@ def jobs_of(
             rows -= entry.rejected
         digest = sha256(hashes.encode())
         known = ledger.find(step.name, shard)
-        jobs.append(Job(folder, step, shard, numbered, fingerprint, files, digest, rows, known))
+        jobs.append(Job(folder, step, shard, numbered, fingerprints, files, digest, rows, known))
     return jobs
 
 
@@ -161,40 +167,60 @@ def is_done(job: Job, key: str) -> bool:
 
 def run_shard(job: Job) -> tuple[Entry, bool]:
     """(entry, whether it had to be done). Runs in a worker."""
-    key = job.step.key(job.digest())
+    of_items = job.item_digests()
+    key = job.step.key(job.digest(of_items))
     if is_done(job, key):
         assert job.known is not None
         return job.known, False
-    return commit(job, key, ((batch, call_step(job, batch)) for batch in batches(job.samples()))), True
+    return commit(job, key, answers_of(job, iter(of_items))), True
 
 
-def call_step(job: Job, batch: list[Sample]) -> list[Outcome]:
-    """A batch through the step, reported to the main process part by part."""
-    outcomes: list[Outcome] = []
-    for part in batches(batch, job.step.calls_of):
-        outcomes += job.step.function(part)
+def answers_of(job: Job, of_items: Iterator[str]) -> Iterator[Answers]:
+    """A shard through the step, batch by batch. of_items: digests of the items, for the first step."""
+    known = job.known
+    earlier = EarlierRows(job.step, job.folder / known.file if known else None, known.sha256 if known else "")
+    for batch in batches(job.samples()):
+        digests = list(itertools.islice(of_items, len(batch))) or digests_of(batch)
+        yield Answers(batch, digests, call_step(job, batch, digests, earlier))
+
+
+def call_step(job: Job, batch: list[Sample], digests: list[str], earlier: EarlierRows) -> list[Outcome]:
+    """A batch through the step, reported to the main process part by part; rows with the same input are kept."""
+    outcomes: dict[int, Outcome] = {}
+    changed: list[int] = []
+    for position, sample in enumerate(batch):
+        found = earlier.find(sample["index"], digests[position])
+        if found is None:
+            changed.append(position)
+        else:
+            outcomes[position] = found
+    report(job.folder, job.shard, len(outcomes))
+    for part in batches(changed, job.step.calls_of):
+        outcomes.update(zip(part, job.step.function([batch[position] for position in part]), strict=True))
         report(job.folder, job.shard, len(part))
-    return outcomes
+    return [outcomes[position] for position in range(len(batch))]
 
 
 def run_whole(step: Step, jobs: Sequence[Job]) -> list[tuple[Entry, bool]]:
     """All shards in one call; its key covers all of them."""
-    key = step.key(sha256("".join(map(Job.digest, jobs)).encode()))
+    key = step.key(sha256("".join(job.digest(job.item_digests()) for job in jobs).encode()))
     if all(is_done(job, key) for job in jobs):
         return [(job.known, False) for job in jobs if job.known]
     samples = list(map(list, map(Job.samples, jobs)))
     outcomes = iter(step.function(list(itertools.chain(*samples))))
     entries = []
     for job, shard in zip(jobs, samples, strict=True):
-        pairs = ((batch, list(itertools.islice(outcomes, len(batch)))) for batch in batches(shard))
-        entries.append((commit(job, key, pairs), True))
+        answers = (
+            Answers(batch, digests_of(batch), list(itertools.islice(outcomes, len(batch)))) for batch in batches(shard)
+        )
+        entries.append((commit(job, key, answers), True))
     return entries
 
 
-def commit(job: Job, key: str, pairs: Iterable[tuple[list[Sample], Sequence[Outcome]]]) -> Entry:
+def commit(job: Job, key: str, answers: Iterable[Answers]) -> Entry:
     """Write a shard and make its entry for the ledger."""
     path = job.folder / job.step.file(job.shard)
-    rows, rejected = write_outcomes(path, job.step, pairs)
+    rows, rejected = write_outcomes(path, job.step, answers)
     return Entry(job.step.name, job.shard, key, job.step.file(job.shard), file_sha256(path), rows, rejected)
 
 

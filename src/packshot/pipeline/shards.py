@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
 from typing import TypeVar
@@ -15,13 +16,24 @@ from packshot.runs.files import replacing_file
 
 T = TypeVar("T")
 
+STEP_METADATA = b"packshot.step"  # key under which a step's file names the step, see Step.identity
 BATCH = 16  # rows in memory, and rows per row group: part of the output's bytes
 _BOOKKEEPING = (
     pa.field("index", pa.int32()),
+    pa.field("input", pa.string()),
     pa.field("kept", pa.bool_()),
     pa.field("reason", pa.string()),
     pa.field("measure", pa.string()),
 )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A batch of samples, digests of what the step reads of them, and its outcomes."""
+
+    samples: Sequence[Sample]
+    digests: Sequence[str]
+    outcomes: Sequence[Outcome]
 
 
 def split(items: Sequence[T], size: int) -> list[Sequence[T]]:
@@ -57,30 +69,32 @@ def read_samples(files: Sequence[Path], columns: Sequence[str] | None = None) ->
                 break
             sample |= next(rows)  # a step has one row for every sample that those before it kept
         if sample["kept"]:
-            for name in ("kept", "reason", "measure"):
+            for name in ("input", "kept", "reason", "measure"):
                 del sample[name]
             yield sample
 
 
-def write_outcomes(path: Path, step: Step, pairs: Iterable[tuple[list[Sample], Sequence[Outcome]]]) -> tuple[int, int]:
+def write_outcomes(path: Path, step: Step, answers: Iterable[Answers]) -> tuple[int, int]:
     """Write a step's answers, batch by batch, under a temporary name and rename; returns (rows, rejected)."""
     schema = step.schema
     if not step.final:
-        schema = pa.schema([*_BOOKKEEPING, *step.schema], metadata=step.schema.metadata)
+        metadata = {**(step.schema.metadata or {}), STEP_METADATA: step.identity().encode()}
+        schema = pa.schema([*_BOOKKEEPING, *step.schema], metadata=metadata)
     rows = rejected = 0
     with replacing_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        for samples, outcomes in pairs:
+        for batch in answers:
             lines = []
-            for sample, outcome in zip(samples, outcomes, strict=True):
+            for sample, digest, outcome in zip(batch.samples, batch.digests, batch.outcomes, strict=True):
                 rows += 1
                 rejected += not outcome.kept
                 if outcome.kept or not step.final:
-                    lines.append(outcome_line(sample, outcome))
+                    lines.append(outcome_line(sample, digest, outcome))
             writer.write_table(pa.Table.from_pylist(lines, schema=schema))
     return rows, rejected
 
 
-def outcome_line(sample: Sample, outcome: Outcome) -> Sample:
-    """A step's answer as a row of its file."""
-    bookkeeping = {"index": sample["index"], "kept": outcome.kept, "reason": outcome.reason, "measure": outcome.measure}
-    return {**outcome.columns, **bookkeeping}
+def outcome_line(sample: Sample, digest: str, outcome: Outcome) -> Sample:
+    """A step's answer as a row of its file. digest: of the sample."""
+    bookkeeping = {"index": sample["index"], "input": digest}
+    decided = {"kept": outcome.kept, "reason": outcome.reason, "measure": outcome.measure}
+    return {**outcome.columns, **bookkeeping, **decided}

@@ -61,6 +61,10 @@ class Step:
         text = json.dumps([input_digest, self.name, self.version, self.config], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def identity(self) -> str:
+        """Digest of the step itself: where it is equal, equal input gives equal outcomes."""
+        return self.key("")
+
     def file(self, shard: int) -> str:
         """Where its output lies, relative to the dataset's folder."""
         return f"part-{shard:05d}.parquet" if self.final else f"steps/{self.name}/{shard:05d}.parquet"

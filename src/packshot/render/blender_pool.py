@@ -90,10 +90,10 @@ def jobs(config: BuildData) -> list[Sample]:
     return [{"source": f"seed {seed}", "job": json.dumps(sample_job(seed, given))} for seed in wanted]
 
 
-def fingerprint(items: Sequence[Sample]) -> str:
-    """Digest of the jobs and of the meshes they refer to."""
+def fingerprints(items: Sequence[Sample]) -> list[str]:
+    """Digests of each job with the meshes it refers to."""
     meshes = file_sha256(resolve("data/objects/objects.zip"))
-    return sha256("".join([meshes, *(item["job"] for item in items)]).encode())
+    return [sha256((meshes + item["job"]).encode()) for item in items]
 
 
 @contextmanager

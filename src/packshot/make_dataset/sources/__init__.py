@@ -105,11 +105,13 @@ def read_item(item: Item) -> Raw:
     raise AssertionError("unreachable")
 
 
-def fingerprint(items: Sequence[Item]) -> str:
-    """Digest over names and contents (image, mask, caption) of a shard."""
-    digest = hashlib.sha256()
+def fingerprints(items: Sequence[Item]) -> list[str]:
+    """Digests over name and contents (image, mask, caption) of each item."""
+    found = []
     for raw in read_items(items):
+        digest = hashlib.sha256()
         texts = (raw.name, raw.text, raw.encoding, raw.license or "", raw.error, str(raw.repeats), raw.origin)
         for part in (*(text.encode() for text in texts), raw.data or b"", raw.mask or b""):
             digest.update(len(part).to_bytes(8, "big") + part)
-    return digest.hexdigest()
+        found.append(digest.hexdigest())
+    return found

@@ -25,6 +25,7 @@ from packshot.make_dataset.sources.base import (
     read_place,
     text_of,
 )
+from packshot.make_dataset.sources.reviewed import looked_at
 from packshot.make_dataset.sources.tabular import is_table_file, read_rows
 from packshot.make_dataset.sources.walk import hidden, open_path
 
@@ -42,6 +43,8 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
     """An item per image file. Raises ConfigError for masks or columns that cannot be used."""
     given = mask_files(source)
     own = set(given.values())
+    if given:
+        given = looked_at(source, given, listing.notes)
     images = [path for path in paths if listing.place(path) not in own]
     if not images:
         raise ConfigError(f"source.path={source.path} holds masks alone.", f"Known are {' '.join(IMAGE_SUFFIXES)}.")
