@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,9 +14,9 @@ RESNET = {"conv_shortcut": "nin_shortcut"}
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def unet_tensors(unet: nn.Module) -> dict[str, Tensor]:
+def unet_tensors(unet: Any) -> dict[str, Tensor]:
     """The UNet's tensors under their published names."""
-    names = block_names(unet.config)  # type: ignore[arg-type]
+    names = block_names(unet.config)
     tensors = {}
     for key, tensor in unet.state_dict().items():
         module, _, leaf = key.rpartition(".")
@@ -39,7 +41,7 @@ def vae_name(key: str, blocks: int) -> str:
     return key
 
 
-def vae_tensors(vae: nn.Module, prefix: str = "first_stage_model.") -> dict[str, Tensor]:
+def vae_tensors(vae: Any, prefix: str = "first_stage_model.") -> dict[str, Tensor]:
     """The VAE's tensors under their published names, where its attention is made of convolutions."""
     tensors = {}
     for key, tensor in vae.state_dict().items():
@@ -55,7 +57,7 @@ def clip_tensors(encoder: nn.Module) -> dict[str, Tensor]:
     return {prefix + key.removeprefix("text_model."): tensor for key, tensor in encoder.state_dict().items()}
 
 
-def open_clip_tensors(encoder: nn.Module) -> dict[str, Tensor]:
+def open_clip_tensors(encoder: Any) -> dict[str, Tensor]:
     """The second text encoder's tensors in OpenCLIP's layout, with queries, keys and values in one matrix."""
     prefix = "conditioner.embedders.1.model."
     state = {key.removeprefix("text_model."): tensor for key, tensor in encoder.state_dict().items()}
