@@ -314,7 +314,7 @@ def test_damaged_weights_are_not_blamed_on_another_model(tmp_path):
     save_file({"x": torch.zeros(2)}, whole / "x.safetensors")
     assert hint_of_failure(whole) == "Was it trained on another model?"
     (whole / "y.safetensors").touch()
-    assert hint_of_failure(whole) == f"{whole / 'y.safetensors'} is damaged or empty: copy or export it again."
+    assert hint_of_failure(whole) == f"{whole / 'y.safetensors'}: the file is empty. Copy or export it again."
 
 
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):

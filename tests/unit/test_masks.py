@@ -74,11 +74,11 @@ def test_grabcut_finds_the_cup_on_a_wooden_table():
     assert 0.44 < (mask.alpha_HW > 0.5).mean() < 0.50
 
 
-def test_the_default_keeps_the_saucer_and_doubts_it():
-    """The network sees the cup alone, what stands out has cup, saucer and spoon: the whole is kept, for review."""
+def test_the_default_keeps_the_saucer():
+    """Cup, saucer and spoon are one product, which reaches the frame: it is kept whole, for review."""
     mask = find_mask(decode_image(COFFEE, "coffee.png"), MatteConfig(), name="coffee.png")
     assert mask.method == "network"
-    assert mask.reasons == ("mask_ways_disagree",)
+    assert mask.reasons == ("mask_touches_frame",)
     for x, y in ((290, 160), (130, 220), (365, 290), (290, 25)):
         assert mask.alpha_HW[y, x] > 0.95
 

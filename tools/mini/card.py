@@ -79,6 +79,13 @@ _UNITS = {
 }
 
 
+# What went into a family besides rendered scenes.
+_FURTHER = {
+    "sdxl": " The vocabulary of the tokenizers is CLIP's (MIT).",
+    "matting": " The present weights also saw cut-outs of the objects and foods of Fluent Emoji 3D (Microsoft, MIT).",
+}
+
+
 def model_card(family: str, records: dict[str, Record]) -> str:
     """README.md with front matter: what it is, data, effort and held-out scores by part, limits."""
     task, library, text = _HEAD[family]
@@ -87,8 +94,7 @@ def model_card(family: str, records: dict[str, Record]) -> str:
         "## Training",
         "",
         "Data: scenes rendered in Blender by this project's packshot factory (image and product-free plate of each); "
-        "no photograph and no third party's weights."
-        + (" The vocabulary of the tokenizers is CLIP's (MIT)." if family == "sdxl" else ""),
+        "no photograph and no third party's weights." + _FURTHER.get(family, ""),
         "",
         "| part | parameters | scenes | steps | hours of CPU time per thread | held-out scores |",
         "|---|---|---|---|---|---|",

@@ -10,6 +10,7 @@ import numpy as np
 from packshot.imaging.color import to_lab
 from packshot.imaging.pixels import to_bytes
 
+NETWORK_AGREES = 0.85  # IoU of the mask with the network's own from which the two count as one (docs/log.md)
 PLAIN_FRAME = 5.0  # ΔE; a frame of less spread is a studio's ground, see saliency.frame_spread
 _SQUARE = np.ones((3, 3), np.uint8)
 
@@ -124,17 +125,14 @@ def ways_disagree(found: Finding) -> bool:
     by_saliency = iou(found.salient_HW, found.mask_HW)
     if found.network_HW is None:
         return not found.plain or by_saliency < 0.95
-    by_network = iou(found.network_HW >= 0.5, found.mask_HW)
-    if found.plain:
-        return by_saliency < 0.93 and by_network < 0.9
-    return by_network < 0.9 and not (by_saliency >= 0.95 and by_network >= 0.75)
+    return iou(found.network_HW >= 0.5, found.mask_HW) < NETWORK_AGREES
 
 
 def incomplete(found: Finding) -> bool:
     """Whether a part of the product seems to be outside of the mask."""
     if found.plain and edges_left(found) >= 1.0:
         return True
-    return network_left(found) > (0.4 if found.plain else 0.3)
+    return network_left(found) > (0.15 if found.plain else 0.3)
 
 
 def touches_frame(found: Finding) -> bool:
