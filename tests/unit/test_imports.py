@@ -25,7 +25,7 @@ ALLOWED = {
     "caption": {"scene", "config", "runs", "imaging", "dataset", "base", "engine"},
     "render": {"scene", "config", "runs", "pipeline"},
     "make_dataset": {"scene", "config", "runs", "pipeline", "imaging", "dataset", "caption", "render"},
-    "generate": {"scene", "config", "runs", "imaging", "diffusion", "base"},
+    "generate": {"scene", "config", "runs", "imaging", "dataset", "diffusion", "base"},
     "evaluate": {"scene", "config", "runs", "imaging", "caption", "generate"},
     "serve": {"scene", "config", "runs", "generate"},
 }

@@ -38,10 +38,11 @@ from packshot.generate.adapter_schedule import Switch, switching
 from packshot.generate.certificate import digest, judge, load_certificates, measure
 from packshot.generate.composite import blend
 from packshot.generate.denoise import encode
+from packshot.generate.jobs import mask_files, product_files
 from packshot.generate.load import ip_adapter_scales, load_models
-from packshot.generate.product import core_of, prepare, product_files
+from packshot.generate.product import core_of, prepare
 from packshot.generate.references import open_references
-from packshot.generate.run import generate, mask_files
+from packshot.generate.run import generate
 from packshot.methods import METHODS
 from packshot.scene import Scene
 

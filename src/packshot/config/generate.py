@@ -225,6 +225,12 @@ class InferenceConfig:
 class Generate(Script, GenerateSettings):
     licenses: LicenseConfig = field(default_factory=LicenseConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
+    campaign: str | None = opt(
+        None,
+        "table of jobs (.csv or .jsonl): a row for each, columns named as the keys that it sets, such as product, "
+        "scene.surface, size or seed",
+    )
+    campaign_cross: bool = opt(False, "make every combination of the columns' distinct values instead")
     product: str = opt("data/products/coffee.png", "product photo, or a folder of them")
     mask: str | None = opt(
         None, "product mask (white = product); null: the photo's alpha channel, or else segmentation"
@@ -248,6 +254,8 @@ class Generate(Script, GenerateSettings):
     def check(self) -> None:
         Script.check(self)
         GenerateSettings.check(self)
+        if self.campaign_cross and not self.campaign:
+            raise ConfigError("campaign_cross=true has no effect without a campaign.", "Add campaign=<table.csv>.")
         if self.prompt and any(vars(self.scene).values()):
             raise ConfigError("prompt and scene.* are both given.", "Use one: the scene is rendered to the prompt.")
         if self.reference and self.references:

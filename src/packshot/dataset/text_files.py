@@ -5,8 +5,11 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import json
 import re
 from typing import Any
+
+from packshot.errors import ConfigError
 
 csv.field_size_limit(2**27)  # Python's own limit of 128 KiB cuts embedded data URLs
 # The longer marks first: UTF-32's begins with UTF-16's.
@@ -86,4 +89,24 @@ def csv_rows(text: str) -> list[dict[str, Any]]:
     for row in csv.DictReader(io.StringIO(text, newline=None), delimiter=separator):
         row.pop(None, None)  # type: ignore[call-overload]  # cells beyond the header
         rows.append({name.strip(): value for name, value in row.items() if name})
+    return rows
+
+
+def json_rows(text: str, where: str) -> list[dict[str, Any]]:
+    """One object per line; blank lines are passed over. where: names the table in an error.
+
+    Raises:
+        ConfigError: a line is not a JSON object.
+    """
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{where}, line {number} is not JSON ({error}).", "Each line is one object.") from error
+        if not isinstance(row, dict):
+            raise ConfigError(f"{where}, line {number} is not an object.", "Each line is one object.")
+        rows.append(row)
     return rows

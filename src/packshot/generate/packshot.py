@@ -11,9 +11,9 @@ from packshot.config.checks import validate
 from packshot.config.compose import compose as compose_config
 from packshot.config.schema import AdaptersConfig, GenerateSettings, InferenceConfig, MatteConfig, ModelConfig
 from packshot.errors import ConfigError
-from packshot.generate.canvas import Canvas, make_working, place, plan_frame
+from packshot.generate.canvas import Canvas, Working, make_working, place, plan_frame
 from packshot.generate.conditions import read_by, scene_inputs
-from packshot.generate.denoise import OnStep, denoise, encode
+from packshot.generate.denoise import Conditioning, OnStep, denoise, encode
 from packshot.generate.json_types import Json
 from packshot.generate.load import Models, load_models
 from packshot.generate.product import Product, Source, prepare
@@ -22,6 +22,18 @@ from packshot.generate.result import Result, finish
 from packshot.scene import Scene
 
 __all__ = ["Packshot", "Result"]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A request made ready: what all of its pictures share. asked: what certificates state of it, without the seed."""
+
+    product: Product
+    canvas: Canvas
+    working: Working
+    conditioning: Conditioning
+    settings: GenerateSettings
+    asked: Json
 
 
 @dataclass
@@ -128,10 +140,22 @@ class Packshot:
         with_layers: bool = True,
     ) -> Iterator[Result]:
         """Like :meth:`generate`, one result as soon as it is there. with_layers: whether results have their parts."""
-        settings = settings or GenerateSettings()
-        validate(settings)
         if num_images < 1:
             raise ConfigError(f"num_images={num_images} is out of range.", "Ask for at least one.")
+        ready = self.make_ready(scene, settings, reference, reference_weights)
+        for number in range(seed, seed + num_images):
+            yield self.draw(ready, number, on_step, with_layers)
+
+    def make_ready(
+        self,
+        scene: Scene | str,
+        settings: GenerateSettings | None = None,
+        reference: Source | Sequence[Source] | None = None,
+        reference_weights: Sequence[int] = (),
+    ) -> Ready:
+        """All that the pictures of a request share, made once. Arguments and errors as of :meth:`generate`."""
+        settings = settings or GenerateSettings()
+        validate(settings)
         canvas = self.canvas(settings)
         product = self.product
         assert product is not None  # canvas() refuses to go on without one
@@ -142,12 +166,18 @@ class Packshot:
         working = make_working(canvas, frame, self.models.pipe.vae_scale_factor)
         with self._turn:
             conditioning = encode(self.models, asked["prompt"], settings, references, scene_inputs(asked))
-        stated = {"lost_words": conditioning.lost_words, "model": self.models.manifest}
-        for number in range(seed, seed + num_images):
-            with self._turn:
-                decoded = denoise(self.models, working, conditioning, settings, number, on_step)
-            request = {**asked, "seed": number}
-            yield finish(product, canvas, working, decoded, {"request": request, **stated}, with_layers)
+        return Ready(product, canvas, working, conditioning, settings, asked)
+
+    def draw(self, ready: Ready, seed: int, on_step: OnStep | None = None, with_layers: bool = True) -> Result:
+        """One picture of a request. Raises PackshotError: the model failed (NaN)."""
+        with self._turn:
+            decoded = denoise(self.models, ready.working, ready.conditioning, ready.settings, seed, on_step)
+        stated = {
+            "request": {**ready.asked, "seed": seed},
+            "lost_words": ready.conditioning.lost_words,
+            "model": self.models.manifest,
+        }
+        return finish(ready.product, ready.canvas, ready.working, decoded, stated, with_layers)
 
     def request(
         self,

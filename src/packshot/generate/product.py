@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
@@ -16,7 +16,6 @@ from packshot.config.conditions import INPUTS
 from packshot.config.schema import MatteConfig
 from packshot.errors import ConfigError, PackshotError
 from packshot.imaging.decode import decode, flatten, normalize
-from packshot.imaging.files import IMAGE_SUFFIXES, is_image
 from packshot.imaging.masks import find_mask
 from packshot.imaging.matte import soften_hard_edge, unmix
 from packshot.imaging.pixels import to_bytes
@@ -89,31 +88,6 @@ def open_image(key: str, source: Source) -> Photo:
     except PackshotError as error:
         named = key if isinstance(source, Image.Image) else f"{key}={source}"
         raise ConfigError(f"{named} is not a usable image: {error.args[0]}", error.hint) from error
-
-
-def product_files(key: str, path: str) -> list[Path]:
-    """The file itself, or the images of a folder in the order of their names.
-
-    Raises:
-        ConfigError: the path does not exist or the folder has no images.
-    """
-    found = readable(key, path)
-    if found.is_file():
-        return [found]
-    files = []
-    for file in sorted(found.iterdir()):
-        if is_image(file) and file.is_file():
-            files.append(file)
-    if not files:
-        raise ConfigError(f"{key}={path} has no images.", f"Looked for {', '.join(IMAGE_SUFFIXES)}.")
-    return files
-
-
-def unique_names(files: list[Path]) -> Iterator[tuple[str, Path]]:
-    """(name, file): the stem, or the whole file name where two files share a stem."""
-    stems = [file.stem for file in files]
-    for file, stem in zip(files, stems, strict=True):
-        yield (stem if stems.count(stem) == 1 else file.name), file
 
 
 def prepare(

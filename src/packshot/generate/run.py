@@ -1,14 +1,14 @@
-"""generate.py: one or many product photos, one request, a folder of results."""
+"""generate.py: product photos and requests in, a folder of pictures with their certificates out."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,82 +18,112 @@ from packshot.config.conditions import networks
 from packshot.config.schema import Generate
 from packshot.errors import ConfigError, PackshotError
 from packshot.generate import Packshot, Result
+from packshot.generate.campaign import plan_campaign, set_aside, write_index
 from packshot.generate.certificate import LAYERS, digest, encode_png, load_certificates
+from packshot.generate.jobs import Job, product_jobs
 from packshot.generate.json_types import Json
 from packshot.generate.load import check_adapters, load_models
-from packshot.generate.product import prepare, product_files, unique_names
+from packshot.generate.product import Product, prepare
 from packshot.generate.references import open_references
 from packshot.generate.report import write_report
-from packshot.imaging.files import is_image, pair_masks
 from packshot.runs.files import file_sha256, readable, replacing_file, writing
 from packshot.runs.folder import Run, log, open_run
 from packshot.runs.licenses import refuse_weights
 from packshot.runs.progress import progress
 from packshot.runs.tracking import open_tracker
-from packshot.scene import Scene
 
 WRITERS = 4  # threads; OpenCV encodes outside the interpreter lock
 RESUME = "run.resume=true makes what is missing."
 
 
 def generate(config: Generate) -> None:
-    """Make ``num_images`` pictures of every product.
+    """Make ``num_images`` pictures of every product, or of every row of a campaign.
 
-    Inputs are checked before the run folder is made. In a folder of products, one that fails is named and left out,
-    and the others are still made.
+    Inputs are checked before the run folder is made. A product that fails is named and left out, and the others are
+    still made.
 
     Raises:
         ConfigError: inputs or adapters are wrong.
         PackshotError: a product failed.
     """
     refuse_weights(config)
-    request = requested(config)
-    files = product_files("product", config.product)
-    masks = mask_files(config.mask, files)
+    campaign = plan_campaign(config) if config.campaign else None
+    jobs = campaign.jobs if campaign else product_jobs(config)
     baseline = open_folder("baseline", config.baseline)
-    open_references(config.reference_files(), config.reference_weights)
     named_networks = networks(config)
-    needed = check_adapters(config.adapters, named_networks, config)
-    ready = partial(prepare, matte=config.matte, networks=needed)
-    first = ready(files[0], masks[files[0]], name=files[0].stem) if len(files) == 1 else None
+    for job in jobs:
+        open_references(job.config.reference_files(), job.config.reference_weights)
+        needed = check_adapters(config.adapters, named_networks, job.config)
+    products = Products(config, needed)
+    if len({job.product for job in jobs}) == 1:  # then an unusable photo is a wrong input
+        products.of(jobs[0])
     tool = Packshot(load_models(config.model, config.adapters, config.inference), config.matte, networks=named_networks)
-    named = list(unique_names(files))
     run = open_run("generate", config, resumable=False)
-    check_made(run.path, config, tool, dict(named))
+    check_made(run.path, tool, jobs)
     run.write_config(config)
+    if campaign:
+        set_aside(run.path, jobs)
     tracker = open_tracker(run, config, "generate")
-    failures = []
-    with progress("pictures", total=len(files) * config.num_images) as advance:
-        for name, file in named:
-            try:
-                product = first or ready(file, masks[file], name=name)
-                copy_input(run, file, name)
-                make_pictures(config, run, tool.with_product(product), request, advance)
-            except PackshotError as error:
-                log.error("%s: %s", file, error)
-                failures.append((file, error))
+    failures = make_all(run, tool, jobs, products)
     write_report(run.path, baseline)
+    if campaign:
+        write_index(run.path, campaign)
     stems = list(load_certificates(run.path))
     pictures = [run.path / f"{stem}.png" for stem in stems]
     tracker.images("pictures", pictures, stems, step=0)
     tracker.finish()
     log.info("%d pictures; report: %s", len(pictures), run.path / "report.html")
-    raise_failures(failures, len(files))
+    raise_failures(failures, len(jobs))
 
 
-def check_made(folder: Path, config: Generate, tool: Packshot, files: dict[str, Path]) -> None:
+@dataclass
+class Products:
+    """Prepares products for jobs; the last one is kept, because jobs of one product follow each other."""
+
+    config: Generate
+    needed: Mapping[str, str]
+    last: tuple[Path, Path | None, Product] | None = None
+
+    def of(self, job: Job) -> Product:
+        """The product of a job, with the name of its files. Raises PackshotError: the photo or its mask is unusable."""
+        if self.last is None or self.last[:2] != (job.product, job.mask):
+            prepared = prepare(job.product, job.mask, self.config.matte, job.name, networks=self.needed)
+            self.last = (job.product, job.mask, prepared)
+        return replace(self.last[2], name=job.name)
+
+
+def make_all(run: Run, tool: Packshot, jobs: list[Job], products: Products) -> list[tuple[str, PackshotError]]:
+    """The pictures of all jobs; returns those that failed, with the reason of each."""
+    failures = []
+    copies: dict[Path, Path] = {}
+    with progress("pictures", total=sum(job.config.num_images for job in jobs)) as advance:
+        for job in jobs:
+            try:
+                product = products.of(job)
+                copy_input(run, job, copies)
+                make_pictures(run, tool.with_product(product), job, advance)
+            except PackshotError as error:
+                log.error("%s: %s", job.where, error)
+                failures.append((job.where, error))
+    return failures
+
+
+def check_made(folder: Path, tool: Packshot, jobs: list[Job]) -> None:
     """Pictures that a run folder already has must be those that would be made now.
 
     Raises:
         ConfigError: a request, a photo or a model differs from what a certificate states; nothing was changed.
     """
-    request = tool.request(requested(config), config, config.reference_files(), config.reference_weights)
+    by_name = {job.name: job for job in jobs}
     for stem, made in load_certificates(folder).items():
         name, _, number = stem.rpartition("-")
-        if name not in files:
+        job = by_name.get(name)
+        if job is None:
             continue
+        config = job.config
+        request = tool.request(job.request, config, config.reference_files(), config.reference_weights)
         seeded = {**request, "seed": config.run.seed + int(number)}
-        now = {"request": seeded, "input": {"name": name, "sha256": file_sha256(files[name])}}
+        now = {"request": seeded, "input": {"name": name, "sha256": file_sha256(job.product)}}
         now["model"] = {part: value for part, value in tool.models.manifest.items() if part not in ("device", "dtype")}
         refuse_difference(f"{folder / stem}.png", made, json.loads(json.dumps(now)))
 
@@ -112,18 +142,13 @@ def refuse_difference(picture: str, made: Json, now: Json) -> None:
         )
 
 
-def raise_failures(failures: list[tuple[Path, PackshotError]], total: int) -> None:
-    """Raises PackshotError where products failed: the error itself if there was only one product."""
+def raise_failures(failures: list[tuple[str, PackshotError]], total: int) -> None:
+    """Raises PackshotError where jobs failed: the error itself if there was only one job."""
     if len(failures) == 1 == total:
         raise failures[0][1]
     if failures:
-        names = ", ".join(file.name for file, _ in failures[:5])
+        names = ", ".join(Path(where).name for where, _ in failures[:5])
         raise PackshotError(f"{len(failures)} of {total} products failed: {names}.", "log.txt has the reason for each.")
-
-
-def requested(config: Generate) -> Scene | str:
-    """The free prompt, or the Scene of ``scene.*`` (an empty one asks for nothing in particular)."""
-    return config.prompt if config.prompt else Scene.from_dict(asdict(config.scene))
 
 
 def open_folder(key: str, path: str | None) -> Path | None:
@@ -134,87 +159,68 @@ def open_folder(key: str, path: str | None) -> Path | None:
     return found
 
 
-def mask_files(mask: str | None, files: list[Path]) -> dict[Path, Path | None]:
-    """The mask of every product: none, one file for one product, or a folder with a picture of the same stem for each.
+def copy_input(run: Run, job: Job, copies: dict[Path, Path]) -> None:
+    """Keep the product photo itself beside the layers, so that reports and evaluations need nothing from outside.
 
-    Raises:
-        ConfigError: one mask for several products, a folder that lacks some, or several masks for one.
+    copies: the copy of each photo so far; jobs of one photo share its bytes where the file system can.
     """
-    if mask is None:
-        return dict.fromkeys(files)
-    found = readable("mask", mask)
-    if found.is_file():
-        if len(files) > 1:
-            raise ConfigError(f"mask={mask} is one file for {len(files)} products.", "Give a folder of masks.")
-        return {files[0]: found}
-    names = sorted(file.name for file in found.iterdir() if is_image(file) and file.is_file())
-    pairs = pair_masks(f"mask={mask}", [file.name for file in files], names)
-    missing = [file.name for file in files if file.name not in pairs]
-    if missing:
-        raise ConfigError(f"mask={mask} has no mask for {', '.join(missing[:5])}.", "File names must agree.")
-    return {file: found / pairs[file.name] for file in files}
-
-
-def copy_input(run: Run, file: Path, name: str) -> None:
-    """Keep the product photo itself beside the layers, so that reports and evaluations need nothing from outside."""
-    target = run.path / LAYERS / f"{name}-input{file.suffix.lower()}"
+    target = run.path / LAYERS / f"{job.name}-input{job.product.suffix.lower()}"
     with writing(str(target), RESUME), replacing_file(target) as temporary:
-        shutil.copyfile(file, temporary)
+        earlier = copies.setdefault(job.product, target)
+        try:
+            if earlier == target:
+                raise OSError
+            os.link(earlier, temporary)
+        except OSError:
+            shutil.copyfile(job.product, temporary)
 
 
-def make_pictures(
-    config: Generate, run: Run, tool: Packshot, request: Scene | str, advance: Callable[..., None]
-) -> None:
-    """All pictures of one product that the run folder does not have yet.
+def make_pictures(run: Run, tool: Packshot, job: Job, advance: Callable[..., None]) -> None:
+    """All pictures of one job that the run folder does not have yet.
 
     The files of a picture are written while the next one is drawn.
     """
-    assert tool.product is not None
-    name = tool.product.name
-    missing = missing_pictures(config, run, tool)
+    config = job.config
+    missing = missing_pictures(run, tool, job)
     advance(config.num_images - len(missing))
+    if not missing:
+        return
+    ready = tool.make_ready(job.request, config, config.reference_files(), config.reference_weights)
     with ThreadPoolExecutor(WRITERS) as writers:
         previous = None
         for k in missing:
             started = time.monotonic()
-            [result] = tool.stream(
-                request,
-                1,
-                config.run.seed + k,
-                config.reference_files(),
-                config,
-                config.reference_weights,
-                with_layers=config.layers,
-            )
+            result = tool.draw(ready, config.run.seed + k, with_layers=config.layers)
             if previous is not None:
                 previous.result()
-            previous = writers.submit(write, run.path, f"{name}-{k}", result, writers)
+            previous = writers.submit(write, run.path, f"{job.name}-{k}", result, writers)
             seconds = time.monotonic() - started
             status = result.certificate["status"]
-            run.metrics({"step": k, "picture": f"{name}-{k}", "seconds": seconds, "status": status})
+            run.metrics({"step": k, "picture": f"{job.name}-{k}", "seconds": seconds, "status": status})
             advance(seconds_each=seconds)
         if previous is not None:
             previous.result()
 
 
-def missing_pictures(config: Generate, run: Run, tool: Packshot) -> list[int]:
-    """The numbers of the pictures of one product that the run folder does not have.
+def missing_pictures(run: Run, tool: Packshot, job: Job) -> list[int]:
+    """The numbers of the pictures of one job that the run folder does not have.
 
     Raises:
         ConfigError: a picture that is there shows the product under another mask or at another place.
     """
     assert tool.product is not None
-    transform = json.loads(json.dumps(tool.canvas(config).transform))
-    mask = {"sha256": digest(tool.product.alpha_HW)}
+    made_before = []
     missing = []
-    for k in range(config.num_images):
-        stem = f"{tool.product.name}-{k}"
-        certificate = run.path / f"{stem}.json"
-        if not certificate.exists():
-            missing.append(k)
-            continue
-        made = json.loads(certificate.read_text())
-        refuse_difference(f"{run.path / stem}.png", made, {"mask": mask, "transform": transform})
+    for k in range(job.config.num_images):
+        certificate = run.path / f"{job.name}-{k}.json"
+        (made_before if certificate.exists() else missing).append(k)
+    if made_before:
+        transform = json.loads(json.dumps(tool.canvas(job.config).transform))
+        mask = {"sha256": digest(tool.product.alpha_HW)}
+        for k in made_before:
+            stem = run.path / f"{job.name}-{k}"
+            made = json.loads(stem.with_name(f"{stem.name}.json").read_text(encoding="utf-8"))
+            refuse_difference(f"{stem}.png", made, {"mask": mask, "transform": transform})
     return missing
 
 

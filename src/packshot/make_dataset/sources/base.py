@@ -10,13 +10,13 @@ from typing import Any
 
 import fsspec
 
+from packshot.dataset.walk import Unread
 from packshot.errors import ConfigError
 
 Item = dict[str, Any]
 # Columns and keys in which people keep captions, the first that is there counts; source.caption_column comes before.
 CAPTION_COLUMNS = ("text", "caption", "prompt", "description", "captions", "TEXT", "alt")
 LICENSE_COLUMNS = ("license", "licence", "LICENSE")
-_NAMED = 3  # names in a message, of files that were not read
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,6 @@ class Raw:
     error: str = ""
     repeats: int = 1
     origin: str = "source"
-
-
-@dataclass
-class Unread:
-    """Files of a source that nothing reads, by the reason."""
-
-    names: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, reason: str, name: str) -> None:
-        self.names.setdefault(reason, []).append(name)
-
-    def lines(self) -> list[str]:
-        """A line for each reason, with the count and some of the names."""
-        lines = []
-        for reason, names in self.names.items():
-            shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
-            lines.append(f"source.path: {len(names)} not read, {reason}: {shown}")
-        return lines
 
 
 @dataclass(frozen=True)

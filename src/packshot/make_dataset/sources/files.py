@@ -11,6 +11,7 @@ from typing import Any
 
 from packshot.config.schema import SourceConfig
 from packshot.dataset.text_files import EncodingError, decode_text
+from packshot.dataset.walk import hidden
 from packshot.errors import ConfigError
 from packshot.imaging.files import IMAGE_SUFFIXES, is_image, pair_masks
 from packshot.make_dataset.sources.base import (
@@ -27,7 +28,7 @@ from packshot.make_dataset.sources.base import (
 )
 from packshot.make_dataset.sources.reviewed import looked_at
 from packshot.make_dataset.sources.tabular import is_table_file, read_rows
-from packshot.make_dataset.sources.walk import hidden, open_path
+from packshot.make_dataset.sources.walk import open_path
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 FILE_COLUMNS = ("file_name", "filename", "file", "image")

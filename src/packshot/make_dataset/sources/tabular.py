@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from packshot.dataset.text_files import EncodingError, csv_rows, decode_text
+from packshot.dataset.text_files import EncodingError, csv_rows, decode_text, json_rows
 from packshot.errors import ConfigError
 from packshot.make_dataset.sources.base import open_place, read_place
 
@@ -34,24 +33,6 @@ def read_rows(place: str) -> list[dict[str, Any]]:
             with open_place(place) as file:
                 return pq.read_table(file).to_pylist()
         text, _ = decode_text(read_place(place))
-        return json_rows(text, place) if suffix in (".jsonl", ".ndjson") else csv_rows(text)
+        return json_rows(text, f"source.path: {place}") if suffix in (".jsonl", ".ndjson") else csv_rows(text)
     except (OSError, pa.ArrowException, EncodingError, csv.Error) as error:
         raise ConfigError(f"source.path: {place} cannot be read ({error}).", "Export it again, as UTF-8.") from error
-
-
-def json_rows(text: str, place: str) -> list[dict[str, Any]]:
-    """One object per line; blank lines are passed over."""
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"source.path: {place}, line {number} is not JSON ({error}).", "Each line is one object."
-            ) from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"source.path: {place}, line {number} is not an object.", "Each line is one object.")
-        rows.append(row)
-    return rows

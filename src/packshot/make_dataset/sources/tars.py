@@ -14,12 +14,12 @@ from typing import Any
 
 from packshot.config.schema import SourceConfig
 from packshot.dataset.text_files import EncodingError, decode_text
+from packshot.dataset.walk import hidden
 from packshot.errors import ConfigError
 from packshot.imaging.files import is_image
 from packshot.make_dataset.sources.base import Item, Listing, Raw, caption_count, open_place
 from packshot.make_dataset.sources.files import described_by
 from packshot.make_dataset.sources.tables import refuse_masks
-from packshot.make_dataset.sources.walk import hidden
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 # By the first bytes of a file: how its content is unpacked while it is read.

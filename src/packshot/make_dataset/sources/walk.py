@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
 
+from packshot.dataset.walk import Unread, hidden, walk
 from packshot.errors import ConfigError
 from packshot.imaging.files import IMAGE_SUFFIXES
-from packshot.make_dataset.sources.base import Listing, Unread, is_local
+from packshot.make_dataset.sources.base import Listing, is_local
 from packshot.runs.files import resolve
-
-# Folders that systems and storage boxes keep beside a person's files, and files of the same kind.
-_SYSTEM = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini", "System Volume Information"))
-
-
-def hidden(inside: str) -> bool:
-    """Whether a part of a path, relative to the source, belongs to the system and not to the person."""
-    return any(part.startswith(".") or part in _SYSTEM for part in PurePosixPath(inside).parts)
 
 
 def open_path(path: str) -> tuple[Any, str]:
@@ -81,38 +73,3 @@ def usable(fs: Any, path: str, base: str, unread: Unread) -> bool:
         return True
     unread.add("folders behind a glob (** reads them too)" if stat.S_ISDIR(mode) else "not regular files", inside)
     return False
-
-
-def walk(root: str, unread: Unread) -> Iterator[str]:
-    """Every file below a folder. Links to folders are followed, a folder that was seen before is not entered again."""
-    seen: set[tuple[int, int]] = set()
-    folders = [root]
-    linked: list[str] = []
-    while folders or linked:
-        # Folders before links to them: a picture has the name of the place where it lies.
-        folder = folders.pop() if folders else linked.pop(0)
-        inside = folder[len(root) :].lstrip("/")
-        try:
-            state = os.stat(folder)
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            if folder == root:
-                raise ConfigError(
-                    f"source.path={root} cannot be read: {error.strerror}.", "Check its rights."
-                ) from error
-            unread.add(f"folders that cannot be opened ({error.strerror})", inside)
-            continue
-        if (state.st_dev, state.st_ino) in seen:
-            unread.add("links to a folder that is read already", inside)
-            continue
-        seen.add((state.st_dev, state.st_ino))
-        for entry in entries:
-            name = f"{inside}/{entry.name}".lstrip("/")
-            if not entry.is_dir():
-                yield entry.path
-            elif hidden(name):
-                unread.add("hidden or the system's", f"{name}/")
-            elif entry.is_symlink():
-                linked.append(entry.path)
-            else:
-                folders.append(entry.path)
