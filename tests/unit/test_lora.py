@@ -428,7 +428,9 @@ def test_a_lora_trains_on_a_quantised_base(quantization, kind, dtype, parts, tmp
     with torch.no_grad():
         ours = forward()
     theirs = bare(loaded(kind, tmp_path), *arguments)
-    assert (ours - theirs).norm() / theirs.norm() < 0.08  # four bits alone account for 3 to 5 % of the norm
+    # four bits alone account for 3 to 5 % of the norm, and rank-stabilised LoRAs grow fast enough to double that
+    assert (ours - theirs).norm() / theirs.norm() < 0.12
+    assert (ours - theirs).norm() < 0.5 * (theirs - plain).norm()
     assert (theirs - target).square().mean() < 0.98 * (plain - target).square().mean()
 
 
