@@ -8,12 +8,14 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 
 from packshot.config.compose import compose, groups, options, to_yaml
-from packshot.config.keys import describe, fields
+from packshot.config.keys import describe, fields, nearest
 from packshot.config.schema import SCRIPTS
 from packshot.errors import ConfigError, PackshotError
 
@@ -173,8 +175,8 @@ def run_stage(name: str, arguments: Sequence[str] | None = None) -> None:
 
     name: a key of ``STAGES``. arguments: overrides and flags; those of the command line by default.
     """
-    stage = STAGES[name]
-    try:
+    with exiting():
+        stage = STAGES[name]
         line = read_arguments(sys.argv[1:] if arguments is None else arguments)
         if line.help:
             print(help_text(name, stage.about))
@@ -186,6 +188,13 @@ def run_stage(name: str, arguments: Sequence[str] | None = None) -> None:
             print(to_yaml(compose(name, line.overrides, line.config_dir)), end="")
         else:
             run_target(stage.target, compose(name, line.overrides, line.config_dir))
+
+
+@contextmanager
+def exiting() -> Iterator[None]:
+    """End the process after a piece of work: 0 done, 1 failed, 2 bad arguments or config, with one message."""
+    try:
+        yield
     except PackshotError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from error
@@ -205,19 +214,72 @@ def run_stage(name: str, arguments: Sequence[str] | None = None) -> None:
     raise SystemExit(0)
 
 
+def plan(arguments: Sequence[str]) -> None:
+    """``packshot plan <training stage> [key=value ...]``: the stage with ``mode=plan``."""
+    trainings = [
+        name for name, schema in SCRIPTS.items() if "mode" in {field.name for field in dataclasses.fields(schema)}
+    ]
+    name, *overrides = arguments or ["train_lora"]
+    if name not in trainings:
+        raise ConfigError(f"There is nothing to plan for {name!r}.", f"Name one of {', '.join(trainings)}.")
+    run_stage(name, [*overrides, "mode=plan"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What the console script does besides the stages. usage: its arguments. Its function is given those."""
+
+    about: str
+    usage: str
+    target: str  # "package.module:function", with arguments of its own instead of a config
+
+
+COMMANDS: dict[str, Command] = {
+    "verify": Command(
+        "Check a picture against its certificate, and against the photograph if it is given.",
+        "IMAGE CERTIFICATE [PHOTO] [--mask FILE]",
+        "packshot.generate.verify:main",
+    ),
+    "plan": Command("Print what a training will need, before it starts.", "STAGE [key=value ...]", "packshot.cli:plan"),
+}
+
+
+def run_command(name: str, arguments: Sequence[str]) -> None:
+    """Run a command and exit, as :func:`run_stage` does."""
+    command = COMMANDS[name]
+    with exiting():
+        if {"-h", "--help"} & set(arguments):
+            print(f"{command.about}\n\nusage: packshot {name} {command.usage}")
+            return
+        quiet_libraries()
+        module, function = command.target.split(":")
+        getattr(importlib.import_module(module), function)(arguments)
+
+
+def usage_lines() -> list[str]:
+    """What the console script offers."""
+    lines = ["usage: packshot <stage> [key=value ...] [flag ...]; packshot <stage> --help lists keys and flags"]
+    lines += ["", "Stages:"]
+    lines += [f"  {name:18}{row.about}" for name, row in STAGES.items()]
+    lines += ["", "Commands:"]
+    lines += [f"  {name:18}{row.about}" for name, row in COMMANDS.items()]
+    return lines
+
+
 def main() -> None:
-    """The console script: ``packshot <stage> [key=value ...]``."""
+    """The console script: ``packshot <stage or command> ...``."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in STAGES:
         run_stage(name, arguments)
-    lines = [
-        "usage: packshot <stage> [key=value ...] [flag ...]; packshot <stage> --help lists keys and flags",
-        "",
-        "Stages:",
-    ]
-    lines += [f"  {stage:18}{row.about}" for stage, row in STAGES.items()]
+    if name in COMMANDS:
+        run_command(name, arguments)
     if name in ("-h", "--help"):
-        print("\n".join(lines))
+        print("\n".join(usage_lines()))
         raise SystemExit(0)
-    print("\n".join([f"error: there is no stage {name!r}", *lines]), file=sys.stderr)
+    if name == "--version":
+        print(version("packshot"))
+        raise SystemExit(0)
+    close = nearest(name, [*STAGES, *COMMANDS])
+    hint = [f"  Did you mean {close}?"] if close else []
+    print("\n".join([f"error: there is no stage or command {name!r}", *hint, *usage_lines()]), file=sys.stderr)
     raise SystemExit(2)

@@ -138,6 +138,27 @@ def test_the_whole_journey(browser):
     assert browser.run("return shown.map((one) => one.seed)") == [6]
 
 
+def test_a_reload_keeps_the_history(browser):
+    """What was kept is kept, what was removed stays removed, and the key is still there."""
+    browser.open(browser.run("return location.href"))
+    browser.wait_for("return document.querySelectorAll('#results figure').length === 1")
+    assert browser.run("return shown.map((one) => [one.stem, one.seed])") == [["coffee", 6]]
+    assert browser.run("return shown[0].figure.classList.contains('kept')")
+    assert browser.run("return shown[0].figure.querySelector('input').checked")
+
+
+def test_a_reload_follows_the_job_that_is_drawn(browser):
+    browser.type("#product_file", str(PHOTO))
+    browser.run("document.querySelector('#seed').value = 9")
+    browser.run("document.querySelector('#num_inference_steps').value = 40")
+    browser.click("[type=submit]")
+    browser.wait_for("return running && running.address")
+    browser.open(browser.run("return location.href"))
+    browser.wait_for("return /Waiting|Drawing/.test(document.querySelector('#status').textContent)")
+    drawn(browser, 2)
+    assert browser.run("return document.querySelector('#results figure img').alt") == "coffee in its new scene, seed 9"
+
+
 @pytest.mark.parametrize("width", [320, 390, 1280])
 def test_nothing_is_wider_than_the_window(browser, width):
     browser.run("document.documentElement.style.width = arguments[0] ? `${arguments[0]}px` : ''", width)
@@ -149,6 +170,7 @@ def test_nothing_is_wider_than_the_window(browser, width):
 def test_an_error_names_its_field_and_keeps_the_results(browser):
     browser.size(1280, 1000)
     kept = browser.run("return shown.length")
+    browser.type("#product_file", str(PHOTO))
     browser.run("document.querySelector('#key').value = 'wrong'")
     browser.click("[type=submit]")
     browser.wait_for("return !document.querySelector('#error').hidden")

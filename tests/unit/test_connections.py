@@ -199,6 +199,13 @@ def workers_of(pid):
     return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
+def health_seconds(url):
+    """How long /health takes, on a new connection."""
+    started = time.monotonic()
+    assert httpx.get(f"{url}/health", timeout=30).status_code == 200
+    return time.monotonic() - started
+
+
 @pytest.mark.slow
 def test_1100_dripping_sockets_leave_health_answering(tmp_path):
     """With 1,024 open files for the server; H2 of an earlier version: it was deaf, and wrote 83 MB of log a minute."""
@@ -209,18 +216,15 @@ def test_1100_dripping_sockets_leave_health_answering(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 
     with served(fake_server(tmp_path), prepare=limit_files) as (_, url), ExitStack() as stack:
+        alone = [health_seconds(url) for _ in range(20)]
         sockets = [stack.enter_context(connect(url)) for _ in range(1100)]
-        slowest = 0.0
+        dripped = []
         for _ in range(20):
             for connection in sockets:
-                try:
+                with suppress(OSError):  # closed by the server
                     connection.send(b"G")
-                except OSError:
-                    continue  # closed by the server
-            started = time.monotonic()
-            assert httpx.get(f"{url}/health", timeout=30).status_code == 200
-            slowest = max(slowest, time.monotonic() - started)
+            dripped.append(health_seconds(url))
             time.sleep(0.5)
-        print(f"slowest /health: {slowest:.3f} s")
+        print(f"slowest /health: {max(alone):.3f} s alone, {max(dripped):.3f} s with 1,100 dripping sockets")
     assert (tmp_path / "log.txt").stat().st_size < 100_000
     assert KEY not in (tmp_path / "log.txt").read_text()

@@ -7,7 +7,7 @@ import threading
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from serving_fixtures import BEARER, FakePackshot, config, eventually, fake_server, served, upload
+from serving_fixtures import BEARER, KEY, FakePackshot, config, eventually, fake_server, served, upload
 
 from packshot.errors import ConfigError
 from packshot.runs.folder import Run
@@ -56,10 +56,10 @@ def create(client, headers=(), **fields):
     return client.post("/jobs", **{**order, "headers": {**BEARER, **dict(headers)}})
 
 
-def finished(client, job_id):
+def finished(client, job_id, seconds=60):
     """The job's last state."""
     address = f"/jobs/{job_id}"
-    assert eventually(lambda: client.get(address, headers=BEARER).json()["state"] in ("done", "failed"))
+    assert eventually(lambda: client.get(address, headers=BEARER).json()["state"] in ("done", "failed"), seconds)
     return client.get(address, headers=BEARER).json()
 
 
@@ -303,3 +303,26 @@ def test_after_kill_9_every_accepted_job_has_one_result(tmp_path):
             assert result_names(tmp_path / "run") == {
                 job_id: ["0-background.png", "0.json", "0.png"] for job_id in jobs
             }
+
+
+@pytest.mark.slow
+def test_after_kill_9_the_real_model_draws_the_same_picture(tmp_path):
+    """Killed in the middle of its denoising steps: the job is drawn once more, to the same picture."""
+    keys = [f"run.dir={tmp_path}/run", "run.resume=true", "serve.port=0", f"serve.api_key={KEY}", "tracking=none"]
+    order = {"seed": 3, "num_inference_steps": 30}
+    with served(["serve.py", *keys]) as (process, url), httpx.Client(base_url=url, timeout=600) as client:
+        killed = create(client, {"Idempotency-Key": "once"}, **order).json()["id"]
+        address = f"/jobs/{killed}"
+        assert eventually(lambda: 0 < client.get(address, headers=BEARER).json()["share_done"] < 1)
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+    with served(["serve.py", *keys]) as (_, url), httpx.Client(base_url=url, timeout=600) as client:
+        repeated = create(client, {"Idempotency-Key": "once"}, **order).json()["id"]
+        undisturbed = create(client, **order).json()["id"]
+        pictures = []
+        for job_id in (killed, undisturbed):
+            assert finished(client, job_id, 300)["state"] == "done"
+            pictures.append(client.get(f"/jobs/{job_id}/files/0.png", headers=BEARER).content)
+    assert repeated == killed
+    assert pictures[0] == pictures[1]
+    assert set(result_names(tmp_path / "run")) == {killed, undisturbed}

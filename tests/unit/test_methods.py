@@ -397,7 +397,7 @@ def test_tokenizer_and_image_processor_are_part_of_cache_names(part, tmp_path):
     shutil.copytree(source.folder, tmp_path / part)
     settings = next((tmp_path / part).glob("*_config.json"))
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "do_lower_case": False, "do_resize": False}))
-    other._sources = {**other._sources, part: replace(source, place=str(tmp_path))}
+    other._sources = {**other._sources, part: replace(source, place=replace(source.place, path=tmp_path / part))}
     same = [a == b for a, b in zip(known, names(other), strict=True)]
     assert same == [True, part == "feature_extractor", part != "feature_extractor"]
 

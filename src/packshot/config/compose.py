@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from enum import Enum
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from packshot.config.checks import validate
 from packshot.config.keys import Hint, describe, fields, nearest
 from packshot.config.renamed import refuse_renamed
 from packshot.config.schema import SCRIPTS
 from packshot.errors import ConfigError
+
+Settings = TypeVar("Settings")
 
 CONF = Path(str(files("packshot.conf")))  # the checkout's conf/, or the wheel's copy of it
 HELP = "--help lists the keys."
@@ -225,3 +227,27 @@ def to_plain(config: object) -> dict[str, Any]:
     plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def with_values(settings: Settings, values: Mapping[str, object]) -> Settings:
+    """A copy of a config dataclass with other values, checked as those of a command line are.
+
+    Raises:
+        ConfigError: a key does not exist, or a value is of the wrong kind or out of range.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    schema = type(settings)
+    keys = {key: describe(field, hint) for key, field, hint in fields(schema)}
+    for key in values:
+        if key not in keys:
+            raise unknown_key(key, keys)
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    try:
+        changed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings), plain))
+    except OmegaConfBaseException as error:
+        raise explain(error, schema, [f"{key}={value}" for key, value in values.items()]) from error
+    validate(changed)
+    assert isinstance(changed, schema)
+    return changed

@@ -167,15 +167,34 @@ def plan_layout(box: tuple[int, int, int, int], settings: GenerateSettings) -> L
 
 
 def place_on_canvas(product: Product, settings: GenerateSettings) -> Canvas:
-    """The product at its place on a canvas of its own: resampled once, never stretched, never cut.
+    """The product at its place on a canvas of its own: resampled once, never stretched, never cut."""
+    rows, columns = np.nonzero(product.matte_HW)
+    box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+    return lay_out(product, plan_layout(box, settings), settings.placement.name)
+
+
+def place_again(product: Product, transform: Json) -> Canvas:
+    """The canvas whose transform a certificate states."""
+    if transform["placement"] == "original":
+        return place_original(product)
+    left, top, right, bottom = transform["source_box"]
+    layout = Layout(
+        size=(transform["size"][0], transform["size"][1]),
+        source_box=(left, top, right, bottom),
+        placed_size=(transform["placed_size"][0], transform["placed_size"][1]),
+        offset=(transform["offset"][0], transform["offset"][1]),
+    )
+    return lay_out(product, layout, transform["placement"])
+
+
+def lay_out(product: Product, layout: Layout, placement: str) -> Canvas:
+    """The product on a planned canvas.
 
     The transform tells how to do it again in Pillow: ``photo.resize(placed_size, resampling, box=source_box)``, pasted
     at ``offset``.
     """
     rows_total, columns_total = product.alpha_HW.shape
-    rows, columns = np.nonzero(product.matte_HW)
-    box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
-    layout = plan_layout(box, settings)
+    box = layout.source_box
     rgb = layout.resample(product.rgb_HW3)
     matte = layout.resample(product.matte_HW)
     mean = product.rgb_HW3[product.alpha_HW >= 128].mean(axis=0)
@@ -183,7 +202,7 @@ def place_on_canvas(product: Product, settings: GenerateSettings) -> Canvas:
     foreground = np.where((matte == 255)[..., None], rgb, foreground)
     core = core_of(np.minimum(layout.resample(product.alpha_HW), matte))
     transform = {
-        "placement": settings.placement.name,
+        "placement": placement,
         "size": list(layout.size),
         "source_box": list(box),
         "offset": list(layout.offset),

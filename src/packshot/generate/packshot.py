@@ -9,6 +9,7 @@ from pathlib import Path
 
 from packshot.config.checks import validate
 from packshot.config.compose import compose as compose_config
+from packshot.config.compose import with_values
 from packshot.config.schema import AdaptersConfig, GenerateSettings, InferenceConfig, MatteConfig, ModelConfig
 from packshot.errors import ConfigError
 from packshot.generate.canvas import Canvas, Working, make_working, place, plan_frame
@@ -54,9 +55,9 @@ class Packshot:
     def load(
         cls,
         model: str | ModelConfig = "mini",
-        lora: str | None = None,
-        controlnets: Sequence[str] = (),
-        ip_adapter: str | None = None,
+        lora: str | Path | None = None,
+        controlnets: Sequence[str | Path] = (),
+        ip_adapter: str | Path | None = None,
         adapters: AdaptersConfig | None = None,
         matte: MatteConfig | None = None,
         networks: Mapping[str, str] | None = None,
@@ -74,7 +75,11 @@ class Packshot:
         """
         if adapters is not None and (lora or controlnets or ip_adapter):
             raise ConfigError("adapters and lora/controlnets/ip_adapter are both given.", "Use one of the two ways.")
-        wanted = adapters or AdaptersConfig(lora=lora, controlnets=list(controlnets), ip_adapter=ip_adapter)
+        wanted = adapters or AdaptersConfig(
+            lora=None if lora is None else str(lora),
+            controlnets=list(map(str, controlnets)),
+            ip_adapter=None if ip_adapter is None else str(ip_adapter),
+        )
         config = compose_config("generate", [f"model={model}"]).model if isinstance(model, str) else model
         return cls(load_models(config, wanted, inference), matte or MatteConfig(), networks=networks or {})
 
@@ -114,18 +119,21 @@ class Packshot:
         settings: GenerateSettings | None = None,
         reference_weights: Sequence[int] = (),
         on_step: OnStep | None = None,
+        **values: object,
     ) -> list[Result]:
         """``num_images`` pictures, the k-th from ``seed + k``. Same inputs and machine: same bytes.
 
-        scene: a Scene or free text; an empty one leaves all to the references. reference: the picture, or pictures,
-        whose look the background takes (needs an IP-Adapter). reference_weights: how often each of several counts, at
-        most 64 together; default 1 each. on_step: called after every denoising step of every picture; what it raises
-        ends the request, and the device is free again.
+        scene: a Scene or free text; an empty one leaves all to the references. settings: how a picture is made;
+        ``values`` replace some of them by name, as in ``generate(scene, num_inference_steps=20)``. reference: the
+        picture, or pictures, whose look the background takes (needs an IP-Adapter). reference_weights: how often each
+        of several counts, at most 64 together; default 1 each. on_step: called after every denoising step of every
+        picture; what it raises ends the request, and the device is free again.
 
         Raises:
-            ConfigError: no product is set, or a setting cannot work.
+            ConfigError: no product is set, a setting does not exist, or it cannot work.
             PackshotError: the model failed (NaN).
         """
+        settings = with_values(settings or GenerateSettings(), values)
         return list(self.stream(scene, num_images, seed, reference, settings, reference_weights, on_step))
 
     def stream(

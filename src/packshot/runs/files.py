@@ -15,19 +15,47 @@ from pathlib import Path
 
 from packshot.errors import ConfigError, PackshotError
 
-CHECKOUT = Path(__file__).resolve().parents[3]
+CHECKOUT = Path(__file__).resolve().parents[3]  # without a checkout, a folder of the installation
+SHIPPED = "data"
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)  # it can only be read by setting it
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 def resolve(path: str | Path) -> Path:
-    """A path as the user means it: relative to the working folder, else (shipped data) to the checkout."""
+    """A path as the user means it: relative to the working folder, else where the shipped ``data/`` lies.
+
+    Raises:
+        ConfigError: PACKSHOT_DATA names no folder.
+    """
     given = Path(path).expanduser()
     if given.is_absolute() or given.exists():
         return given
-    shipped = CHECKOUT / given
-    return shipped if shipped.exists() else given
+    if given.parts[:1] == (SHIPPED,):
+        shipped = shipped_data() / given.relative_to(SHIPPED)
+        return shipped if shipped.exists() else given
+    in_checkout = CHECKOUT / given
+    return in_checkout if in_checkout.exists() else given
+
+
+def shipped_data() -> Path:
+    """The folder with the mini family and the rendered sets: the one that PACKSHOT_DATA names, else the checkout's."""
+    named = os.environ.get("PACKSHOT_DATA")
+    if not named:
+        return CHECKOUT / SHIPPED
+    folder = Path(named).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"PACKSHOT_DATA={named}: there is no such folder.", "Name the data/ folder of a checkout.")
+    return folder
+
+
+def missing_hint(path: str | Path) -> str:
+    """Where a path was looked for."""
+    given = Path(path).expanduser()
+    hint = f"Looked for {given.absolute()}."
+    if given.parts[:1] != (SHIPPED,):
+        return hint
+    return f"{hint} Shipped data comes with a checkout; elsewhere set PACKSHOT_DATA to the data/ folder of one."
 
 
 def readable(key: str, path: str | Path) -> Path:
@@ -38,7 +66,7 @@ def readable(key: str, path: str | Path) -> Path:
     """
     found = resolve(path)
     if not found.exists():
-        raise ConfigError(f"{key}={path}: no such file or folder.", f"Looked for {found.absolute()}.")
+        raise ConfigError(f"{key}={path}: no such file or folder.", missing_hint(path))
     if not os.access(found, os.R_OK | (os.X_OK if found.is_dir() else 0)):
         raise ConfigError(f"{key}={path} may not be read.", f"chmod u+r {found.absolute()}")
     return found

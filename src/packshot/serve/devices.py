@@ -211,9 +211,24 @@ class ProcessDevice:
             raise DeviceLost from error
 
     def draw(self, request: GenerationRequest, progress: Progress) -> list[Picture]:
-        """Pictures of a request; a process that was lost is started again first."""
+        """Pictures of a request; a process that was lost is started again first.
+
+        Raises:
+            DeviceLost: the process ended while it drew this request.
+        """
         if self.process is None or not self.process.is_alive():
             self.load()
+        try:
+            return self.draw_once(request, progress)
+        except DeviceLost:
+            if progress.steps_done:
+                raise
+            # It had ended before this request came, and the system had not noticed yet.
+            self.load()
+            return self.draw_once(request, progress)
+
+    def draw_once(self, request: GenerationRequest, progress: Progress) -> list[Picture]:
+        """Pictures of a request, by the process that is there."""
         assert self.pipe is not None
         self.turns += 1
         self.send("draw", request)
