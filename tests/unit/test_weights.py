@@ -210,7 +210,7 @@ def test_the_files_of_one_variant_are_chosen(names, variant, chosen):
 
 def test_without_the_hub_a_missing_model_costs_one_sentence(monkeypatch):
     monkeypatch.setattr(places, "hub_answers", lambda: False)
-    with pytest.raises(ConfigError, match=r"model\.base: there is no local path .*owner/name was not fetched"):
+    with pytest.raises(ConfigError, match=r"model\.base=.*: there is no local path .*owner/name was not fetched"):
         load_parts(ModelConfig(base="owner/name"))
 
 

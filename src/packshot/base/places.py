@@ -65,7 +65,7 @@ class Place:
                 return []
             return sorted(file.name for file in self.path.iterdir() if file.is_file())
         names = []
-        for file in repository_files(self.key, self.repository, self.revision):
+        for file in repository_files(f"{self.key}={self.value}", self.repository, self.revision):
             path = PurePosixPath(file)
             if str(path.parent) == (self.inside or "."):
                 names.append(path.name)
@@ -80,7 +80,7 @@ class Place:
         if self.path is not None:
             return self.path
         files = [self.inside] if self.is_file else [f"{self.inside}/{name}".lstrip("/") for name in names]
-        return fetch_files(self.key, self.repository, self.revision, files) / self.inside
+        return fetch_files(f"{self.key}={self.value}", self.repository, self.revision, files) / self.inside
 
 
 def find_place(key: str, value: str) -> Place:
