@@ -75,7 +75,14 @@ def test_choosing_sdxl_changes_the_defaults_of_training(script):
     assert compose(script, ["model=sdxl", "train.max_steps=7"]).train.max_steps == 7
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def two_step_runs():
+    """Every experiment; those that vary another one's batch or processes are slow tests."""
+    for path in EXPERIMENTS:
+        variant = path.stem.endswith(("_24gb", "_8gpu"))
+        yield pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if variant else [])
+
+
+@pytest.mark.parametrize("path", two_step_runs())
 def test_every_experiment_runs_two_steps(path, tmp_path):
     script = script_of(path)
     heldout = "data/rendered/heldout"
