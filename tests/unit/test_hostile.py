@@ -50,15 +50,16 @@ def values_of(field, chooser):
 
 
 def random_form(schema, chooser):
-    """Fields and files of a request; most are plausible, so that many pass the first checks."""
+    """Fields and files of a request; half of them hold few fields, so that many pass whatever the form's length."""
     fields = {}
     files = {}
+    share = chooser.choice([0.03, 0.03, 0.1, 0.4])
     for name, field in schema["properties"].items():
         if name.endswith("_file"):
             wanted = 0.95 if name in schema["required"] else 0.15
             if chooser.random() < wanted:
                 files[name] = chooser.choice([png(), png(), png(), png(32, 32), b"", b"text", png()[:60]])
-        elif chooser.random() < 0.25:
+        elif chooser.random() < share:
             if field.get("type") == "array":
                 fields[name] = [values_of(field["items"], chooser) for _ in range(chooser.choice([0, 1, 3, 17]))]
             else:
@@ -88,7 +89,7 @@ def test_3000_forms_by_the_schema_are_no_server_errors():
             if answer.status_code >= 400:
                 assert set(answer.json()) == {"success", "error", "error_code", "request_id", "hint"}
             statuses.append(answer.status_code)
-    assert statuses.count(200) + statuses.count(202) > 100
+    assert statuses.count(200) + statuses.count(202) > 300
 
 
 def test_the_published_form_has_no_null():
