@@ -47,9 +47,9 @@ def clause_rule(name: str) -> str:
 def scene_grammar() -> str:
     """The grammar's text. It is one terminal, hence a regular expression: nothing depends on how a lexer cuts it."""
     products = with_plurals(PRODUCT_NOUNS) | _MARKERS
-    props = with_plurals(PROP_NOUNS) - (PRODUCT_NOUNS - PROP_NOUNS)  # "glasses" are no plural of the prop
-    optional = "".join(f'(", " {name.upper()})?' for name in ORDER[1:])
-    clauses = "\n".join(clause_rule(name) for name in ORDER[1:])
+    props = with_plurals(PROP_NOUNS) - (PRODUCT_NOUNS - PROP_NOUNS)  # "glasses" is not the plural of the prop "glass"
+    optional = "".join(map('(", " {})?'.format, map(str.upper, ORDER[1:])))
+    clauses = "\n".join(map(clause_rule, ORDER[1:]))
     return rf"""
 start: CAPTION
 CAPTION: "{HEAD} on " PHRASE {optional}

@@ -26,7 +26,7 @@ ORDER = tuple(sorted(SLOTS, key=lambda name: SLOTS[name].order))
 # In this order free clauses are tried: single texts first, since "with a wall in the background" is a background.
 _FREE_ORDER = sorted(SLOTS, key=lambda name: SLOTS[name].many)
 # Style before light: "cinematic light" is style.
-_BY_WORDS = [name for name in reversed(ORDER) if SLOTS[name].words]
+_BY_WORDS = list(filter(lambda name: SLOTS[name].words, reversed(ORDER)))
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
 _TAGGED = re.compile(rf"({'|'.join(SLOTS)})((?: {_QUOTED})+)", re.DOTALL)
 _CLAUSE = re.compile(rf"(?:{_QUOTED}|[^,])+", re.DOTALL)
@@ -67,8 +67,10 @@ def quote(text: str) -> str:
 
 def unquote_all(text: str) -> tuple[str, ...]:
     """The quoted values of a tagged clause."""
-    values = re.findall(_QUOTED, text, re.DOTALL)
-    return tuple(re.sub(r"\\(.)", r"\1", value[1:-1], flags=re.DOTALL) for value in values)
+    values: list[str] = []
+    for quoted in re.findall(_QUOTED, text, re.DOTALL):
+        values.append(re.sub(r"\\(.)", r"\1", quoted[1:-1], flags=re.DOTALL))
+    return tuple(values)
 
 
 def needs_quotes(values: tuple[str, ...]) -> bool:

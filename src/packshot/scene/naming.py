@@ -160,7 +160,7 @@ def subject(tokens: list[str], before: str, rest: str, first: bool) -> bool:
     """Whether a phrase tells what the picture shows: after "photo of", before "standing", or first in the caption."""
     if len(shown_by(tokens)) < len(tokens) or _SUBJECT_BEFORE.search(before):
         return True
-    if _POSTURE.match(rest) or any(_POSTURE.match(token) for token in tokens[1:]):
+    if _POSTURE.match(rest) or any(map(_POSTURE.match, tokens[1:])):
         return True
     return (first and bool(rest)) or tokens[0] in ("middle", "center", "centre")
 
@@ -176,7 +176,7 @@ def names_product(text: str) -> list[str]:
 
 
 def singular_sense(word: str) -> str:
-    """The noun of a word, plural or not; "glasses" stays itself, for it is worn."""
+    """The noun of a word, plural or not; "glasses" stays as it is, because glasses are worn."""
     if word == "glasses":
         return word
     for ending in ("es", "s"):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from packshot.lists import map_values, without_none
 from packshot.scene import vocabulary
 from packshot.scene.slots import Slot, as_texts, slot
 
@@ -131,15 +132,14 @@ class Scene:
 
         return parse_strict(text)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain JSON-able values, lists for tuples (the ``scene`` column of the datasets)."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return map_values(lambda value: list(value) if isinstance(value, tuple) else value, asdict(self))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Scene:
+    def from_dict(cls, values: Mapping[str, object]) -> Scene:
         """Inverse of :meth:`to_dict`. Raises TypeError on an unknown slot."""
-        known = {key: value for key, value in values.items() if value is not None}
-        return cls(**known)
+        return cls(**without_none(values))  # type: ignore[arg-type]
 
     def slots(self) -> dict[str, tuple[str, ...]]:
         """Every slot as a tuple of texts, empty when absent: the common form for scores and tables."""
@@ -148,14 +148,17 @@ class Scene:
     @classmethod
     def from_slots(cls, found: Mapping[str, Sequence[str]]) -> Scene:
         """Inverse of :meth:`slots`; a slot that holds one text takes the first."""
-        values = {name: tuple(texts) if SLOTS[name].many else texts[0] for name, texts in found.items() if texts}
+        values: dict[str, object] = {}
+        for name, texts in found.items():
+            if texts:
+                values[name] = tuple(texts) if SLOTS[name].many else texts[0]
         return cls(**values)  # type: ignore[arg-type]
 
 
 SLOTS: dict[str, Slot] = {key.name: key.metadata["slot"] for key in fields(Scene)}
 
 
-def scene_features() -> dict[str, Any]:
+def scene_features() -> dict[str, object]:
     """The struct of a dataset's ``scene`` column, as types of ``datasets``: single texts first, then lists."""
     names = sorted(SLOTS, key=lambda name: SLOTS[name].many)
     return {name: SLOTS[name].feature() for name in names}

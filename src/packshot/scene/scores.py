@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from packshot.lists import column, pick, select
 from packshot.scene.scene import SLOTS, Scene
 
 _STOP = frozenset("a an the of on in is which with and by to from side".split())
@@ -64,11 +66,10 @@ def paired(guess: Sequence[str], truth: Sequence[str]) -> list[tuple[str, str]]:
     for i, text in enumerate(guess):
         for j, real in enumerate(truth):
             similarity[i, j] = token_f1(text, real)
-    found: list[list[int]] = [indices.tolist() for indices in linear_sum_assignment(-similarity)]
-    rows, columns = found
-    pairs = [(guess[i], truth[j]) for i, j in zip(rows, columns, strict=True)]
-    pairs += [(guess[i], "") for i in range(len(guess)) if i not in rows]
-    pairs += [("", truth[j]) for j in range(len(truth)) if j not in columns]
+    rows, columns = linear_sum_assignment(-similarity)
+    pairs = list(zip(pick(guess, rows), pick(truth, columns), strict=True))
+    pairs += [(text, "") for text in np.delete(np.asarray(guess, object), rows)]
+    pairs += [("", text) for text in np.delete(np.asarray(truth, object), columns)]
     return pairs
 
 
@@ -99,13 +100,13 @@ def mean_scores(scores: Iterable[dict[str, SlotScore]]) -> dict[str, dict[str, f
     rows = list(scores)
     if not rows:
         raise ValueError("no scores to average")
-    table: dict[str, dict[str, float]] = {name: {} for name in (*SLOTS, "mean")}
+    table: dict[str, dict[str, float]] = defaultdict(dict)
     weights = [row.weight for row in SLOTS.values()]
     for kind in ("exact", "soft"):
         for name in SLOTS:
-            table[name][kind] = float(np.mean([getattr(row[name], kind) for row in rows]))
-        table["mean"][kind] = float(np.average([table[name][kind] for name in SLOTS], weights=weights))
-    return table
+            table[name][kind] = float(np.mean(list(map(attrgetter(kind), column(rows, name)))))
+        table["mean"][kind] = float(np.average(column(select(table, SLOTS).values(), kind), weights=weights))
+    return dict(table)
 
 
 def singular(word: str) -> str:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import List, Value
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Slot:
             return None
         return tuple(clause.split(self.joiner)) if self.joiner else (clause,)
 
-    def feature(self) -> Any:
+    def feature(self) -> List | Value:
         """The column's type in the ``datasets`` library."""
         from datasets import List, Value
 
