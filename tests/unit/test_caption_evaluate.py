@@ -8,7 +8,7 @@ from caption_fixtures import CAPTIONS, SCENES, caption_vlm, picture, trained_run
 
 from packshot.caption.cider import cider
 from packshot.caption.models.adapter import Caption
-from packshot.caption.score_pages import confusion_page, worst_page
+from packshot.caption.score_pages import article, confusion_page, worst_page
 from packshot.caption.scores import (
     confusion,
     constant_caption,
@@ -70,9 +70,8 @@ def test_shuffling_costs_a_blind_captioner_nothing():
 
 
 def test_the_page_shows_truth_and_caption_escaped(tmp_path):
-    worst_page(
-        tmp_path / "worst.html", [picture(0)], ["id<1>"], [Caption("a <script>alert(1)</script>", True)], SCENES[:1]
-    )
+    hostile = Caption("a <script>alert(1)</script>", True)
+    worst_page(tmp_path / "worst.html", [article(picture(0), "id<1>", hostile, SCENES[0])])
     page = (tmp_path / "worst.html").read_text()
     assert "<script>" not in page
     assert CAPTIONS[0] in page

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 LONGEST = 4  # n-grams
 SIGMA = 6.0  # of the Gaussian penalty on a difference in length, in words
@@ -49,11 +50,10 @@ def cider(captions: Sequence[str], references: Sequence[str], corpus: Sequence[s
     corpus: the captions on which the rarity of every n-gram is counted.
     """
     rarity = Rarity(corpus)
-    scores = [score_pair(caption, reference, rarity) for caption, reference in zip(captions, references, strict=True)]
-    return sum(scores) / len(scores)
+    return sum(map(partial(score_pair, rarity), captions, references)) / len(captions)
 
 
-def score_pair(caption: str, reference: str, rarity: Rarity) -> float:
+def score_pair(rarity: Rarity, caption: str, reference: str) -> float:
     """CIDEr-D of one caption."""
     guess = count_grams(caption)
     truth = count_grams(reference)
@@ -70,4 +70,7 @@ def clipped_cosine(guess: dict[Gram, float], truth: dict[Gram, float]) -> float:
     norm = math.hypot(*guess.values()) * math.hypot(*truth.values())
     if not norm:
         return 0.0
-    return sum(min(guess[gram], truth[gram]) * truth[gram] for gram in guess.keys() & truth.keys()) / norm
+    agreement = 0.0
+    for gram in guess.keys() & truth.keys():
+        agreement += min(guess[gram], truth[gram]) * truth[gram]
+    return agreement / norm

@@ -16,6 +16,7 @@ from PIL.Image import Image
 
 from packshot.errors import ConfigError, PackshotError
 from packshot.imaging.decode import decode_image, flatten
+from packshot.lists import without_none
 from packshot.runs.files import readable, replacing_file
 from packshot.scene import SLOTS, Scene
 from packshot.scene.scene import scene_features
@@ -48,7 +49,7 @@ def shard_files(key: str, path: str) -> list[Path]:
         ConfigError: no folder, or no shard in it.
     """
     folder = readable(key, path)
-    files = sorted(file for file in folder.glob("*.parquet") if file.name != "rejected.parquet")
+    files = sorted({*folder.glob("*.parquet")} - {folder / "rejected.parquet"})
     if not files:
         raise ConfigError(f"{key}={path} holds no *.parquet.", "build_data.py writes such folders.")
     return files
@@ -98,14 +99,9 @@ def read_captions(file: Path, key: str) -> list[CaptionedRow] | None:
     table = pq.read_table(file, columns=["text", ERROR_COLUMN, CONFIDENCE_COLUMN])
     rows: list[CaptionedRow] = []
     for row in table.to_pylist():
-        confidence = without_nulls(row[CONFIDENCE_COLUMN])
-        rows.append(CaptionedRow(row["text"], row[ERROR_COLUMN], confidence))
+        confidence = row[CONFIDENCE_COLUMN] or {}
+        rows.append(CaptionedRow(row["text"], row[ERROR_COLUMN], without_none(confidence)))
     return rows
-
-
-def without_nulls(confidence: dict[str, float | None] | None) -> dict[str, float]:
-    """The cell of a confidence column, without the slots whose confidence is unknown."""
-    return {slot: value for slot, value in (confidence or {}).items() if value is not None}
 
 
 class Journal:
@@ -153,7 +149,7 @@ def write_captions(file: Path, table: pa.Table, rows: Sequence[CaptionedRow], ke
         written["text"].append(row.text)
         written["scene"].append(Scene.parse(row.text).scene.to_dict() if row.text else None)
         written[ERROR_COLUMN].append(row.error)
-        written[CONFIDENCE_COLUMN].append({slot: row.confidence.get(slot) for slot in _CONFIDENCE})
+        written[CONFIDENCE_COLUMN].append({**dict.fromkeys(_CONFIDENCE), **row.confidence})
     arrays: list[pa.Array | pa.ChunkedArray] = []
     schema = features.arrow_schema
     for column in schema:

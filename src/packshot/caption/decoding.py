@@ -18,6 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from packshot.caption.models.adapter import Adapter, Caption, token_id
 from packshot.config.schema import Constraint
+from packshot.lists import map_values
 from packshot.scene.decoding_grammar import scene_grammar
 from packshot.scene.grammar import slot_spans
 
@@ -100,7 +101,7 @@ def write(
     training = model.training
     model.eval()
     try:
-        batch = {name: tensor.to(model.device) for name, tensor in adapter.generate_batch(images, masks).items()}
+        batch = map_values(lambda tensor: tensor.to(model.device), adapter.generate_batch(images, masks))
         given, lead = adapter.lead(batch)
         probabilities = Probabilities()
         processors = LogitsProcessorList([probabilities])  # first, so that it sees the scores before the constraint

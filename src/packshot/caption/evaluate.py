@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from packshot.caption.cider import cider
 from packshot.caption.data import PATIENCE, PICTURES
 from packshot.caption.models.adapter import Caption
 from packshot.caption.models.captioner import caption_rows
 from packshot.caption.models.load import load_captioner
-from packshot.caption.score_pages import confusion_page, worst_page
+from packshot.caption.score_pages import article, confusion_page, worst_page
 from packshot.caption.scores import (
     Figures,
     confusion,
@@ -28,6 +30,7 @@ from packshot.dataset.rows import Rows, load_rows
 from packshot.engine.processes import Session, start
 from packshot.engine.task import Sample
 from packshot.errors import ConfigError
+from packshot.lists import column, pick
 from packshot.runs.files import replacing_file
 from packshot.runs.folder import log
 from packshot.scene import Scene
@@ -71,14 +74,8 @@ class Scored:
     def select(cls, captions: Sequence[Caption], samples: Sequence[Sample]) -> Scored:
         """captions, samples: of all rows."""
         kept, errors = without_errors(captions)
-        chosen = [samples[index] for index in kept]
-        return cls(
-            kept,
-            [captions[index] for index in kept],
-            [sample["scene"] for sample in chosen],
-            list(map(category, chosen)),
-            errors,
-        )
+        chosen = pick(samples, kept)
+        return cls(kept, pick(captions, kept), column(chosen, "scene"), list(map(category, chosen)), errors)
 
 
 def write_scores(
@@ -93,9 +90,8 @@ def write_scores(
     scored_free = Scored.select(free, samples)
     compared = with_baselines(scored.captions, scored.truths, constant_caption(known), seed)
     unconstrained = measure(scored_free.captions, scored_free.truths)
-    texts = [caption.text for caption in scored.captions]
-    references = [truth.render() for truth in scored.truths]
-    similarity = cider(texts, references, known)
+    references = list(map(Scene.render, scored.truths))
+    similarity = cider([caption.text for caption in scored.captions], references, known)
     confusions = confusion(scored.captions, scored.truths)
     scores = {
         "samples": len(rows),
@@ -114,31 +110,27 @@ def write_scores(
     with replacing_file(session.path / "scores.json") as file:
         file.write_text(json.dumps(scores, indent=2) + "\n")
     confusion_page(session.path / "confusion.html", confusions, len(scored.captions))
-    worst = sorted(scored.indices, key=lambda index: soft_f1(captions[index].text, samples[index]["scene"]))[:WORST]
-    worst_page(
-        session.path / "worst.html",
-        [rows[index]["image"] for index in worst],
-        [rows.ids[index][:16] for index in worst],
-        [captions[index] for index in worst],
-        [samples[index]["scene"] for index in worst],
-    )
+    worst_captions(session.path / "worst.html", rows, scored)
     report_errors("captioner", scored.errors)
     report_errors("unconstrained", scored_free.errors)
-    baselines = compared["baselines"]
-    tables: dict[str, Figures] = {
-        "captioner": compared["captioner"],
-        "unconstrained": unconstrained,
-        "constant_caption": baselines["constant_caption"],
-        "shuffled_images": baselines["shuffled_images"],
-    }
+    tables: dict[str, Figures] = {"captioner": compared["captioner"], "unconstrained": unconstrained}
+    tables |= compared["baselines"]  # type: ignore[typeddict-item]
     session.report(0, {**figures(tables), "captioner/cider": similarity})
+
+
+def worst_captions(file: Path, rows: Rows, scored: Scored) -> None:
+    """The page of the ``WORST`` captions, the worst first."""
+    found = list(zip(scored.indices, scored.captions, scored.truths, strict=True))
+    articles: list[str] = []
+    for index, caption, truth in sorted(found, key=lambda one: soft_f1(one[1].text, one[2]))[:WORST]:
+        articles.append(article(rows[index]["image"], rows.ids[index][:16], caption, truth))
+    worst_page(file, articles)
 
 
 def category(sample: Sample) -> str:
     """The kind of product of a sample: its column ``category``, or the start of its product's id."""
     name = sample.get("category") or str(sample.get("product_id") or "").split(".")[0]
-    has_digit = any(char.isdigit() for char in name)
-    return name if name and not has_digit else "other"
+    return name if name and not re.search(r"\d", name) else "other"
 
 
 def report_errors(name: str, errors: dict[str, int]) -> None:

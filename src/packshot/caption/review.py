@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import html
+from itertools import starmap
 from pathlib import Path
 
-from packshot.caption.data import CONFIDENCE_COLUMN, ERROR_COLUMN, PICTURES, shard_files, without_nulls
+from packshot.caption.data import CONFIDENCE_COLUMN, ERROR_COLUMN, PICTURES, shard_files
 from packshot.caption.score_pages import THUMBNAIL
 from packshot.config.schema import CaptionVLM
 from packshot.dataset.rows import Rows, load_rows
 from packshot.engine.processes import start
 from packshot.engine.task import Sample
 from packshot.imaging.data_url import data_url
+from packshot.lists import without_none
 from packshot.runs.files import replacing_file
 from packshot.runs.folder import log
 
@@ -58,7 +60,7 @@ def doubtful(rows: Rows, count: int) -> list[tuple[Sample, str]]:
     found: list[tuple[float, int, str]] = []
     for index in range(len(rows)):
         row = rows.read(index, ())
-        certainty = without_nulls(row.get(CONFIDENCE_COLUMN))
+        certainty: dict[str, float] = without_none(row.get(CONFIDENCE_COLUMN) or {})
         if row.get(ERROR_COLUMN):
             found.append((-1.0, index, str(row[ERROR_COLUMN])))
         elif certainty:
@@ -76,7 +78,7 @@ def write_review(folder: Path, samples: list[tuple[Sample, str]], dataset: str) 
         table.writerow(COLUMNS)
         for row, reason in samples:
             table.writerow([row["id"], reason, row["text"] or "", ""])
-    articles = "\n".join(article(row, reason) for row, reason in samples)
+    articles = "\n".join(starmap(article, samples))
     page = PAGE.format(count=len(samples), folder=html.escape(dataset), rows=articles)
     with replacing_file(folder / "review.html") as temporary:
         temporary.write_text(page, encoding="utf-8")

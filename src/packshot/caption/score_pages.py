@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from itertools import starmap
 from pathlib import Path
 
 from PIL.Image import Image
@@ -11,6 +12,7 @@ from PIL.Image import Image
 from packshot.caption.models.adapter import Caption
 from packshot.caption.scores import Confusion, soft_f1
 from packshot.imaging.data_url import data_url
+from packshot.lists import without
 from packshot.runs.files import replacing_file
 from packshot.scene import SLOTS, Scene
 from packshot.scene.scores import score
@@ -37,7 +39,7 @@ def confusion_page(file: Path, tables: Confusion, count: int) -> None:
     parts = []
     for slot, table in tables.items():
         rows = sorted(table.items(), key=lambda item: -sum(item[1].values()))
-        cells = "".join(confusion_row(real, names) for real, names in rows)
+        cells = "".join(starmap(confusion_row, rows))
         parts.append(f"<h2>{slot}</h2><table><tr><th>truth<th>right<th>named instead</tr>{cells}</table>")
     with replacing_file(file) as temporary:
         temporary.write_text(CONFUSION_PAGE.format(count=count, tables="\n".join(parts)), encoding="utf-8")
@@ -46,7 +48,9 @@ def confusion_page(file: Path, tables: Confusion, count: int) -> None:
 def confusion_row(real: str, names: dict[str, int]) -> str:
     """A table row for one truth. names: how often each name was given to it."""
     right = names.get(real, 0)
-    others = [f"{html.escape(name) or 'nothing'} {number}" for name, number in names.items() if name != real]
+    others: list[str] = []
+    for name, number in without(names, real).items():
+        others.append(f"{html.escape(name) or 'nothing'} {number}")
     more = f", and {len(others) - MOST_OTHERS} others" if len(others) > MOST_OTHERS else ""
     return (
         f'<tr><td>{html.escape(real) or "nothing"}<td class="right">{right} of {sum(names.values())}'
@@ -69,17 +73,10 @@ dt {{ font-weight: 600; }} dd {{ margin: 0 0 .5rem; }} .wrong {{ color: #a00000;
 """
 
 
-def worst_page(
-    file: Path,
-    images: Sequence[Image],
-    names: Sequence[str],
-    captions: Sequence[Caption],
-    truths: Sequence[Scene],
-) -> None:
-    """Write an HTML page, complete in itself, with the samples in the order given."""
-    rows = "\n".join(map(article, images, names, captions, truths))
+def worst_page(file: Path, articles: Sequence[str]) -> None:
+    """Write an HTML page, complete in itself, with an :func:`article` for each sample."""
     with replacing_file(file) as temporary:
-        temporary.write_text(WORST_PAGE.format(count=len(images), rows=rows), encoding="utf-8")
+        temporary.write_text(WORST_PAGE.format(count=len(articles), rows="\n".join(articles)), encoding="utf-8")
 
 
 def article(image: Image, name: str, caption: Caption, truth: Scene) -> str:

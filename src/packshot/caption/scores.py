@@ -7,17 +7,19 @@ captions of other images show how much of a score comes from looking at the imag
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TypedDict
 
 import numpy as np
 
 from packshot.caption.models.adapter import Caption
 from packshot.errors import PackshotError
+from packshot.lists import column, pick
 from packshot.scene import SLOTS, Scene, SceneSyntaxError
 from packshot.scene.scores import SlotScore, mean_scores, paired, product_words, score, token_f1
 
-COUNTED = [name for name, row in SLOTS.items() if row.weight]  # the slots that count in the mean score
+COUNTED = list(filter(lambda name: SLOTS[name].weight, SLOTS))  # the slots that count in the mean score
 Confusion = dict[str, dict[str, dict[str, int]]]  # {slot: {truth: {caption: count}}}
 
 
@@ -102,20 +104,26 @@ def without_errors(captions: Sequence[Caption]) -> tuple[list[int], dict[str, in
             f"{len(kept)} of {len(captions)} pictures have a caption; the first error: {next(iter(errors), '')}",
             "Two captions or more can be scored.",
         )
-    return kept, dict(Counter(error.split(":")[0] for error in errors))
+    return kept, first_words(errors)
+
+
+def first_words(errors: Iterable[str]) -> dict[str, int]:
+    """How often each error occurs, by its words before the first colon."""
+    return dict(Counter(error.split(":")[0] for error in errors))
 
 
 def measure(captions: Sequence[Caption], truths: Sequence[Scene]) -> Figures:
     """:class:`Figures` of captions without errors (see :func:`without_errors`)."""
-    guesses = [Scene.parse(caption.text).scene for caption in captions]
+    texts = [caption.text for caption in captions]
+    guesses = read_scenes(texts)
     scores = list(map(score, guesses, truths))
     slots = mean_scores(scores)
     mean = slots.pop("mean")
-    interval = bootstrap_interval([mean_soft(sample) for sample in scores])
+    interval = bootstrap_interval(list(map(mean_soft, scores)))
     return {
         "captions": len(captions),
-        "parse_rate": float(np.mean([is_strict(caption.text) for caption in captions])),
-        "leakage_rate": float(np.mean([bool(product_words(caption.text)) for caption in captions])),
+        "parse_rate": float(np.mean(list(map(is_strict, texts)))),
+        "leakage_rate": float(np.mean(list(map(bool, map(product_words, texts))))),
         "truncated_rate": float(np.mean([caption.truncated for caption in captions])),
         "mean": {"exact": mean["exact"], "soft": mean["soft"], "soft_interval_95": interval},
         "slots": slots,
@@ -140,7 +148,7 @@ def invented(guesses: Sequence[Scene], truths: Sequence[Scene]) -> dict[str, flo
 
 def best_match(thing: str, real: Sequence[str]) -> float:
     """The highest token F1 of a thing with one of the real ones; 0 if there are none."""
-    return max((token_f1(thing, other) for other in real), default=0.0)
+    return max(map(partial(token_f1, thing), real), default=0.0)
 
 
 def leakage(captions: Sequence[Caption], products: Sequence[str]) -> dict[str, Leakage]:
@@ -171,6 +179,11 @@ def confusion(captions: Sequence[Caption], truths: Sequence[Scene]) -> Confusion
     return tables
 
 
+def read_scenes(texts: Iterable[str]) -> list[Scene]:
+    """The scenes of any captions."""
+    return [Scene.parse(text).scene for text in texts]
+
+
 def is_strict(text: str) -> bool:
     """Whether a text is a caption in the strict grammar."""
     try:
@@ -188,10 +201,10 @@ def bootstrap_interval(values: Sequence[float]) -> list[float]:
 
 def constant_caption(texts: Sequence[str]) -> str:
     """The best caption that knows no image: the most frequent value of every slot in the training captions."""
-    scenes = [Scene.parse(text).scene for text in texts]
+    scenes = list(map(Scene.slots, read_scenes(texts)))
     usual: dict[str, tuple[str, ...]] = {}
     for slot in SLOTS:
-        values = Counter(scene.slots()[slot] for scene in scenes)
+        values = Counter(column(scenes, slot))
         usual[slot] = values.most_common(1)[0][0]
     return Scene.from_slots(usual).render()
 
@@ -206,7 +219,7 @@ def deal_to_others(count: int, seed: int) -> list[int]:
 
 def with_baselines(captions: Sequence[Caption], truths: Sequence[Scene], constant: str, seed: int) -> Compared:
     """:func:`measure` of the captions, of one constant caption, and of every image under another image's caption."""
-    shuffled = [captions[other] for other in deal_to_others(len(captions), seed)]
+    shuffled = pick(captions, deal_to_others(len(captions), seed))
     same = measure([Caption(constant, truncated=False)] * len(truths), truths)
     return {
         "captioner": measure(captions, truths),

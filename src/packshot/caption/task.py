@@ -14,6 +14,7 @@ from packshot.caption.models.captioner import Captioner, caption_rows
 from packshot.caption.scores import with_baselines
 from packshot.dataset.rows import Rows
 from packshot.engine.task import Batch, Sample, Task, Validated
+from packshot.lists import column, map_values
 
 VALIDATION_SCORE_SAMPLES = 32
 
@@ -39,11 +40,7 @@ class CaptioningTask(Task):
 
     def collate(self, samples: list[Sample], keys: Sequence[object]) -> Batch:
         """The adapter's training batch. The keys are not used, because nothing is drawn."""
-        return self.adapter.train_batch(
-            [sample["image"] for sample in samples],
-            [sample["mask"] for sample in samples],
-            [sample["text"] for sample in samples],
-        )
+        return self.adapter.train_batch(column(samples, "image"), column(samples, "mask"), column(samples, "text"))
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean token cross-entropy per sample, (B,) fp32."""
@@ -75,7 +72,7 @@ class CaptioningTask(Task):
         for index in indices[accelerator.process_index :: accelerator.num_processes]:
             batch = self.collate([self._validation[index]], [])
             with accelerator.autocast():
-                total += self({name: tensor.to(accelerator.device) for name, tensor in batch.items()}).sum()
+                total += self(map_values(lambda tensor: tensor.to(accelerator.device), batch)).sum()
         summed = accelerator.reduce(total, "sum")
         assert isinstance(summed, Tensor)
         return summed.item() / len(indices)

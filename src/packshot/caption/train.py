@@ -18,6 +18,7 @@ from packshot.engine.checkpoints import EMA, exported_step, exporting, weights_l
 from packshot.engine.loop import fit
 from packshot.engine.processes import announce, refuse_launcher, start, translate_lost_process
 from packshot.errors import ConfigError
+from packshot.lists import in_words
 from packshot.runs.folder import log, read_metrics
 from packshot.runs.provenance import provenance_lines, write_provenance
 
@@ -91,7 +92,7 @@ def card(run: Path, config: CaptionVLM, data: list[str]) -> str:
     figures = last_validation(run, exported_step(run, config.train))
     if figures:
         table = ["| figure | value |", "|---|---|"]
-        table += [f"| {name} | {value:.4g} |" for name, value in figures.items()]
+        table.append(in_words(figures, "| {} | {:.4g} |", "\n"))
     lines = [
         f"# {captioner.kind} captioner trained by Packshot",
         "",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +28,12 @@ from packshot.caption.data import (
 from packshot.caption.models.adapter import Caption
 from packshot.caption.models.captioner import Captioner
 from packshot.caption.models.load import identity, load_captioner
+from packshot.caption.scores import first_words
 from packshot.config.schema import CaptionVLM
 from packshot.dataset.rows import license_names
 from packshot.engine.processes import Session, start
 from packshot.errors import ConfigError, PackshotError
+from packshot.lists import select
 from packshot.runs.files import replacing_file, sha256
 from packshot.runs.folder import log
 from packshot.runs.licenses import refuse_rows
@@ -170,7 +171,7 @@ def caption_table_rows(table: pa.Table, indices: Sequence[int], captioner: Capti
         except PackshotError as error:
             results[index] = CaptionedRow(error=error.args[0])
     results |= write_rows(samples, captioner)
-    return [results[index] for index in indices]
+    return list(select(results, indices).values())
 
 
 def write_rows(samples: dict[int, tuple[Image, Image | None]], captioner: Captioner) -> dict[int, CaptionedRow]:
@@ -182,7 +183,7 @@ def write_rows(samples: dict[int, tuple[Image, Image | None]], captioner: Captio
     if not samples:
         return {}
     try:
-        captions = captioner.write([image for image, _ in samples.values()], [mask for _, mask in samples.values()])
+        captions = captioner.write(*zip(*samples.values(), strict=True))
     except ConfigError:
         raise
     except Exception as error:  # any error of a model is blamed on a row; the batch is halved until the row is found
@@ -193,7 +194,7 @@ def write_rows(samples: dict[int, tuple[Image, Image | None]], captioner: Captio
         items = list(samples.items())
         half = len(items) // 2
         return write_rows(dict(items[:half]), captioner) | write_rows(dict(items[half:]), captioner)
-    return {index: judge(caption) for index, caption in zip(samples, captions, strict=True)}
+    return dict(zip(samples, map(judge, captions), strict=True))
 
 
 def summary(folder: Path, files: Sequence[Path]) -> Summary:
@@ -213,5 +214,4 @@ def summary(folder: Path, files: Sequence[Path]) -> Summary:
             f"none of {rows} images got a caption; the first: {errors[0]}",
             f"The column {ERROR_COLUMN} of {folder} holds every reason.",
         )
-    reasons = Counter(error.split(":")[0] for error in errors)
-    return {"rows": rows, "captioned": rows - len(errors), "errors": dict(reasons)}
+    return {"rows": rows, "captioned": rows - len(errors), "errors": first_words(errors)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from packshot.config.schema import Constraint
+from packshot.lists import column, pick, select
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,8 +55,8 @@ def caption_rows(captioner: Captioner, rows: Rows, indices: Sequence[int], accel
     found: list[tuple[int, Caption]] = []
     for start in range(0, len(mine), captioner.batch_size):
         part = mine[start : start + captioner.batch_size]
-        samples = [rows[index] for index in part]
-        captions = captioner.write([s["image"] for s in samples], [s["mask"] for s in samples])
+        samples = pick(rows, part)
+        captions = captioner.write(column(samples, "image"), column(samples, "mask"))
         found += zip(part, captions, strict=True)
     by_index = dict(gather_object(found))
-    return [by_index[index] for index in indices]
+    return list(select(by_index, indices).values())

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import Florence2ForConditionalGeneration, Florence2Processor, GenerationConfig
+from transformers import Florence2ForConditionalGeneration, Florence2Processor
 
 from packshot.caption.models import weights
-from packshot.caption.models.adapter import IGNORED, Network, token_id
+from packshot.caption.models.adapter import IGNORED, token_id
+from packshot.caption.models.local import LocalModel
 from packshot.caption.target import mark
 from packshot.config.schema import CaptionerConfig, ModelConfig, ProductTarget
 from packshot.errors import ConfigError
 from packshot.imaging.framing import location_tokens
+from packshot.lists import without
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig
 
 KIND = "florence2"  # the row in config/captioners.py
 # Stochastic depth and dropout draw from the process's generator, so results would depend on the number of processes.
@@ -30,22 +30,10 @@ DROPOUTS = (
 )  # fmt: skip
 
 
-@dataclass
-class Florence2:
-    """A Florence-2 model with its processor; see :class:`packshot.caption.models.adapter.Adapter`.
+class Florence2(LocalModel):
+    """A Florence-2 model with its processor; the prompt is a task token (``<CAPTION>``) or plain words."""
 
-    asked: prompt (a task token, ``<CAPTION>``, or plain words) and how the product is pointed out.
-    """
-
-    model: Network
-    processor: Any  # Florence2Processor, whose signature lacks its keyword arguments
-    asked: weights.Asked
-    max_new_tokens: int
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer of the captions."""
-        return self.processor.tokenizer
+    kind = KIND
 
     def train_batch(
         self, images: Sequence[Image], masks: Sequence[Image | None], captions: Sequence[str]
@@ -65,7 +53,7 @@ class Florence2:
 
     def generate_batch(self, images: Sequence[Image], masks: Sequence[Image | None]) -> dict[str, Tensor]:
         """input_ids and attention_mask (B, S), pixel_values (B, 3, H, W)."""
-        prompts = [self.prompt(mask) for mask in masks]
+        prompts = list(map(self.prompt, masks))
         shown = mark(images, masks, self.asked.product)
         return dict(self.processor(images=shown, text=prompts, padding=True, return_tensors="pt"))
 
@@ -75,16 +63,11 @@ class Florence2:
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """logits_BTV for ``batch["labels"]``."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        return self.model(**inputs, use_cache=False).logits
+        return self.model(**without(batch, "labels"), use_cache=False).logits
 
     def caption_length(self, caption: str) -> int:
         """Tokens of a caption with its start and end token."""
         return len(self.processor.tokenizer(caption).input_ids)
-
-    def save(self, folder: Path) -> None:
-        """See :func:`packshot.caption.models.weights.save`."""
-        weights.save(self.model, self.processor, KIND, self.asked, folder)
 
     def prompt(self, mask: Image | None) -> str:
         """The instruction, with the product's box if asked."""
@@ -113,7 +96,8 @@ def load(model: ModelConfig, captioner: CaptionerConfig, trainable: bool = False
         raise weights.loading_error(source, error) from error
     result = Florence2(network, processor, weights.asked(source, captioner), captioner.max_new_tokens)
     check(result, source.weights)
-    network.generation_config = generation_config(result)
+    start = config.text_config.decoder_start_token_id
+    network.generation_config = result.greedy(decoder_start_token_id=start)
     if trainable:
         result.model = weights.apply_tuning(network, source, captioner)
     return result
@@ -151,21 +135,3 @@ def check(captioner: Florence2, name: str) -> None:
         )
     if captioner.asked.product is ProductTarget.box and "<loc_999>" not in tokenizer.get_vocab():
         raise ConfigError("captioner.product=box needs <loc_…> tokens.", f"The tokenizer of {name} has none.")
-
-
-def generation_config(captioner: Florence2) -> GenerationConfig:
-    """Greedy decoding to the end token.
-
-    It *replaces* the model's own, because generate() takes settings that are missing in a passed config from the
-    checkpoint, and Florence-2's three beams, n-gram ban and forced tokens break structured captions and hide cuts.
-    """
-    tokenizer = captioner.processor.tokenizer
-    return GenerationConfig(
-        max_new_tokens=captioner.max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        decoder_start_token_id=captioner.model.config.text_config.decoder_start_token_id,
-    )

@@ -11,6 +11,7 @@ from packshot.caption.models.captioner import Captioner
 from packshot.config.captioners import CAPTIONERS
 from packshot.config.schema import CaptionerConfig, ModelConfig
 from packshot.errors import ConfigError
+from packshot.lists import attributes, map_values
 from packshot.runs.files import folder_hash, resolve
 
 if TYPE_CHECKING:
@@ -76,18 +77,13 @@ def base_of(model: ModelConfig, captioner: CaptionerConfig) -> str:
     family = CAPTIONERS[captioner.kind.name]
     if family.weights:
         return getattr(model, family.name)
-    return " ".join(str(getattr(captioner, name)) for name in family.needs)
+    return " ".join(map(str, attributes(captioner, family.needs).values()))
 
 
 def identity(model: ModelConfig, captioner: CaptionerConfig) -> dict[str, str]:
     """Everything that a caption depends on besides its image: weights by content, and the settings that write it."""
     base = base_of(model, captioner)
     weights = resolve(captioner.adapter or base)
-    found = {
-        "kind": captioner.kind.name,
-        "base": base,
-        "weights": folder_hash(weights) if weights.is_dir() else str(weights),
-    }
-    for name in WRITTEN_BY:
-        found[name] = str(getattr(captioner, name))
-    return found
+    content = folder_hash(weights) if weights.is_dir() else str(weights)
+    settings = map_values(str, attributes(captioner, WRITTEN_BY))
+    return {"kind": captioner.kind.name, "base": base, "weights": content, **settings}

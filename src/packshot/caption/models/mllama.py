@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import GenerationConfig, MllamaForConditionalGeneration, MllamaProcessor
+from transformers import MllamaForConditionalGeneration, MllamaProcessor
 
 from packshot.caption.models import weights
 from packshot.caption.models.adapter import IGNORED, Network, token_id
+from packshot.caption.models.local import LocalModel
 from packshot.caption.target import mark
 from packshot.config.schema import CaptionerConfig, ModelConfig
 from packshot.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from packshot.lists import select, without
 
 KIND = "llama32_vision"  # the row in config/captioners.py
 TURN_END = "<|eot_id|>"  # ends an answer of the instruct checkpoints; the base ones know only their end of text
 
 
-@dataclass
-class Mllama:
-    """A Llama 3.2 Vision model with its processor; see :class:`packshot.caption.models.adapter.Adapter`.
+class Mllama(LocalModel):
+    """A Llama 3.2 Vision model with its processor.
 
     Every sample has one image, at the start of the user's turn: text before the image would see it as well, and a batch
     without an image would leave parameters of other processes without a gradient.
     """
 
-    model: Network
-    processor: Any  # MllamaProcessor
-    asked: weights.Asked
-    max_new_tokens: int
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer of the captions."""
-        return self.processor.tokenizer
+    kind = KIND
 
     def train_batch(
         self, images: Sequence[Image], masks: Sequence[Image | None], captions: Sequence[str]
@@ -53,7 +41,7 @@ class Mllama:
         """
         prompt = self.prompt_ids()
         written = [[*self.ids(caption), self.tokenizer.eos_token_id] for caption in captions]
-        rows = [prompt + ids for ids in written]
+        rows = list(map(prompt.__add__, written))
         batch = self._batch(images, masks, rows, pad_left=False)
         batch["labels"] = torch.full((len(rows), batch["input_ids"].shape[1] - 1), IGNORED)
         for labels, ids in zip(batch["labels"], written, strict=True):
@@ -70,16 +58,11 @@ class Mllama:
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """logits_BTV for ``batch["labels"]``."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        return self.model(**inputs, use_cache=False).logits[:, :-1]
+        return self.model(**without(batch, "labels"), use_cache=False).logits[:, :-1]
 
     def caption_length(self, caption: str) -> int:
         """Tokens of a caption with its end token."""
         return len(self.ids(caption)) + 1
-
-    def save(self, folder: Path) -> None:
-        """See :func:`packshot.caption.models.weights.save`."""
-        weights.save(self.model, self.processor, KIND, self.asked, folder)
 
     def ids(self, text: str) -> list[int]:
         """Ids of a text as it is. The chat template writes the start token; the tokenizer would add a second one."""
@@ -118,7 +101,7 @@ class Mllama:
             "input_ids": ids_BS,
             "attention_mask": attention_BS,
             "cross_attention_mask": seeing_BS[:, :, None, None] * tiles_B1T[:, None],
-            **{name: pictures[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")},
+            **select(pictures, ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")),
         }
 
 
@@ -135,14 +118,14 @@ def load(model: ModelConfig, captioner: CaptionerConfig, trainable: bool = False
     try:
         config = weights.read_config(source, "mllama")
         network = weights.load_network(source, MllamaForConditionalGeneration, config, captioner)
-        processor: Any = MllamaProcessor.from_pretrained(source.processor)
+        processor = MllamaProcessor.from_pretrained(source.processor)
     except (OSError, ValueError) as error:
         raise weights.loading_error(source, error) from error
     if processor.chat_template and TURN_END in processor.tokenizer.get_vocab():
         processor.tokenizer.eos_token = TURN_END
     result = Mllama(network, processor, weights.asked(source, captioner), captioner.max_new_tokens)
     check(result, source.weights)
-    network.generation_config = generation_config(result)
+    network.generation_config = result.greedy()
     if trainable:
         result.model = weights.apply_tuning(network, source, captioner, "|".join(map(str, cross_layers(network))))
     return result
@@ -157,8 +140,9 @@ def check(captioner: Mllama, name: str) -> None:
     config = captioner.model.config
     images = captioner.processor.image_processor
     crossing = cross_layers(captioner.model)
-    gates = [gate for name, gate in captioner.model.named_parameters() if name.endswith("cross_attn_attn_gate")]
-    if not crossing or not any(gate.any() for gate in gates):
+    parameters = dict(captioner.model.named_parameters())
+    gates = select(parameters, fnmatch.filter(parameters, "*cross_attn_attn_gate")).values()
+    if not crossing or not any(map(Tensor.any, gates)):
         raise ConfigError(
             f"{name}: the text never sees the picture (cross-attention layers {crossing}, their gates closed).",
             "A trained model has open gates; in a new model they have to be opened.",
@@ -183,16 +167,3 @@ def cross_layers(network: Network) -> list[int]:
     """The numbers of the layers that carry into the text what is seen."""
     text = network.config.text_config
     return [layer for layer in text.cross_attention_layers if layer < text.num_hidden_layers]
-
-
-def generation_config(captioner: Mllama) -> GenerationConfig:
-    """Greedy decoding to the end token; it *replaces* the checkpoint's, which samples."""
-    tokenizer = captioner.tokenizer
-    return GenerationConfig(
-        max_new_tokens=captioner.max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
