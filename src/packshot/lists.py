@@ -62,6 +62,11 @@ def attributes(thing: object, names: Iterable[str]) -> dict[str, object]:
     return {name: getattr(thing, name) for name in names}
 
 
+def ending(names: Iterable[str], *endings: str) -> list[str]:
+    """The names that end in one of these."""
+    return [name for name in names if name.endswith(endings)]
+
+
 def in_words(values: Mapping[K, object], form: str = "{1} {0}", joiner: str = ", ") -> str:
     """A dict in words: every entry in ``form``, where {0} is its name and {1} its value ("3 broken, 2 blurred")."""
     return joiner.join(form.format(name, value) for name, value in values.items())

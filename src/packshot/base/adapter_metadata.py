@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from packshot.config.schema import ObjectiveConfig, PredictionType, ProductConditioning, Unconditional
 from packshot.errors import ConfigError
+from packshot.lists import in_words, map_values, without_none
 from packshot.runs.folder import log
 
 METADATA_FILE = "packshot.json"
@@ -60,7 +62,9 @@ def read_entries(folder: Path) -> dict[str, Any]:
     entries = json.loads((folder / METADATA_FILE).read_text())
     if not isinstance(entries, dict):
         raise ValueError("it holds no JSON object")
-    return {RENAMED.get(str(name), str(name)): value for name, value in entries.items()}
+    for old in RENAMED.keys() & entries.keys():
+        entries[RENAMED[old]] = entries.pop(old)
+    return entries
 
 
 def read_metadata(key: str, folder: Path) -> AdapterMetadata | None:
@@ -83,7 +87,7 @@ def read_metadata(key: str, folder: Path) -> AdapterMetadata | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        known = "|".join(member.name for member in ProductConditioning)
+        known = "|".join(ProductConditioning.__members__)
         raise ConfigError(
             f"{key}: {folder / METADATA_FILE} does not name how the adapter was trained ({error}).",
             f'Write "product_conditioning": "{known}" into it, as the adapter was trained.',
@@ -106,14 +110,13 @@ def common_metadata(folders: Mapping[str, Sequence[Path]]) -> AdapterMetadata:
         for folder in paths:
             found[folder] = read_metadata(f"adapters.{kind}", folder)
     conditioning = _common_conditioning(found)
-    known = {folder: metadata for folder, metadata in found.items() if metadata}
+    known = without_none(found)
     for name in ("prediction_type", "zero_terminal_snr", "unconditional"):
-        values = {folder: getattr(metadata, name) for folder, metadata in known.items()}
+        values = map_values(attrgetter(name), known)
         if len(set(values.values())) > 1:
-            listed = ", ".join(f"{folder}: {value}" for folder, value in values.items())
             raise ConfigError(
-                f"adapters: objective.{name} differed in their training ({listed}).",
-                "Use those that were trained alike.",
+                f"adapters: objective.{name} differed in their training ({in_words(values, '{}: {}')}).",
+                "Use adapters that were trained with the same value.",
             )
     first = next(iter(known.values()), AdapterMetadata())
     return AdapterMetadata(conditioning, first.prediction_type, first.zero_terminal_snr, first.unconditional)
@@ -121,13 +124,12 @@ def common_metadata(folders: Mapping[str, Sequence[Path]]) -> AdapterMetadata:
 
 def _common_conditioning(found: Mapping[Path, AdapterMetadata | None]) -> str:
     """The conditioning that is used for all adapters; a difference is logged."""
-    given = {folder: (metadata or AdapterMetadata()).product_conditioning for folder, metadata in found.items()}
-    noised = ProductConditioning.noised.name
-    order = (ProductConditioning.channels.name, ProductConditioning.clean.name, noised)
-    chosen = next((way for way in order if way in given.values()), noised)
+    given = map_values(lambda metadata: (metadata or AdapterMetadata()).product_conditioning, found)
+    order = list(ProductConditioning.__members__)  # each one asks for more than those before it
+    chosen = max(given.values(), key=order.index, default=ProductConditioning.noised.name)
     if len(set(given.values())) > 1:
-        listed = ", ".join(f"{folder}: {way}" for folder, way in given.items())
         log.warning(
-            "the adapters were trained with different objective.product_conditioning (%s); %s is used", listed, chosen
-        )
+            "the adapters were trained with different objective.product_conditioning (%s); %s is used",
+            in_words(given, "{}: {}"), chosen,
+        )  # fmt: skip
     return chosen

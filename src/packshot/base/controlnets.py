@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from packshot.base.single_file import refuse_missing, tensor_shapes
 from packshot.config.conditions import CONDITIONS, split_condition
 from packshot.errors import ConfigError
 from packshot.imaging.control_maps import Control
+from packshot.lists import ending
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
@@ -43,7 +45,7 @@ def find_controlnet(key: str, value: str, whole: bool = True) -> Path:
             f"{key}={value} has no config.json.", "Name the export/ folder that the trainer wrote, a file or a hub id."
         )
     weights = choose_weights(names)[1] if whole else []
-    return place.fetch([*(name for name in names if name.endswith(".json")), *weights])
+    return place.fetch([*ending(names, ".json"), *weights])
 
 
 def read_control(key: str, folder: Path, condition: str | None = None) -> Control:
@@ -95,7 +97,7 @@ def load_controlnet(key: str, source: str, unet: UNet2DConditionModel) -> Contro
         refuse_other_shape(config, unet)
         if planned:
             return cast("ControlNetModel", ControlNetModel.from_config(config))
-        variant, _ = choose_weights(file.name for file in path.iterdir())
+        variant, _ = choose_weights(os.listdir(path))
         return ControlNetModel.from_pretrained(path, variant=variant, torch_dtype=torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]

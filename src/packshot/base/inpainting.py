@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from packshot.config.schema import ProductConditioning
 from packshot.errors import ConfigError
+from packshot.lists import map_values
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -110,7 +111,7 @@ def export_conv(unet: UNet2DConditionModel, folder: Path) -> None:
         # The second half is trained in fp32, whatever the base's dtype.
         weight = torch.cat([conv.weight.float(), conv.product.weight.float()], dim=1)
         tensors = {"conv_in.weight": weight, "conv_in.bias": conv.bias.float()}
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / CONV_FILE)
+        save_file(map_values(lambda tensor: tensor.detach().cpu().contiguous(), tensors), folder / CONV_FILE)
 
 
 def load_conv(unet: UNet2DConditionModel, folder: Path) -> None:

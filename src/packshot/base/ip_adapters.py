@@ -6,6 +6,7 @@ from pathlib import Path
 
 from packshot.base.places import find_place
 from packshot.errors import ConfigError
+from packshot.lists import ending
 
 EXPORT = "ip_adapter.safetensors"
 
@@ -20,7 +21,7 @@ def find_ip_adapter(key: str, value: str) -> Path:
     if place.is_file:
         return place.fetch()
     names = place.names()
-    files = [name for name in names if name.endswith(".safetensors")]
+    files = ending(names, ".safetensors")
     if EXPORT in files:
         files = [EXPORT]
     if len(files) != 1:
@@ -28,5 +29,4 @@ def find_ip_adapter(key: str, value: str) -> Path:
             f"{key}={value} has no {EXPORT}{', but ' + ', '.join(files[:5]) if files else ''}.",
             "Name a .safetensors or .bin file in the layout of the original IP-Adapter, or an export/ folder.",
         )
-    texts = [name for name in names if name.endswith(".json")]
-    return place.fetch([*texts, *files]) / files[0]
+    return place.fetch([*ending(names, ".json"), *files]) / files[0]

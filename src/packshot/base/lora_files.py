@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from packshot.base.original_names import block_names, original_name
 from packshot.base.places import find_place
-from packshot.base.single_file import tensor_shapes
+from packshot.base.single_file import marked, tensor_shapes
 from packshot.errors import ConfigError
+from packshot.lists import ending, map_values
 from packshot.runs.folder import log
 
 if TYPE_CHECKING:
@@ -100,10 +102,9 @@ def find_lora(key: str, value: str) -> Path:
     names = place.names()
     for name in (DIFFUSERS_FILE, PEFT_FILE):
         if name in names:
-            wanted = [other for other in names if other.endswith((".safetensors", ".json"))]
-            folder = place.fetch(wanted)
+            folder = place.fetch(ending(names, ".safetensors", ".json"))
             return folder if name == PEFT_FILE else folder / name
-    files = [name for name in names if name.endswith(".safetensors")]
+    files = ending(names, ".safetensors")
     if len(files) == 1:
         return place.fetch(files) / files[0]
     raise ConfigError(
@@ -202,7 +203,7 @@ def add_alphas(updates: Mapping[str, Mapping[str, Update]], metadata: Mapping[st
 
 def foreign(key: str, path: Path, strange: Sequence[str], total: int) -> ConfigError:
     """The error for tensors that belong to no layer of the base."""
-    model = next((name for mark, name in STRANGERS.items() if any(mark in other for other in strange)), None)
+    model = marked(strange, STRANGERS)
     guess = (
         f"It seems to be for {model}." if model else "It was made for another model, or for a kind of layer not known."
     )
@@ -220,7 +221,7 @@ def refuse_misfits(
         for layer, update in layers.items():
             shape = layer_weight(networks[network], layer).shape
             try:
-                made = difference({name: factor.to("meta") for name, factor in update.items()}, shape)
+                made = difference(map_values(lambda factor: factor.to("meta"), update), shape)
             except (KeyError, RuntimeError, ValueError, IndexError) as error:
                 raise ConfigError(
                     f"{key}={path}: the update of {network}.{layer} does not fit its weight of shape {tuple(shape)} "
@@ -307,12 +308,12 @@ def tucker(core_ijkl: Tensor, left_ip: Tensor, right_jr: Tensor) -> Tensor:
 def merged_weight(weight: Tensor, update: Update, strength: float) -> Tensor:
     """The weight with an update added, in its own dtype; ``strength`` 1 is what the file asks for."""
     before = weight.float()
-    moved = {name: factor.to(weight.device) for name, factor in update.items()}
+    moved = map_values(lambda factor: factor.to(weight.device), update)
     after = before + difference(moved, weight.shape)
     magnitude = moved.get("magnitude")
     if magnitude is not None:  # DoRA (Liu et al. 2024, arXiv 2402.09353): directions and lengths apart
         per_input = magnitude.ndim > 1 and magnitude.shape[0] == 1 and weight.shape[0] != 1
-        dims = [dim for dim in range(weight.ndim) if dim != (1 if per_input else 0)]
+        dims = np.delete(range(weight.ndim), 1 if per_input else 0).tolist()
         lengths = after.norm(dim=dims, keepdim=True)
         after = after * (magnitude.float().reshape(lengths.shape) / lengths)
     return (before + strength * (after - before)).to(weight.dtype)

@@ -74,7 +74,7 @@ def block_names(config: Mapping[str, object]) -> dict[str, str]:
 def sequence(value: object) -> Sequence[str]:
     """An entry of a config that lists block types."""
     assert isinstance(value, list | tuple)
-    return [str(kind) for kind in value]
+    return list(map(str, value))
 
 
 def original_name(module: str, names: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from packshot.errors import ConfigError
+from packshot.lists import ending
 from packshot.runs.files import resolve
 from packshot.runs.folder import log
 
@@ -110,8 +111,7 @@ def fetch_model(key: str, value: str) -> Path:
     place = find_place(key, value)
     names = place.names()
     _, weights = choose_weights(names)
-    texts = [name for name in names if name.endswith((".json", ".txt", ".model", ".jinja"))]
-    return place.fetch([*texts, *weights])
+    return place.fetch([*ending(names, ".json", ".txt", ".model", ".jinja"), *weights])
 
 
 def choose_weights(names: Iterable[str], variant: str | None = None) -> tuple[str | None, list[str]]:
@@ -120,13 +120,12 @@ def choose_weights(names: Iterable[str], variant: str | None = None) -> tuple[st
     ``variant`` if the folder has it, else the plain files, else fp16, else the first other variant in the alphabet;
     safetensors wherever there are some. ([] of files: the folder has no weights.)
     """
-    found: dict[tuple[str, str | None], list[str]] = {}
+    found: dict[str, dict[str | None, list[str]]] = {"safetensors": {}, "bin": {}}
     for name in names:
         weights = WEIGHTS.fullmatch(name)
         if weights:
-            found.setdefault((weights["suffix"], weights["variant"]), []).append(name)
-    for suffix in ("safetensors", "bin"):
-        variants = {own: files for (kind, own), files in found.items() if kind == suffix}
+            found[weights["suffix"]].setdefault(weights["variant"], []).append(name)
+    for variants in found.values():
         for wanted in (variant, None, "fp16", *sorted(filter(None, variants))):
             if wanted in variants:
                 return wanted, sorted(variants[wanted])

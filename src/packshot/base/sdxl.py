@@ -18,6 +18,7 @@ from packshot.base import single_file
 from packshot.base.places import Place, choose_weights, find_place
 from packshot.config.schema import ModelConfig
 from packshot.errors import ConfigError
+from packshot.lists import ending
 
 Loader: TypeAlias = Any  # a class of diffusers or transformers, by its name
 Part: TypeAlias = Any  # what it loads
@@ -92,7 +93,7 @@ class Source:
         wanted = [self.kind.config]
         if self.name == "feature_extractor":  # published encoders come without one: it follows from the encoder
             wanted.append("config.json")
-        return any((self.place.path / name).is_file() for name in wanted)
+        return any(map(Path.is_file, map(self.place.path.joinpath, wanted)))
 
     def config(self) -> Mapping[str, Any]:
         """The part's configuration file; empty if the part is on the hub or lies in a file."""
@@ -106,7 +107,7 @@ class Source:
         _, weights = choose_weights(names, self.variant)
         wanted = [self.kind.config, *weights] if weights else names
         folder = self.place.fetch(wanted)
-        return [folder / name for name in wanted]
+        return list(map(folder.joinpath, wanted))
 
     def refused(self, reason: str) -> ConfigError:
         """The error for a part that cannot be loaded."""
@@ -133,8 +134,7 @@ class Source:
         if self.name == "feature_extractor" and self.kind.config not in names:
             return self._plain_feature_extractor()
         variant, weights = choose_weights(names, self.variant)
-        texts = [name for name in names if name.endswith((".json", ".txt"))]
-        folder = self.place.fetch([*texts, *weights])
+        folder = self.place.fetch([*ending(names, ".json", ".txt"), *weights])
         arguments: dict[str, object] = {"local_files_only": True}
         cls = self.kind.loader()
         if self.kind.network:

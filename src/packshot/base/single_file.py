@@ -10,7 +10,7 @@ import atexit
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import nn
 
 from packshot.base.places import Place
 from packshot.errors import ConfigError
+from packshot.lists import ending
 from packshot.runs.files import CHECKOUT
 
 TOKENIZERS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}  # the token that each pads with
@@ -63,6 +64,15 @@ def tensor_shapes(file: Path) -> Shapes:
         raise ValueError(f"the file is damaged or cut off ({error})") from error
 
 
+def marked(names: Iterable[str], marks: Mapping[str, str]) -> str | None:
+    """What a file is: the first of ``marks`` that is a part of one of its keys; None if no mark is."""
+    keys = "\n".join(names)
+    for mark, kind in marks.items():
+        if mark in keys:
+            return kind
+    return None
+
+
 def read_shapes(place: Place) -> Shapes:
     """The tensors of a base's file.
 
@@ -75,8 +85,8 @@ def read_shapes(place: Place) -> Shapes:
         raise ConfigError(f"{place.key}={place.value} cannot be read: {error}.", "Copy or fetch it again.") from error
     if UNET_INPUT in shapes and SECOND_TEXT_ENCODER in shapes:
         return shapes
-    kinds = [kind for mark, kind in OTHERS.items() if any(mark in name for name in shapes)]
-    seems = f"; it seems to be {kinds[0]}" if kinds else ""
+    kind = marked(shapes, OTHERS)
+    seems = f"; it seems to be {kind}" if kind else ""
     raise ConfigError(
         f"{place.key}={place.value} is not a whole SDXL checkpoint{seems}.",
         "A base is one file with UNet, VAE and both text encoders, a pipeline folder, or a hub id.",
@@ -134,7 +144,7 @@ def copied_configs(configs: Place) -> Path:
         files = []
         for part in ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler"):
             names = configs.below(part).names()
-            files += [f"{part}/{name}" for name in names if name.endswith("config.json")]
+            files += map(f"{part}/{{}}".format, ending(names, "config.json"))
         folder = configs.fetch(files)
     if not (folder / "unet" / "config.json").is_file():
         raise ConfigError(
