@@ -18,12 +18,13 @@ from typing import Any
 
 import cv2
 import numpy as np
-from learning import Pictures, plain_features, spread_of
+from learning import Pictures, spread_of
 from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
 from packshot.caption.scores import deal_to_others
 from packshot.evaluate.distance import cmmd
+from packshot.evaluate.features import plain_features
 from packshot.runs.files import replacing_file
 from packshot.scene import Scene
 from tools.mini.clip import PHRASES, image_embeddings, slot_accuracy, text_embeddings

@@ -31,7 +31,7 @@ from transformers import CLIPVisionModelWithProjection
 from packshot.config.schema import GenerateSettings
 from packshot.dataset.rows import load_rows
 from packshot.evaluate.distance import cmmd
-from packshot.imaging.color import to_lab
+from packshot.evaluate.features import plain_features
 from packshot.runs.files import folder_hash, replacing_file, replacing_folder
 from tools.mini.clip import image_embeddings
 
@@ -147,25 +147,6 @@ def through_vae(pictures: Pictures) -> Pictures:
 
 
 # ---- scores ----
-
-
-def _unit(values: np.ndarray) -> np.ndarray:
-    return values / max(float(np.linalg.norm(values)), 1e-12)
-
-
-def plain_features(image_HW3: np.ndarray) -> np.ndarray:
-    """What no network has a part in: colours, steepness and direction of edges, layout; each block of length 1."""
-    lab_HW3 = to_lab(image_HW3)
-    colours, _ = np.histogramdd(lab_HW3.reshape(-1, 3), bins=(6, 8, 8), range=((0, 100), (-80, 80), (-80, 80)))
-    grey_HW = lab_HW3[..., 0]
-    dx, dy = (cv2.Sobel(grey_HW, cv2.CV_32F, *order) for order in ((1, 0), (0, 1)))
-    size, angle = np.hypot(dx, dy), np.arctan2(dy, dx) % np.pi
-    directions, _ = np.histogram(angle, bins=9, range=(0, np.pi), weights=size)
-    steepness, _ = np.histogram(np.log1p(size), bins=12, range=(0, 7))
-    layout = cv2.dct(cv2.resize(grey_HW, (32, 32), interpolation=cv2.INTER_AREA) / 100)[:6, :6]
-    return np.concatenate(
-        [_unit(np.sqrt(block.ravel())) for block in (colours, directions, steepness)] + [_unit(layout.ravel())]
-    )
 
 
 @dataclass(frozen=True)

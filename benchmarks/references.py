@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from family import PHRASES, Probe
-from learning import plain_features
 from PIL import Image
 
 from packshot.config.schema import AdaptersConfig, GenerateSettings
 from packshot.dataset.rows import Rows, load_rows
+from packshot.evaluate.features import plain_features
 from packshot.generate import Packshot
 from packshot.runs.files import replacing_file, resolve
 from packshot.runs.progress import progress

@@ -240,6 +240,11 @@ COMMANDS: dict[str, Command] = {
         "IMAGE CERTIFICATE [PHOTO] [--mask FILE]",
         "packshot.generate.verify:main",
     ),
+    "bench": Command(
+        "Score pictures of any system on held-out renders whose mask, shadow and scene are known.",
+        "PICTURES ... [--out DIR] [--set key=value] | --export DIR",
+        "packshot.evaluate.bench:main",
+    ),
     "plan": Command("Print what a training will need, before it starts.", "STAGE [key=value ...]", "packshot.cli:plan"),
 }
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,16 +15,20 @@ from PIL import Image, ImageDraw
 from packshot.caption.models.adapter import Caption
 from packshot.config.compose import compose
 from packshot.errors import ConfigError
-from packshot.evaluate.adherence import adherence, baseline_scenes, describe, slot_means
+from packshot.evaluate.adherence import adherence, baseline_scenes, describe, prompts_of, slot_means
 from packshot.evaluate.preservation import core_identity, halo_percentiles, hard_paste, noise_floor, preservation
-from packshot.evaluate.run import evaluate, score_preservation, summary, without_nan
-from packshot.evaluate.samples import load_sample, open_runs
+from packshot.evaluate.run import evaluate, score_preservation, summary
+from packshot.evaluate.samples import load_sample, open_runs, picture_and_matte, without_nan
 from packshot.generate.report import write_page
 from packshot.generate.run import generate
 from packshot.imaging.outline import extension_of, segment_near
 from packshot.scene import Scene
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def adherence_of(run, config):
+    return adherence(prompts_of(run), partial(picture_and_matte, run), config.model, config.captioner)
 
 
 def keep_mask():
@@ -192,7 +197,9 @@ def test_captioning_keeps_no_more_pictures_than_a_batch(finished):
             seen.extend(weakref.ref(picture) for picture in [*images, *masks])
             return [Caption(f"caption {len(seen)}", False) for _ in images]
 
-    assert [caption.text for caption in describe(run, Writer())] == ["caption 2", "caption 4"]
+    assert [
+        caption.text for caption in describe(list(run.certificates), partial(picture_and_matte, run), Writer())
+    ] == ["caption 2", "caption 4"]
 
 
 def test_a_report_is_written_part_by_part(tmp_path):
@@ -226,11 +233,11 @@ def test_adherence_scores_captions_against_the_request(finished, monkeypatch):
     monkeypatch.setattr("packshot.evaluate.adherence.load_captioner", lambda *_: Writer())
     [run] = open_runs([str(finished)])
     config = compose("evaluate", [])
-    scored = adherence(run, config.model, config.captioner)
+    scored = adherence_of(run, config)
     assert scored["scores"] == {"surface": 0.5, "mean": 0.5}
     assert list(scored["captions"]) == ["a-0", "a-1"]
     other = prompted(run, "a-1", Scene(surface="grass").render())
-    shuffled = adherence(other, config.model, config.captioner)
+    shuffled = adherence_of(other, config)
     assert shuffled["scores"]["mean"] == 1
     assert shuffled["baseline"]["scores"]["mean"] == 0
 
@@ -241,12 +248,12 @@ def test_uncaptioned_pictures_are_reported_not_scored(finished, monkeypatch):
     monkeypatch.setattr("packshot.evaluate.adherence.load_captioner", lambda *_: writer)
     [run] = open_runs([str(finished)])
     config = compose("evaluate", [])
-    scored = adherence(run, config.model, config.captioner)
+    scored = adherence_of(run, config)
     assert scored["scores"] == {"surface": 1.0, "mean": 1.0}
     assert scored["errors"] == {"a-1": "busy"}
     assert set(scored["captions"]) == {"a-0"}
     captions[0] = Caption("", False, error="away")
-    failed = adherence(run, config.model, config.captioner)
+    failed = adherence_of(run, config)
     assert failed == {"measured": False, "reason": "no picture with a request was captioned: away"}
 
 
@@ -256,7 +263,7 @@ def test_adherence_scores_the_prompt_not_the_request(finished):
     silent = prompted(prompted(run, "a-0", ""), "a-1", "")
     assert silent.certificates["a-0"]["request"]["scene"]["surface"]
     config = compose("evaluate", [])
-    assert adherence(silent, config.model, config.captioner) == {
+    assert adherence_of(silent, config) == {
         "measured": False,
         "reason": "no prompt names a slot of a scene",
     }

@@ -26,7 +26,7 @@ ALLOWED = {
     "render": {"scene", "config", "runs", "pipeline"},
     "make_dataset": {"scene", "config", "runs", "pipeline", "imaging", "dataset", "caption", "render"},
     "generate": {"scene", "config", "runs", "imaging", "dataset", "diffusion", "base"},
-    "evaluate": {"scene", "config", "runs", "imaging", "caption", "generate"},
+    "evaluate": {"scene", "config", "runs", "imaging", "dataset", "base", "caption", "generate"},
     "serve": {"scene", "config", "runs", "generate"},
 }
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}

@@ -270,11 +270,30 @@ class Generate(Script, GenerateSettings):
 
 
 @dataclass
+class EvaluationScores:
+    features: str = opt(
+        "base",
+        "what measures of sets and diversity are taken by, besides plain features: base (the image encoder of the "
+        "base), plain (nothing else), or an image encoder, folder or hub id",
+    )
+    clip: str | None = opt(None, "CLIP model, folder or hub id, that scores pictures against their words")
+    dino: str | None = opt(None, "image encoder, such as DINOv2's folder or hub id, that compares the products")
+
+
+@dataclass
 class Evaluate(Script):
     suite: Suite = opt(Suite.full, "full, preservation or scene")
     runs: list[str] = opt(
-        [], "one or two folders of generate.py to compare; none: the base draws the shipped products first"
+        [],
+        "one or two folders of generate.py to compare; none: the base draws the shipped products first. With items: "
+        "folders or tables (.csv, .jsonl) of any system's pictures",
     )
+    items: str | None = opt(
+        None,
+        "what the systems in runs were asked for: a table (.csv, .jsonl) with id, photo, mask and, if known, text, "
+        "truth, plate, shadow, reference; or a product set",
+    )
+    scores: EvaluationScores = field(default_factory=EvaluationScores)
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     matte: MatteConfig = field(default_factory=MatteConfig)
 

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from packshot.errors import ConfigError
@@ -110,3 +111,16 @@ def json_rows(text: str, where: str) -> list[dict[str, Any]]:
             raise ConfigError(f"{where}, line {number} is not an object.", "Each line is one object.")
         rows.append(row)
     return rows
+
+
+def read_records(path: Path, key: str) -> list[dict[str, Any]]:
+    """The rows of a table on the disk: JSON lines by the ending .jsonl or .ndjson, else CSV. key: names it in errors.
+
+    Raises:
+        ConfigError: it cannot be read, or it is not a table.
+    """
+    try:
+        text, _ = decode_text(path.read_bytes())
+    except (OSError, EncodingError) as error:
+        raise ConfigError(f"{key}={path} cannot be read ({error}).", "Expected a table, .csv or .jsonl.") from error
+    return json_rows(text, f"{key}={path}") if path.suffix in (".jsonl", ".ndjson") else csv_rows(text)

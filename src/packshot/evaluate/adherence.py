@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from PIL import Image
 
 from packshot.caption.models.adapter import Caption
 from packshot.caption.models.captioner import Captioner
 from packshot.caption.models.load import load_captioner
 from packshot.config.schema import CaptionerConfig, ModelConfig
 from packshot.errors import PackshotError
-from packshot.evaluate.samples import FinishedRun, Json, picture_and_matte
+from packshot.evaluate.samples import FinishedRun, Json
 from packshot.runs.folder import log
 from packshot.scene import Scene
 from packshot.scene.scores import score
 
+Read = Callable[[str], tuple[Image.Image, Image.Image]]
 CONSTANT = Scene(surface="a white table", background="a white wall", lighting="soft light", mood="calm")
 
 
@@ -65,13 +67,16 @@ def baseline_means(parsed: Sequence[Scene], requested: Sequence[Scene]) -> Json:
     return {"kind": kind, "scores": slot_means(guesses, truths)}
 
 
-def describe(run: FinishedRun, writer: Captioner) -> list[Caption]:
+def describe(names: Sequence[str], read: Read, writer: Captioner) -> list[Caption]:
     """One caption per picture. Only as many pictures are in memory as the captioner takes in one batch."""
     captions: list[Caption] = []
-    stems = list(run.certificates)
-    for start in range(0, len(stems), writer.batch_size):
-        batch = stems[start : start + writer.batch_size]
-        pictures, mattes = zip(*(picture_and_matte(run, stem) for stem in batch), strict=True)
+    for start in range(0, len(names), writer.batch_size):
+        pictures = []
+        mattes = []
+        for name in names[start : start + writer.batch_size]:
+            picture, matte = read(name)
+            pictures.append(picture)
+            mattes.append(matte)
         captions += writer.write(pictures, mattes)
     return captions
 
@@ -81,12 +86,17 @@ def not_measured(reason: str) -> Json:
     return {"measured": False, "reason": reason}
 
 
-def adherence(run: FinishedRun, model: ModelConfig, captioner: CaptionerConfig) -> Json:
-    """Slot scores of a run's pictures with their baseline, or the reason why there are none."""
-    requested: dict[str, Scene] = {}
-    for stem, certificate in run.certificates.items():
-        # The prompt is what the model was given. It may be empty where a reference guides the scene.
-        requested[stem] = Scene.parse(certificate["request"]["prompt"]).scene
+def prompts_of(run: FinishedRun) -> dict[str, str]:
+    """What the model was given for each picture; empty where a reference alone guides the scene."""
+    return {stem: certificate["request"]["prompt"] for stem, certificate in run.certificates.items()}
+
+
+def adherence(prompts: Mapping[str, str], read: Read, model: ModelConfig, captioner: CaptionerConfig) -> Json:
+    """Slot scores of pictures with their baseline, or the reason why there are none.
+
+    prompts: by the picture's name. read: the picture (RGB) and its product's matte (L) by that name.
+    """
+    requested = {name: Scene.parse(prompt).scene for name, prompt in prompts.items()}
     if not any(map(names_a_slot, requested.values())):
         return not_measured("no prompt names a slot of a scene")
     try:
@@ -95,15 +105,15 @@ def adherence(run: FinishedRun, model: ModelConfig, captioner: CaptionerConfig) 
         return not_measured(f"no captioner: {error.args[0]}")
     texts: dict[str, str] = {}
     errors: dict[str, str] = {}
-    for stem, caption in zip(run.certificates, describe(run, writer), strict=True):
+    for name, caption in zip(prompts, describe(list(prompts), read, writer), strict=True):
         if caption.error is None:
-            texts[stem] = caption.text
+            texts[name] = caption.text
         else:
-            errors[stem] = caption.error
+            errors[name] = caption.error
     first_error = next(iter(errors.values()), "")
     if errors:
         log.warning("%d pictures have no caption and are not scored; the first: %s", len(errors), first_error)
-    captioned = [requested[stem] for stem in texts]
+    captioned = [requested[name] for name in texts]
     if not any(map(names_a_slot, captioned)):
         return not_measured(f"no picture with a request was captioned: {first_error}")
     parsed = [Scene.parse(text).scene for text in texts.values()]

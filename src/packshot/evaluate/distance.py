@@ -53,3 +53,35 @@ def gaussian_kernel(x_ND: np.ndarray, y_MD: np.ndarray, sigma: float) -> np.ndar
     """Gaussian kernel of vectors of length 1, shape (N, M)."""
     squared_NM = np.maximum(2 - 2 * x_ND @ y_MD.T, 0)
     return np.exp(-squared_NM / (2 * sigma**2))
+
+
+def kid(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
+    """Kernel inception distance (Bińkowski et al. 2018, arXiv 1801.01401), times 1000.
+
+    The unbiased estimate with the kernel (x·y / D + 1)³, over all pictures instead of subsets. It may be below 0. The
+    paper embeds by Inception; here the embedding is the caller's, so name it beside the figure.
+
+    a_ND, b_MD: one embedding per picture; at least two pictures in each.
+
+    Raises:
+        PackshotError: a set has fewer than two embeddings, or their widths differ.
+    """
+    if a_ND.ndim != 2 or b_MD.ndim != 2 or a_ND.shape[1] != b_MD.shape[1] or min(len(a_ND), len(b_MD)) < 2:
+        raise PackshotError(
+            f"Embeddings of shapes {a_ND.shape} and {b_MD.shape} cannot be compared.",
+            "Give two tables (pictures, width) from one encoder, each of at least two pictures.",
+        )
+    within_a = mean_of_pairs(cubic_kernel(a_ND, a_ND))
+    within_b = mean_of_pairs(cubic_kernel(b_MD, b_MD))
+    return SCALE * (within_a + within_b - 2 * float(cubic_kernel(a_ND, b_MD).mean()))
+
+
+def cubic_kernel(x_ND: np.ndarray, y_MD: np.ndarray) -> np.ndarray:
+    """(x·y / D + 1)³ in float64, shape (N, M)."""
+    return (x_ND.astype(np.float64) @ y_MD.astype(np.float64).T / x_ND.shape[1] + 1) ** 3
+
+
+def mean_of_pairs(kernel_NN: np.ndarray) -> float:
+    """Mean over pairs of different pictures."""
+    count = len(kernel_NN)
+    return float((kernel_NN.sum() - np.trace(kernel_NN)) / (count * (count - 1)))

@@ -1,4 +1,4 @@
-"""evaluate.py: compares one or two generate.py runs with the hard paste of the same layers."""
+"""evaluate.py: compares generate.py runs with each other, or anybody's pictures with the truth."""
 
 from __future__ import annotations
 
@@ -6,18 +6,28 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from packshot.config.mask_models import reads_onnx
 from packshot.config.schema import Evaluate, Generate, SceneConfig, Suite, TrackerKind, TrackingConfig
-from packshot.evaluate.adherence import adherence
+from packshot.evaluate.adherence import adherence, prompts_of
 from packshot.evaluate.preservation import preservation, segmenter
 from packshot.evaluate.report import write_report
-from packshot.evaluate.samples import HARD_PASTE, NOISE_FLOOR, FinishedRun, Json, load_sample, open_runs
+from packshot.evaluate.samples import (
+    HARD_PASTE,
+    NOISE_FLOOR,
+    FinishedRun,
+    Json,
+    load_sample,
+    open_runs,
+    picture_and_matte,
+    without_nan,
+)
+from packshot.evaluate.trial import evaluate_items
 from packshot.generate.run import generate
 from packshot.imaging.outline import EXTENSION_TOLERANCE
 from packshot.runs.files import replacing_file
@@ -51,10 +61,15 @@ COMBINE: dict[str, Callable[[list[float]], float]] = {"core_max_abs_diff": max, 
 def evaluate(config: Evaluate) -> None:
     """Write ``report.json`` and ``report.html``. Without ``runs``, the base draws the shipped products first.
 
+    With ``items``, ``runs`` are pictures of any system (see :func:`packshot.evaluate.trial.evaluate_items`).
+
     Raises:
         ConfigError: generate.py did not write a folder in ``runs``.
         PackshotError: a file of a run is missing or damaged.
     """
+    if config.items:
+        evaluate_items(config)
+        return
     runs = open_runs(config.runs) if config.runs else []
     run = open_run("evaluate", config)
     runs = runs or open_runs([draw_base(config, run)])
@@ -65,7 +80,8 @@ def evaluate(config: Evaluate) -> None:
     if config.suite in (Suite.full, Suite.scene):
         report["scene"] = {}
         for finished in runs:
-            report["scene"][finished.name] = adherence(finished, config.model, config.captioner)
+            read = partial(picture_and_matte, finished)
+            report["scene"][finished.name] = adherence(prompts_of(finished), read, config.model, config.captioner)
     with replacing_file(run.path / "report.json") as file:
         file.write_text(json.dumps(without_nan(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_report(run.path, report, runs)
@@ -136,13 +152,6 @@ def summary(rows: list[dict[str, float]]) -> dict[str, float]:
         combine = COMBINE.get(key, np.mean)
         result[key] = float(combine(values)) if values else math.nan
     return result
-
-
-def without_nan(value: Any) -> Any:
-    """The value with null in place of every undefined number, because JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flat_figures(report: Json) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -147,3 +148,10 @@ def place_photo(photo: Image.Image, transform: Json) -> np.ndarray:
     canvas = Image.new("RGB", tuple(transform["size"]))
     canvas.paste(placed, tuple(transform["offset"]))
     return np.asarray(canvas)
+
+
+def without_nan(value: Any) -> Any:
+    """The value with null in place of every undefined number, because JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

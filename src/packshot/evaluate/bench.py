@@ -1,0 +1,146 @@
+"""PackshotBench: held-out renders whose mask, shadow and scene are known, for any system that places products.
+
+Each item is a product before a plain backdrop, its true mask, and the words of a scene. The wanted picture is the
+render of this product in this scene, so that the plate, the shadow and the product's place are known. The rules are in
+docs/bench.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from packshot.config.compose import compose
+from packshot.dataset.rows import Rows, load_rows
+from packshot.errors import ConfigError
+from packshot.evaluate.items import TABLE, Item, Unpacked, write_items
+from packshot.evaluate.run import evaluate
+from packshot.evaluate.samples import Json
+from packshot.generate.composite import blend
+
+HELD_OUT = "data/rendered/heldout"
+PER_PRODUCT = 4  # items of each held-out product: the first ones by id
+BACKDROP = (236, 236, 236)  # the studio wall behind the product
+REFERENCE_STEP = 7  # an item's reference is the plate of the item this far on
+# The row of the table, by heading: the measure, how it is printed.
+COLUMNS = {
+    "core identical": ("core_identical_share", "{:.1%}"),
+    "core ΔE": ("core_delta_e", "{:.2f}"),
+    "edge ΔE": ("edge_delta_e", "{:.2f}"),
+    "halo": ("halo", "{:.3f}"),
+    "extended": ("extended", "{:.1%}"),
+    "moved": ("shift", "{:.3f}"),
+    "shadow error": ("shadow_error", "{:.3f}"),
+    "slots": ("slot_adherence", "{:.2f}"),
+    "CMMD, plain": ("cmmd, plain", "{:.3f}"),
+    "CMMD, base encoder": ("cmmd, base encoder", "{:.3f}"),
+    "seconds": ("seconds", "{:.1f}"),
+}
+
+
+def bench_rows(rows: Rows) -> list[int]:
+    """The rows that the benchmark takes: the first of each held-out product, in the order of their ids."""
+    taken: dict[str, int] = {}
+    found = []
+    for index in sorted(range(len(rows)), key=lambda place: rows.ids[place]):
+        product = rows.read(index, ())["product_id"]
+        taken[product] = taken.get(product, 0) + 1
+        if taken[product] <= PER_PRODUCT:
+            found.append(index)
+    return found
+
+
+def bench_items(rows: Rows) -> Iterator[Unpacked]:
+    """The items, with every picture that is known of them."""
+    indices = bench_rows(rows)
+    for number, index in enumerate(indices):
+        row = rows.read(index, ("image", "mask", "cutout", "plate", "shadow"))
+        other = rows.read(indices[(number + REFERENCE_STEP) % len(indices)], ("plate",))
+        pictures = {
+            "photo": studio_photo(row["image"], row["mask"], row["cutout"]),
+            "mask": row["mask"],
+            "truth": row["image"],
+            "plate": row["plate"],
+            "shadow": row["shadow"],
+            "reference": other["plate"],
+        }
+        yield Unpacked(row["id"][:16], row["text"], pictures)
+
+
+def studio_photo(image: Image.Image, mask: Image.Image, cutout: Image.Image) -> Image.Image:
+    """The product before the backdrop, with the render's own pixels where the mask is full."""
+    matte_HW = np.asarray(mask)
+    colours_HW3 = np.asarray(cutout.convert("RGBA"))[..., :3]
+    wall_HW3 = np.full_like(colours_HW3, BACKDROP)
+    photo_HW3 = blend(np.ascontiguousarray(colours_HW3), matte_HW, wall_HW3)
+    return Image.fromarray(np.where((matte_HW == 255)[..., None], np.asarray(image), photo_HW3))
+
+
+def export(folder: Path) -> list[Item]:
+    """Write the items for a system to read. Raises ConfigError: the folder is not empty, or the renders are missing."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"--export {folder} is not empty.", "Name a new folder.")
+    rows = load_rows("bench", HELD_OUT)
+    rows.refuse_without("bench", ("mask", "cutout", "plate", "shadow"))
+    return write_items(bench_items(rows), folder)
+
+
+def score(pictures: list[str], out: Path, overrides: Sequence[str]) -> Json:
+    """Measure folders or tables of pictures; returns what report.json has.
+
+    Raises:
+        ConfigError: ``out`` is not a new folder, or the pictures are of no item.
+    """
+    items = out.with_name(f"{out.name}-items")
+    if not (items / TABLE).exists():
+        export(items)
+    keys = [f"items={items / TABLE}", f"run.dir={out}", "tracking=none", f"runs=[{','.join(pictures)}]"]
+    if not any(override.startswith("captioner") for override in overrides):
+        keys.append("captioner=none")  # the base that is shipped writes no captions before it is trained
+    evaluate(compose("evaluate", [*keys, *overrides]))
+    return json.loads((out / "report.json").read_text(encoding="utf-8"))
+
+
+def table(report: Json) -> str:
+    """The systems of a report as rows of the benchmark's table, in Markdown."""
+    lines = ["| system | items | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
+    for name, found in report["systems"].items():
+        cells = [cell(found, measure, form) for measure, form in COLUMNS.values()]
+        complete = report["items"]["count"] - len(found["missing"])
+        lines.append(f"| {name} | {complete} of {report['items']['count']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(found: Json, measure: str, form: str) -> str:
+    """A figure with its interval, or a dash where it was not measured."""
+    known = found["measures"].get(measure)
+    if known is None:
+        value = found["set"].get(measure)
+        return "–" if value is None else form.format(value)
+    edges = f"{form.format(known['low'])} to {form.format(known['high'])}"
+    return f"{form.format(known['mean'])} ({edges})"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """``packshot bench``. Raises ConfigError where the arguments do not fit."""
+    parser = argparse.ArgumentParser(prog="packshot bench", description=__doc__, exit_on_error=False)
+    parser.add_argument("pictures", nargs="*", help="folders of <id>.png, or tables with id, picture, seconds")
+    parser.add_argument("--export", type=Path, help="write the photographs, masks and words to a new folder, and stop")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="new folder of the report")
+    parser.add_argument("--set", action="append", default=[], help="a key of evaluate.py, such as suite=preservation")
+    try:
+        given = parser.parse_args(list(arguments))
+    except (argparse.ArgumentError, SystemExit) as error:
+        raise ConfigError(f"packshot bench: {error}.", parser.format_usage().strip()) from error
+    if given.export:
+        items = export(given.export)
+        print(f"{len(items)} items: {given.export / TABLE}; name your pictures <id>.png, then: packshot bench <folder>")
+    elif given.pictures:
+        print(table(score(given.pictures, given.out, given.set)))
+    else:
+        raise ConfigError("packshot bench names no pictures.", "packshot bench --export <folder> writes the items.")

@@ -1,0 +1,165 @@
+"""The pictures of any system: a folder of files named after the items, or a table that names them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from packshot.dataset.text_files import read_records
+from packshot.errors import ConfigError
+from packshot.evaluate.items import Item
+from packshot.evaluate.samples import distinct_names
+from packshot.imaging.decode import decode_image
+from packshot.runs.files import readable
+from packshot.runs.folder import log
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
+# Columns of a table of results that hold a cost, as they are called in reports.
+COSTS = ("seconds", "peak_memory_gib")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One result.
+
+    box: left, top, width and height of the whole photograph in the picture, where the system states them.
+    costs: what it took, by the names of :data:`COSTS`.
+    """
+
+    file: Path
+    box: tuple[float, float, float, float] | None = None
+    costs: dict[str, float] = field(default_factory=dict)
+
+    def read(self) -> np.ndarray:
+        """Uint8 (H, W, 3). Raises PackshotError where the file is damaged."""
+        return np.asarray(decode_image(self.file, str(self.file)).convert("RGB"))
+
+
+@dataclass(frozen=True)
+class System:
+    """One system's pictures, by the id of their item. An item may have several."""
+
+    name: str
+    path: Path
+    pictures: dict[str, list[Picture]]
+
+
+def open_systems(paths: list[str], items: list[Item]) -> list[System]:
+    """The systems that ``runs`` names, with what was left out of each on the screen.
+
+    Raises:
+        ConfigError: a folder or a table cannot be read, or has no picture of any item.
+    """
+    if not paths:
+        raise ConfigError("items is given, and runs is empty.", "Name the folders or tables that have the pictures.")
+    places = [readable("runs", path) for path in paths]
+    ids = [item.id for item in items]
+    systems = []
+    for name, place in zip(distinct_names(places), places, strict=True):
+        found = pictures_in_folder(place, ids) if place.is_dir() else pictures_in_table(place, ids)
+        if not found:
+            raise ConfigError(
+                f"runs: {place} has no picture of any item.",
+                f"Name the files after the ids of items, such as {ids[0]}.png or {ids[0]}-0.png.",
+            )
+        missing = [name for name in ids if name not in found]
+        if missing:
+            log.warning(
+                "%s has pictures of %d of %d items; missing: %s ...",
+                place,
+                len(found),
+                len(ids),
+                ", ".join(missing[:3]),
+            )
+        systems.append(System(name, place, found))
+    return systems
+
+
+def pictures_in_folder(folder: Path, ids: Collection[str]) -> dict[str, list[Picture]]:
+    """Files ``<id>.<ending>`` and ``<id>-<number>.<ending>``; others are counted on the screen."""
+    seconds = run_seconds(folder)
+    numbered: dict[str, list[tuple[int, Picture]]] = {}
+    others = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() not in ENDINGS:
+            continue
+        owner, number = owner_of(file.stem, ids)
+        if owner is None:
+            others.append(file.name)
+            continue
+        costs = {"seconds": seconds[file.stem]} if file.stem in seconds else {}
+        numbered.setdefault(owner, []).append((number, Picture(file, costs=costs)))
+    if others:
+        log.warning("%s: %d pictures belong to no item, such as %s", folder, len(others), others[0])
+    found = {}
+    for owner, pictures in numbered.items():
+        found[owner] = [picture for _, picture in sorted(pictures, key=lambda pair: pair[0])]
+    return found
+
+
+def owner_of(stem: str, ids: Collection[str]) -> tuple[str | None, int]:
+    """(id of the item, number of the picture) that a file's name states; no id where it names none."""
+    if stem in ids:
+        return stem, 0
+    numbered = re.fullmatch(r"(.+)-(\d+)", stem)
+    if numbered and numbered[1] in ids:
+        return numbered[1], int(numbered[2])
+    return None, 0
+
+
+def run_seconds(folder: Path) -> dict[str, float]:
+    """What each picture took, by its stem, where generate.py wrote the folder."""
+    metrics = folder / "metrics.jsonl"
+    if not metrics.exists():
+        return {}
+    found = {}
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if "picture" in entry and "seconds" in entry:
+            found[entry["picture"]] = float(entry["seconds"])
+    return found
+
+
+def pictures_in_table(table: Path, ids: Collection[str]) -> dict[str, list[Picture]]:
+    """Rows with ``id`` and ``picture``, a path relative to the table; and, if known, ``box`` and costs.
+
+    Raises:
+        ConfigError: a row has no picture, names a file that is not there, or a number that is none.
+    """
+    found: dict[str, list[Picture]] = {}
+    others = []
+    for row in read_records(table, "runs"):
+        given = {name: str(value) for name, value in row.items() if value not in (None, "")}
+        if "id" not in given or "picture" not in given:
+            raise ConfigError(f"runs: a row of {table} has no id or no picture.", "Fill in both columns.")
+        file = table.parent / given["picture"]
+        if given["id"] not in ids:
+            others.append(given["id"])
+            continue
+        if not file.is_file():
+            raise ConfigError(f"runs: {table} names {file}, and there is no such file.", "Check the path.")
+        try:
+            costs = {name: float(given[name]) for name in COSTS if name in given}
+            box = read_box(given["box"]) if "box" in given else None
+        except ValueError as error:
+            raise ConfigError(
+                f"runs: the row of {given['id']} in {table} has a wrong number ({error}).",
+                "box is left,top,width,height in px; seconds and peak_memory_gib are numbers.",
+            ) from error
+        found.setdefault(given["id"], []).append(Picture(file, box, costs))
+    if others:
+        log.warning("%s: %d rows belong to no item, such as %s", table, len(others), others[0])
+    return found
+
+
+def read_box(text: str) -> tuple[float, float, float, float]:
+    """``left,top,width,height`` as numbers. Raises ValueError where it is anything else."""
+    left, top, width, height = [float(part) for part in re.split(r"[,; ]+", text.strip("[]() "))]
+    if width <= 0 or height <= 0:
+        raise ValueError(f"{text} has no area")
+    return left, top, width, height

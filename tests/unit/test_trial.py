@@ -1,0 +1,363 @@
+"""evaluate.py items=...: pictures of any system, measured against a truth that is known."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from trial_fixtures import EDITS, SIDE, made, write_made, write_pictures
+
+from packshot.config.compose import compose
+from packshot.errors import ConfigError, PackshotError
+from packshot.evaluate import bench
+from packshot.evaluate.alignment import align
+from packshot.evaluate.distance import kid
+from packshot.evaluate.features import by_plain_features
+from packshot.evaluate.intervals import compare, estimate
+from packshot.evaluate.items import TABLE, open_items
+from packshot.evaluate.measures import MEASURES, floor_of, measure_all, open_trial
+from packshot.evaluate.results import Picture, open_systems
+from packshot.evaluate.run import evaluate
+from packshot.evaluate.sets import Seen, clip_text, diversity, product_similarity, reference_choice
+from packshot.imaging.outline import segment_near
+
+QUICK = ["tracking=none", "captioner=none", "scores.features=plain"]
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory):
+    """Three items on the disk with what they are made of."""
+    folder = tmp_path_factory.mktemp("items")
+    return *write_made(folder / "items", 3), folder / "items"
+
+
+def measured(item, picture, tmp_path):
+    file = tmp_path / f"{item.id}.png"
+    Image.fromarray(picture).save(file)
+    return measure_all(open_trial(item, Picture(file), segment_near, floor_of(item, segment_near)))
+
+
+def scores_of_edits(item, made_item, tmp_path):
+    """The measures of the true picture, and of every planted edit."""
+    found = {"true": measured(item, made_item.compose(), tmp_path)}
+    for name, (edit, _) in EDITS.items():
+        found[name] = measured(item, edit(made_item), tmp_path)
+    return found
+
+
+def test_a_true_picture_has_no_fault(bed, tmp_path):
+    items, several, _ = bed
+    found = measured(items[0], several[0].compose(), tmp_path)
+    assert found["core_identical_share"] == 1
+    assert found["core_delta_e"] == found["shift"] == found["extended"] == 0
+    assert found["halo"] < 0.05
+    assert found["shadow_error"] < 0.3
+
+
+def test_every_planted_edit_moves_its_own_score_alone(bed, tmp_path):
+    """Another score moves by less than a third of what its own edit moves it."""
+    items, several, _ = bed
+    found = scores_of_edits(items[0], several[0], tmp_path)
+    own = {measure: found[name][measure] - found["true"][measure] for name, (_, measure) in EDITS.items()}
+    assert all(change > 0 for change in own.values()), own
+    for name, (_, measure) in EDITS.items():
+        for other, change in own.items():
+            if other != measure:
+                assert abs(found[name][other] - found["true"][other]) < change / 3, (name, other)
+
+
+def test_the_old_background_at_the_edge_is_a_halo(bed, tmp_path):
+    """A mask that is two pixels too wide takes a rim of the photograph's wall along."""
+    items, several, _ = bed
+    wide = cv2.dilate(several[0].mask_HW, np.ones((5, 5), np.uint8))
+    picture = np.where((wide > 127)[..., None], several[0].photo(), several[0].plate_HW3)
+    assert measured(items[0], picture, tmp_path)["halo"] > 0.3
+
+
+@pytest.mark.slow
+def test_planted_edits_on_held_out_renders(tmp_path):
+    """What the benchmark measures on real renders: the mean of each edit's own score moves, the others stay."""
+    from trial_fixtures import Made
+
+    from packshot.imaging.matte import unmix
+
+    found = {}
+    items = bench.export(tmp_path / "items")[:40]
+    for item in items:
+        photo, mask = item.photo_and_mask()
+        parts = Made(mask, unmix(photo, mask), item.read("plate"), item.read("shadow", "L"))
+        for name, picture in {"true": parts.compose(), "removed shadow": parts.compose(shadow=False)}.items():
+            found.setdefault(name, []).append(measured(item, picture, tmp_path))
+    means = {}
+    for name, rows in found.items():
+        means[name] = {measure: np.nanmean([row[measure] for row in rows]) for measure in MEASURES}
+    assert means["removed shadow"]["shadow_error"] > means["true"]["shadow_error"] + 0.3
+    for measure in ("core_delta_e", "shift", "extension", "halo"):
+        assert abs(means["removed shadow"][measure] - means["true"][measure]) < 0.03
+
+
+# ---- alignment ----
+
+
+def test_a_move_by_pixels_is_found():
+    item = made()
+    place = align(item.photo(), item.mask_HW, item.compose(dx=-12))
+    assert (place.left, place.top, place.resampling) == (-12, 0, "none")
+
+
+def test_a_recoloured_half_does_not_move_the_product():
+    item = made()
+    picture = item.compose()
+    picture[40:70, 58:98] = 255 - picture[40:70, 58:98]
+    assert align(item.photo(), item.mask_HW, picture).left == 0
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.6])
+def test_a_product_on_another_canvas_is_found(scale):
+    item = made()
+    canvas = cv2.resize(made(9).plate_HW3, (400, 300))
+    size = (round(SIDE * scale), round(SIDE * scale))
+    photo, mask = (cv2.resize(part, size, interpolation=cv2.INTER_CUBIC) for part in (item.photo(), item.mask_HW))
+    left, top = 120, 30
+    window = canvas[top : top + size[1], left : left + size[0]]
+    window[:] = np.where((mask > 127)[..., None], photo, window)[: window.shape[0]]
+    place = align(item.photo(), item.mask_HW, canvas)
+    assert place.scale == pytest.approx(scale, rel=0.03)
+    middle = SIDE / 2 * scale
+    assert place.left + SIDE / 2 * place.scale == pytest.approx(left + middle, abs=3)
+    assert place.top + SIDE / 2 * place.scale == pytest.approx(top + middle, abs=3)
+
+
+def test_a_stated_place_is_not_searched():
+    item = made()
+    canvas = np.full((300, 400, 3), 90, np.uint8)
+    place = align(item.photo(), item.mask_HW, canvas, box=(10, 20, 80, 80))
+    assert (place.left, place.top, place.scale, place.stated) == (10, 20, 0.5, True)
+
+
+# ---- items and systems ----
+
+
+def test_a_foreign_folder_is_scored_without_any_certificate(bed, tmp_path):
+    items, several, folder = bed
+    pictures = {item.id: one.compose() for item, one in zip(items[:2], several, strict=False)}
+    theirs = write_pictures(tmp_path / "theirs", pictures)
+    (theirs / "logo.png").write_bytes((theirs / "item0.png").read_bytes())
+    evaluate(compose("evaluate", [f"items={folder}", f"runs=[{theirs}]", f"run.dir={tmp_path}/run", *QUICK]))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    system = report["systems"]["theirs"]
+    assert system["measures"]["core_identical_share"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "items": 2}
+    assert system["missing"] == ["item2"]
+    assert system["set"]["cmmd, plain"] >= 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "2 of 3 items" in log
+    assert "1 pictures belong to no item, such as logo.png" in log
+    assert "Worst cases" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_two_systems_are_compared_item_by_item(bed, tmp_path):
+    items, several, folder = bed
+    good = write_pictures(tmp_path / "good", {item.id: one.compose() for item, one in zip(items, several, strict=True)})
+    edit, measure = EDITS["recoloured label"]
+    bad = write_pictures(tmp_path / "bad", {item.id: edit(one) for item, one in zip(items, several, strict=True)})
+    keys = [f"items={folder}", f"runs=[{good},{bad}]", f"run.dir={tmp_path}/run", "suite=preservation", *QUICK]
+    evaluate(compose("evaluate", keys))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    found = report["comparisons"]["good against bad"]
+    assert (found[measure]["wins"], found[measure]["ties"], found[measure]["losses"]) == (3, 0, 0)
+    assert found["shift"]["ties"] == 3
+
+
+def test_order_and_format_of_files_change_no_score(bed, tmp_path):
+    items, several, folder = bed
+    pictures = {item.id: one.compose(dx=-3) for item, one in zip(items, several, strict=True)}
+    systems = [write_pictures(tmp_path / "png", pictures), write_pictures(tmp_path / "bmp", pictures, "bmp")]
+    systems.append(write_pictures(tmp_path / "webp", pictures, "webp", lossless=True))
+    with (tmp_path / "table.csv").open("w", newline="") as file:
+        rows = [["id", "picture"], *([name, f"png/{name}.png"] for name in reversed(pictures))]
+        csv.writer(file).writerows(rows)
+    runs = ",".join(map(str, [*systems, tmp_path / "table.csv"]))
+    evaluate(compose("evaluate", [f"items={folder}", f"runs=[{runs}]", f"run.dir={tmp_path}/run", *QUICK]))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    found = [(system["measures"], system["set"], system["by_item"]) for system in report["systems"].values()]
+    assert len(found) == 4
+    assert all(one == found[0] for one in found)
+
+
+def test_a_product_set_can_be_the_items(tmp_path):
+    rows = open_items(Path("data/rendered/showcase"), tmp_path / "items")
+    assert len(rows) == 24
+    photo, mask = rows[0].photo_and_mask()
+    assert photo.shape[:2] == mask.shape
+    assert (tmp_path / "items" / TABLE).exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ("id,photo\na,photo.png\n", "has no mask"),
+        ("id,photo,mask\na,photo.png,nowhere.png\n", "there is no such file"),
+        ("id,photo,mask\na,photo.png,mask.png\na,photo.png,mask.png\n", "more than once"),
+    ],
+)
+def test_wrong_items_are_named(tmp_path, table, says):
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
+    (tmp_path / "items.csv").write_text(table)
+    with pytest.raises(ConfigError, match=says):
+        open_items(tmp_path / "items.csv", tmp_path)
+
+
+def test_an_empty_mask_is_refused(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    Image.new("L", (8, 8), 0).save(tmp_path / "mask.png")
+    (tmp_path / "items.csv").write_text("id,photo,mask\na,photo.png,mask.png\n")
+    [item] = open_items(tmp_path / "items.csv", tmp_path)
+    with pytest.raises(PackshotError, match="empty"):
+        item.photo_and_mask()
+
+
+def test_wrong_results_are_named(bed, tmp_path):
+    items, _, _ = bed
+    with pytest.raises(ConfigError, match="runs is empty"):
+        open_systems([], items)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no picture of any item"):
+        open_systems([str(tmp_path / "empty")], items)
+    (tmp_path / "table.csv").write_text("id,picture,seconds\nitem0,table.csv,fast\n")
+    with pytest.raises(ConfigError, match="wrong number"):
+        open_systems([str(tmp_path / "table.csv")], items)
+
+
+def test_costs_that_are_stated_are_reported(bed, tmp_path):
+    items, several, folder = bed
+    write_pictures(tmp_path / "theirs", {item.id: one.compose() for item, one in zip(items, several, strict=True)})
+    rows = [["id", "picture", "seconds"], *([f"item{k}", f"theirs/item{k}.png", k + 1.0] for k in range(3))]
+    with (tmp_path / "theirs.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    keys = [f"items={folder}", f"runs=[{tmp_path}/theirs.csv]", f"run.dir={tmp_path}/run", "suite=scene", *QUICK]
+    evaluate(compose("evaluate", keys))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["systems"]["theirs.csv"]["measures"]["seconds"]["mean"] == 2.0
+
+
+# ---- measures of sets, and how sure they are ----
+
+
+def seen_of(items, pictures):
+    found = []
+    for item, picture in zip(items, pictures, strict=True):
+        _, mask = item.photo_and_mask()
+        found.append(Seen(item, Picture(item.pictures["photo"]), picture, mask))
+    return found
+
+
+def test_diversity_is_zero_for_copies_of_one_picture(bed):
+    items, several, _ = bed
+    same = seen_of([items[0], items[0]], [several[0].compose()] * 2)
+    other = seen_of([items[0], items[0]], [several[0].compose(), several[0].compose() // 3])
+    assert diversity(same, by_plain_features)["item0"] == pytest.approx(0, abs=1e-9)
+    assert diversity(other, by_plain_features)["item0"] > 0.01
+
+
+def test_pictures_that_are_their_references_are_chosen(tmp_path):
+    items, _ = write_made(tmp_path, 5)
+    colours = [(200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (40, 200, 200)]
+    looks = [np.full((SIDE, SIDE, 3), colour, np.uint8) for colour in colours]
+    for item, look in zip(items, looks, strict=True):
+        Image.fromarray(look).save(item.pictures["reference"])
+    assert set(reference_choice(seen_of(items, looks), by_plain_features).values()) == {1.0}
+    swapped = [*looks[1:], looks[0]]
+    assert set(reference_choice(seen_of(items, swapped), by_plain_features).values()) == {0.0}
+
+
+def test_kid_by_hand():
+    """Two points a set: (x·y / D + 1)³ over the pairs of different points, and between the sets."""
+    a = np.array([[1.0, 0.0], [0.0, 1.0]])
+    b = np.array([[1.0, 1.0], [1.0, 0.0]])
+    between = np.mean([(1 / 2 + 1) ** 3, (1 / 2 + 1) ** 3, (1 / 2 + 1) ** 3, 1.0])
+    assert kid(a, b) == pytest.approx(1000 * (1.0 + 1.5**3 - 2 * between))
+
+
+def test_an_interval_holds_the_mean_and_no_order():
+    values = {f"i{k}": float(k % 7) for k in range(50)}
+    known = estimate(values)
+    assert known.low < known.mean < known.high
+    assert estimate(dict(reversed(values.items()))) == known
+    assert estimate({"a": float("nan")}) is None
+    assert estimate({**values, "broken": float("nan")}) == known
+
+
+def test_wins_follow_the_direction_of_the_measure():
+    first, second = {"a": 1.0, "b": 2.0, "c": 3.0}, {"a": 2.0, "b": 2.0, "c": 1.0, "d": 0.0}
+    lower = compare(first, second, lower_is_better=True)
+    assert (lower.wins, lower.ties, lower.losses) == (1, 1, 1)
+    higher = compare({"a": 2.0}, {"a": 1.0}, lower_is_better=False)
+    assert (higher.wins, higher.losses) == (1, 0)
+
+
+def write_clip(folder):
+    """A CLIP model of random weights with its tokenizer."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    side = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = CLIPTokenizer.from_pretrained("data/models/sdxl/tokenizer")
+    text = {**side, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    vision = {**side, "image_size": 32, "patch_size": 16}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def test_clip_and_dino_scores_by_weights_that_are_given(bed, tmp_path):
+    import torch
+    from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
+
+    items, several, _ = bed
+    write_clip(tmp_path)
+    seen = seen_of(items[:1], [several[0].compose()])
+    found = clip_text(seen, str(tmp_path))["item0"]
+    model = CLIPModel.from_pretrained(tmp_path).eval()
+    words = CLIPTokenizer.from_pretrained(tmp_path)([items[0].text], return_tensors="pt", padding=True)
+    pixels = AutoImageProcessor.from_pretrained(tmp_path)(
+        images=[Image.fromarray(several[0].compose())], return_tensors="pt"
+    )
+    with torch.inference_mode():
+        outputs = model(pixel_values=pixels["pixel_values"], **words)
+    cosine = torch.cosine_similarity(outputs.image_embeds, outputs.text_embeds).item()
+    assert found == pytest.approx(100 * cosine, abs=1e-3)
+    from packshot.evaluate.features import named_encoder
+
+    embed = named_encoder(str(tmp_path), "scores.dino")
+    same = product_similarity(seen_of(items[:1], [several[0].photo()]), embed)["item0"]
+    other = product_similarity(seen_of(items[:1], [255 - several[0].photo()]), embed)["item0"]
+    assert same == pytest.approx(1.0, abs=1e-5)
+    assert other < same
+
+
+# ---- the benchmark ----
+
+
+def test_the_benchmark_prints_a_row_for_a_folder(tmp_path, capsys):
+    items = bench.export(tmp_path / "items")
+    folder = tmp_path / "truth"
+    folder.mkdir()
+    for item in items[:3]:
+        shutil.copy(item.pictures["truth"], folder / f"{item.id}.png")
+        photo, mask = item.photo_and_mask()
+        assert (photo[mask == 255] == item.read("truth")[mask == 255]).all()
+    bench.main([str(folder), "--out", str(tmp_path / "bench"), "--set", "scores.features=plain"])
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.startswith(f"| truth | 3 of {len(items)} | 100.0% (100.0% to 100.0%) |")
+    with pytest.raises(ConfigError, match="not empty"):
+        bench.export(tmp_path / "items")
+    with pytest.raises(ConfigError, match="names no pictures"):
+        bench.main([])
+    with pytest.raises(ConfigError, match="usage"):
+        bench.main(["--nothing"])
