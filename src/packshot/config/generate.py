@@ -6,10 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from packshot.config.background import BackgroundConfig
 from packshot.config.caption import CaptionerConfig
 from packshot.config.common import DepthConfig, LicenseConfig, MatteConfig, SceneConfig, Script
 from packshot.config.conditions import settings_class
 from packshot.config.keys import Names, opt
+from packshot.config.output import OutputConfig
 from packshot.errors import ConfigError
 
 IPAdapterLayers = Names("IPAdapterLayers", ["all", "style", "layout", "style_and_layout"])
@@ -139,6 +141,7 @@ class GenerateSettings(settings_class()):
     position: list[float] = opt(
         [], "x, y of the product's middle as shares of the canvas, 0,0 being the top left (placement=coordinates)"
     )
+    background: BackgroundConfig = field(default_factory=BackgroundConfig)
 
     def canvas_ratio(self) -> float | None:
         """Width over height of ``aspect_ratio``. Raises ConfigError where it is not a ratio."""
@@ -244,6 +247,7 @@ class Generate(Script, GenerateSettings):
     reference_weights: list[int] = opt([], "weight of each of them: whole numbers, together at most 64; default 1 each")
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     num_images: int = opt(4, "pictures per product", min=1, max=64)
+    output: OutputConfig = field(default_factory=OutputConfig)
     layers: bool = opt(True, "also write the parts of every picture to layers/; evaluate.py reads them")
     baseline: str | None = opt(None, "folder of an earlier run, whose pictures report.html shows next to these")
 
@@ -260,6 +264,7 @@ class Generate(Script, GenerateSettings):
             raise ConfigError("prompt and scene.* are both given.", "Use one: the scene is rendered to the prompt.")
         if self.reference and self.references:
             raise ConfigError("reference and references are both given.", "Add the one to the list of the others.")
+        self.check_plain()
         files = self.reference_files()
         if files and not self.adapters.ip_adapter:
             raise ConfigError(
@@ -267,6 +272,20 @@ class Generate(Script, GenerateSettings):
                 "Add adapters.ip_adapter=<export folder of train_ip_adapter.py>.",
             )
         reference_weights(len(files), self.reference_weights)
+
+    def check_plain(self) -> None:
+        """Raises ConfigError where a background of one colour is asked for, and words or pictures for another."""
+        if not self.background.color:
+            return
+        words = {f"scene.{slot}": value for slot, value in vars(self.scene).items()}
+        words |= {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
+        words |= {"reference": self.reference, "references": self.references}
+        for key, value in words.items():
+            if value:
+                raise ConfigError(
+                    f"{key}={value} has no effect with background.color={self.background.color}: nothing is drawn.",
+                    f"Leave out {key}, or background.color.",
+                )
 
 
 @dataclass

@@ -6,6 +6,7 @@ YAML and overrides into these classes (so a misspelt key cannot pass), ``--help`
 scripts only they travel, never a DictConfig.
 """
 
+from packshot.config.background import *  # noqa: F403
 from packshot.config.caption import *  # noqa: F403
 from packshot.config.caption import CaptionVLM
 from packshot.config.common import *  # noqa: F403
@@ -16,6 +17,7 @@ from packshot.config.make_dataset import BuildData
 from packshot.config.merge import Merge
 from packshot.config.methods import *  # noqa: F403
 from packshot.config.methods import TrainControlNet, TrainIPAdapter, TrainLora
+from packshot.config.output import *  # noqa: F403
 from packshot.config.plan import *  # noqa: F403
 from packshot.config.train import *  # noqa: F403
 

@@ -69,7 +69,7 @@ def allowed_keys() -> dict[str, tuple[dataclasses.Field[Cell], Hint]]:
     """The config keys that a campaign may set for each row."""
     known = {key: (entry, hint) for key, entry, hint in fields(Generate)}
     wanted = {key for key, _, _ in fields(GenerateSettings)} | set(_OTHERS)
-    wanted |= {key for key in known if key.startswith("scene.")}
+    wanted |= {key for key in known if key.startswith(("scene.", "output."))}
     return {key: known[key] for key in known if key in wanted}
 
 

@@ -69,9 +69,48 @@ class Request(Part):
     scene: dict[str, Any]
     prompt: str
     negative_prompt: str | None
-    num_inference_steps: int = Field(ge=1)
+    num_inference_steps: Count = Field(description="0 where nothing was drawn")
     guidance_scale: float
     seed: Count
+
+
+class Difference(Part):
+    """Steps of 255 by which a file's pixels differ from the PNG's."""
+
+    max: int = Field(ge=0, le=255)
+    mean: float = Field(ge=0)
+
+
+class Differences(Part):
+    core: Difference
+    overall: Difference
+
+
+class Check(Part):
+    measured: float
+    asked: float
+    passed: bool
+
+
+class Standard(Part):
+    """The rules of a marketplace, measured on the file that is handed over."""
+
+    name: str
+    passed: bool
+    checks: dict[str, Check]
+
+
+class Delivery(Part):
+    """The file that is handed over: the PNG itself, or one of another format next to it."""
+
+    file: str
+    sha256: Sha256
+    bytes: Count
+    media_type: str
+    profile: str
+    quality: int | None = Field(ge=1, le=100, description="null: a format without loss")
+    difference: Differences
+    standard: Standard | None = None
 
 
 class Certificate(Part):
@@ -87,9 +126,10 @@ class Certificate(Part):
     input: Input
     mask: Mask
     transform: Transform
-    working_size: Pair
+    working_size: Pair | None = Field(description="width and height at which it was drawn; null: nothing was drawn")
     request: Request
     model: dict[str, Any] = Field(description="the weights, by part")
+    delivery: Delivery | None = Field(None, description="null: only the PNG was made")
 
 
 def json_schema() -> dict[str, Any]:

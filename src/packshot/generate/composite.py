@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
 
 from packshot.generate.canvas import Canvas, Working, background_at
 from packshot.generate.color import ColourFit, fit_colour
-from packshot.imaging.pixels import to_bytes
 
 
 def blend(foreground_HW3: np.ndarray, matte_HW: np.ndarray, background_HW3: np.ndarray) -> np.ndarray:
@@ -33,27 +31,8 @@ def calibrate(decoded_HW3: np.ndarray, working: Working) -> ColourFit:
     return fit_colour(decoded_HW3[inside].astype(np.float64), truth)
 
 
-def compose(canvas: Canvas, working: Working, decoded_HW3: np.ndarray) -> tuple[np.ndarray, np.ndarray, ColourFit]:
-    """(picture, background, colour fit); the two pictures are uint8 (H, W, 3) at the canvas's size."""
+def drawn_background(canvas: Canvas, working: Working, decoded_HW3: np.ndarray) -> tuple[np.ndarray, ColourFit]:
+    """(background, colour fit); the background is uint8 (H, W, 3) at the canvas's size."""
     fit = calibrate(decoded_HW3, working)
     height, width = canvas.matte_HW.shape
-    background = background_at(fit.apply(decoded_HW3), working.frame, height, width)
-    return blend(canvas.foreground_HW3, canvas.matte_HW, background), background, fit
-
-
-def make_layers(
-    canvas: Canvas, working: Working, decoded_HW3: np.ndarray, background_HW3: np.ndarray
-) -> dict[str, Image.Image]:
-    """The parts of a result. ``blend(product's RGB, product's alpha, background)`` gives the picture again, exactly.
-
-    background: RGB, colour-corrected. product: RGBA, colours un-mixed from the old background. mask: L, the alpha.
-    raw: RGB, what the model drew (product included) at the working size, before any correction.
-    """
-    raw = to_bytes(decoded_HW3[working.frame.content])
-    product = np.dstack([canvas.foreground_HW3, canvas.matte_HW])
-    return {
-        "background": Image.fromarray(background_HW3),
-        "product": Image.fromarray(product),
-        "mask": Image.fromarray(canvas.matte_HW),
-        "raw": Image.fromarray(raw),
-    }
+    return background_at(fit.apply(decoded_HW3), working.frame, height, width), fit

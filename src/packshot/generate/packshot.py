@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,13 +13,15 @@ from packshot.config.compose import with_values
 from packshot.config.schema import AdaptersConfig, GenerateSettings, InferenceConfig, MatteConfig, ModelConfig
 from packshot.errors import ConfigError
 from packshot.generate.canvas import Canvas, Working, make_working, place, plan_frame
+from packshot.generate.composite import drawn_background
 from packshot.generate.conditions import read_by, scene_inputs
 from packshot.generate.denoise import Conditioning, OnStep, denoise, encode
 from packshot.generate.json_types import Json
 from packshot.generate.load import Models, load_models
+from packshot.generate.plain import NO_MODELS, PlainReady, draw_plain, plain_request
 from packshot.generate.product import Product, Source, prepare
 from packshot.generate.request import describe_request, usable_references
-from packshot.generate.result import Result, finish
+from packshot.generate.result import Background, Result, finish
 from packshot.scene import Scene
 
 __all__ = ["Packshot", "Result"]
@@ -160,13 +162,15 @@ class Packshot:
         settings: GenerateSettings | None = None,
         reference: Source | Sequence[Source] | None = None,
         reference_weights: Sequence[int] = (),
-    ) -> Ready:
+    ) -> Ready | PlainReady:
         """All that the pictures of a request share, made once. Arguments and errors as of :meth:`generate`."""
         settings = settings or GenerateSettings()
         validate(settings)
         canvas = self.canvas(settings)
         product = self.product
         assert product is not None  # canvas() refuses to go on without one
+        if settings.background.color:
+            return PlainReady(product, canvas, settings, plain_request(settings))
         references = usable_references(self.models, reference, reference_weights)
         asked = describe_request(self.models, scene, settings, references)
         height, width = canvas.matte_HW.shape
@@ -176,8 +180,23 @@ class Packshot:
             conditioning = encode(self.models, asked["prompt"], settings, references, scene_inputs(asked))
         return Ready(product, canvas, working, conditioning, settings, asked)
 
-    def draw(self, ready: Ready, seed: int, on_step: OnStep | None = None, with_layers: bool = True) -> Result:
+    def drawer(
+        self,
+        scene: Scene | str,
+        settings: GenerateSettings,
+        reference: Source | Sequence[Source] | None = None,
+        reference_weights: Sequence[int] = (),
+    ) -> Callable[[int, bool], Result]:
+        """What makes the picture of a seed, with or without its layers, from one :meth:`make_ready`."""
+        ready = self.make_ready(scene, settings, reference, reference_weights)
+        return lambda seed, with_layers: self.draw(ready, seed, None, with_layers)
+
+    def draw(
+        self, ready: Ready | PlainReady, seed: int, on_step: OnStep | None = None, with_layers: bool = True
+    ) -> Result:
         """One picture of a request. Raises PackshotError: the model failed (NaN)."""
+        if isinstance(ready, PlainReady):
+            return draw_plain(ready, seed, with_layers)
         with self._turn:
             decoded = denoise(self.models, ready.working, ready.conditioning, ready.settings, seed, on_step)
         stated = {
@@ -185,7 +204,13 @@ class Packshot:
             "lost_words": ready.conditioning.lost_words,
             "model": self.models.manifest,
         }
-        return finish(ready.product, ready.canvas, ready.working, decoded, stated, with_layers)
+        rgb, fit = drawn_background(ready.canvas, ready.working, decoded)
+        background = Background(rgb, fit.report, ready.working, decoded)
+        return finish(ready.product, ready.canvas, background, stated, with_layers)
+
+    def manifest(self, settings: GenerateSettings) -> Json:
+        """The models that a request with these settings uses, for certificates."""
+        return NO_MODELS if settings.background.color else self.models.manifest
 
     def request(
         self,
@@ -199,6 +224,8 @@ class Packshot:
         Raises:
             ConfigError: a reference is missing or not an image, or no adapter reads it or an input of control maps.
         """
+        if settings.background.color:
+            return plain_request(settings)
         references = usable_references(self.models, reference, reference_weights)
         return describe_request(self.models, scene, settings, references)
 

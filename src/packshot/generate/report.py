@@ -131,6 +131,22 @@ def glob_escape(text: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in text)
 
 
+def delivered_text(delivery: Json | None) -> str:
+    """The file that was handed over, in a few words; nothing where it is the PNG itself."""
+    if delivery is None:
+        return ""
+    parts = []
+    if delivery["quality"] is not None:
+        core = delivery["difference"]["core"]["max"]
+        parts.append(f"{delivery['file']}, {delivery['bytes']:,} bytes, quality {delivery['quality']}")
+        parts.append(f"core differs by up to {core}")
+    standard = delivery["standard"]
+    if standard is not None:
+        missed = [rule for rule, check in standard["checks"].items() if not check["passed"]]
+        parts.append(f"{standard['name']}: {'missed ' + ', '.join(missed) if missed else 'kept'}")
+    return ", ".join(parts)
+
+
 def result_card(folder: Path, stem: str, certificate: Json, baseline: Path | None) -> str:
     core = certificate["core"]
     edge = certificate["edge"]
@@ -150,6 +166,7 @@ def result_card(folder: Path, stem: str, certificate: Json, baseline: Path | Non
         else fit["reason"],
         "placement": f"{certificate['transform']['placement']}, resampling {certificate['transform']['resampling']}",
         "seed": str(certificate["request"]["seed"]),
+        "file": delivered_text(certificate.get("delivery")),
     }
     tag = f'<span class="tag{" review" if review else ""}">{"needs review" if review else "accepted"}</span>'
     link = f'<a href="{html.escape(quote(stem))}.json">certificate</a>'

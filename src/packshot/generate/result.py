@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -12,9 +12,11 @@ from PIL import Image
 
 from packshot.generate import certificate as certificates
 from packshot.generate.canvas import Canvas, Working
-from packshot.generate.composite import compose, make_layers
+from packshot.generate.composite import blend
 from packshot.generate.json_types import Json
+from packshot.generate.output import with_profile
 from packshot.generate.product import Product
+from packshot.imaging.pixels import to_bytes
 
 
 @dataclass(frozen=True)
@@ -24,47 +26,78 @@ class Result:
     image: RGB at the output's size. certificate: JSON-able, see docs of ``packshot.generate.certificate``.
     layers: ``background`` RGB, ``product`` RGBA, ``mask`` L, ``raw`` RGB (the model's own drawing, working size); none
         where they are not asked for.
-    png: the encoded image that the certificate was measured on.
+    png: the encoded image that the certificate was measured on. canvas: the product on the picture's grid.
     """
 
     image: Image.Image
     certificate: Json
     layers: dict[str, Image.Image]
     png: bytes = field(repr=False)
+    canvas: Canvas = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Background:
+    """What lies behind the product, uint8 (H, W, 3) at the canvas's size.
+
+    colour_fit: of the certificate. working: the working copy that it was drawn at, and raw_HW3 that drawing, float in
+    [0, 1]; None where nothing was drawn.
+    """
+
+    rgb_HW3: np.ndarray
+    colour_fit: Json
+    working: Working | None = None
+    raw_HW3: np.ndarray | None = None
 
 
 def finish(
     product: Product,
     canvas: Canvas,
-    working: Working,
-    decoded_HW3: np.ndarray,
+    background: Background,
     stated: Mapping[str, Any],
     with_layers: bool,
+    expected: Collection[str] = (),
 ) -> Result:
-    """Compose, encode and measure one drawn picture.
+    """Compose, encode and measure one picture.
 
-    decoded_HW3: float in [0, 1] at the working size. stated: entries of the certificate that are known already: what
-    was asked for, the words that were lost, and the models. with_layers: whether the result has its parts.
+    stated: entries of the certificate that are known already: what was asked for, the words that were lost, and the
+    models. with_layers: whether the result has its parts. expected: reason codes that are no fault of this picture.
     """
-    picture, background, fit = compose(canvas, working, decoded_HW3)
-    image = Image.fromarray(picture)
-    png = certificates.encode_png(picture)
+    picture = blend(canvas.foreground_HW3, canvas.matte_HW, background.rgb_HW3)
+    png = with_profile(certificates.encode_png(picture))
     measured = certificates.measure(png, canvas)
+    frame = background.working.frame if background.working else None
     certificate = {
         "version": certificates.VERSION,
         "packshot": version("packshot"),
-        **certificates.judge(picture, canvas, measured),
+        **certificates.judge(picture, canvas, measured, expected),
         **measured,
         "input": {"name": product.name, "sha256": product.sha256},
         "mask": describe_mask(product),
         "transform": {"decoding": list(product.decoding), **canvas.transform},
-        "working_size": [working.frame.width, working.frame.height],
-        "colour_fit": fit.report,
+        "working_size": [frame.width, frame.height] if frame else None,
+        "colour_fit": background.colour_fit,
         **stated,
         "product_extension": None,  # needs a second segmentation; evaluate.py measures it
     }
-    layers = make_layers(canvas, working, decoded_HW3, background) if with_layers else {}
-    return Result(image, certificate, layers, png)
+    layers = make_layers(canvas, background) if with_layers else {}
+    return Result(Image.fromarray(picture), certificate, layers, png, canvas)
+
+
+def make_layers(canvas: Canvas, background: Background) -> dict[str, Image.Image]:
+    """The parts of a result. ``blend(product's RGB, product's alpha, background)`` gives the picture again, exactly.
+
+    background: RGB, colour-corrected. product: RGBA, colours un-mixed from the old background. mask: L, the alpha.
+    raw: RGB, what the model drew (product included) at the working size, before any correction; only if it did.
+    """
+    layers = {
+        "background": Image.fromarray(background.rgb_HW3),
+        "product": Image.fromarray(np.dstack([canvas.foreground_HW3, canvas.matte_HW])),
+        "mask": Image.fromarray(canvas.matte_HW),
+    }
+    if background.working is not None and background.raw_HW3 is not None:
+        layers["raw"] = Image.fromarray(to_bytes(background.raw_HW3[background.working.frame.content]))
+    return layers
 
 
 def describe_mask(product: Product) -> Json:

@@ -10,23 +10,26 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from packshot.config.conditions import networks
-from packshot.config.schema import Generate
+from packshot.config.schema import Generate, OutputConfig
 from packshot.errors import ConfigError, PackshotError
-from packshot.generate import Packshot, Result
 from packshot.generate.campaign import plan_campaign, set_aside, write_index
-from packshot.generate.certificate import LAYERS, digest, encode_png, load_certificates
+from packshot.generate.certificate import LAYERS, digest, encode_png, load_certificates, verdict
 from packshot.generate.jobs import Job, product_jobs
 from packshot.generate.json_types import Json
 from packshot.generate.load import check_adapters, load_models
+from packshot.generate.output import asked_output, deliver
+from packshot.generate.packshot import Packshot, Result
+from packshot.generate.plain import PlainPackshot
 from packshot.generate.product import Product, prepare
 from packshot.generate.references import open_references
 from packshot.generate.report import write_report
-from packshot.runs.files import file_sha256, readable, replacing_file, writing
+from packshot.runs.files import file_sha256, readable, replacing_file, sha256, writing
 from packshot.runs.folder import Run, log, open_run
 from packshot.runs.licenses import refuse_weights
 from packshot.runs.progress import progress
@@ -34,6 +37,8 @@ from packshot.runs.tracking import open_tracker
 
 WRITERS = 4  # threads; OpenCV encodes outside the interpreter lock
 RESUME = "run.resume=true makes what is missing."
+MACHINE = ("device", "dtype")  # parts of a certificate's models that another machine may have otherwise
+Tool: TypeAlias = Packshot | PlainPackshot
 
 
 def generate(config: Generate) -> None:
@@ -48,7 +53,7 @@ def generate(config: Generate) -> None:
     """
     refuse_weights(config)
     campaign = plan_campaign(config) if config.campaign else None
-    jobs = campaign.jobs if campaign else product_jobs(config)
+    jobs = without_repeats(campaign.jobs if campaign else product_jobs(config))
     baseline = open_folder("baseline", config.baseline)
     named_networks = networks(config)
     for job in jobs:
@@ -57,7 +62,7 @@ def generate(config: Generate) -> None:
     products = Products(config, needed)
     if len({job.product for job in jobs}) == 1:  # then an unusable photo is a wrong input
         products.of(jobs[0])
-    tool = Packshot(load_models(config.model, config.adapters, config.inference), config.matte, networks=named_networks)
+    tool = load_tool(config, jobs)
     run = open_run("generate", config, resumable=False)
     check_made(run.path, tool, jobs)
     run.write_config(config)
@@ -76,6 +81,31 @@ def generate(config: Generate) -> None:
     raise_failures(failures, len(jobs))
 
 
+def without_repeats(jobs: list[Job]) -> list[Job]:
+    """The jobs, with one picture of each that draws nothing: all of its pictures would be the same."""
+    kept = []
+    left_out = 0
+    for job in jobs:
+        if job.config.background.color and job.config.num_images > 1:
+            left_out += job.config.num_images - 1
+            job = replace(job, config=replace(job.config, num_images=1))
+        kept.append(job)
+    if left_out:
+        log.warning(
+            "background.color draws nothing, so all pictures of a product are the same; %d of num_images are left out",
+            left_out,
+        )
+    return kept
+
+
+def load_tool(config: Generate, jobs: list[Job]) -> Tool:
+    """What draws the jobs; models are loaded if any job needs them."""
+    if all(job.config.background.color for job in jobs):
+        return PlainPackshot()
+    models = load_models(config.model, config.adapters, config.inference)
+    return Packshot(models, config.matte, networks=networks(config))
+
+
 @dataclass
 class Products:
     """Prepares products for jobs; the last one is kept, because jobs of one product follow each other."""
@@ -92,7 +122,7 @@ class Products:
         return replace(self.last[2], name=job.name)
 
 
-def make_all(run: Run, tool: Packshot, jobs: list[Job], products: Products) -> list[tuple[str, PackshotError]]:
+def make_all(run: Run, tool: Tool, jobs: list[Job], products: Products) -> list[tuple[str, PackshotError]]:
     """The pictures of all jobs; returns those that failed, with the reason of each."""
     failures = []
     copies: dict[Path, Path] = {}
@@ -108,7 +138,7 @@ def make_all(run: Run, tool: Packshot, jobs: list[Job], products: Products) -> l
     return failures
 
 
-def check_made(folder: Path, tool: Packshot, jobs: list[Job]) -> None:
+def check_made(folder: Path, tool: Tool, jobs: list[Job]) -> None:
     """Pictures that a run folder already has must be those that would be made now.
 
     Raises:
@@ -124,7 +154,7 @@ def check_made(folder: Path, tool: Packshot, jobs: list[Job]) -> None:
         request = tool.request(job.request, config, config.reference_files(), config.reference_weights)
         seeded = {**request, "seed": config.run.seed + int(number)}
         now = {"request": seeded, "input": {"name": name, "sha256": file_sha256(job.product)}}
-        now["model"] = {part: value for part, value in tool.models.manifest.items() if part not in ("device", "dtype")}
+        now["model"] = {part: value for part, value in tool.manifest(config).items() if part not in MACHINE}
         refuse_difference(f"{folder / stem}.png", made, json.loads(json.dumps(now)))
 
 
@@ -175,7 +205,7 @@ def copy_input(run: Run, job: Job, copies: dict[Path, Path]) -> None:
             shutil.copyfile(job.product, temporary)
 
 
-def make_pictures(run: Run, tool: Packshot, job: Job, advance: Callable[..., None]) -> None:
+def make_pictures(run: Run, tool: Tool, job: Job, advance: Callable[..., None]) -> None:
     """All pictures of one job that the run folder does not have yet.
 
     The files of a picture are written while the next one is drawn.
@@ -185,15 +215,15 @@ def make_pictures(run: Run, tool: Packshot, job: Job, advance: Callable[..., Non
     advance(config.num_images - len(missing))
     if not missing:
         return
-    ready = tool.make_ready(job.request, config, config.reference_files(), config.reference_weights)
+    draw = tool.drawer(job.request, config, config.reference_files(), config.reference_weights)
     with ThreadPoolExecutor(WRITERS) as writers:
         previous = None
         for k in missing:
             started = time.monotonic()
-            result = tool.draw(ready, config.run.seed + k, with_layers=config.layers)
+            result = draw(config.run.seed + k, config.layers)
             if previous is not None:
                 previous.result()
-            previous = writers.submit(write, run.path, f"{job.name}-{k}", result, writers)
+            previous = writers.submit(write, run.path, f"{job.name}-{k}", result, writers, config.output)
             seconds = time.monotonic() - started
             status = result.certificate["status"]
             run.metrics({"step": k, "picture": f"{job.name}-{k}", "seconds": seconds, "status": status})
@@ -202,13 +232,14 @@ def make_pictures(run: Run, tool: Packshot, job: Job, advance: Callable[..., Non
             previous.result()
 
 
-def missing_pictures(run: Run, tool: Packshot, job: Job) -> list[int]:
+def missing_pictures(run: Run, tool: Tool, job: Job) -> list[int]:
     """The numbers of the pictures of one job that the run folder does not have.
 
     Raises:
         ConfigError: a picture that is there shows the product under another mask or at another place.
     """
     assert tool.product is not None
+    output = {"asked": asked_output(job.config.output)}
     made_before = []
     missing = []
     for k in range(job.config.num_images):
@@ -220,34 +251,48 @@ def missing_pictures(run: Run, tool: Packshot, job: Job) -> list[int]:
         for k in made_before:
             stem = run.path / f"{job.name}-{k}"
             made = json.loads(stem.with_name(f"{stem.name}.json").read_text(encoding="utf-8"))
-            refuse_difference(f"{stem}.png", made, {"mask": mask, "transform": transform})
+            made.setdefault("delivery", {"asked": asked_output(OutputConfig())})  # of an older version
+            refuse_difference(f"{stem}.png", made, {"mask": mask, "transform": transform, "delivery": output})
     return missing
 
 
-def write(folder: Path, stem: str, result: Result, writers: Executor) -> Json:
-    """Layers, picture and, last, the certificate.
+def write(folder: Path, stem: str, result: Result, writers: Executor, output: OutputConfig | None = None) -> Json:
+    """Layers, picture, the file that is handed over and, last, the certificate.
 
-    The certificate was measured on the encoded picture. The file is read again, and its hash shows that it has those
-    very bytes: what was measured then holds for it.
+    The certificate was measured on the encoded picture. The files are read again, and their hashes show that they have
+    those very bytes: what was measured then holds for them.
 
     Raises:
-        PackshotError: the file on the disk is not the picture that was measured.
+        PackshotError: a file on the disk is not the one that was measured, or cannot be as small as asked for.
     """
     path = folder / f"{stem}.png"
+    delivery = deliver(stem, result.image, result.png, result.canvas, output or OutputConfig())
+    certificate = {**result.certificate, "delivery": delivery.report}
+    certificate["output_sha256"] = sha256(delivery.master)
+    standard = delivery.report["standard"]
+    if standard is not None and not standard["passed"]:
+        certificate |= verdict([*certificate["reasons"], "standard_missed"])
     with writing(str(path), RESUME):
         files = {folder / LAYERS / f"{stem}-{layer}.png": image for layer, image in result.layers.items()}
         for _ in writers.map(write_layer, files, files.values()):
             pass  # the loop raises what a writer raised
-        with replacing_file(path) as temporary:
-            temporary.write_bytes(result.png)
-        if file_sha256(path) != result.certificate["output_sha256"]:
-            raise PackshotError(f"{path} was not written as it was drawn.", "Check the disk, and make it again.")
+        write_bytes(path, delivery.master, certificate["output_sha256"])
+        if delivery.name != path.name:
+            write_bytes(folder / delivery.name, delivery.data, delivery.report["sha256"])
         with replacing_file(folder / f"{stem}.json") as temporary:
-            text = json.dumps(result.certificate, indent=2, ensure_ascii=False) + "\n"
+            text = json.dumps(certificate, indent=2, ensure_ascii=False) + "\n"
             temporary.write_text(text, encoding="utf-8")
-    if result.certificate["reasons"]:
-        log.warning("%s needs review: %s", path, ", ".join(result.certificate["reasons"]))
-    return result.certificate
+    if certificate["reasons"]:
+        log.warning("%s needs review: %s", path, ", ".join(certificate["reasons"]))
+    return certificate
+
+
+def write_bytes(path: Path, data: bytes, expected: str) -> None:
+    """Write a file. expected: its SHA-256. Raises PackshotError: the disk has other bytes."""
+    with replacing_file(path) as temporary:
+        temporary.write_bytes(data)
+    if file_sha256(path) != expected:
+        raise PackshotError(f"{path} was not written as it was drawn.", "Check the disk, and make it again.")
 
 
 def write_layer(file: Path, image: Image.Image) -> None:
