@@ -426,7 +426,7 @@ def test_weights_of_another_base_or_kind_are_refused(parts, tmp_path):
         "narrow.safetensors": r"model\.base.*\(128, 64\) and not.*\(128, 128\)",
         "less.safetensors": rf"no {first} and not {first} \(128, 128\)",
         "else.safetensors": "holds no IP-Adapter",
-        "list.bin": "no dict of dicts",
+        "list.bin": "not a dict of dicts",
         "torn.safetensors": "cannot be read",
         "torn.bin": "cannot be read",
         "gone.safetensors": "no such file",

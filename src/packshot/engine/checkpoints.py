@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,6 +24,7 @@ from packshot.config.schema import KeepBest, TrainConfig
 from packshot.engine.compatibility import MadeWith, check
 from packshot.engine.optimizers import load_optimizer
 from packshot.errors import PackshotError
+from packshot.lists import map_values
 from packshot.runs.files import file_sha256, replacing_file, replacing_folder, writing
 from packshot.runs.folder import log
 
@@ -38,17 +39,22 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+def count_trainable(module: nn.Module) -> int:
+    """The number of trained values."""
+    return sum(map(Tensor.numel, trainable(module).values()))
+
+
 class EMA:
     """Exponential moving average of the trained parameters, with the warm-up (1 + n)/(10 + n) of the decay."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self.shadow = {name: parameter.detach().clone() for name, parameter in trainable(module).items()}
+        self.shadow = map_values(lambda parameter: parameter.detach().clone(), trainable(module))
 
     def to(self, device: torch.device) -> None:
         """Move the average to where the module is."""
-        self.shadow = {name: tensor.to(device) for name, tensor in self.shadow.items()}
+        self.shadow = map_values(lambda tensor: tensor.to(device), self.shadow)
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
@@ -119,7 +125,7 @@ class TrainState:
                 "made_with": asdict(made_with),
                 "ema_updates": self.average.updates if self.average else 0,
                 "scaler": self.scaler.state_dict() if self.scaler else None,
-                "files": {name: digest.result() for name, digest in digests.items()} | {"optimizer.pt": file.digest()},
+                "files": map_values(Future.result, digests) | {"optimizer.pt": file.digest()},
             }
             (temporary / "state.json").write_text(json.dumps(state, indent=2))
 
@@ -180,9 +186,9 @@ class HashedFile(FileIO):
         return self._hash.hexdigest()
 
 
-def on_cpu(tensors: dict[str, nn.Parameter] | dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies in main memory, as safetensors wants them."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def on_cpu(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Contiguous copies in main memory, as safetensors wants them. dtype: None keeps that of each tensor."""
+    return map_values(lambda tensor: tensor.detach().to("cpu", dtype).contiguous(), tensors)
 
 
 @torch.no_grad()
@@ -224,7 +230,7 @@ def is_whole(path: Path) -> bool:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint, so that it neither counts as one nor is lost to whoever wants to look at it."""
+    """Rename a damaged checkpoint, so that it is not used, but can still be looked at."""
     target = path.with_name(f"{path.name}.damaged-{time.time_ns()}")  # the same step may be damaged more than once
     path.rename(target)
     log.warning("it is now called %s and is not used", target.name)

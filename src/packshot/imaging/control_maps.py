@@ -6,8 +6,9 @@ keep mask, and of where light is to come from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pkgutil import resolve_name
 from typing import Any
 
@@ -151,3 +152,8 @@ class Control:
         keep_HW = keep_mask(view.mask_HW, self.mask_grow + shift, self.mask_feather)
         draw = resolve_name(CONDITIONS[self.condition].draw)
         return draw(replace(view, mask_HW=keep_HW))
+
+
+def inputs_of(controls: Iterable[Control]) -> list[str]:
+    """What some of the maps are drawn from besides image and mask: names of ``config.conditions.INPUTS``, sorted."""
+    return sorted(set().union(*map(attrgetter("inputs"), controls)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
@@ -18,10 +19,12 @@ from packshot.base.controlnets import find_controlnet, load_controlnet, read_con
 from packshot.base.load import Parts
 from packshot.config.conditions import INPUTS, split_condition
 from packshot.config.schema import ControlNetMethod
+from packshot.engine.checkpoints import on_cpu
 from packshot.engine.keyed_random import SampleKey
 from packshot.errors import PackshotError
-from packshot.imaging.control_maps import Control, View
+from packshot.imaging.control_maps import Control, View, inputs_of
 from packshot.imaging.pixels import to_unit
+from packshot.lists import select
 from packshot.methods.base import FramedSample, Method, Tensors, trainable_fp32, unet_conditioning
 
 if TYPE_CHECKING:  # imported where one is built
@@ -62,11 +65,16 @@ class ControlNet(Method):
     @classmethod
     def pictures_of(cls, config: ControlNetMethod) -> tuple[str, ...]:
         """Image and mask, and what further inputs of the control maps are read from."""
-        return ("image", "mask", *(INPUTS[name].column for name in inputs_of(controls_of(config))))
+        read = select(INPUTS, inputs_of(controls_of(config)))
+        return ("image", "mask", *map(attrgetter("column"), read.values()))
 
     def nets(self) -> list[ControlNetModel]:
         """All ControlNets, in the order of ``controls``."""
         return [self.controlnet, *self.beside]  # type: ignore[list-item]
+
+    def names(self) -> list[str]:
+        """The names of their maps in a batch."""
+        return list(map("control_{}".format, range(len(self.controls))))
 
     def control_maps(self, sample: FramedSample, shift: float = 0.0) -> list[Tensor]:
         """One map (3, H, W) for each ControlNet. shift: px by which the product's outline is moved."""
@@ -81,27 +89,26 @@ class ControlNet(Method):
         """``control_0`` and so on, one for each ControlNet: (3, H, W) at image resolution; in [0, 1], and -1 for the
         unknown pixels of inpaint.
 
-        The product's outline is moved by up to ``method.mask_jitter`` px, alike in all maps: masks of photographs are
-        never exact, and a network that has only seen exact ones takes their errors for the product.
+        The product's outline is moved by up to ``method.mask_jitter`` px, the same in all maps: masks of photographs
+        are never exact, and a network that has only seen exact ones takes their errors for the product.
         """
         assert sample is not None  # it has pictures
         shift = (2 * key.uniform("mask_jitter") - 1) * self.config.mask_jitter
-        return {f"control_{number}": control for number, control in enumerate(self.control_maps(sample, shift))}
+        return dict(zip(self.names(), self.control_maps(sample, shift), strict=True))
 
     def condition_shapes(self, resolution: int) -> dict[str, tuple[int, ...]]:
         """A picture for each ControlNet."""
-        return {f"control_{number}": (3, resolution, resolution) for number in range(len(self.controls))}
+        return dict.fromkeys(self.names(), (3, resolution, resolution))
 
     def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, batch: Tensors) -> Tensor:
         """The frozen UNet's output with the control residuals added."""
         conditioning = unet_conditioning(batch)
         outputs = []
-        for number, net in enumerate(self.nets()):
-            control = batch[f"control_{number}"]
+        for net, control in zip(self.nets(), select(batch, self.names()).values(), strict=True):
             outputs.append(net(noisy_BCHW, timesteps_B, controlnet_cond=control, return_dict=False, **conditioning))
         downs, middle = outputs[0]
         for more_downs, more_middle in outputs[1:]:
-            downs = [down + more for down, more in zip(downs, more_downs, strict=True)]
+            downs = list(map(torch.add, downs, more_downs))
             middle = middle + more_middle
         dtype = self.unet.dtype
         return self.unet(
@@ -138,8 +145,9 @@ class ControlNet(Method):
 def export_network(net: ControlNetModel, folder: Path, dtype: torch.dtype) -> None:
     """A folder for ``from_pretrained`` with the weights in ``dtype``; the network stays as it is."""
     net.save_config(folder)
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in net.state_dict().items()}
-    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        on_cpu(net.state_dict(), dtype), folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"}
+    )
 
 
 def controls_of(config: ControlNetMethod) -> list[Control]:
@@ -151,11 +159,6 @@ def controls_of(config: ControlNetMethod) -> list[Control]:
         condition, _ = split_condition(value)
         controls.append(read_control(key, find_controlnet(key, value, whole=False), condition))
     return controls
-
-
-def inputs_of(controls: Sequence[Control]) -> list[str]:
-    """What some of the maps are drawn from besides image and mask: names of ``config.conditions.INPUTS``."""
-    return sorted({name for control in controls for name in control.inputs})
 
 
 def view_of(sample: FramedSample, inputs: Sequence[str]) -> View:

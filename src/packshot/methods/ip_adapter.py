@@ -17,6 +17,7 @@ from packshot.base.adapter_metadata import NO_METADATA, write_metadata
 from packshot.base.ip_adapters import EXPORT
 from packshot.base.load import Parts, weights_hash
 from packshot.config.schema import IPAdapterMethod, IPAdapterVariant, ReferenceSource
+from packshot.engine.checkpoints import on_cpu
 from packshot.engine.keyed_random import SampleKey
 from packshot.methods.base import (
     FramedSample,
@@ -30,7 +31,8 @@ from packshot.methods.base import (
 from packshot.methods.ip_adapter_file import check_fit, from_original, read_original, resampler_dim, to_original
 
 if TYPE_CHECKING:  # imported where one is built
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPVisionConfig
 
 # diffusers derives the number of heads of a "plus" resampler from this head width when it loads one.
 RESAMPLER_DIM_HEAD = 64
@@ -74,7 +76,7 @@ class IPAdapter(Method):
     @torch.no_grad()
     def encode(self, samples: Sequence[FramedSample]) -> list[Tensors]:
         """``reference``: the CLIP encoding of the picture without its product; (D,) for base, (tokens, D) for plus."""
-        pictures = [without_product(sample) for sample in samples]
+        pictures = list(map(without_product, samples))
         pixels_BCHW = self.parts.feature_extractor(images=pictures, return_tensors="pt").pixel_values
         return [{"reference": states} for states in self._states(pixels_BCHW)]
 
@@ -90,8 +92,8 @@ class IPAdapter(Method):
     @torch.no_grad()
     def _null_reference(self) -> Tensor:
         """What "no reference" is at inference: zeros (base), the encoding of a zero image (plus)."""
-        size: Any = self.image_encoder.config.image_size
-        states = self._states(torch.zeros(1, 3, size, size))[0]
+        size = self.image_encoder.config.image_size
+        states = self._states(torch.zeros(1, 3, size, size))[0]  # type: ignore[arg-type]
         return torch.zeros_like(states) if self.config.variant is IPAdapterVariant.base else states
 
     def cache_key(self) -> str:
@@ -134,9 +136,7 @@ class IPAdapter(Method):
     def export(self, folder: Path, metadata: Mapping[str, object] = NO_METADATA) -> None:
         """``ip_adapter.safetensors`` in the layout of the original IP-Adapter, and ``packshot.json``."""
         tensors = to_original(self.projection, self.processors)
-        save_file(
-            {k: v.detach().to("cpu", self.export_dtype).contiguous() for k, v in tensors.items()}, folder / EXPORT
-        )
+        save_file(on_cpu(tensors, self.export_dtype), folder / EXPORT)
         described = {"variant": self.config.variant.name, "num_tokens": self.config.num_tokens}
         write_metadata(folder, {**described, **metadata})
 
@@ -174,7 +174,9 @@ def without_product(sample: FramedSample) -> Image.Image:
     return Image.composite(grey, image, sample["mask"])
 
 
-def image_projection(unet: Any, vision: Any, config: IPAdapterMethod, given_dim: int | None) -> nn.Module:
+def image_projection(
+    unet: UNet2DConditionModel, vision: CLIPVisionConfig, config: IPAdapterMethod, given_dim: int | None
+) -> nn.Module:
     """From the image encoder's states to image tokens. given_dim: width of the resampler in ``method.init``."""
     width = unet.config.cross_attention_dim
     if config.variant is IPAdapterVariant.base:
@@ -192,7 +194,7 @@ def image_projection(unet: Any, vision: Any, config: IPAdapterMethod, given_dim:
     )
 
 
-def add_image_attention(unet: Any, config: IPAdapterMethod) -> list[IPAdapterAttnProcessor2_0]:
+def add_image_attention(unet: UNet2DConditionModel, config: IPAdapterMethod) -> list[IPAdapterAttnProcessor2_0]:
     """Give every cross-attention image keys and values, copied from its text ones; returns them in order."""
     processors, added = {}, []
     modules = dict(unet.named_modules())

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from packshot.base.ip_adapters import find_ip_adapter
+from packshot.base.single_file import tensor_shapes
 from packshot.config.schema import IPAdapterMethod, IPAdapterVariant
 from packshot.errors import ConfigError
+from packshot.lists import map_values
 
 # A tensor that each variant has and the other has not; and how many image tokens its projection makes.
 _MARKS = {IPAdapterVariant.base: "image_proj.proj.weight", IPAdapterVariant.plus: "image_proj.latents"}
@@ -95,26 +99,27 @@ def read_original(key: str, path: str, meta: bool = False) -> dict[str, Tensor]:
     except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise ConfigError(f"{key}={path} cannot be read: {reason}", way_out) from error
-    if not any(mark in tensors for mark in _MARKS.values()):
+    if tensors.keys().isdisjoint(_MARKS.values()):
         raise ConfigError(f"{key}={path} holds no IP-Adapter of the variant base or plus.", way_out)
     return tensors
 
 
 def _from_safetensors(file: Path, meta: bool) -> dict[str, Tensor]:
-    with safe_open(file, framework="pt") as opened:
-        names = list(opened.keys())
-        if meta:
-            return {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in names}
-        return {name: opened.get_tensor(name) for name in names}
+    if meta:
+        return map_values(lambda shape: torch.empty(shape, device="meta"), tensor_shapes(file))
+    return load_file(file)
 
 
 def _from_pickle(file: Path, meta: bool) -> dict[str, Tensor]:
     groups = torch.load(file, map_location="meta" if meta else "cpu", weights_only=True, mmap=True)
-    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-        raise ValueError("it is no dict of dicts")
-    tensors = {f"{group}.{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
-    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError("it holds something else than tensors")
+    if not isinstance(groups, dict) or set(map(type, groups.values())) - {dict, OrderedDict}:
+        raise ValueError("it is not a dict of dicts")
+    tensors: dict[str, Tensor] = {}
+    for group, named in groups.items():
+        for name, tensor in named.items():
+            if not isinstance(tensor, Tensor):
+                raise ValueError("it holds something other than tensors")
+            tensors[f"{group}.{name}"] = tensor
     return tensors
 
 

@@ -22,7 +22,9 @@ from packshot.base.load import Parts
 from packshot.base.lora_files import Update, find_lora, read_lora, scale_of
 from packshot.base.original_names import block_names, original_name
 from packshot.config.schema import LoraKind, LoraMethod
+from packshot.engine.checkpoints import count_trainable, on_cpu
 from packshot.errors import ConfigError
+from packshot.lists import attributes
 from packshot.methods.base import Exported, Method, Tensors, trainable_fp32, unet_conditioning
 from packshot.methods.lora_head import lora_head
 from packshot.methods.lora_targets import Targets, text_targets, unet_targets
@@ -72,13 +74,13 @@ class Lora(Method):
         network = getattr(self, name)
         network.add_adapter(KINDS[self.config.kind].settings(self.config, targets))
         modules = sum(isinstance(module, BaseTunerLayer) for module in network.modules())
-        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        trained = count_trainable(network)
         log.info("%s adapts %d layers of %s: %s trained parameters", self.config.kind, modules, name, f"{trained:,}")
 
     def adapted(self) -> Networks:
         """The networks that carry adapters, by their names in a pipeline."""
         names = ("unet", *TEXT_ENCODERS) if self.trains_text else ("unet",)
-        return {name: getattr(self, name) for name in names}
+        return attributes(self, names)
 
     def encode_prompt(self, input_ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """As the stock pipeline encodes prompts, with gradients.
@@ -216,8 +218,7 @@ def export_diffusers(networks: Networks, folder: Path, dtype: torch.dtype) -> No
         config = network.peft_config["default"]
         # the scale is in the weights, so every alpha is its layer's rank
         unscaled = {"lora_alpha": config.r, "alpha_pattern": config.rank_pattern, "use_rslora": False}
-        layers = {key: value.to(dtype) for key, value in scaled_layers(name, network).items()}
-        arguments[f"{name}_lora_layers"] = layers
+        arguments[f"{name}_lora_layers"] = on_cpu(scaled_layers(name, network), dtype)
         arguments[f"{name}_lora_adapter_metadata"] = config.to_dict() | unscaled
     StableDiffusionXLPipeline.save_lora_weights(folder, **arguments)  # type: ignore[arg-type]
 
@@ -226,7 +227,7 @@ def export_peft(networks: Networks, folder: Path, dtype: torch.dtype) -> None:
     """The UNet's adapter as peft saves it."""
     unet = networks["unet"]
     state = get_peft_model_state_dict(unet)
-    tensors = {f"base_model.model.{key}": value.to(dtype).contiguous() for key, value in state.items()}
+    tensors = on_cpu(dict(zip(map("base_model.model.{}".format, state), state.values(), strict=True)), dtype)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     unet.peft_config["default"].save_pretrained(str(folder))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -68,15 +67,18 @@ def unet_targets(unet: nn.Module, config: LoraMethod) -> Targets:
                 f"{key} matches {name or 'the UNet itself'}, a {type(module).__name__}.",
                 "Only linear layers and convolutions can be adapted.",
             )
-    patterns: dict[str, dict[str, Any]] = {}
-    for option, value in (("conv_rank", config.conv_rank), ("conv_alpha", config.conv_alpha)):
-        if value is not None and not convolutions:
+    targets = Targets(pattern, config.rank, config.alpha)
+    for option, own in (("conv_rank", targets.rank_pattern), ("conv_alpha", targets.alpha_pattern)):
+        value = getattr(config, option)
+        if value is None:
+            continue
+        if not convolutions:
             raise ConfigError(
                 f"method.{option}={value}, but {key} matches no convolution.",
                 "Set method.targets=attention_and_conv, or leave it out.",
             )
-        patterns[option] = {} if value is None else dict.fromkeys(convolutions, value)
-    return Targets(pattern, config.rank, config.alpha, patterns["conv_rank"], patterns["conv_alpha"])
+        own.update(dict.fromkeys(convolutions, value))
+    return targets
 
 
 def matching(unet: nn.Module, pattern: str) -> dict[str, nn.Module]:
