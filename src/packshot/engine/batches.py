@@ -7,7 +7,8 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from operator import attrgetter
 from typing import TypeVar
 
 import torch
@@ -39,7 +40,7 @@ class SampleOrder:
         members: dict[int, list[int]] = {}
         for index, group in enumerate(groups):
             members.setdefault(group, []).append(index)
-        self.members = [members[group] for group in sorted(members)]
+        self.members = list(dict(sorted(members.items())).values())
         # a step may run over the end of an epoch, so two epochs of each group are in use at a time
         self.shuffled = lru_cache(maxsize=4 * len(members))(self.shuffle)
         self.steps_of = lru_cache(maxsize=2)(self.shuffle_steps)
@@ -54,7 +55,7 @@ class SampleOrder:
 
     def steps_before(self, epoch: int) -> int:
         """Full steps of all groups by the start of an epoch."""
-        return sum(self.steps_until(epoch, group) for group in range(len(self.members)))
+        return sum(map(partial(self.steps_until, epoch), range(len(self.members))))
 
     def shuffle_steps(self, epoch: int) -> list[tuple[int, int]]:
         """(group, number of the step in the group's stream) of one epoch, in the order in which they come."""
@@ -130,10 +131,9 @@ def batches(stream: Stream, collate: Collate, order: RankBatches, num_workers: i
     """Endless collated micro-batches; the next ones are prepared while the network works. Close it after use."""
 
     def collate_with_ids(items: list[tuple[Sample, SampleKey]]) -> Batch:
-        samples = [sample for sample, _ in items]
-        keys = [key for _, key in items]
+        samples, keys = map(list, zip(*items, strict=True))
         batch = collate(samples, keys)
-        batch["ids"] = [key.sample_id for key in keys]
+        batch["ids"] = list(map(attrgetter("sample_id"), keys))
         return batch
 
     loader = DataLoader(

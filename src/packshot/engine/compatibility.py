@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 from packshot.config.compose import to_plain
@@ -87,7 +88,7 @@ def as_text(value: object) -> str:
 
 def matches(key: str, patterns: tuple[str, ...]) -> bool:
     """Whether a dotted key matches one of the patterns."""
-    return any(fnmatch(key, pattern) for pattern in patterns)
+    return any(map(partial(fnmatch, key), patterns))
 
 
 def flat(config: Settings, prefix: str = "") -> dict[str, object]:

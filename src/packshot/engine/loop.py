@@ -24,6 +24,7 @@ from packshot.engine.signals import SignalWatch
 from packshot.engine.step import OptimizerStep
 from packshot.engine.task import Samples, Task, TrainingConfig
 from packshot.errors import ConfigError, Interrupted
+from packshot.lists import in_words
 from packshot.runs.files import writing
 from packshot.runs.folder import log
 from packshot.runs.progress import progress as progress_bar
@@ -137,8 +138,7 @@ def validate(state: TrainState, session: Session) -> dict[str, float]:
     if session.run and session.tracker:
         session.tracker.images("val/samples", found.pictures, found.captions, step)
         session.tracker.table("val/pictures", folder, found.table, step)
-        text = "  ".join(f"{name} {value:.4f}" for name, value in found.figures.items())
-        log.info("validation at step %d: %s", step, text or "pictures")
+        log.info("validation at step %d: %s", step, in_words(found.figures, "{} {:.4f}", "  ") or "pictures")
     return found.figures
 
 

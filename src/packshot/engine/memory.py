@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from packshot.config.schema import AttentionKernel, MixedPrecision, TrainConfig
+from packshot.engine.checkpoints import trainable
 from packshot.errors import ConfigError
 
 KERNELS: dict[AttentionKernel, SDPBackend] = {
@@ -48,8 +49,8 @@ def networks(method: torch.nn.Module) -> Iterator[Any]:
     for child in method.children():
         candidates += child if isinstance(child, torch.nn.ModuleList) else []
     for module in candidates:
-        trained = any(parameter.requires_grad for parameter in module.parameters())
-        if hasattr(module, "enable_gradient_checkpointing") or (trained and hasattr(module, "get_input_embeddings")):
+        trained_text = hasattr(module, "get_input_embeddings") and trainable(module)
+        if hasattr(module, "enable_gradient_checkpointing") or trained_text:
             yield module
 
 

@@ -10,10 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from packshot.config.optimizers import OPTIMIZERS
 from packshot.config.schema import LRSchedule, OptimConfig, TrainConfig, group_rates
 from packshot.errors import ConfigError, PackshotError
+from packshot.lists import column
 from packshot.runs.folder import log
 
 Group = dict[str, Any]  # a parameter group, as torch.optim keeps it
@@ -63,8 +65,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> 
     Raises:
         PackshotError: the state belongs to other parameters.
     """
-    expected = [group["names"] for group in optimizer.param_groups]
-    found = [group["names"] for group in stored["param_groups"]]
+    expected = column(optimizer.param_groups, "names")
+    found = column(stored["param_groups"], "names")
     if expected != found:
         raise PackshotError(
             f"The checkpoint's optimizer holds other parameters: {', '.join(found)}; this run has "
@@ -86,11 +88,10 @@ class StepInBackward:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._norms: list[torch.Tensor] = []
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._step, index))
-            for index, group in enumerate(optimizer.param_groups)
-            for parameter in group["params"]
-        ]
+        self._hooks: list[RemovableHandle] = []
+        for index, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._step, index)))
 
     def _step(self, group: int, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None  # PyTorch calls this hook right after it has added to the gradient

@@ -44,5 +44,5 @@ class SignalWatch:
 
 
 def ignore_sigterm(worker: int) -> None:
-    """Of a loader process: a scheduler sends SIGTERM to every process of a job, and the loop still needs its batch."""
+    """Ignore SIGTERM in a loader process: a scheduler sends it to the whole job, and the loop still needs a batch."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

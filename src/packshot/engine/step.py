@@ -20,6 +20,7 @@ from packshot.engine.optimizers import StepInBackward
 from packshot.engine.signals import SignalWatch
 from packshot.engine.task import Batch
 from packshot.errors import PackshotError
+from packshot.lists import map_values
 
 # The smallest scale of fp16's losses at which an overflow is still put down to the scale: at less, the gradients
 # themselves vanish.
@@ -36,7 +37,7 @@ class Taken:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on the device."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return map_values(lambda value: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value, batch)
 
 
 @dataclass
@@ -113,7 +114,7 @@ class OptimizerStep:
         signals = lost.new_tensor([self.signals.take_save(), self.signals.stop])
         seen = self.accelerator.reduce(torch.cat([lost[None], signals]).float(), "sum")
         assert isinstance(seen, Tensor)
-        any_lost, save, stop = (bool(count) for count in seen.tolist())
+        any_lost, save, stop = map(bool, seen.tolist())
         self.save_requested = save or stop
         self.stop_requested = stop
         return any_lost

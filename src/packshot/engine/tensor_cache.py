@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from packshot.engine.processes import broadcast_from_main
 from packshot.errors import PackshotError
+from packshot.lists import pick, select
 from packshot.runs.files import replacing_file, writing
 from packshot.runs.folder import log
 from packshot.runs.progress import progress
@@ -41,6 +43,11 @@ class Job:
     key: str
     name: str
     item: Item
+
+
+def keys_of(chunk: Iterable[Job]) -> set[str]:
+    """The keys of some jobs."""
+    return set(map(attrgetter("key"), chunk))
 
 
 def content_key(*parts: object) -> str:
@@ -179,30 +186,30 @@ class TensorCache:
         Raises:
             PackshotError: a value is not finite, or the tensors cannot be written.
         """
-        wanted = {job.key for chunk in chunks for job in chunk}
+        wanted = set().union(*map(keys_of, chunks))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.open()
         self._verify_share(wanted, accelerator)
 
         def missing_chunks() -> list[int]:
-            return [number for number, chunk in enumerate(chunks) if any(job.key not in self for job in chunk)]
+            return [number for number, chunk in enumerate(chunks) if not keys_of(chunk) <= self._places.keys()]
 
         # The main process decides, because other runs write here too and each process may see other files.
         todo = broadcast_from_main(accelerator, missing_chunks)
         mine = todo[accelerator.process_index :: accelerator.num_processes]
-        self._encode(description, [chunks[number] for number in mine], encode, accelerator, prepare)
+        self._encode(description, pick(chunks, mine), encode, accelerator, prepare)
         accelerator.wait_for_everyone()
         self.open()
         self._refuse_absent(wanted)
         if accelerator.is_main_process:
             size = sum(path.stat().st_size for path in self.files_of(wanted)) / 2**20
-            encoded = sum(len(chunks[number]) for number in todo)
+            encoded = sum(map(len, pick(chunks, todo)))
             cached = 100 * (1 - encoded / max(1, sum(map(len, chunks))))
             log.info("%s: %d entries, %.1f MiB, %.0f %% were cached", description, len(wanted), size, cached)
 
     def _refuse_absent(self, wanted: set[str]) -> None:
         """Raises PackshotError when entries that the processes have written are not here."""
-        absent = sum(key not in self for key in wanted)
+        absent = len(wanted - self._places.keys())
         if absent:
             raise PackshotError(
                 f"{self.folder} lacks {absent} of {len(wanted)} entries that the processes have just written.",
@@ -211,9 +218,9 @@ class TensorCache:
 
     def files_of(self, keys: Iterable[str]) -> list[Path]:
         """The files that hold any of these entries, sorted."""
-        return sorted({self._places[key] for key in keys if key in self})
+        return sorted(set(select(self._places, self._places.keys() & keys).values()))
 
-    def _verify_share(self, keys: Iterable[str], accelerator: Accelerator) -> None:
+    def _verify_share(self, keys: set[str], accelerator: Accelerator) -> None:
         """Verify this process's share of the files, and forget those that another process removes."""
         for path in self.files_of(keys):
             # By name, not by place in a list: other runs write here too, so each process may see other files.
@@ -246,7 +253,7 @@ class TensorCache:
                     if job.key not in self:
                         refuse_non_finite(tensors, f"{description}, {job.name}")
                         entries[job.key] = tensors
-                        size += sum(tensor.nbytes for tensor in tensors.values())
+                        size += sum(map(attrgetter("nbytes"), tensors.values()))
                 # there may be none: another run may have written them since the main process looked
                 if entries and (size >= SHARD_BYTES or number == len(chunks)):
                     self.put(entries)
@@ -266,7 +273,7 @@ def prepared_ahead(
     """
     if prepare is None:
         for chunk in chunks:
-            yield chunk, [job.item for job in chunk]
+            yield chunk, list(map(attrgetter("item"), chunk))
         return
     workers = min(MOST_DECODERS, os.cpu_count() or 1)
     waiting: deque[tuple[Sequence[Job], list[Future[Item]]]] = deque()
@@ -279,9 +286,9 @@ def prepared_ahead(
             while ahead > 2 * workers + len(waiting[0][0]):
                 first, futures = waiting.popleft()
                 ahead -= len(first)
-                yield first, [future.result() for future in futures]
+                yield first, list(map(Future.result, futures))
         for rest, futures in waiting:
-            yield rest, [future.result() for future in futures]
+            yield rest, list(map(Future.result, futures))
     finally:
         pool.shutdown(cancel_futures=True)
 

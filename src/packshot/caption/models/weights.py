@@ -17,6 +17,7 @@ from packshot.base.quantize import quantize
 from packshot.caption.models.adapter import Network
 from packshot.config.captioners import CAPTIONERS, CaptionerFamily
 from packshot.config.schema import CaptionerConfig, ModelConfig, ProductTarget, Quantization
+from packshot.engine.checkpoints import trainable
 from packshot.errors import ConfigError
 from packshot.runs.files import readable, resolve
 from packshot.runs.folder import log
@@ -191,7 +192,7 @@ def apply_tuning(network: Network, source: Source, captioner: CaptionerConfig, c
         return get_peft_model(network, settings, autocast_adapter_dtype=True)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(re.fullmatch(preset.parameters, name) is not None)
-    if not any(parameter.requires_grad for parameter in network.parameters()):
+    if not trainable(network):
         raise ConfigError(f"captioner.tuning={captioner.tuning} finds nothing to train.", "Use another preset.")
     return network
 
