@@ -226,5 +226,8 @@ def test_1100_dripping_sockets_leave_health_answering(tmp_path):
             dripped.append(health_seconds(url))
             time.sleep(0.5)
         print(f"slowest /health: {max(alone):.3f} s alone, {max(dripped):.3f} s with 1,100 dripping sockets")
-    assert (tmp_path / "log.txt").stat().st_size < 100_000
-    assert KEY not in (tmp_path / "log.txt").read_text()
+    text = (tmp_path / "log.txt").read_text()
+    assert len(text) < 100_000
+    assert KEY not in text
+    # asyncio's words when files run out; it then accepts nobody for a second
+    assert "out of system resource" not in text

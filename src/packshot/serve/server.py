@@ -31,6 +31,10 @@ from packshot.serve.requests import max_steps
 from packshot.serve.service import CLOSE_SECONDS, Service
 
 SPARE_SECONDS = 2.0  # of serve.timeout_seconds, kept for everything at the server's end that cannot be timed
+# asyncio accepts as many connections at once as uvicorn's backlog says, before any of them can be closed again. When the
+# files run out, it accepts nobody for a second. So few are accepted at once, and the system holds the others.
+ACCEPTED_AT_ONCE = 16
+WAITING_CONNECTIONS = 2048
 ENDED_EARLY = 1  # exit code after a second signal: requests in work were not finished
 
 
@@ -82,9 +86,15 @@ class GuardedServer(uvicorn.Server):
             log_level="warning",
             access_log=False,
             server_header=False,
+            backlog=ACCEPTED_AT_ONCE,
             timeout_graceful_shutdown=graceful,  # type: ignore[arg-type]  # uvicorn hands it to asyncio, which takes floats
         )
         super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(WAITING_CONNECTIONS)
 
     async def main_loop(self) -> None:
         sweeping = asyncio.create_task(self.guard.sweep())
