@@ -21,7 +21,7 @@ def main(script: str, folder: str, *overrides: str) -> None:
     torch.set_num_threads(1)
     common = [f"data.train={HELDOUT}", f"data.validation={HELDOUT}", "tracking=none", f"run.dir={folder}"]
     config = compose(script, [*common, *overrides])
-    rows = load_rows("data.train", config.data.train)
+    rows = load_rows("data.train", config.data.train[0])
     parts = load_parts(config.model)
     session = start(script, config, config.train)
     config.data.cache_dir = str(Path(folder).parent / "cache")

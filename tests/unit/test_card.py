@@ -24,7 +24,7 @@ def test_the_hub_reads_a_cards_head_and_its_command_is_one(script, base, publish
     config = compose(script, [f"model.base={base}", "data.train=data/rendered/heldout", "tracking=none"])
     export = tmp_path / "export"
     export.mkdir()
-    rows = load_rows("data.train", config.data.train)
+    rows = load_rows("data.train", config.data.train[0])
     write_card(export, tmp_path, rows, config, method_class(config).used_as)
     card = ModelCard.load(export / "README.md")
     assert card.data.library_name == "diffusers"

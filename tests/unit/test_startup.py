@@ -65,7 +65,7 @@ def few(tmp_path):
     overrides = [f"data.{name}={tmp_path / 'set'}" for name in ("train", "validation")]
     overrides += [f"data.cache_dir={tmp_path / 'cache'}", "train.validation_steps=0", "train.max_steps=1"]
     config = compose("train_lora", overrides)
-    rows, accelerator = load_rows("data.train", config.data.train), Accelerator(cpu=True)
+    rows, accelerator = load_rows("data.train", config.data.train[0]), Accelerator(cpu=True)
     _, examples = build_task(config, load_parts(config.model), rows, rows, accelerator)
     examples.fill(accelerator)
     return overrides

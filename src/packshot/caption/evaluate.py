@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from packshot.caption.cider import cider
@@ -26,7 +25,9 @@ from packshot.caption.scores import (
     without_errors,
 )
 from packshot.config.schema import CaptionVLM
-from packshot.dataset.rows import Rows, load_rows
+from packshot.config.train import NamedSet
+from packshot.dataset.rows import Rows
+from packshot.dataset.sets import load_named, load_training
 from packshot.engine.processes import Session, start
 from packshot.engine.task import Sample
 from packshot.errors import ConfigError
@@ -40,11 +41,10 @@ WORST = 32  # captions on the page of the worst
 
 def evaluate(config: CaptionVLM) -> None:
     """Score the captioner on ``data.validation``; writes ``scores.json``, ``confusion.html`` and ``worst.html``."""
-    load = partial(load_rows, pictures=PICTURES, cache=config.data.cache_dir, licenses=config.licenses)
-    rows = load("data.validation", config.data.validation)
+    rows = load_named(config, "data.validation", NamedSet(config.data.validation), PICTURES)
     if len(rows) < 2:
         raise ConfigError(f"data.validation={config.data.validation} has one row.", "The baselines need two or more.")
-    known = load("data.train", config.data.train)
+    known = load_training(config, PICTURES).rows
     captioner = load_captioner(config.model, config.captioner)
     session = start("caption_vlm", config, replace(config.train, process_timeout=PATIENCE))
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +12,10 @@ from packshot.caption.models.load import base_of, load_adapter, writing
 from packshot.caption.scores import constant_caption
 from packshot.caption.task import CaptioningTask
 from packshot.config.schema import CaptionVLM
-from packshot.dataset.rows import Rows, load_rows
+from packshot.config.train import NamedSet
+from packshot.dataset.rows import Rows
+from packshot.dataset.sets import TrainingData, load_named, load_training
+from packshot.engine.batches import listed
 from packshot.engine.checkpoints import EMA, exported_step, exporting, weights_line
 from packshot.engine.loop import fit
 from packshot.engine.processes import announce, refuse_launcher, start, translate_lost_process
@@ -26,9 +28,9 @@ from packshot.runs.provenance import provenance_lines, write_provenance
 def train(config: CaptionVLM) -> None:
     """Fine-tune the captioner on ``data.train``; writes ``export/``."""
     refuse_launcher()
-    load = partial(load_rows, pictures=PICTURES, cache=config.data.cache_dir, licenses=config.licenses)
-    rows = load("data.train", config.data.train)
-    validation = load("data.validation", config.data.validation)
+    data = load_training(config, PICTURES)
+    rows = data.rows
+    validation = load_named(config, "data.validation", NamedSet(config.data.validation), PICTURES)
     torch.manual_seed(config.run.seed)  # the start of a LoRA's weights
     adapter = load_adapter(config.model, config.captioner, trainable=True)
     refuse_long_captions(adapter, rows, config.captioner.max_new_tokens)
@@ -47,9 +49,9 @@ def train(config: CaptionVLM) -> None:
     )
     try:
         with translate_lost_process(session.accelerator):
-            ema = fit(task, rows, config, session)
+            ema = fit(task, listed(rows, data.order), config, session)
             if session.run:
-                export(session.path, task, ema, rows, config)
+                export(session.path, task, ema, data, config)
     finally:
         session.finish()
 
@@ -66,13 +68,13 @@ def refuse_long_captions(adapter: Adapter, rows: Rows, longest: int) -> None:
             )
 
 
-def export(run: Path, task: CaptioningTask, ema: EMA | None, rows: Rows, config: CaptionVLM) -> None:
+def export(run: Path, task: CaptioningTask, ema: EMA | None, data: TrainingData, config: CaptionVLM) -> None:
     """``export/``: model (its moving average, if kept) and processor, config, identity of the data, model card."""
     if ema:
         ema.swap(task)
     with exporting(run) as folder:
         task.adapter.save(folder)
-        lines = provenance_lines(write_provenance(folder, rows, config))
+        lines = provenance_lines(write_provenance(folder, data.rows, config, data.records()))
         (folder / "README.md").write_text(card(run, config, lines))
     log.info("exported to %s", run / "export")
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 from packshot.config.checks import validate
 from packshot.config.keys import Hint, describe, fields, nearest
@@ -94,19 +96,65 @@ def is_text(hint: Hint) -> bool:
     return hint is str or (str in get_args(hint) and get_origin(hint) is not list)
 
 
-def quoted(override: str, texts: set[str]) -> str:
+def is_lone_text(field: dataclasses.Field, hint: Hint) -> bool:
+    """Whether a key takes a list of texts, for which a text alone stands too."""
+    return bool(field.metadata.get("lone")) and get_args(hint) == (str,)
+
+
+def quoted(override: str, texts: Collection[str], lists: Collection[str] = ()) -> str:
     """The override with the value of a text key quoted, so that Hydra's grammar leaves it as it was typed.
 
     Commas, apostrophes, brackets and letters of every alphabet are normal in prompts and file names. ``null``,
-    interpolations and values that are already quoted are left to Hydra.
+    interpolations and values that are already quoted are left to Hydra. lists: keys that take a text alone as well as
+    a list in brackets.
     """
     key, _, value = override.partition("=")
+    name = key.lstrip("+")
     ready = value == "null" or "${" in value or QUOTED.fullmatch(value)
-    if key.lstrip("+") not in texts or ready:
+    if name not in texts and (name not in lists or value.startswith("[")):
+        return override
+    if ready:
         return override
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes are literal to Hydra except before a quote
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
     return f"{key}='{escaped}'"
+
+
+def value_of_group(key: str, keys: Iterable[str]) -> ConfigError:
+    """The error for a value that is given to a group of keys."""
+    members = [name for name in keys if name.startswith(f"{key}.")]
+    return ConfigError(f"{key} is a group of keys and takes no value.", f"Set {', '.join(members[:4])}, …")
+
+
+def find_value(values: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key in nested values; None where it or one of its groups is missing.
+
+    Raises:
+        ConfigError: a group of the key has a value instead of keys.
+    """
+    found: Any = values
+    path = ""
+    for part in key.split("."):
+        if found is not None and not isinstance(found, Mapping):
+            raise value_of_group(path, [key])
+        found = found.get(part) if found else None
+        path = f"{path}.{part}".lstrip(".")
+    return found
+
+
+def with_lists(values: Mapping[str, Any], schema: type) -> dict[str, Any]:
+    """Nested values of a script's keys, where a value alone has become a list for keys that take one of those too.
+
+    Raises:
+        ConfigError: a group of keys has a value.
+    """
+    whole = copy.deepcopy(dict(values))
+    for key, field, _ in fields(schema):
+        value = find_value(whole, key)
+        if field.metadata.get("lone") and isinstance(value, (str, int, float)):
+            group, _, name = key.rpartition(".")
+            (find_value(whole, group) if group else whole)[name] = [value]
+    return whole
 
 
 def wrong_value(key: str, value: str, hint: Hint, takes: str) -> ConfigError:
@@ -137,8 +185,7 @@ def explain(error: Exception, schema: type, overrides: Sequence[str]) -> ConfigE
         hint = next(hint for name, _, hint in fields(schema) if name == key)
         return wrong_value(key, value, hint, keys[key])
     if key in parents(keys):
-        members = [name for name in keys if name.startswith(f"{key}.")]
-        return ConfigError(f"{key} is a group of keys and takes no value.", f"Set {', '.join(members[:4])}, …")
+        return value_of_group(key, keys)
     if key:
         refuse_renamed(key, keys)
         return unknown_key(key, keys)
@@ -192,21 +239,25 @@ def compose(script: str, overrides: Sequence[str], config_dir: Path | None = Non
     schema = SCRIPTS[script]
     keys = described(schema)
     texts = {key for key, _, hint in fields(schema) if is_text(hint)}
+    lists = {key for key, field, hint in fields(schema) if is_lone_text(field, hint)}
     if config_dir is not None and not config_dir.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: there is no such folder.", "Name a folder laid out as conf/.")
     with experiment_files(overrides) as (named, own_dir):
         for override in named:
             if not (own_dir and override.partition("=")[0].lstrip("+") == "experiment"):
                 check_override(override, keys, config_dir)
-        given = [quoted(override, texts) for override in named]
+        given = [quoted(override, texts, lists) for override in named]
         folders = [f"'file://{folder.absolute()}'" for folder in (own_dir, config_dir) if folder]
         if folders:
             given.append(f"hydra.searchpath=[{','.join(folders)}]")
-        ConfigStore.instance().store(name=f"{script}_schema", node=schema)
+        # Hydra composes plain values, because a list key may also be given a value alone; the schema checks the result.
+        defaults = OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)
+        ConfigStore.instance().store(name=f"{script}_schema", node=defaults)
         try:
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 node = hydra_compose(script, given)
-            config = OmegaConf.to_object(node)
+            values = cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True))
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), with_lists(values, schema)))
         except (HydraException, OmegaConfBaseException) as error:
             raise explain(error, schema, overrides) from error
     validate(config)
@@ -244,6 +295,7 @@ def with_values(settings: Settings, values: Mapping[str, object]) -> Settings:
         if key not in keys:
             raise unknown_key(key, keys)
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    plain = with_lists(plain, schema)
     try:
         changed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings), plain))
     except OmegaConfBaseException as error:

@@ -12,9 +12,9 @@ from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 Hint: TypeAlias = type | UnionType  # the type of a key: int, an enum, list[str], str | None
 
 
-def opt(default: Any, help: str, *, min: float | None = None, max: float | None = None) -> Any:
-    """A documented field; ``min`` and ``max`` are inclusive."""
-    metadata = {"help": help, "min": min, "max": max}
+def opt(default: Any, help: str, *, min: float | None = None, max: float | None = None, lone: bool = False) -> Any:
+    """A documented field; ``min`` and ``max`` are inclusive. lone: a value that is no list becomes a list of one."""
+    metadata = {"help": help, "min": min, "max": max, "lone": lone}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

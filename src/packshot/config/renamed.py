@@ -65,6 +65,10 @@ RENAMED = (
 )
 
 
+# Keys that took one text in older versions and take a list today.
+NOW_LISTS = ("data.train",)
+
+
 def refuse_renamed(key: str, keys: Collection[str], value: str = "") -> None:
     """Raises ConfigError when ``key`` is the old name of one of ``keys``, the keys of a script.
 
@@ -88,6 +92,11 @@ def translate(config: dict[str, Any]) -> dict[str, Any]:
             if new_name not in new_group:
                 new_group[new_name] = row.value(group) if row.value else group[name]
             del _group(translated, group_name)[name]
+    for key in NOW_LISTS:
+        group_name, _, name = key.rpartition(".")
+        group = _group(translated, group_name)
+        if isinstance(group.get(name), str):
+            group[name] = [group[name]]
     return translated
 
 

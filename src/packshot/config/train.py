@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -27,14 +28,81 @@ ExportDtype = Names("ExportDtype", ["float32", "float16", "bfloat16"])
 ProductConditioning = Names("ProductConditioning", ["noised", "clean", "channels"])
 
 
+SHIPPED = "data/rendered/train"
+MOST_REPEATS = 10_000  # of one set; more is a mistake, and would fill the memory with the list of an epoch
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """One set of ``data.train``: where it lies, how often it is seen, and the words before each of its captions.
+
+    weight: None where the sizes of the sets decide.
+    """
+
+    path: str
+    repeats: int = 1
+    weight: float | None = None
+    prefix: str = ""
+
+
 @dataclass
 class DataConfig:
-    train: str = opt("data/rendered/train", "dataset folder (Parquet) to train on")
+    train: list[str] = opt(
+        [SHIPPED], "dataset folders (Parquet) to train on, as a list; a path alone is a list of one", lone=True
+    )
+    train_repeats: list[int] = opt(
+        [], "how often an epoch shows each sample of a set, one number for each set of data.train; []: once", lone=True
+    )
+    train_weights: list[float] = opt(
+        [],
+        "share of each set in what is trained on, whatever its size, one number for each set of data.train; []: the "
+        "sizes decide. With data.train_repeats, a set's number is its weight times its repeats",
+        lone=True,
+    )
+    train_prefixes: list[str] = opt(
+        [], "words put before each caption of a set (a trigger), one text for each set of data.train; []: none",
+        lone=True,
+    )  # fmt: skip
+    needs_review: bool = opt(
+        False, "also use rows whose column status is not `accepted` (masks in doubt); false: they are left out"
+    )
     validation: str = opt("data/rendered/heldout", "dataset folder (Parquet) to validate on")
     num_workers: int = opt(0, "loader processes per training process; 0: a thread", min=0, max=64)
     buckets: bool = opt(True, "sort samples into aspect-ratio buckets of the base's area; false: only the square")
     cache: bool = opt(True, "encode pictures and captions once; false: at each access, with the same result")
     cache_dir: str = opt("outputs/cache", "folder of encoded samples; runs share it")
+
+    def check(self) -> None:
+        count = len(self.train)
+        if not count or not all(self.train):
+            raise ConfigError(f"data.train={self.train} names no set.", "Name one dataset folder or more.")
+        for key in ("train_repeats", "train_weights", "train_prefixes"):
+            values = getattr(self, key)
+            if values and len(values) != count:
+                raise ConfigError(
+                    f"data.{key}={values} has {len(values)} values, but data.train names {count} sets.",
+                    "Give one value for each set, or leave it out.",
+                )
+        for repeats in self.train_repeats:
+            if not 1 <= repeats <= MOST_REPEATS:
+                raise ConfigError(
+                    f"data.train_repeats={self.train_repeats}: {repeats} is out of range.",
+                    f"Each is an integer from 1 to {MOST_REPEATS}.",
+                )
+        for weight in self.train_weights:
+            if not (math.isfinite(weight) and weight > 0):
+                raise ConfigError(
+                    f"data.train_weights={self.train_weights}: {weight} is out of range.",
+                    "Each is a number above 0; to leave a set out, take it out of data.train.",
+                )
+
+    def sets(self) -> list[NamedSet]:
+        """The sets of ``data.train`` with what the lists beside it say of each."""
+        count = len(self.train)
+        repeats = self.train_repeats or [1] * count
+        weights = self.train_weights or [None] * count
+        prefixes = self.train_prefixes or [""] * count
+        return [NamedSet(*values) for values in zip(self.train, repeats, weights, prefixes, strict=True)]
 
 
 @dataclass

@@ -6,11 +6,12 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
+import pyarrow as pa
 from PIL import Image, ImageOps
 
 from packshot.config.conditions import column_hint, picture_columns
@@ -44,8 +45,11 @@ class Rows(Sequence[dict[str, Any]]):
 
     def __init__(self, path: str, files: list[str], table: Any, pictures: Any, places: list[int]) -> None:
         """table: everything but pictures. places: the row of each sample in ``pictures``."""
-        self.path, self.files = path, files
-        self._table, self._pictures, self._places = table, pictures, places
+        self.path = path
+        self.files = files
+        self.table: pa.Table = table
+        self.pictures: pa.Table = pictures
+        self.places = places
         self._digests: dict[int, str] = {}  # asked for at every access, and a large picture is read for it
         self.ids: list[str] = table.column("id").to_pylist()
         self.texts: list[str] = table.column("text").to_pylist()
@@ -61,8 +65,8 @@ class Rows(Sequence[dict[str, Any]]):
 
     def read(self, index: int, images: Sequence[str]) -> dict[str, Any]:
         """One sample of which only these images are decoded, and the others left out."""
-        row = {name: self._table.column(name)[index].as_py() for name in self._table.column_names}
-        for name in self._pictures.column_names:
+        row = {name: self.table.column(name)[index].as_py() for name in self.table.column_names}
+        for name in self.pictures.column_names:
             if name in images or name not in _IMAGES:
                 row[name] = self._picture(name, index)
         for name in images:
@@ -74,7 +78,7 @@ class Rows(Sequence[dict[str, Any]]):
 
     def _picture(self, name: str, index: int) -> dict[str, Any] | None:
         """A picture as its file is, under ``bytes``."""
-        return self._pictures.column(name)[self._places[index]].as_py()
+        return self.pictures.column(name)[self.places[index]].as_py()
 
     def _decode(self, row: dict[str, Any], name: str) -> Image.Image:
         mode = _IMAGES[name]
@@ -94,7 +98,7 @@ class Rows(Sequence[dict[str, Any]]):
 
     def refuse_without(self, key: str, pictures: Sequence[str]) -> None:
         """Raises ConfigError when the set has no column of one of these pictures; before hours of encoding."""
-        absent = [name for name in pictures if name not in self._pictures.column_names]
+        absent = [name for name in pictures if name not in self.pictures.column_names]
         if absent:
             raise ConfigError(
                 f"{key}={self.path} has no column {', '.join(absent)}, which the method reads.",
@@ -104,10 +108,18 @@ class Rows(Sequence[dict[str, Any]]):
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
         """(height, width) of every image, in px."""
-        if {"width", "height"} <= set(self._table.column_names):
-            pairs = (self._table.column(name).to_pylist() for name in ("height", "width"))
-            return list(zip(*pairs, strict=True))
-        return [self.read(index, ("image",))["image"].size[::-1] for index in range(len(self))]
+        count = len(self)
+        heights = self.column("height") or [None] * count
+        widths = self.column("width") or [None] * count
+        found = []
+        for index, (height, width) in enumerate(zip(heights, widths, strict=True)):
+            known = height is not None and width is not None
+            found.append((height, width) if known else self.read(index, ("image",))["image"].size[::-1])
+        return found
+
+    def column(self, name: str) -> list[Any] | None:
+        """The values of a column that holds no pictures; None if the set has none of that name."""
+        return self.table.column(name).to_pylist() if name in self.table.column_names else None
 
     def digest(self, index: int) -> str:
         """Identity of a sample's picture and mask, without decoding either.
@@ -124,9 +136,15 @@ class Rows(Sequence[dict[str, Any]]):
         parts = ["mask"] if _DIGEST.fullmatch(sample_id) else ["image", "mask"]
         digest.update(sample_id.encode())
         for name in parts:
-            found = self._picture(name, index) if name in self._pictures.column_names else None
+            found = self._picture(name, index) if name in self.pictures.column_names else None
             digest.update(hashlib.sha256(found["bytes"] if found else b"").digest())
         return digest.hexdigest()
+
+    def take_digests(self, other: Rows, indices: Iterable[int], first: int = 0) -> None:
+        """Use what is known of these samples of another set, which are here from ``first`` on, in this order."""
+        for index, place in enumerate(indices, first):
+            if place in other._digests:
+                self._digests[index] = other._digests[place]
 
     def fingerprint(self) -> str:
         """Digest over ids, texts, scenes, pictures and masks, in order: the identity of what a run was trained on."""
@@ -134,8 +152,8 @@ class Rows(Sequence[dict[str, Any]]):
 
     @cached_property
     def _fingerprint(self) -> str:
-        columns = self._table.column_names
-        scenes = self._table.column("scene").to_pylist() if "scene" in columns else [None] * len(self)
+        columns = self.table.column_names
+        scenes = self.table.column("scene").to_pylist() if "scene" in columns else [None] * len(self)
         whole = hashlib.sha256()
         for index, (sample_id, text, scene) in enumerate(zip(self.ids, self.texts, scenes, strict=True)):
             parts = (sample_id, text, json.dumps(scene, sort_keys=True), self.digest(index))
@@ -151,50 +169,148 @@ def load_rows(
     pictures: Sequence[str] | None = None,
     cache: str | None = None,
     licenses: LicenseConfig | None = None,
+    prefix: str = "",
+    needs_review: bool = True,
 ) -> Rows:
     """Open a dataset folder (or one Parquet file) that the config names under ``key``.
 
     captions: refuse a set in which a sample has no text. pictures: read only these of the picture columns; default:
     all. cache: folder in which a copy of the pictures may lie for access by memory map; default: in memory.
-    licenses: refuse a set with rows that this profile does not let in.
+    licenses: refuse a set with rows that this profile does not let in. prefix: put before every caption.
+    needs_review: whether rows whose ``status`` is not "accepted" are read; what is left out is logged.
 
     Raises:
         ConfigError: nothing there, no Parquet, missing columns, no rows, missing captions, a refused licence.
     """
+    named = f"{key}={path}"
     folder = readable(key, path)
-    files = sorted(folder.glob("part-*.parquet")) or sorted(folder.glob("*.parquet")) if folder.is_dir() else [folder]
-    files = [file for file in files if file.name != "rejected.parquet"]
-    if not files:
-        raise ConfigError(f"{key}={path} holds no part-*.parquet.", "build_data.py writes such folders.")
+    files = shards_of(folder, named)
     try:
         table, shown = read_tables(files, pictures, cache)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{key}={path} cannot be read as Parquet ({reason}).", "Build the dataset again.") from error
+        raise ConfigError(f"{named} cannot be read as Parquet ({reason}).", "Build the dataset again.") from error
     missing = {"id", "image", "text"} - {*table.column_names, *shown.column_names}
     if missing:
         raise ConfigError(
-            f"{key}={path} lacks the column {', '.join(sorted(missing))}.",
+            f"{named} lacks the column {', '.join(sorted(missing))}.",
             f"This prepares it: python build_data.py dataset=background source.path={path} run.dir=<new folder>",
         )
     table = corrections.apply(table, corrections.read(folder))
-    places = list(range(table.num_rows))
-    if captions and "caption_error" in table.column_names:
-        errors = table.column("caption_error")
-        places = [place for place, error in enumerate(errors.to_pylist()) if error is None]
-        if len(places) < table.num_rows:
-            failed = table.num_rows - len(places)
-            log.warning("%s=%s: %d samples without a usable caption are left out (caption_error)", key, path, failed)
-            table = table.filter(pc.is_null(errors))
     if table.num_rows == 0:
-        raise ConfigError(f"{key}={path} has no rows.", "Its rejected.parquet says why images were left out.")
-    rows = Rows(path, [file.name for file in files], table, shown, places)
+        raise ConfigError(f"{named} has no rows.", "Its rejected.parquet says why images were left out.")
+    places = list(range(table.num_rows))
+    if not needs_review:
+        places = accepted_places(table, places, named)
+    if captions:
+        places = captioned_places(table, places, named)
+    if len(places) < table.num_rows:
+        table = table.take(places)
+    rows = Rows(path, [file.name for file in files], with_prefix(table, prefix), shown, places)
     if licenses:
         refuse_rows(licenses, key, path, rows.licenses)
     bare = sum(not text for text in rows.texts)
     if captions and bare:
         raise ConfigError(
-            f"{key}={path}: {bare} of {len(rows)} samples have no caption.",
+            f"{named}: {bare} of {len(rows)} samples have no caption.",
             f"python caption_vlm.py task=caption data.input={path} writes them.",
         )
     return rows
+
+
+def shards_of(folder: Path, named: str) -> list[Path]:
+    """The Parquet files of a dataset folder, or the one file that was named. named: the key and its value.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    files = [folder]
+    if folder.is_dir():
+        files = sorted(folder.glob("part-*.parquet")) or sorted(folder.glob("*.parquet"))
+    files = [file for file in files if file.name != "rejected.parquet"]
+    if not files:
+        raise ConfigError(f"{named} holds no part-*.parquet.", "build_data.py writes such folders.")
+    return files
+
+
+def accepted_places(table: pa.Table, places: list[int], named: str) -> list[int]:
+    """Those rows whose ``status`` is "accepted"; rows without a status count as accepted.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if "status" not in table.column_names:
+        return places
+    status = table.column("status").to_pylist()
+    kept = [place for place in places if status[place] in (None, "accepted")]
+    lost = len(places) - len(kept)
+    if lost:
+        log.warning(
+            "%s: %d of %d rows are left out because their status is not accepted (data.needs_review=true keeps them)",
+            named, lost, len(places),
+        )  # fmt: skip
+    if not kept:
+        raise ConfigError(
+            f"{named}: none of its {lost} rows has the status accepted.",
+            "data.needs_review=true keeps them; build_data.py task=review_masks shows what is in doubt.",
+        )
+    return kept
+
+
+def captioned_places(table: pa.Table, places: list[int], named: str) -> list[int]:
+    """Those rows whose captioning did not fail.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if "caption_error" not in table.column_names:
+        return places
+    errors = table.column("caption_error").to_pylist()
+    kept = [place for place in places if errors[place] is None]
+    lost = len(places) - len(kept)
+    if lost:
+        log.warning("%s: %d samples without a usable caption are left out (caption_error)", named, lost)
+    if not kept:
+        raise ConfigError(f"{named} has no rows with a usable caption.", "Its column caption_error has the reasons.")
+    return kept
+
+
+def with_prefix(table: pa.Table, prefix: str) -> pa.Table:
+    """The table with words put before each text, and a space between them. A text that is empty stays empty."""
+    if not prefix:
+        return table
+    texts = [f"{prefix} {text}" if text else text for text in table.column("text").to_pylist()]
+    return table.set_column(table.column_names.index("text"), "text", pa.array(texts, pa.string()))
+
+
+def concatenate(key: str, sets: Sequence[Rows]) -> Rows:
+    """The samples of several sets one after the other; a column that a set lacks is empty in its rows.
+
+    Raises:
+        ConfigError: a column has different types in two sets.
+    """
+    if len(sets) == 1:
+        return sets[0]
+    path = ", ".join(rows.path for rows in sets)
+    try:
+        table = pa.concat_tables([rows.table for rows in sets], promote_options="permissive")
+        pictures = pa.concat_tables([rows.pictures for rows in sets], promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{key}: the columns of {path} do not fit together ({reason}).",
+            "Build the sets with the same dataset=…, or train on one of them.",
+        ) from error
+    places: list[int] = []
+    files: list[str] = []
+    offset = 0
+    for rows in sets:
+        places += [offset + place for place in rows.places]
+        files += [f"{rows.path}/{name}" for name in rows.files]
+        offset += rows.pictures.num_rows
+    whole = Rows(path, files, table, pictures, places)
+    first = 0
+    for rows in sets:
+        whole.take_digests(rows, range(len(rows)), first)
+        first += len(rows)
+    return whole

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -85,6 +87,47 @@ class SampleOrder:
             turn, offset = divmod(position, len(members))
             places.append((members[self.shuffled(group, turn)[offset]], turn))
         return places
+
+
+class Listed:
+    """Samples by their place in a list of indices, in which one may stand several times.
+
+    The second place of a sample has an id of its own, and with it other random draws; ``samples`` and ``indices`` lead
+    back to the sample.
+    """
+
+    def __init__(self, samples: Samples, indices: Sequence[int]) -> None:
+        self.samples = samples
+        self.indices = list(indices)
+        self.ids = distinct([samples.ids[index] for index in indices])
+        groups: Sequence[int] | None = getattr(samples, "groups", None)
+        self.groups = [groups[index] for index in indices] if groups else None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> Sample:
+        return self.samples[self.indices[place]]
+
+    def fingerprint(self) -> str:
+        """Identity of the samples, of their order and of how often each is listed."""
+        return hashlib.sha256(f"{self.samples.fingerprint()}\n{self.indices}".encode()).hexdigest()
+
+
+def distinct(ids: Sequence[str]) -> list[str]:
+    """The ids, where the second and later places of one have their number behind it."""
+    counts: Counter[str] = Counter()
+    found = []
+    for sample_id in ids:
+        counts[sample_id] += 1
+        number = counts[sample_id]
+        found.append(sample_id if number == 1 else f"{sample_id}#{number}")
+    return found
+
+
+def listed(samples: Samples, order: Sequence[int] | None) -> Samples:
+    """The samples in this order; as they are where there is none."""
+    return samples if order is None else Listed(samples, order)
 
 
 class Stream(Dataset):

@@ -30,7 +30,9 @@ FREE = (
 RATES = ("train.max_steps", "train.warmup_steps", "train.learning_rate", "train.lr_*")
 # Keys that act through the samples of a step: compared by their product with the number of processes, and by the
 # fingerprint of the samples.
-BY_EFFECT = ("train.batch_size", "train.gradient_accumulation_steps", "data.train")
+BY_EFFECT = (
+    "train.batch_size", "train.gradient_accumulation_steps", "data.train", "data.train_*", "data.needs_review",
+)  # fmt: skip
 
 ABSENT = "(no such key)"  # where only one of the two versions knows a key
 Settings = dict[str, Any]  # a resolved config as plain containers
@@ -41,7 +43,7 @@ class MadeWith:
     """What decides about the weights of a run, as a checkpoint keeps it.
 
     config: the resolved config. processes: how many shared a step. samples, fingerprint: number and identity (ids,
-    captions, order) of the training samples.
+    captions, order, repeats) of the training samples.
     """
 
     config: Settings
@@ -82,7 +84,9 @@ def check(then: MadeWith, now: MadeWith, steps: int) -> None:
 
 
 def as_text(value: object) -> str:
-    """A value as the messages show it."""
+    """A value as the messages show it, a list of one text as that text."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -139,7 +143,7 @@ def other_steps(then: MadeWith, now: MadeWith) -> list[str]:
     if then.fingerprint != now.fingerprint:
         found.append(
             f"data.train: {then.samples} samples ({then.fingerprint[:12]}) -> {now.samples} samples "
-            f"({now.fingerprint[:12]}); ids, captions, scenes and pictures must stay"
+            f"({now.fingerprint[:12]}); ids, captions, scenes, pictures, and how often each is listed must stay"
         )
     return found
 

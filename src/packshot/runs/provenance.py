@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,14 +24,18 @@ class Dataset(Protocol):
         ...
 
 
-def write_provenance(folder: Path, rows: Dataset, config: Any) -> dict[str, Any]:
+def write_provenance(
+    folder: Path, rows: Dataset, config: Any, sets: Sequence[Mapping[str, object]] = ()
+) -> dict[str, Any]:
     """Write ``config.yaml`` and ``data.json``; returns the content of the latter.
 
-    ``data.json`` holds the manifest hash and the licences of the data, and the licences of the weights that training
-    started from.
+    ``data.json`` holds the manifest hash and the licences of the data, each set of it, and the licences of the weights
+    that training started from. sets: a record for each set that ``rows`` were read from.
     """
     (folder / "config.yaml").write_text(to_yaml(config))
     data = {"path": rows.path, "rows": len(rows), "sha256": rows.fingerprint(), "licenses": rows.licenses}
+    if sets:
+        data["sets"] = [dict(one) for one in sets]
     data["weights_licenses"] = licenses_of_weights(config)
     (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")
     return data
@@ -38,7 +43,16 @@ def write_provenance(folder: Path, rows: Dataset, config: Any) -> dict[str, Any]
 
 def provenance_lines(data: dict[str, Any]) -> list[str]:
     """Lines of a model card about the data."""
-    return [
-        f"- data: `{data['path']}`, {data['rows']} samples, manifest sha256 `{data['sha256']}`",
-        f"- licences of the data: {', '.join(data['licenses']) or 'not recorded'}",
-    ]
+    lines = [f"- data: `{data['path']}`, {data['rows']} samples, manifest sha256 `{data['sha256']}`"]
+    sets = data.get("sets", ())
+    if len(sets) > 1 or any(one["shown_per_epoch"] != one["rows"] or one["prefix"] for one in sets):
+        lines += [set_line(one) for one in sets]
+    return [*lines, f"- licences of the data: {', '.join(data['licenses']) or 'not recorded'}"]
+
+
+def set_line(one: Mapping[str, Any]) -> str:
+    """One set in a model card."""
+    line = f"  - `{one['path']}`: {one['rows']} samples, shown {one['shown_per_epoch']} times an epoch"
+    if one["prefix"]:
+        line += f", each caption after `{one['prefix']}`"
+    return f"{line}; licences: {', '.join(one['licenses'])}; sha256 `{one['sha256']}`"

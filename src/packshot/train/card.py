@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,20 @@ def hub_head(name: str, base: str) -> list[str]:
     return ["---", *published, "library_name: diffusers", "tags:", *(f"- {tag}" for tag in tags), "---", ""]
 
 
-def write_card(folder: Path, run: Path, rows: Rows, config: TrainScript, used_as: str) -> dict[str, Any]:
+def write_card(
+    folder: Path,
+    run: Path,
+    rows: Rows,
+    config: TrainScript,
+    used_as: str,
+    sets: Sequence[Mapping[str, object]] = (),
+) -> dict[str, Any]:
     """Provenance, and a ``README.md`` with the pictures of the last validation until the exported step.
 
-    used_as: see ``methods.base.Method``. Returns what the adapter was made from: ``base``, ``step`` and the identity
-    of the data.
+    used_as: see ``methods.base.Method``. sets: a record for each set that ``rows`` were read from. Returns what the
+    adapter was made from: ``base``, ``step`` and the identity of the data.
     """
-    data = write_provenance(folder, rows, config)
+    data = write_provenance(folder, rows, config, sets)
     script = next(name for name, schema in SCRIPTS.items() if schema is type(config))
     name = script.removeprefix("train_")
     step = exported_step(run, config.train)

@@ -12,7 +12,7 @@ from packshot.base.load import Parts
 from packshot.config.gpus import GPUS, Gpu, find_gpu
 from packshot.config.optimizers import OPTIMIZERS
 from packshot.config.schema import TrainScript
-from packshot.dataset.rows import load_rows
+from packshot.dataset.sets import load_training
 from packshot.methods import Method
 from packshot.runs.files import replacing_file
 from packshot.runs.folder import log, open_run
@@ -59,8 +59,11 @@ class Plan:
     encoding_tflop: float
 
 
-def make_plan(config: TrainScript, samples: int, processes: int = 1) -> Plan:
-    """The cost of a training config on ``samples`` samples."""
+def make_plan(config: TrainScript, samples: int, processes: int = 1, shown: int | None = None) -> Plan:
+    """The cost of a training config on ``samples`` samples.
+
+    shown: how many an epoch shows, where sets are repeated; None: each once.
+    """
     parts, method = meta_method(config)
     train = config.train
     on_cuda = planned_gpu(config) is not None
@@ -91,7 +94,7 @@ def make_plan(config: TrainScript, samples: int, processes: int = 1) -> Plan:
         encoding_gib=weights + vae + encoding_peak,
         tflop_per_step=cost.flops / 1e12 * train.gradient_accumulation_steps,
         samples_per_step=per_step,
-        epochs=train.max_steps * per_step / samples,
+        epochs=train.max_steps * per_step / (shown or samples),
         cache_gib=samples * cached_bytes(parts, method, config) / GIB if config.data.cache else 0.0,
         encoding_tflop=samples * encoding_tflop,
     )
@@ -129,23 +132,23 @@ def plan(config: TrainScript, script: str) -> None:
     if int(os.environ.get("RANK", 0)):
         return
     samples = config.plan.images
+    shown = samples
+    sets: list[dict[str, object]] = []
     if samples is None:
-        samples = len(
-            load_rows(
-                "data.train", config.data.train, pictures=("image",), cache=config.data.cache_dir,
-                licenses=config.licenses,
-            )
-        )  # fmt: skip
+        data = load_training(config, pictures=("image",))
+        samples = len(data.rows)
+        shown = data.shown
+        sets = [{"path": one.named.path, "rows": len(one.rows), "shown_per_epoch": one.shown} for one in data.sets]
     run = open_run(script, config)
     processes = config.plan.gpus or int(os.environ.get("WORLD_SIZE", 1))
-    result = make_plan(config, samples, processes)
-    written = asdict(result) | {"samples": samples, "processes": processes}
+    result = make_plan(config, samples, processes, shown)
+    written = asdict(result) | {"samples": samples, "samples_per_epoch": shown, "processes": processes}
     gpu = planned_gpu(config)
     decided = decide(config, result, gpu, processes) if gpu else None
     if decided:
         written |= asdict(decided)
     with replacing_file(run.path / "plan.json") as file:
-        file.write_text(json.dumps(written, indent=2) + "\n")
+        file.write_text(json.dumps(written | {"sets": sets}, indent=2) + "\n")
     for name, value in written.items():
         log.info("%-22s %s", name, f"{value:,.3f}" if isinstance(value, float) else value)
     log.info("Activations are counted from the graph; workspaces of the device come on top.")

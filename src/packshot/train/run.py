@@ -20,7 +20,10 @@ from packshot.config.schema import (
     TrainConfig,
     TrainScript,
 )
-from packshot.dataset.rows import Rows, load_rows
+from packshot.config.train import NamedSet
+from packshot.dataset.rows import Rows
+from packshot.dataset.sets import TrainingData, load_named, load_training
+from packshot.engine.batches import listed
 from packshot.engine.checkpoints import EMA, exported_step, exporting
 from packshot.engine.loop import fit
 from packshot.engine.memory import compile_networks, enable_checkpointing, refuse_unavailable
@@ -59,19 +62,21 @@ def train(config: TrainScript) -> None:
     if config.mode is Mode.plan:
         plan(config, script)
         return
-    rows = load_set("data.train", config.data.train, config)
-    validation = load_set("data.validation", config.data.validation, config)
-    warn_of_memory(config, len(rows))
+    read = method_class(config).pictures_of(config.method)
+    pictures = ("image", "mask", *read)
+    data = load_training(config, pictures, read)
+    validation = load_named(config, "data.validation", NamedSet(config.data.validation), pictures, read)
+    warn_of_memory(config, len(data.rows))
     parts = load_parts(config.model, loading_dtype(config))
     session = start(script, config, config.train, resumable=False)
     with finishing(session.tracker):
         announce(session, config.train)
-        task, examples = build_task(config, parts, rows, validation, session.accelerator)
+        task, examples = build_task(config, parts, data.rows, validation, session.accelerator)
         with translate_lost_process(session.accelerator):
             if config.mode is Mode.check:
-                check(session, task, examples, config)
+                check(session, task, examples, config, data.order)
             else:
-                fit_and_export(session, task, examples, config)
+                fit_and_export(session, task, examples, data, config)
 
 
 def warn_of_memory(config: TrainScript, samples: int) -> None:
@@ -94,19 +99,6 @@ def loading_dtype(config: TrainScript) -> torch.dtype:
     if method_class(config).copies_base or config.model.quantization is not Quantization.none:
         return torch.float32
     return DTYPES[resolve_precision(config.train.mixed_precision)]
-
-
-def load_set(key: str, path: str, config: TrainScript) -> Rows:
-    """The dataset under ``key``, with the pictures that training reads.
-
-    Raises:
-        ConfigError: it cannot be read, or lacks a picture that the method reads.
-    """
-    read = method_class(config).pictures_of(config.method)
-    pictures = ("image", "mask", *read)
-    rows = load_rows(key, path, pictures=pictures, cache=config.data.cache_dir, licenses=config.licenses)
-    rows.refuse_without(key, read)
-    return rows
 
 
 def build_task(
@@ -166,7 +158,9 @@ def place(task: DiffusionTask, parts: Parts, accelerator: Accelerator, train: Tr
     task.alphas_cumprod_T = task.alphas_cumprod_T.to(accelerator.device)
 
 
-def fit_and_export(session: Session, task: DiffusionTask, examples: Examples, config: TrainScript) -> None:
+def fit_and_export(
+    session: Session, task: DiffusionTask, examples: Examples, data: TrainingData, config: TrainScript
+) -> None:
     """``mode=train``: encode, train to ``train.max_steps``, export."""
     if config.train.compile:
         compile_networks(task.method, session.accelerator.device)
@@ -180,28 +174,35 @@ def fit_and_export(session: Session, task: DiffusionTask, examples: Examples, co
     if config.data.cache:
         examples.encoder.release()
     if session.tracker:
-        rows = examples.rows
-        data = Input("dataset", "data.train", rows.path, rows.fingerprint())
-        session.tracker.inputs([data, Input("model", "model.base", config.model.base)])
-    ema = fit(task, examples, config, session)
+        session.tracker.inputs([*set_inputs(data), Input("model", "model.base", config.model.base)])
+    ema = fit(task, listed(examples, data.order), config, session)
     if session.run:
-        export(session, task, ema, examples.rows, config)
+        export(session, task, ema, data, config)
 
 
-def export(session: Session, task: DiffusionTask, ema: EMA | None, rows: Rows, config: TrainScript) -> None:
+def set_inputs(data: TrainingData) -> list[Input]:
+    """The sets of ``data.train`` as a tracker's inputs: under the key, or with their number where there are several."""
+    inputs = []
+    for number, one in enumerate(data.sets):
+        key = "data.train" if len(data.sets) == 1 else f"data.train[{number}]"
+        inputs.append(Input("dataset", key, one.named.path, one.rows.fingerprint()))
+    return inputs
+
+
+def export(session: Session, task: DiffusionTask, ema: EMA | None, data: TrainingData, config: TrainScript) -> None:
     """``<run>/export``: the adapter (its moving average, if kept), its config, its data's identity and a model card."""
     method = task.method
     method.export_dtype = getattr(torch, config.export.dtype.name)
     if ema:
         ema.swap(task)
     step = exported_step(session.path, config.train)
-    exported = Exported(config, task.prediction_type, len(rows), step)
+    exported = Exported(config, task.prediction_type, len(data.rows), step)
     with exporting(session.path) as folder:
         method.export(folder, objective_metadata(config.objective))
         for layout, write in method.layouts.items():
             if getattr(config.export, layout):
                 write(folder, exported)
-        made_from = write_card(folder, session.path, rows, config, method.used_as)
+        made_from = write_card(folder, session.path, data.rows, config, method.used_as, data.records())
     if session.tracker:
         session.tracker.artifact("adapter", session.path / "export", made_from)
     log.info("exported step %d to %s", made_from["step"], session.path / "export")

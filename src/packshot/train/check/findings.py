@@ -34,8 +34,10 @@ class Finding:
     samples: list[str]
 
 
-def findings(examples: Examples, held_out: Sequence[str], config: TrainScript, processes: int) -> list[Finding]:
-    """All findings of a run. held_out: ids of the validation set."""
+def findings(
+    examples: Examples, held_out: Sequence[str], config: TrainScript, processes: int, shown: int | None = None
+) -> list[Finding]:
+    """All findings of a run. held_out: ids of the validation set. shown: samples of an epoch; None: each once."""
     train = config.train
     per_step = train.batch_size * train.gradient_accumulation_steps * processes
     return [
@@ -43,7 +45,7 @@ def findings(examples: Examples, held_out: Sequence[str], config: TrainScript, p
         *_pictures(examples),
         *small_buckets(examples, per_step),
         *_held_out(examples, held_out),
-        *_settings(config, len(examples), per_step),
+        *_settings(config, shown or len(examples), per_step),
     ]
 
 

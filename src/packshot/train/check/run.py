@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from packshot.config.schema import KeepBest, TrainScript
-from packshot.engine.batches import SampleOrder
+from packshot.engine.batches import Listed, SampleOrder
 from packshot.engine.keyed_random import SampleKey
 from packshot.engine.loop import fit
 from packshot.engine.memory import compile_networks
@@ -43,34 +43,44 @@ class FirstBatch:
     keys: list[SampleKey]
 
 
-def first_batch(examples: Examples, config: TrainScript) -> FirstBatch:
-    """Encoded now, while the encoders are there."""
-    order = SampleOrder(examples.groups, config.run.seed, config.train.batch_size)
-    places = order.step(0)
+def first_batch(examples: Examples, config: TrainScript, order: Sequence[int] | None = None) -> FirstBatch:
+    """Encoded now, while the encoders are there. order: see :func:`check`."""
+    epoch = Listed(examples, range(len(examples)) if order is None else order)
+    places = SampleOrder(epoch.groups or [0], config.run.seed, config.train.batch_size).step(0)
+    indices = [epoch.indices[place] for place, _ in places]
     samples = []
-    for index, _ in places:
+    for index in indices:
         sample = examples.fresh(index)
         sample["encoded"] = list(sample["encoded"])
         samples.append(sample)
-    keys = [SampleKey(config.run.seed, epoch, examples.ids[index]) for index, epoch in places]
-    return FirstBatch([index for index, _ in places], samples, keys)
+    keys = [SampleKey(config.run.seed, turn, epoch.ids[place]) for place, turn in places]
+    return FirstBatch(indices, samples, keys)
 
 
-def check(session: Session, task: DiffusionTask, examples: Examples, config: TrainScript) -> None:
+def check(
+    session: Session,
+    task: DiffusionTask,
+    examples: Examples,
+    config: TrainScript,
+    order: Sequence[int] | None = None,
+) -> None:
     """Write ``check/``: ``batch.png``, ``learning_rate.png`` and ``check.json``; log findings and one measured step.
+
+    order: indices of the samples at the places of an epoch; None: each sample once.
 
     Raises:
         PackshotError: loss or gradient is not finite.
     """
     folder = session.path / "check"
-    batch = first_batch(examples, config)
+    batch = first_batch(examples, config, order)
     report: dict[str, object] = {}
     if session.run:
         folder.mkdir(exist_ok=True)
         draw_batch(task, examples, batch).save(folder / "batch.png")
         rates = [learning_rate(step, config.train) for step in range(config.train.max_steps)]
         curve(rates).save(folder / "learning_rate.png")
-        report.update(describe(session, task, examples, config, batch.samples[0]))
+        shown = len(examples) if order is None else len(order)
+        report.update(describe(session, task, examples, config, batch.samples[0], shown))
     if config.data.cache:
         examples.encoder.release()  # as in training: only what is needed then is in memory
     report.update(measure_step(session, task, batch.samples, config))
@@ -136,15 +146,16 @@ def size(height_width: tuple[int, int]) -> str:
 
 
 def describe(
-    session: Session, task: DiffusionTask, examples: Examples, config: TrainScript, sample: Example
+    session: Session, task: DiffusionTask, examples: Examples, config: TrainScript, sample: Example, shown: int
 ) -> dict[str, object]:
-    """Figures of the data and what is odd about it; both are logged."""
+    """Figures of the data and what is odd about it; both are logged. shown: samples of an epoch, repeats counted."""
     buckets = {}
     for group, count in Counter(examples.groups).most_common():
         buckets[size(examples.encoder.shapes[group])] = count
     for bucket, count in buckets.items():
         log.info("bucket %10s %6d samples", bucket, count)
-    found = findings(examples, task.validator.examples.rows.ids, config, session.accelerator.num_processes)
+    held_out = task.validator.examples.rows.ids
+    found = findings(examples, held_out, config, session.accelerator.num_processes, shown)
     for finding in found:
         log.warning("%s%s", finding.says, f" (such as {finding.samples[0][:16]})" if finding.samples else "")
     tensors = [value for value in sample.values() if isinstance(value, Tensor)]

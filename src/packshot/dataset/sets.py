@@ -1,0 +1,180 @@
+"""What ``data.train`` names: its sets as one list of samples, and how often an epoch shows each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from packshot.config.common import LicenseConfig
+from packshot.config.train import MOST_REPEATS, DataConfig, NamedSet
+from packshot.dataset.rows import Rows, concatenate, load_rows
+from packshot.errors import ConfigError
+from packshot.runs.folder import log
+
+KEY = "data.train"
+MOST_LONGER = 10  # times that an epoch may be longer so that its shares come near data.train_weights
+NEAR = 0.01  # of a share: how near is near
+
+
+class DataScript(Protocol):
+    """A script that trains; of its config these groups are read here."""
+
+    @property
+    def data(self) -> DataConfig: ...
+
+    @property
+    def licenses(self) -> LicenseConfig: ...
+
+
+@dataclass(frozen=True)
+class LoadedSet:
+    """One set as it is trained on. shown: how many samples of it an epoch shows, repeats counted."""
+
+    named: NamedSet
+    rows: Rows
+    shown: int
+
+    def record(self) -> dict[str, object]:
+        """What the manifest says of the set; ``sha256`` is the identity of its samples, prefix and all."""
+        return {
+            "path": self.named.path,
+            "rows": len(self.rows),
+            "sha256": self.rows.fingerprint(),
+            "repeats": self.named.repeats,
+            "weight": self.named.weight,
+            "prefix": self.named.prefix,
+            "shown_per_epoch": self.shown,
+            "licenses": self.rows.licenses,
+        }
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """All samples of ``data.train``.
+
+    rows: the samples of all sets, one set after the other. order: the index of the sample at each place of an epoch;
+    None where each sample has one place, in order.
+    """
+
+    rows: Rows
+    sets: list[LoadedSet]
+    order: list[int] | None = None
+
+    @property
+    def shown(self) -> int:
+        """How many samples an epoch shows, repeats counted."""
+        return len(self.rows) if self.order is None else len(self.order)
+
+    def records(self) -> list[dict[str, object]]:
+        """What the manifest says of each set."""
+        return [one.record() for one in self.sets]
+
+
+def load_training(config: DataScript, pictures: Sequence[str] | None, needed: Sequence[str] = ()) -> TrainingData:
+    """The sets of ``data.train``, one after the other.
+
+    pictures: the picture columns to read, None for all. needed: those of which a set must have a column.
+
+    Raises:
+        ConfigError: a set cannot be read or lacks a picture, or it is too small for its weight.
+    """
+    named = config.data.sets()
+    parts = [load_named(config, KEY, one, pictures, needed) for one in named]
+    times = repeated(parts, named)
+    sets = []
+    first = 0
+    for one, rows in zip(named, parts, strict=True):
+        sets.append(LoadedSet(one, rows, sum(times[first : first + len(rows)])))
+        first += len(rows)
+    rows = concatenate(KEY, parts)
+    if len(parts) == 1 and sum(times) == len(rows):
+        return TrainingData(rows, sets)
+    order = [index for index, count in enumerate(times) for _ in range(count)]
+    for one in sets:
+        log.info(
+            "%s: %d samples of %s are %.1f %% of an epoch of %d",
+            KEY, len(one.rows), one.named.path, 100 * one.shown / len(order), len(order),
+        )  # fmt: skip
+    return TrainingData(rows, sets, order)
+
+
+def load_named(
+    config: DataScript, key: str, named: NamedSet, pictures: Sequence[str] | None, needed: Sequence[str] = ()
+) -> Rows:
+    """One set, by the rules of a training's config.
+
+    Raises:
+        ConfigError: it cannot be read, or lacks a needed picture.
+    """
+    rows = load_rows(
+        key,
+        named.path,
+        pictures=pictures,
+        cache=config.data.cache_dir,
+        licenses=config.licenses,
+        prefix=named.prefix,
+        needs_review=config.data.needs_review,
+    )
+    rows.refuse_without(key, needed)
+    return rows
+
+
+def repeated(parts: Sequence[Rows], named: Sequence[NamedSet]) -> list[int]:
+    """How often an epoch shows each sample, set after set: by the sets' repeats, their own column, and their weights.
+
+    Raises:
+        ConfigError: the shares that were asked for would repeat a set too often.
+    """
+    own = [row_repeats(rows) for rows in parts]
+    factors = [one.repeats for one in named]
+    if named[0].weight is not None:
+        shares = [(one.weight or 0.0) * one.repeats for one in named]
+        factors = balanced([sum(times) for times in own], shares)
+        for one, factor in zip(named, factors, strict=True):
+            if factor > MOST_REPEATS:
+                raise ConfigError(
+                    f"data.train_weights: {one.path} is so small for its weight {one.weight} that an epoch would show "
+                    f"each of its samples {factor} times.",
+                    f"At most {MOST_REPEATS} times: choose weights that are nearer to the sizes of the sets.",
+                )
+    return [factor * count for factor, times in zip(factors, own, strict=True) for count in times]
+
+
+def row_repeats(rows: Rows) -> list[int]:
+    """The column ``repeats`` of a set; 1 where it says nothing."""
+    found = [int(value or 1) for value in rows.column("repeats") or [None] * len(rows)]
+    if any(count > 1 for count in found):
+        log.info(
+            "%s: the column repeats of %s shows its %d samples %d times an epoch (build_data.py "
+            "source.folder_repeats=false leaves it out)", KEY, rows.path, len(found), sum(found),
+        )  # fmt: skip
+    return found
+
+
+def balanced(sizes: Sequence[int], shares: Sequence[float]) -> list[int]:
+    """How often each set has to be repeated as a whole, so that it has its share of an epoch.
+
+    Whole repeats keep the samples of one set equal. An epoch shows every set at least once; it is made up to
+    ``MOST_LONGER`` times as long as it must be, until each share is met within ``NEAR``, or as nearly as that allows.
+    """
+    whole = sum(shares)
+    wanted = [share / whole for share in shares]
+    shortest = max(size / share for size, share in zip(sizes, wanted, strict=True))
+    best: list[int] = []
+    least = float("inf")
+    for length in range(1, MOST_LONGER + 1):
+        factors = []
+        for size, share in zip(sizes, wanted, strict=True):
+            factors.append(max(1, round(length * shortest * share / size)))
+        total = sum(factor * size for factor, size in zip(factors, sizes, strict=True))
+        error = max(
+            abs(factor * size / total - share) / share
+            for factor, size, share in zip(factors, sizes, wanted, strict=True)
+        )
+        if error < least:
+            best = factors
+            least = error
+        if error <= NEAR:
+            break
+    return best
