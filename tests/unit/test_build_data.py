@@ -584,6 +584,20 @@ def test_a_captioner_fills_empty_captions(photos, tmp_path, captioner):
     assert rows(out)[1]["scene"]["mood"] == "calm"
 
 
+def test_a_captioner_replaces_captions_on_request(photos, tmp_path, captioner):
+    """Where the captioner fails, the person's words stay."""
+    (photos / "0.txt").write_text("An object on a rock")
+    photo(9, (100, 80)).save(photos / "9.png")
+    (photos / "9.txt").write_text("An object on my table")
+    out = run(photos, tmp_path / "out", *captioner, "captioner.overwrite=true")
+    texts = {row["source"]: row["text"] for row in rows(out)}
+    origins = {row["source"]: row["caption_origin"] for row in rows(out)}
+    assert (texts.pop("photos/9.png"), origins["photos/9.png"]) == ("An object on my table", "source")
+    assert set(texts.values()) == {f"{CAPTION}, calm mood"}
+    assert origins["photos/0.png"] == "florence2"
+    assert "captions by origin: 6 florence2, 1 source (captioner.overwrite=true" in (out / "log.txt").read_text()
+
+
 def test_a_changed_prompt_redoes_captions_not_masks(photos, tmp_path, captioner):
     out = run(photos, tmp_path / "out", *captioner)
     assert FakeCaptioner.calls == 6

@@ -1,5 +1,8 @@
 """Bulk captioning: broken rows are recorded and passed over, finished work is kept, columns survive."""
 
+import json
+import logging
+
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,7 +12,7 @@ from caption_fixtures import CAPTIONS, caption_vlm, trained_run, write_dataset
 from packshot.caption.data import CaptionedRow, Journal
 from packshot.caption.models.adapter import Caption
 from packshot.caption.models.captioner import Captioner
-from packshot.caption.write import caption_shard, judge, summary
+from packshot.caption.write import Given, caption_shard, judge, summary
 from packshot.dataset.rows import load_rows
 from packshot.errors import ConfigError, PackshotError
 from packshot.scene import Scene
@@ -259,3 +262,67 @@ def test_captions_never_replace_their_input(tmp_path):
         caption_vlm(tmp_path, "data", f"data.input={data}", "run.resume=true", task="caption")
     with pytest.raises(ConfigError, match=r"data.input is not set"):
         caption_vlm(tmp_path, "out", task="caption")
+
+
+def with_captions(shard, texts, **columns):
+    """The shard with these captions and further columns."""
+    table = pq.read_table(shard)
+    number = table.column_names.index("text")
+    table = table.set_column(number, table.schema.field("text"), pa.array(texts, pa.string()))
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values))
+    pq.write_table(table, shard)
+
+
+MINE = "Professional photo of an object on my own table"
+
+
+def test_only_empty_captions_are_filled(shard, tmp_path):
+    """A person's words stay, with their scene; blanks and failures of earlier captioners count as empty."""
+    with_captions(shard, [MINE, "", "  ", CAPTIONS[1]], caption_origin=["source", "", "", "endpoint"])
+    captioner = Scripted(say())
+    counts = caption_shard(shard, tmp_path / "out.parquet", captioner, "a", given=Given("florence2"))
+    assert captioner.seen == [2]
+    assert column(tmp_path / "out.parquet", "text") == [MINE, CAPTIONS[0], CAPTIONS[0], CAPTIONS[1]]
+    origins = column(tmp_path / "out.parquet", "caption_origin")
+    assert origins == ["source", "florence2", "florence2", "endpoint"]
+    assert Scene.from_dict(column(tmp_path / "out.parquet", "scene")[0]).surface == "my own table"
+    assert (counts["with_caption"], counts["captioned"]) == (2, 2)
+
+
+def test_all_captions_are_replaced_on_request_alone(shard, tmp_path):
+    with_captions(shard, [MINE, "", MINE, MINE])
+    out = tmp_path / "out.parquet"
+    caption_shard(shard, out, Scripted(say()), "a", given=Given("florence2"))
+    assert column(out, "caption_origin") == ["source", "florence2", "source", "source"]
+    caption_shard(shard, out, Scripted(say(CAPTIONS[1])), "a", given=Given("florence2", overwrite=True))
+    assert column(out, "text") == [CAPTIONS[1]] * 4
+    assert column(out, "caption_origin") == ["florence2"] * 4
+
+
+def test_a_correction_counts_as_a_persons_caption(shard, tmp_path):
+    with_captions(shard, [CAPTIONS[1], "", "", ""], caption_origin=["florence2", "", "", ""])
+    ids = column(shard, "id")
+    given = Given("florence2", corrections={ids[0]: MINE, ids[2]: MINE})
+    captioner = Scripted(say())
+    caption_shard(shard, tmp_path / "out.parquet", captioner, "a", given=given)
+    assert captioner.seen == [2]
+    assert column(tmp_path / "out.parquet", "text") == [MINE, CAPTIONS[0], MINE, CAPTIONS[0]]
+    assert column(tmp_path / "out.parquet", "caption_origin") == ["source", "florence2"] * 2
+
+
+def test_the_screen_counts_what_is_kept_and_filled(tmp_path, caplog):
+    run = trained_run()
+    data = write_dataset(tmp_path / "data", shards=(3,), captions=False)
+    with_captions(data / "part-00000.parquet", [MINE, "", ""])
+    settings = (f"model.florence2={run.parent / 'base'}", f"captioner.adapter={run / 'export'}", f"data.input={data}")
+    logging.getLogger("packshot").propagate = True
+    caplog.set_level(logging.INFO)
+    out = caption_vlm(tmp_path, "filled", *settings, task="caption")
+    assert "1 captions of the source kept (captioner.overwrite=true replaces them)" in caplog.text
+    assert "2 empty captions filled by florence2" in caplog.text
+    counts = json.loads((out / "captions.json").read_text())
+    assert (counts["kept"], counts["written"]) == (1, 2)
+    out = caption_vlm(tmp_path, "replaced", *settings, "captioner.overwrite=true", task="caption")
+    assert "1 captions of the source are replaced (captioner.overwrite=true)" in caplog.text
+    assert column(out / "part-00000.parquet", "text")[0] == CAPTIONS[0]

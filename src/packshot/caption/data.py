@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,10 +25,20 @@ from packshot.scene.scene import scene_features
 PICTURES = ("image", "mask")  # the pictures that a captioner reads
 PATIENCE = 30 * 24 * 3600  # seconds that processes wait for each other; the launcher ends them all when one fails
 ERROR_COLUMN = "caption_error"
+ORIGIN_COLUMN = "caption_origin"
+SOURCE = "source"  # the origin of a caption that came with the picture
 CONFIDENCE_COLUMN = "caption_confidence"
 _KEY = b"packshot.caption"  # footer entry: which input and which captioner a shard was written from
 _TEXT = Value("string")
 _CONFIDENCE = dict.fromkeys(SLOTS, Value("float32"))
+# What task=caption writes into every shard, beside the columns that were there.
+_WRITTEN = {
+    "text": _TEXT,
+    "scene": scene_features(),
+    ERROR_COLUMN: _TEXT,
+    CONFIDENCE_COLUMN: _CONFIDENCE,
+    ORIGIN_COLUMN: _TEXT,
+}
 
 
 @dataclass(frozen=True)
@@ -137,19 +148,29 @@ class Journal:
         self._file.unlink(missing_ok=True)
 
 
-def write_captions(file: Path, table: pa.Table, rows: Sequence[CaptionedRow], key: str) -> None:
-    """``table`` with ``text``, ``scene``, ``caption_error`` and ``caption_confidence`` replaced, whole or not at all.
+def texts_of(table: pa.Table) -> list[str | None]:
+    """The captions of a table, None where there is none."""
+    if "text" not in table.column_names:
+        return [None] * table.num_rows
+    return [text if text and text.strip() else None for text in table.column("text").to_pylist()]
 
+
+def write_captions(
+    file: Path, table: pa.Table, rows: Sequence[CaptionedRow], key: str, origin: str, kept: Collection[int]
+) -> None:
+    """``table`` with its caption columns (:data:`_WRITTEN`) replaced, whole or not at all.
+
+    origin: names the captioner. kept: rows whose caption is that of the table, with its scene, confidence and origin.
     The features that ``datasets`` and the hub viewer read from the footer are kept and extended.
     """
     features = Features.from_arrow_schema(table.schema)
-    features.update({"text": _TEXT, "scene": scene_features(), ERROR_COLUMN: _TEXT, CONFIDENCE_COLUMN: _CONFIDENCE})
-    written: dict[str, list[object]] = {"text": [], "scene": [], ERROR_COLUMN: [], CONFIDENCE_COLUMN: []}
-    for row in rows:
-        written["text"].append(row.text)
-        written["scene"].append(Scene.parse(row.text).scene.to_dict() if row.text else None)
-        written[ERROR_COLUMN].append(row.error)
-        written[CONFIDENCE_COLUMN].append({**dict.fromkeys(_CONFIDENCE), **row.confidence})
+    features.update(_WRITTEN)
+    before = table.select([name for name in _WRITTEN if name in table.column_names]).to_pylist()
+    written: dict[str, list[object]] = {name: [] for name in _WRITTEN}
+    for index, row in enumerate(rows):
+        cells = kept_cells(before[index]) if index in kept else new_cells(row, origin)
+        for name, value in cells.items():
+            written[name].append(value)
     arrays: list[pa.Array | pa.ChunkedArray] = []
     schema = features.arrow_schema
     for column in schema:
@@ -160,3 +181,26 @@ def write_captions(file: Path, table: pa.Table, rows: Sequence[CaptionedRow], ke
     metadata = {**(table.schema.metadata or {}), **(schema.metadata or {}), _KEY: key.encode()}
     with replacing_file(file) as temporary:
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema.with_metadata(metadata)), temporary)
+
+
+def new_cells(row: CaptionedRow, origin: str) -> dict[str, object]:
+    """The caption columns of a row that the captioner wrote, or failed to write."""
+    return {
+        "text": row.text,
+        "scene": Scene.parse(row.text).scene.to_dict() if row.text else None,
+        ERROR_COLUMN: row.error,
+        CONFIDENCE_COLUMN: {**dict.fromkeys(_CONFIDENCE), **row.confidence},
+        ORIGIN_COLUMN: origin if row.text else "",
+    }
+
+
+def kept_cells(before: dict[str, Any]) -> dict[str, object]:
+    """The caption columns of a row whose caption stays. before: these columns as they are, where there are any."""
+    confidence = without_none(before.get(CONFIDENCE_COLUMN) or {})
+    return {
+        "text": before["text"],
+        "scene": before.get("scene") or Scene.parse(before["text"]).scene.to_dict(),
+        ERROR_COLUMN: None,
+        CONFIDENCE_COLUMN: {**dict.fromkeys(_CONFIDENCE), **confidence},
+        ORIGIN_COLUMN: before.get(ORIGIN_COLUMN) or SOURCE,
+    }

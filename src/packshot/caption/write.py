@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -23,6 +23,7 @@ from packshot.caption.data import (
     read_captions,
     read_shard,
     shard_files,
+    texts_of,
     write_captions,
 )
 from packshot.caption.models.adapter import Caption
@@ -30,6 +31,7 @@ from packshot.caption.models.captioner import Captioner
 from packshot.caption.models.load import identity, load_captioner
 from packshot.caption.scores import first_words
 from packshot.config.schema import CaptionVLM
+from packshot.dataset import corrections
 from packshot.dataset.rows import license_names
 from packshot.engine.processes import Session, start
 from packshot.errors import ConfigError, PackshotError
@@ -50,6 +52,38 @@ class Summary(TypedDict):
     errors: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Given:
+    """The captions that a dataset came with, and what becomes of them.
+
+    origin: names the captioner in what it writes. overwrite: replace them. corrections: a person's words by sample id,
+    which count as captions of the source.
+    """
+
+    origin: str = ""
+    overwrite: bool = False
+    corrections: Mapping[str, str] = field(default_factory=dict)
+
+    def apply(self, table: pa.Table) -> pa.Table:
+        """The table with the corrections."""
+        readable = {"id", "text"} <= set(table.column_names)
+        return corrections.apply(table, self.corrections) if readable else table
+
+    def kept(self, table: pa.Table) -> set[int]:
+        """The rows whose caption stays."""
+        if self.overwrite:
+            return set()
+        return {index for index, text in enumerate(texts_of(table)) if text is not None}
+
+    def key(self) -> dict[str, object]:
+        """What a finished shard depends on. Shards of older versions, which kept no caption, have another key."""
+        corrected = json.dumps(sorted(self.corrections.items()))
+        return {"overwrite": self.overwrite, "corrections": sha256(corrected.encode())}
+
+
+NOTHING_GIVEN = Given()
+
+
 def caption(config: CaptionVLM) -> None:
     """Caption the dataset ``data.input``; writes its shards with captions, and ``captions.json``."""
     assert config.data.input is not None  # the task's row needs it
@@ -59,6 +93,8 @@ def caption(config: CaptionVLM) -> None:
             f"run.dir={config.run.dir} is data.input itself.", "Name another folder for the captioned dataset."
         )
     refuse_rows(config.licenses, "data.input", config.data.input, shard_licenses(files))
+    overwrite = config.captioner.overwrite
+    given = Given(config.captioner.kind.name, overwrite, {} if overwrite else corrections.read(files[0].parent))
     captioner = load_captioner(config.model, config.captioner)
     named = json.dumps(identity(config.model, config.captioner), sort_keys=True)
     # The first process to finish waits for the last, which may need hours more.
@@ -70,14 +106,14 @@ def caption(config: CaptionVLM) -> None:
         total = sum(pq.read_metadata(file).num_rows for file in mine)
         with progress("captioning", total, show=session.run is not None) as advance:
             for file in mine:
-                counts = caption_shard(file, session.path / file.name, captioner, named, advance)
+                counts = caption_shard(file, session.path / file.name, captioner, named, advance, given)
                 found.append((file.name, counts))
         found = gather_object(found)
         if session.run and session.tracker:
             for step, (name, counts) in enumerate(sorted(found, key=lambda pair: pair[0])):
                 session.run.metrics({"step": step, "shard": name, **counts})
                 session.tracker.log(counts, step)
-            report(session, files)
+            report(session, files, sum(int(counts["with_caption"]) for _, counts in found), given)
     finally:
         session.finish()
 
@@ -91,12 +127,20 @@ def shard_licenses(files: Sequence[Path]) -> set[str]:
     return found
 
 
-def report(session: Session, files: Sequence[Path]) -> None:
-    """``captions.json``, and the counts on the screen."""
+def report(session: Session, files: Sequence[Path], with_caption: int, given: Given) -> None:
+    """``captions.json``, and the counts on the screen. with_caption: rows that came with one."""
     counts = summary(session.path, files)
+    kept = 0 if given.overwrite else with_caption
+    written = counts["captioned"] - kept
     with replacing_file(session.path / "captions.json") as file:
-        file.write_text(json.dumps(counts, indent=2) + "\n")
+        file.write_text(json.dumps({**counts, "kept": kept, "written": written}, indent=2) + "\n")
     log.info("%d of %d rows have a caption", counts["captioned"], counts["rows"])
+    if given.overwrite:
+        log.warning("%d captions of the source are replaced (captioner.overwrite=true)", with_caption)
+        log.info("%d captions written by %s", written, given.origin)
+    else:
+        log.info("%d captions of the source kept (captioner.overwrite=true replaces them)", kept)
+        log.info("%d empty captions filled by %s", written, given.origin)
     for reason, count in counts["errors"].items():
         log.warning("%d rows without: %s", count, reason)
     if counts["errors"]:
@@ -118,39 +162,56 @@ def judge(caption: Caption) -> CaptionedRow:
 
 
 def caption_shard(
-    source: Path, target: Path, captioner: Captioner, identity: str, advance: Callable[..., None] = lambda n: None
+    source: Path,
+    target: Path,
+    captioner: Captioner,
+    identity: str,
+    advance: Callable[..., None] = lambda n: None,
+    given: Given = NOTHING_GIVEN,
 ) -> dict[str, float]:
     """Caption one shard into ``target``; rows that an earlier run captioned without an error are kept.
+
+    So are captions that the source has, unless ``given`` says otherwise.
 
     identity: names the captioner and its settings. Captions of another identity, or of a shard with other content,
         are not reused.
     advance: called with the number of rows that were finished.
-    Returns: rows, captioned (now), kept, errors, images_per_second.
+    Returns: rows, captioned (now), kept, errors, with_caption (in the source), images_per_second.
     """
     started = time.monotonic()
-    key = json.dumps({"captioner": identity, "input": sha256(source.read_bytes())}, sort_keys=True)
-    table = read_shard(source)
+    key = json.dumps({"captioner": identity, "input": sha256(source.read_bytes()), **given.key()}, sort_keys=True)
+    table = given.apply(read_shard(source))
+    texts = texts_of(table)
+    kept = given.kept(table)
     journal = Journal(target, key)
     earlier = read_captions(target, key)
     rows = earlier or [CaptionedRow(error="not captioned yet")] * table.num_rows
     for index, row in journal.read().items():
         rows[index] = row
+    for index in kept:
+        rows[index] = CaptionedRow(texts[index])
     todo = by_size(table, [index for index, row in enumerate(rows) if row.error is not None])
     advance(len(rows) - len(todo))
-    for first in range(0, len(todo), captioner.batch_size):
-        part = todo[first : first + captioner.batch_size]
+    for part in batched(todo, captioner.batch_size):
         found = dict(zip(part, caption_table_rows(table, part, captioner), strict=True))
         journal.add(found)
         for index, row in found.items():
             rows[index] = row
         advance(len(part))
     if todo or earlier is None:
-        write_captions(target, table, rows, key)
+        write_captions(target, table, rows, key, given.origin, kept)
     journal.remove()
     errors = sum(row.error is not None for row in rows)
     rate = len(todo) / max(time.monotonic() - started, 1e-9)
     counts = {"rows": len(rows), "captioned": len(todo), "kept": len(rows) - len(todo), "errors": errors}
-    return {**counts, "images_per_second": rate}
+    with_caption = sum(text is not None for text in texts)
+    return {**counts, "with_caption": with_caption, "images_per_second": rate}
+
+
+def batched(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """The indices, ``size`` at a time."""
+    for first in range(0, len(indices), size):
+        yield indices[first : first + size]
 
 
 def by_size(table: pa.Table, indices: list[int]) -> list[int]:

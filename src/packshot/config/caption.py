@@ -32,6 +32,9 @@ def refuse_unset(reason: str, values: Mapping[str, str | None]) -> None:
 class CaptionerConfig:
     kind: CaptionerKind = opt(CaptionerKind.florence2, "which captioner; none leaves captions empty")
     adapter: str | None = opt(None, "folder of a fine-tuned captioner (caption_vlm.py's export/)")
+    overwrite: bool = opt(
+        False, "caption rows that have a caption too, and replace it; false: only empty ones, a person's words stay"
+    )
     prompt: str = opt("Describe the scene around the object.", "the instruction in training and in captioning")
     product: ProductTarget = opt(
         ProductTarget.none,

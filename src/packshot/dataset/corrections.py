@@ -1,9 +1,9 @@
 """Captions that a person has corrected: kept beside a dataset's shards, apart from what a machine wrote, and stronger.
 
 ``corrections.jsonl`` holds one line ``{"id": ..., "text": ...}`` per sample. Captioning the dataset again leaves it
-alone. Whoever reads the dataset with :func:`packshot.dataset.rows.load_rows` (training, evaluation, review) or builds
-another from it (``build_data.py``) sees its words; ``task=caption`` writes captions of its own, and other tools see the
-shards.
+alone. Whoever reads the dataset with :func:`packshot.dataset.rows.load_rows` (training, evaluation, review), builds
+another from it (``build_data.py``) or captions it (``task=caption`` without ``captioner.overwrite``) sees its words;
+other tools see the shards.
 """
 
 from __future__ import annotations
@@ -69,6 +69,10 @@ def apply(table: pa.Table, corrections: Mapping[str, str]) -> pa.Table:
     for name in {"scene", "caption_error", "caption_confidence"} & set(table.column_names):
         values = table.column(name).to_pylist()
         kept[name] = [None if key in corrections else value for key, value in zip(ids, values, strict=True)]
+    if "caption_origin" in table.column_names:
+        origins = table.column("caption_origin").to_pylist()
+        pairs = zip(ids, origins, strict=True)
+        kept["caption_origin"] = ["source" if key in corrections else origin for key, origin in pairs]
     for name, values in kept.items():
         field = table.schema.field(name)
         table = table.set_column(table.column_names.index(name), field, pa.array(values, field.type))

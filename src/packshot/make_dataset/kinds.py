@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
+
+import pyarrow.parquet as pq
 
 from packshot.config.compose import to_plain
 from packshot.config.schema import BuildData, CaptionerKind, DatasetKind
@@ -108,6 +111,23 @@ def naming_notes(config: BuildData, report: Report) -> list[str]:
     return [f"{named} of {captioned} captions name a product (captions.product={policy}; keep, report or reject)"]
 
 
+def caption_notes(config: BuildData, report: Report) -> list[str]:
+    """Who wrote the captions of the set, and the key that decides what becomes of those of the source."""
+    if config.captioner.kind is CaptionerKind.none:
+        return []
+    origins: Counter[str] = Counter()
+    for file in report.files("part"):
+        origins.update(pq.read_table(file, columns=["caption_origin"])[0].to_pylist())
+    counts = ", ".join(f"{count} {origin or 'none'}" for origin, count in origins.most_common())
+    kept = "replaces those of the source" if config.captioner.overwrite else "keeps those of the source"
+    return [f"captions by origin: {counts} (captioner.overwrite={str(config.captioner.overwrite).lower()} {kept})"]
+
+
+def photo_notes(config: BuildData, report: Report) -> list[str]:
+    """What the screen says of the captions."""
+    return [*naming_notes(config, report), *caption_notes(config, report)]
+
+
 def refuse_networks(config: BuildData) -> None:
     """Load what finds products and depth once."""
     load_network(config.matte.model)
@@ -163,7 +183,7 @@ RECIPES: dict[DatasetKind, Recipe] = {
         sources.fingerprints,
         partial(photo_steps, masked=False),
         photo_settings,
-        naming_notes,
+        photo_notes,
     ),
     DatasetKind.product: Recipe(
         source_name,
@@ -173,7 +193,7 @@ RECIPES: dict[DatasetKind, Recipe] = {
         sources.fingerprints,
         partial(photo_steps, masked=True),
         photo_settings,
-        naming_notes,
+        photo_notes,
     ),
     DatasetKind.rendered: Recipe(
         lambda config: "rendered",

@@ -278,7 +278,9 @@ def network_identity(matte: MatteConfig) -> dict[str, Any]:
 
 
 def caption_step(config: BuildData, masked: bool) -> Step:
-    """Writes ``text`` where the source had none. A changed prompt or model redoes it, and no step before it.
+    """Writes ``text`` where the source had none, or everywhere with ``captioner.overwrite``.
+
+    A changed prompt or model redoes it, and no step before it.
 
     masked: masks are known, and tell the captioner what the product is.
     """
@@ -288,25 +290,33 @@ def caption_step(config: BuildData, masked: bool) -> Step:
         return load_captioner(config.model, config.captioner)
 
     named = {**identity(config.model, config.captioner), "origin": config.captioner.kind.name}
-    function = partial(write_captions, captioner=captioner, origin=config.captioner.kind.name)
+    overwrite = config.captioner.overwrite
+    if overwrite:
+        named["overwrite"] = "true"
+    function = partial(write_captions, captioner=captioner, origin=config.captioner.kind.name, overwrite=overwrite)
     schema = pa.schema([("text", pa.string()), ("caption_origin", pa.string())])
     reads = (*PICTURE, "text", "caption_origin", *(("mask",) if masked else ()))
     return Step("caption", 2, named, schema, function, reads=reads, exclusive=True)
 
 
-def write_captions(samples: list[Sample], captioner: Callable[[], Captioner], origin: str) -> list[Outcome]:
-    """Captions for the pictures that came without one; those of the source stay."""
+def write_captions(
+    samples: list[Sample], captioner: Callable[[], Captioner], origin: str, overwrite: bool = False
+) -> list[Outcome]:
+    """Captions for the pictures that came without one, with ``overwrite`` for all; those of the source stay otherwise.
+
+    A caption of the source also stays where the captioner fails.
+    """
     from packshot.caption.write import write_rows
 
     pictures = {}
     for index, sample in enumerate(samples):
-        if not sample["text"]:
+        if overwrite or not sample["text"]:
             pictures[index] = picture_and_mask(sample)
     written = write_rows(pictures, captioner()) if pictures else {}
     outcomes = []
     for index, sample in enumerate(samples):
         if index in written:
-            outcomes.append(caption_outcome(written[index], origin))
+            outcomes.append(caption_outcome(written[index], origin, sample))
         else:
             outcomes.append(Outcome({"text": sample["text"], "caption_origin": sample["caption_origin"]}))
     return outcomes
@@ -318,9 +328,9 @@ def picture_and_mask(sample: Sample) -> tuple[Image, Image | None]:
     return flatten(picture(sample)), mask
 
 
-def caption_outcome(row: CaptionedRow, origin: str) -> Outcome:
-    """An image without a usable caption stays, with the reason on record; training refuses empty captions."""
+def caption_outcome(row: CaptionedRow, origin: str, sample: Sample) -> Outcome:
+    """An image without a usable caption stays as it came, with the reason on record; trainers refuse empty captions."""
     if row.text is not None:
         return Outcome({"text": row.text, "caption_origin": origin})
     reason = NAMES_PRODUCT if (row.error or "").startswith("names the product") else "no_caption"
-    return Outcome({"text": "", "caption_origin": ""}, reason, row.error)
+    return Outcome({"text": sample["text"], "caption_origin": sample["caption_origin"]}, reason, row.error)
