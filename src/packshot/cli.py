@@ -245,6 +245,11 @@ COMMANDS: dict[str, Command] = {
         "PICTURES ... [--out DIR] [--set key=value] | --export DIR",
         "packshot.evaluate.bench:main",
     ),
+    "show": Command(
+        "Show one row of a dataset: its columns in words, and its pictures as files.",
+        "DATASET [ROW] [show.id=ID | show.index=N] [show.out=FOLDER]",
+        "packshot.dataset.show:main",
+    ),
     "plan": Command("Print what a training will need, before it starts.", "STAGE [key=value ...]", "packshot.cli:plan"),
 }
 

@@ -42,7 +42,7 @@ def card(
         f"# Packshot {dataset} set\n",
         f"Images: {rows}. `rejected.parquet` names what was left out, with the reason and the value that decided, and",
         "(`kept`) images that are in the set with a remark;",
-        "`contact_sheet.png` shows the first images; `ledger.jsonl` says how each shard came about.\n",
+        "`report.html` and `contact_sheet.png` show images; `ledger.jsonl` says how each shard came about.\n",
         *_table(("licence", "images"), licenses),
         *(_table(("left out because", "images"), reasons) if reasons else ["Nothing was left out.\n"]),
         *(_table(("kept with the remark", "images"), remarks) if remarks else []),

@@ -9,7 +9,8 @@ from pathlib import Path
 from packshot.config.schema import BuildData, BuildTask
 from packshot.errors import PackshotError
 from packshot.make_dataset.kinds import RECIPES, Recipe
-from packshot.make_dataset.output import reason_counts, write_extras
+from packshot.make_dataset.output import reason_counts, rejected_rows, write_extras
+from packshot.make_dataset.report import write_report
 from packshot.make_dataset.review import review_masks
 from packshot.pipeline import run_steps
 from packshot.pipeline.shards import split
@@ -53,6 +54,7 @@ def build_held(config: BuildData, recipe: Recipe) -> None:
     report = run_steps(run.path, shards, recipe.fingerprints, steps, config.executor)
     recipe.finish(config, run.path)
     figures = write_extras(report, steps, config.dataset.name, recipe.settings(config), recipe.sheet, len(items))
+    page = write_report(report, config.dataset.name, rejected_rows(report, steps), items)
     if report.worked:
         line = {"step": 0, **figures, "seconds": round(time.monotonic() - started, 1)}
         run.metrics(line)
@@ -61,6 +63,7 @@ def build_held(config: BuildData, recipe: Recipe) -> None:
         log.info("everything was done already")
     for note in [*recipe.notes(config, report), *reason_counts(report, steps)]:
         log.info(note)
+    log.info("look at %s", page)
     log.info("%(accepted)d of %(images)d images accepted, %(rejected)d rejected", figures)
     sheet = run.path / "contact_sheet.png"
     if sheet.exists():
