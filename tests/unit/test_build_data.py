@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,10 +24,10 @@ from PIL import Image, ImageDraw, ImageFilter
 from packshot.config.compose import compose
 from packshot.config.schema import ExecutorConfig, ExecutorKind
 from packshot.dataset import corrections
+from packshot.dataset.near_duplicates import find_duplicates, hamming, perceptual_hash
 from packshot.dataset.rows import load_rows
 from packshot.errors import ConfigError, PackshotError
 from packshot.imaging.files import pair_masks
-from packshot.make_dataset.dedup import find_duplicates, hamming, perceptual_hash
 from packshot.make_dataset.quality import sharpness
 from packshot.make_dataset.run import build
 from packshot.pipeline.executor import open_executor
@@ -646,3 +647,74 @@ def test_sharpness_does_not_depend_on_contrast_or_resolution():
     faint = coffee.point(lambda value: 200 + value // 8)
     assert sharpness(faint) == pytest.approx(sharp, rel=0.5)
     assert sharpness(coffee.resize((1800, 1200))) == pytest.approx(sharp, rel=0.5)
+
+
+# --- the page about a build
+
+
+def test_the_report_shows_reasons_sizes_captions_and_licences(photos, tmp_path):
+    """Pictures that were left out stand under their reason, though no step has kept them."""
+    (photos / "0.txt").write_text("An object on a rock, " + "very " * 90 + "far away")
+    photo(8).resize((40, 30)).save(photos / "small.png")
+    (photos / "broken.png").write_bytes(b"no picture")
+    out = run(photos, tmp_path / "out", "source.license=MIT", "dataset=background")
+    page = (out / "report.html").read_text()
+    reasons = re.findall(r"<h2>Left out: (\w+) \((\d+)\)</h2>(.*?)(?=<h2>|</html>)", page, re.DOTALL)
+    found = {reason: (int(number), grid.count("<img")) for reason, number, grid in reasons}
+    assert found["too_small"] == (1, 1)
+    assert "photos/small.png: 40x30" in page
+    assert sum(number for number, _ in found.values()) == sum(not row["kept"] for row in rejected(out).values())
+    assert "1 captions are longer than 77 tokens" in page
+    assert f"<td>MIT</td><td>{len(rows(out))}</td>" in page
+    assert "bucket at 1024 px" in page
+
+
+def test_the_report_of_finished_work_is_left_alone(photos, tmp_path):
+    out = run(photos, tmp_path / "out", "dataset=background")
+    before = (out / "report.html").stat()
+    run(photos, out, "run.resume=true", "dataset=background")
+    assert (out / "report.html").stat().st_mtime_ns == before.st_mtime_ns
+    photo(8).resize((40, 30)).save(photos / "small.png")
+    run(photos, out, "run.resume=true", "dataset=background")
+    assert "photos/small.png: 40x30" in (out / "report.html").read_text()
+
+
+# --- several captions of one picture
+
+THREE = ["An object on oak", "Something on a table", "A still life"]
+
+
+def test_several_captions_of_a_picture_arrive_in_the_set(photos, tmp_path):
+    lines = [{"file_name": "0.png", "text": THREE}, {"file_name": "1.png", "text": "An object on a rock"}]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = run(photos, tmp_path / "out", "dataset=background")
+    by_source = {row["source"]: row for row in rows(out)}
+    assert by_source["photos/0.png"]["text"] == THREE[0]
+    assert by_source["photos/0.png"]["captions"] == THREE
+    assert not by_source["photos/1.png"]["captions"]
+    again = run(out, tmp_path / "again", "dataset=background")  # a set built from the set
+    assert {row["id"]: row["captions"] for row in rows(again)}[by_source["photos/0.png"]["id"]] == THREE
+
+
+def test_a_parquet_with_lists_of_captions_is_read(tmp_path):
+    buffer = io.BytesIO()
+    photo(0).save(buffer, "PNG")
+    pictures = [{"bytes": buffer.getvalue(), "path": None}]
+    pq.write_table(pa.table({"image": pictures, "text": [["", *THREE]]}), tmp_path / "hub.parquet")
+    (row,) = rows(run(tmp_path / "hub.parquet", tmp_path / "out", "dataset=background"))
+    assert (row["text"], row["captions"], row["caption_origin"]) == (THREE[0], THREE, "source")
+
+
+def test_sets_with_one_caption_a_picture_have_no_further_column(photos, tmp_path):
+    (photos / "0.txt").write_text(THREE[0])
+    assert "captions" not in rows(run(photos, tmp_path / "out", "dataset=background"))[0]
+
+
+def test_replaced_captions_leave_none_of_the_others(photos, tmp_path, captioner):
+    (photos / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": THREE}))
+    kept = {row["source"]: row for row in rows(run(photos, tmp_path / "kept", "dataset=background", *captioner))}
+    assert kept["photos/0.png"]["captions"] == THREE
+    keys = ["dataset=background", "captioner.overwrite=true", *captioner]
+    for row in rows(run(photos, tmp_path / "replaced", *keys)):
+        assert not row["captions"]
+        assert row["caption_origin"] == "florence2"

@@ -1,6 +1,8 @@
 """Reading datasets: what comes out, and what is said when something is missing."""
 
+import hashlib
 import io
+import logging
 import os
 import resource
 import threading
@@ -127,8 +129,6 @@ def test_a_set_that_cannot_be_used_is_refused_by_its_key(tmp_path, columns, says
 
 
 def test_captions_that_failed_are_left_out_and_said(tmp_path, caplog):
-    import logging
-
     logging.getLogger("packshot").propagate = True
     path = write(tmp_path, text=["a table", None], caption_error=[None, "names the product: bottle"])
     assert load_rows("data.train", path).ids == ["a"]
@@ -261,3 +261,32 @@ def test_a_damaged_copy_of_the_pictures_is_written_again(tmp_path, caplog, damag
     assert rows[1]["image"].getpixel((0, 0)) == load_rows("data.train", path)[1]["image"].getpixel((0, 0))
     assert copy.read_bytes() == whole
     assert "is damaged" in caplog.text
+
+
+# --- what people bring
+
+
+def test_the_picture_is_the_id_where_there_is_none(tmp_path):
+    """A raw Parquet of the hub has image and text only; the ids are those that build_data.py would give."""
+    rows = load_rows("data.train", write(tmp_path, id=None))
+    assert rows.ids == [hashlib.sha256(png()["bytes"]).hexdigest()] * 2
+
+
+@pytest.mark.parametrize("name", ["", "photo.png", "captions.csv"])
+def test_pictures_that_are_no_dataset_are_told_the_command(tmp_path, name):
+    (tmp_path / "photo.png").write_bytes(png()["bytes"])
+    (tmp_path / "captions.csv").write_text("file_name,text")
+    path = tmp_path / name
+    with pytest.raises(ConfigError) as caught:
+        load_rows("data.train", str(path))
+    assert f"python build_data.py dataset=background source.path={path} run.dir=<new folder>" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [["a table", ""], ["a table", None], None])
+def test_empty_captions_are_let_in_on_request_and_counted(tmp_path, caplog, text):
+    logging.getLogger("packshot").propagate = True
+    rows = load_rows("data.train", write(tmp_path, text=text), empty_captions=True)
+    bare = 2 if text is None else 1
+    assert rows.texts == ["a table", ""] if text else ["", ""]
+    assert rows[1]["text"] == ""
+    assert f"{bare} of 2 samples have no caption and are trained as unconditional" in caplog.text

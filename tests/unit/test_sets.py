@@ -7,6 +7,8 @@ import logging
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from packshot.api import run
@@ -15,7 +17,9 @@ from packshot.dataset.rows import load_rows
 from packshot.dataset.sets import balanced, load_training
 from packshot.engine.batches import Listed, SampleOrder, listed
 from packshot.engine.compatibility import check, made_with
+from packshot.engine.keyed_random import SampleKey
 from packshot.errors import ConfigError, PackshotError
+from packshot.train.run import build_task
 
 
 def png(color, size=(8, 6)):
@@ -53,7 +57,7 @@ def screen(caplog):
 
 def loaded(tmp_path, *keys):
     config = compose("train_lora", [*keys, f"data.cache_dir={tmp_path / 'cache'}", "tracking=none"])
-    return load_training(config, ("image", "mask"))
+    return load_training(config, ("image", "mask"), validates=False)
 
 
 def texts(data):
@@ -194,7 +198,7 @@ def test_another_list_of_sets_does_not_resume(tmp_path, sets, keys):
     def made(*keys):
         keys = [key.format(a=a, b=b) for key in keys]
         config = compose("train_lora", [*keys, f"data.cache_dir={tmp_path / 'cache'}", "tracking=none"])
-        data = load_training(config, ("image",))
+        data = load_training(config, ("image",), validates=False)
         return made_with(config, listed(data.rows, data.order), 1)
 
     then = made("data.train=[{a},{b}]")
@@ -216,6 +220,7 @@ def test_a_run_of_an_older_version_with_one_path_resumes(tmp_path, sets):
 
 def test_the_plan_counts_what_an_epoch_shows(tmp_path, sets):
     keys = {"data.train": list(sets), "data.train_repeats": [1, 3], "mode": "plan", "train.max_steps": 10}
+    keys["train.validation_steps"] = 0  # otherwise one of the six is held out
     folder = run("train_lora", {**keys, "train.batch_size": 2, "run.dir": tmp_path / "run"}, tracking="none")
     plan = json.loads((folder / "plan.json").read_text())
     assert (plan["samples"], plan["samples_per_epoch"], plan["epochs"]) == (6, 10, 2.0)
@@ -248,3 +253,78 @@ def test_a_training_on_two_sets_records_each_in_its_export(tmp_path, root):
     for name in ("a", "b"):
         assert str(tmp_path / name) in card
     assert "each caption after `sks,`" in card
+
+
+class Bare:
+    """Two samples of a set, of which the second has no caption."""
+
+    def __init__(self, rows):
+        self.ids = rows.ids[:2]
+        self.texts = [rows.texts[0], ""]
+        self.sizes = rows.sizes[:2]
+        self.read = rows.read
+        self.digest = rows.digest
+
+    def __len__(self):
+        return len(self.ids)
+
+
+def test_a_sample_without_a_caption_is_trained_as_unconditional(rows, parts):
+    """Its prompt is what a dropped one is, zeros here, and not the encoding of the empty text."""
+    keys = ["tracking=none", "data.cache=false", "objective.caption_dropout=0"]
+    few = Bare(rows)
+    task, examples = build_task(compose("train_lora", keys), parts, few, few, Accelerator(cpu=True))
+    batch = task.collate([examples[0], examples[1]], [SampleKey(0, 0, id) for id in few.ids])
+    assert batch["prompt_kept"].tolist() == [1, 0]
+    assert batch["prompt_embeds"][0].abs().sum() > 0
+    assert not batch["prompt_embeds"][1].any()
+    assert not batch["pooled_prompt_embeds"][1].any()
+
+
+def test_a_captioner_learns_nothing_from_empty_captions():
+    with pytest.raises(ConfigError, match=r"data\.allow_empty_captions=true: a captioner"):
+        compose("caption_vlm", ["data.allow_empty_captions=true"])
+
+
+SEVERAL = ["a mug on oak", "a cup on a table", "stoneware"]
+
+
+def test_a_list_of_captions_is_read_as_several(tmp_path):
+    """A raw Parquet may hold a list in ``text``: the first is the text, and the prefix stands before each."""
+    path = write_set(tmp_path / "set", ["a", "b"], text=[SEVERAL, ["one", ""]])
+    rows = loaded(tmp_path, f"data.train={path}", "data.train_prefixes=sks").rows
+    assert rows.texts == ["sks a mug on oak", "sks one"]
+    assert rows.captions == [[f"sks {text}" for text in SEVERAL], ["sks one"]]
+    other = write_set(tmp_path / "other", ["a", "b"], text=[SEVERAL[:2], ["one", ""]])
+    assert loaded(tmp_path, f"data.train={other}").rows.fingerprint() != load_rows("data.train", path).fingerprint()
+
+
+def test_a_caption_is_drawn_at_each_access_by_its_key(rows, parts):
+    """All of them come, each in its turn of the key, and the same key draws the same one."""
+    keys = ["tracking=none", "data.cache=false", "objective.caption_dropout=0"]
+    few = Bare(rows)
+    few.captions = [SEVERAL, None]
+    few.texts = [SEVERAL[0], rows.texts[1]]
+    task, examples = build_task(compose("train_lora", keys), parts, few, few, Accelerator(cpu=True))
+    encoded = [examples.encoder.text([text])[0]["pooled_prompt_embeds"] for text in SEVERAL]
+    drawn = []
+    for epoch in range(12):
+        for _ in range(2):
+            sample_key = SampleKey(0, epoch, few.ids[0])
+            pooled = task.collate([examples[0]], [sample_key])["pooled_prompt_embeds"][0]
+            drawn += [index for index, one in enumerate(encoded) if torch.equal(one, pooled)]
+    assert len(drawn) == 24
+    assert drawn[::2] == drawn[1::2]
+    assert set(drawn) == {0, 1, 2}
+
+
+def test_several_captions_are_cached_and_read_back(rows, parts, tmp_path):
+    few = Bare(rows)
+    few.captions = [SEVERAL, None]
+    few.texts = [SEVERAL[0], rows.texts[1]]
+    keys = ["tracking=none", f"data.cache_dir={tmp_path}"]
+    _, examples = build_task(compose("train_lora", keys), parts, few, few, Accelerator(cpu=True))
+    examples.fill(Accelerator(cpu=True))
+    fresh = examples.fresh(0)["prompts"]
+    for number, prompt in enumerate(examples[0]["prompts"]):
+        torch.testing.assert_close(prompt["pooled_prompt_embeds"], fresh[number]["pooled_prompt_embeds"])

@@ -174,7 +174,11 @@ def write_captions(
     arrays: list[pa.Array | pa.ChunkedArray] = []
     schema = features.arrow_schema
     for column in schema:
-        if column.name in written:
+        if column.name == "captions":  # several captions of the source go with the one that they belong to
+            several = table.column(column.name).to_pylist()
+            stay = [cell if index in kept else None for index, cell in enumerate(several)]
+            arrays.append(pa.array(stay, column.type))
+        elif column.name in written:
             arrays.append(pa.array(written[column.name], column.type))
         else:
             arrays.append(table.column(column.name).cast(column.type))

@@ -25,9 +25,8 @@ from packshot.caption.scores import (
     without_errors,
 )
 from packshot.config.schema import CaptionVLM
-from packshot.config.train import NamedSet
 from packshot.dataset.rows import Rows
-from packshot.dataset.sets import load_named, load_training
+from packshot.dataset.sets import load_training
 from packshot.engine.processes import Session, start
 from packshot.engine.task import Sample
 from packshot.errors import ConfigError
@@ -41,10 +40,10 @@ WORST = 32  # captions on the page of the worst
 
 def evaluate(config: CaptionVLM) -> None:
     """Score the captioner on ``data.validation``; writes ``scores.json``, ``confusion.html`` and ``worst.html``."""
-    rows = load_named(config, "data.validation", NamedSet(config.data.validation), PICTURES)
+    data = load_training(config, PICTURES)
+    rows = data.validation
     if len(rows) < 2:
-        raise ConfigError(f"data.validation={config.data.validation} has one row.", "The baselines need two or more.")
-    known = load_training(config, PICTURES).rows
+        raise ConfigError(f"data.validation={rows.path} has one row.", "The baselines need two or more.")
     captioner = load_captioner(config.model, config.captioner)
     session = start("caption_vlm", config, replace(config.train, process_timeout=PATIENCE))
     try:
@@ -52,7 +51,7 @@ def evaluate(config: CaptionVLM) -> None:
         captions = caption_rows(captioner, rows, indices, session.accelerator)
         free = caption_rows(captioner.unconstrained(), rows, indices, session.accelerator)
         if session.run:
-            write_scores(session, rows, captions, free, known.texts, config.run.seed)
+            write_scores(session, rows, captions, free, data.rows.texts, config.run.seed)
     finally:
         session.finish()
 

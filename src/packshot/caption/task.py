@@ -13,6 +13,7 @@ from packshot.caption.models.adapter import Adapter, Caption, loss_per_sample
 from packshot.caption.models.captioner import Captioner, caption_rows
 from packshot.caption.scores import with_baselines
 from packshot.dataset.rows import Rows
+from packshot.engine.keyed_random import SampleKey
 from packshot.engine.task import Batch, Sample, Task, Validated
 from packshot.lists import column, map_values
 
@@ -38,9 +39,14 @@ class CaptioningTask(Task):
         self._pictures = pictures
         self._seed = seed
 
-    def collate(self, samples: list[Sample], keys: Sequence[object]) -> Batch:
-        """The adapter's training batch. The keys are not used, because nothing is drawn."""
-        return self.adapter.train_batch(column(samples, "image"), column(samples, "mask"), column(samples, "text"))
+    def collate(self, samples: list[Sample], keys: Sequence[SampleKey]) -> Batch:
+        """The adapter's training batch. The keys draw one of several captions; without keys the first is taken."""
+        texts = [sample["text"] for sample in samples]
+        for index, key in enumerate(keys):
+            captions = samples[index].get("captions") or ()
+            if len(captions) > 1:
+                texts[index] = captions[int(key.uniform("caption") * len(captions))]
+        return self.adapter.train_batch(column(samples, "image"), column(samples, "mask"), texts)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean token cross-entropy per sample, (B,) fp32."""

@@ -12,9 +12,8 @@ from packshot.caption.models.load import base_of, load_adapter, writing
 from packshot.caption.scores import constant_caption
 from packshot.caption.task import CaptioningTask
 from packshot.config.schema import CaptionVLM
-from packshot.config.train import NamedSet
 from packshot.dataset.rows import Rows
-from packshot.dataset.sets import TrainingData, load_named, load_training
+from packshot.dataset.sets import TrainingData, load_training
 from packshot.engine.batches import listed
 from packshot.engine.checkpoints import EMA, exported_step, exporting, weights_line
 from packshot.engine.loop import fit
@@ -28,9 +27,8 @@ from packshot.runs.provenance import provenance_lines, write_provenance
 def train(config: CaptionVLM) -> None:
     """Fine-tune the captioner on ``data.train``; writes ``export/``."""
     refuse_launcher()
-    data = load_training(config, PICTURES)
+    data = load_training(config, PICTURES, validates=config.train.validation_steps > 0)
     rows = data.rows
-    validation = load_named(config, "data.validation", NamedSet(config.data.validation), PICTURES)
     torch.manual_seed(config.run.seed)  # the start of a LoRA's weights
     adapter = load_adapter(config.model, config.captioner, trainable=True)
     refuse_long_captions(adapter, rows, config.captioner.max_new_tokens)
@@ -42,7 +40,7 @@ def train(config: CaptionVLM) -> None:
     task = CaptioningTask(
         adapter,
         writing(adapter, config.captioner),
-        validation,
+        data.validation,
         constant_caption(rows.texts),
         config.train.validation_samples,
         config.run.seed,

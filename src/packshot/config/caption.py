@@ -129,5 +129,10 @@ class CaptionVLM(Script):
             )
         task = CAPTION_TASKS[self.task.name]
         refuse_unset(f"task={task.name}", {f"data.{name}": getattr(self.data, name) for name in task.needs})
+        if task.trains and self.data.allow_empty_captions:
+            raise ConfigError(
+                "data.allow_empty_captions=true: a captioner has nothing to learn from a sample without a caption.",
+                "Leave it out; task=caption writes captions.",
+            )
         if task.trains:
             self.captioner.check_trainable()

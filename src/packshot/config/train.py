@@ -29,6 +29,7 @@ ProductConditioning = Names("ProductConditioning", ["noised", "clean", "channels
 
 
 SHIPPED = "data/rendered/train"
+SHIPPED_HELDOUT = "data/rendered/heldout"
 MOST_REPEATS = 10_000  # of one set; more is a mistake, and would fill the memory with the list of an epoch
 
 
@@ -66,7 +67,21 @@ class DataConfig:
     needs_review: bool = opt(
         False, "also use rows whose column status is not `accepted` (masks in doubt); false: they are left out"
     )
-    validation: str = opt("data/rendered/heldout", "dataset folder (Parquet) to validate on")
+    allow_empty_captions: bool = opt(
+        False, "train samples without a caption as unconditional; false: a set with such samples is refused"
+    )
+    validation: str | None = opt(
+        None,
+        "dataset folder (Parquet) to validate on; null: the held-out part of the shipped set, or of other sets "
+        "data.holdout_share of data.train, which is then not trained on",
+    )
+    holdout_share: float = opt(
+        0.1,
+        "without data.validation: share of data.train that is held out, by a hash of the ids, with near-duplicates and "
+        "pictures of one product_id on one side; 0: validate on samples that are trained on",
+        min=0,
+        max=0.5,
+    )
     num_workers: int = opt(0, "loader processes per training process; 0: a thread", min=0, max=64)
     buckets: bool = opt(True, "sort samples into aspect-ratio buckets of the base's area; false: only the square")
     cache: bool = opt(True, "encode pictures and captions once; false: at each access, with the same result")
@@ -95,6 +110,12 @@ class DataConfig:
                     f"data.train_weights={self.train_weights}: {weight} is out of range.",
                     "Each is a number above 0; to leave a set out, take it out of data.train.",
                 )
+
+    def validation_set(self) -> str | None:
+        """The set to validate on; None if a part of ``data.train`` is held out."""
+        if self.validation is None and self.train == [SHIPPED]:
+            return SHIPPED_HELDOUT
+        return self.validation
 
     def sets(self) -> list[NamedSet]:
         """The sets of ``data.train`` with what the lists beside it say of each."""

@@ -66,7 +66,7 @@ def apply(table: pa.Table, corrections: Mapping[str, str]) -> pa.Table:
     kept: dict[str, list[Any]] = {
         "text": [corrections.get(key, text) for key, text in zip(ids, table.column("text").to_pylist(), strict=True)]
     }
-    for name in {"scene", "caption_error", "caption_confidence"} & set(table.column_names):
+    for name in {"scene", "caption_error", "caption_confidence", "captions"} & set(table.column_names):
         values = table.column(name).to_pylist()
         kept[name] = [None if key in corrections else value for key, value in zip(ids, values, strict=True)]
     if "caption_origin" in table.column_names:

@@ -58,9 +58,7 @@ def find_duplicates(
     Only pairs that agree in one of ``max_distance + 1`` bands of bits are compared. By the pigeonhole principle no
     near pair is missed, and the pass stays far from quadratic.
     """
-    count = min(max_distance + 1, 64)
-    edges = np.linspace(0, 64, count + 1).round().astype(int).tolist()
-    bands = [(low, (1 << (high - low)) - 1) for low, high in pairwise(edges)]
+    bands = hash_bands(max_distance)
     seen: dict[tuple[int, int], list[int]] = defaultdict(list)
     result: list[int | None] = []
     for position, value in enumerate(hashes):
@@ -77,3 +75,43 @@ def find_duplicates(
             for key in keys:
                 seen[key].append(position)
     return result
+
+
+def hash_bands(max_distance: int) -> list[tuple[int, int]]:
+    """(lowest bit, mask) of bands of a 64-bit hash, of which near hashes have one in common."""
+    count = min(max_distance + 1, 64)
+    edges = np.linspace(0, 64, count + 1).round().astype(int).tolist()
+    return [(low, (1 << (high - low)) - 1) for low, high in pairwise(edges)]
+
+
+class Groups:
+    """Members that are joined pair by pair: a group has one root, its first member."""
+
+    def __init__(self, count: int) -> None:
+        self._above = list(range(count))
+
+    def root(self, member: int) -> int:
+        """The first member of the group."""
+        while self._above[member] != member:
+            self._above[member] = self._above[self._above[member]]  # shorter ways for the next who asks
+            member = self._above[member]
+        return member
+
+    def join(self, one: int, other: int) -> None:
+        """Make one group of two."""
+        first, second = sorted((self.root(one), self.root(other)))
+        self._above[second] = first
+
+
+def join_near(groups: Groups, hashes: Sequence[int], max_distance: int, colors: Sequence[bytes]) -> None:
+    """Join all pictures whose hashes are within ``max_distance`` and whose colours do not differ."""
+    seen: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for position, value in enumerate(hashes):
+        for low, mask in hash_bands(max_distance):
+            band = seen[low, value >> low & mask]
+            for other in band:
+                if groups.root(position) == groups.root(other) or hamming(value, hashes[other]) > max_distance:
+                    continue
+                if not colors_differ(colors[position], colors[other]):
+                    groups.join(position, other)
+            band.append(position)

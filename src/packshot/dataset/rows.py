@@ -26,6 +26,7 @@ from packshot.runs.licenses import refuse_rows
 from packshot.scene import Scene
 
 _DIGEST = re.compile("[0-9a-f]{64}")
+CAPTIONS = "captions"  # the column of all captions of a picture, of which ``text`` is the first
 UNKNOWN_LICENSE = "unknown"  # as source.license has it where nothing is said
 _IMAGES = {"image": "RGB", "plate": "RGB", "cutout": "RGBA", "mask": "L"} | dict.fromkeys(picture_columns(), "L")
 
@@ -53,6 +54,8 @@ class Rows(Sequence[dict[str, Any]]):
         self._digests: dict[int, str] = {}  # asked for at every access, and a large picture is read for it
         self.ids: list[str] = table.column("id").to_pylist()
         self.texts: list[str] = table.column("text").to_pylist()
+        several = CAPTIONS in table.column_names and is_list(table.schema.field(CAPTIONS).type)
+        self.captions: list[list[str] | None] | None = self.column(CAPTIONS) if several else None
         self.licenses = license_names(table)
 
     def __len__(self) -> int:
@@ -121,6 +124,16 @@ class Rows(Sequence[dict[str, Any]]):
         """The values of a column that holds no pictures; None if the set has none of that name."""
         return self.table.column(name).to_pylist() if name in self.table.column_names else None
 
+    def encoded(self, name: str, index: int) -> bytes:
+        """The file of a picture; empty where there is none."""
+        found = self._picture(name, index) if name in self.pictures.column_names else None
+        return (found or {}).get("bytes") or b""
+
+    def picture_digest(self, index: int) -> str:
+        """Identity of a sample's picture alone."""
+        sample_id = self.ids[index]
+        return sample_id if _DIGEST.fullmatch(sample_id) else hashlib.sha256(self.encoded("image", index)).hexdigest()
+
     def digest(self, index: int) -> str:
         """Identity of a sample's picture and mask, without decoding either.
 
@@ -136,8 +149,7 @@ class Rows(Sequence[dict[str, Any]]):
         parts = ["mask"] if _DIGEST.fullmatch(sample_id) else ["image", "mask"]
         digest.update(sample_id.encode())
         for name in parts:
-            found = self._picture(name, index) if name in self.pictures.column_names else None
-            digest.update(hashlib.sha256(found["bytes"] if found else b"").digest())
+            digest.update(hashlib.sha256(self.encoded(name, index)).digest())
         return digest.hexdigest()
 
     def take_digests(self, other: Rows, indices: Iterable[int], first: int = 0) -> None:
@@ -156,7 +168,9 @@ class Rows(Sequence[dict[str, Any]]):
         scenes = self.table.column("scene").to_pylist() if "scene" in columns else [None] * len(self)
         whole = hashlib.sha256()
         for index, (sample_id, text, scene) in enumerate(zip(self.ids, self.texts, scenes, strict=True)):
-            parts = (sample_id, text, json.dumps(scene, sort_keys=True), self.digest(index))
+            parts = [sample_id, text, json.dumps(scene, sort_keys=True), self.digest(index)]
+            if self.captions:
+                parts.append(json.dumps(self.captions[index]))
             whole.update("\t".join(map(str, parts)).encode() + b"\n")
         return whole.hexdigest()
 
@@ -171,13 +185,17 @@ def load_rows(
     licenses: LicenseConfig | None = None,
     prefix: str = "",
     needs_review: bool = True,
+    empty_captions: bool = False,
 ) -> Rows:
     """Open a dataset folder (or one Parquet file) that the config names under ``key``.
 
     captions: refuse a set in which a sample has no text. pictures: read only these of the picture columns; default:
     all. cache: folder in which a copy of the pictures may lie for access by memory map; default: in memory.
     licenses: refuse a set with rows that this profile does not let in. prefix: put before every caption.
-    needs_review: whether rows whose ``status`` is not "accepted" are read; what is left out is logged.
+    needs_review: whether rows whose ``status`` is not "accepted" are read; what is left out is logged. empty_captions:
+    whether samples without a text are let in, as empty texts; they are counted.
+
+    Without a column ``id`` the digest of a picture is its id.
 
     Raises:
         ConfigError: nothing there, no Parquet, missing columns, no rows, missing captions, a refused licence.
@@ -189,13 +207,15 @@ def load_rows(
         table, shown = read_tables(files, pictures, cache)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{named} cannot be read as Parquet ({reason}).", "Build the dataset again.") from error
-    missing = {"id", "image", "text"} - {*table.column_names, *shown.column_names}
+        raise ConfigError(f"{named} cannot be read as Parquet ({reason}).", preparing(path)) from error
+    wanted = {"image"} if empty_captions else {"image", "text"}
+    missing = wanted - {*table.column_names, *shown.column_names}
     if missing:
-        raise ConfigError(
-            f"{named} lacks the column {', '.join(sorted(missing))}.",
-            f"This prepares it: python build_data.py dataset=background source.path={path} run.dir=<new folder>",
-        )
+        raise ConfigError(f"{named} lacks the column {', '.join(sorted(missing))}.", preparing(path))
+    table = with_ids(table, shown, named)
+    table = with_first_captions(table)
+    if empty_captions:
+        table = with_texts(table)
     table = corrections.apply(table, corrections.read(folder))
     if table.num_rows == 0:
         raise ConfigError(f"{named} has no rows.", "Its rejected.parquet says why images were left out.")
@@ -209,13 +229,50 @@ def load_rows(
     rows = Rows(path, [file.name for file in files], with_prefix(table, prefix), shown, places)
     if licenses:
         refuse_rows(licenses, key, path, rows.licenses)
-    bare = sum(not text for text in rows.texts)
-    if captions and bare:
-        raise ConfigError(
-            f"{named}: {bare} of {len(rows)} samples have no caption.",
-            f"python caption_vlm.py task=caption data.input={path} writes them.",
-        )
+    if captions:
+        refuse_bare(rows, key, empty_captions)
     return rows
+
+
+def preparing(path: str) -> str:
+    """The way out for pictures that are no dataset yet."""
+    return f"This prepares it: python build_data.py dataset=background source.path={path} run.dir=<new folder>"
+
+
+def with_ids(table: pa.Table, shown: pa.Table, named: str) -> pa.Table:
+    """The table with a column ``id``: the digest of each picture where there is none, as build_data.py has it."""
+    if "id" in table.column_names:
+        return table
+    ids = []
+    for cell in shown.column("image"):
+        ids.append(hashlib.sha256((cell.as_py() or {}).get("bytes") or b"").hexdigest())
+    log.info("%s has no column id: the digest of each picture is its id", named)
+    return table.append_column("id", pa.array(ids, pa.string()))
+
+
+def with_texts(table: pa.Table) -> pa.Table:
+    """The table with a text in every row, "" where there is none."""
+    if "text" not in table.column_names:
+        return table.append_column("text", pa.array([""] * table.num_rows, pa.string()))
+    texts = [text or "" for text in table.column("text").to_pylist()]
+    return table.set_column(table.column_names.index("text"), "text", pa.array(texts, pa.string()))
+
+
+def refuse_bare(rows: Rows, key: str, allowed: bool) -> None:
+    """Raises ConfigError for samples without a caption, unless they are ``allowed``: then they are counted."""
+    bare = sum(not text for text in rows.texts)
+    if not bare:
+        return
+    if not allowed:
+        raise ConfigError(
+            f"{key}={rows.path}: {bare} of {len(rows)} samples have no caption.",
+            f"python caption_vlm.py task=caption data.input={rows.path} writes them; data.allow_empty_captions=true "
+            "trains them as unconditional.",
+        )
+    log.warning(
+        "%s=%s: %d of %d samples have no caption and are trained as unconditional (data.allow_empty_captions=true)",
+        key, rows.path, bare, len(rows),
+    )  # fmt: skip
 
 
 def shards_of(folder: Path, named: str) -> list[Path]:
@@ -229,7 +286,7 @@ def shards_of(folder: Path, named: str) -> list[Path]:
         files = sorted(folder.glob("part-*.parquet")) or sorted(folder.glob("*.parquet"))
     files = [file for file in files if file.name != "rejected.parquet"]
     if not files:
-        raise ConfigError(f"{named} holds no part-*.parquet.", "build_data.py writes such folders.")
+        raise ConfigError(f"{named} holds no part-*.parquet.", preparing(str(folder)))
     return files
 
 
@@ -279,8 +336,46 @@ def with_prefix(table: pa.Table, prefix: str) -> pa.Table:
     """The table with words put before each text, and a space between them. A text that is empty stays empty."""
     if not prefix:
         return table
-    texts = [f"{prefix} {text}" if text else text for text in table.column("text").to_pylist()]
-    return table.set_column(table.column_names.index("text"), "text", pa.array(texts, pa.string()))
+    lists = CAPTIONS in table.column_names and is_list(table.schema.field(CAPTIONS).type)
+    for name in ("text", CAPTIONS) if lists else ("text",):
+        field = pa.field(name, pa.string() if name == "text" else pa.list_(pa.string()))
+        cells = [prefixed(prefix, cell) for cell in table.column(name).to_pylist()]
+        table = table.set_column(table.column_names.index(name), field, pa.array(cells, field.type))
+    return table
+
+
+def prefixed(prefix: str, cell: Any) -> Any:
+    """A text, or each of several, with words before it; an empty one as it is."""
+    if isinstance(cell, list):
+        return [prefixed(prefix, text) for text in cell]
+    return f"{prefix} {cell}" if cell else cell
+
+
+def with_first_captions(table: pa.Table) -> pa.Table:
+    """The table with a text in ``text`` where it held a list: the first of them, and all in ``captions``."""
+    if "text" not in table.column_names or not is_list(table.schema.field("text").type):
+        return table
+    several: list[list[str]] = []
+    for cell in table.column("text").to_pylist():
+        several.append([text.strip() for text in cell or () if text and text.strip()])
+    first = [texts[0] if texts else "" for texts in several]
+    table = table.set_column(table.column_names.index("text"), "text", pa.array(first, pa.string()))
+    if CAPTIONS in table.column_names:
+        table = table.drop_columns([CAPTIONS])
+    return table.append_column(CAPTIONS, pa.array(several, pa.list_(pa.string())))
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column holds lists."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def select(rows: Rows, indices: Sequence[int]) -> Rows:
+    """Some samples of a set, in this order."""
+    places = [rows.places[index] for index in indices]
+    chosen = Rows(rows.path, rows.files, rows.table.take(list(indices)), rows.pictures, places)
+    chosen.take_digests(rows, indices)
+    return chosen
 
 
 def concatenate(key: str, sets: Sequence[Rows]) -> Rows:

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from packshot.config.common import LicenseConfig
 from packshot.config.train import MOST_REPEATS, DataConfig, NamedSet
-from packshot.dataset.rows import Rows, concatenate, load_rows
+from packshot.dataset.holdout import choose
+from packshot.dataset.rows import Rows, concatenate, load_rows, select
 from packshot.errors import ConfigError
 from packshot.runs.folder import log
 
@@ -53,12 +54,13 @@ class LoadedSet:
 class TrainingData:
     """All samples of ``data.train``.
 
-    rows: the samples of all sets, one set after the other. order: the index of the sample at each place of an epoch;
-    None where each sample has one place, in order.
+    rows: the samples of all sets, one set after the other. validation: those to validate on. order: the index of the
+    sample at each place of an epoch; None where each sample has one place, in order.
     """
 
     rows: Rows
     sets: list[LoadedSet]
+    validation: Rows
     order: list[int] | None = None
 
     @property
@@ -71,16 +73,24 @@ class TrainingData:
         return [one.record() for one in self.sets]
 
 
-def load_training(config: DataScript, pictures: Sequence[str] | None, needed: Sequence[str] = ()) -> TrainingData:
-    """The sets of ``data.train``, one after the other.
+def load_training(
+    config: DataScript, pictures: Sequence[str] | None, needed: Sequence[str] = (), validates: bool = True
+) -> TrainingData:
+    """The sets of ``data.train``, one after the other, and the samples to validate on.
 
-    pictures: the picture columns to read, None for all. needed: those of which a set must have a column.
+    pictures: the picture columns to read, None for all. needed: those of which a set must have a column. validates:
+    whether the run validates; otherwise nothing is held out.
 
     Raises:
         ConfigError: a set cannot be read or lacks a picture, or it is too small for its weight.
     """
     named = config.data.sets()
     parts = [load_named(config, KEY, one, pictures, needed) for one in named]
+    path = config.data.validation_set()
+    if path is not None:
+        validation = load_named(config, "data.validation", NamedSet(path), pictures, needed)
+    else:
+        parts, validation = hold_out(config.data, parts, validates)
     times = repeated(parts, named)
     sets = []
     first = 0
@@ -89,14 +99,37 @@ def load_training(config: DataScript, pictures: Sequence[str] | None, needed: Se
         first += len(rows)
     rows = concatenate(KEY, parts)
     if len(parts) == 1 and sum(times) == len(rows):
-        return TrainingData(rows, sets)
+        return TrainingData(rows, sets, validation)
     order = [index for index, count in enumerate(times) for _ in range(count)]
     for one in sets:
         log.info(
             "%s: %d samples of %s are %.1f %% of an epoch of %d",
             KEY, len(one.rows), one.named.path, 100 * one.shown / len(order), len(order),
         )  # fmt: skip
-    return TrainingData(rows, sets, order)
+    return TrainingData(rows, sets, validation, order)
+
+
+def hold_out(data: DataConfig, parts: list[Rows], validates: bool) -> tuple[list[Rows], Rows]:
+    """The sets without what is held out of them, and the samples to validate on."""
+    whole = concatenate(KEY, parts)
+    if not validates:
+        return parts, whole
+    owners = [number for number, rows in enumerate(parts) for _ in range(len(rows))]
+    held = choose(whole, owners, data.holdout_share, data.cache_dir) if data.holdout_share else []
+    if not held:
+        log.warning("validation uses samples that are trained on: data.validation names another set")
+        return parts, whole
+    log.info(
+        "%d of %d samples of data.train are held out for validation (data.holdout_share=%g; data.validation names a "
+        "set of its own)", len(held), len(whole), data.holdout_share,
+    )  # fmt: skip
+    kept: list[Rows] = []
+    first = 0
+    apart = set(held)
+    for rows in parts:
+        kept.append(select(rows, [index for index in range(len(rows)) if first + index not in apart]))
+        first += len(rows)
+    return kept, select(whole, held)
 
 
 def load_named(
@@ -115,6 +148,7 @@ def load_named(
         licenses=config.licenses,
         prefix=named.prefix,
         needs_review=config.data.needs_review,
+        empty_captions=config.data.allow_empty_captions,
     )
     rows.refuse_without(key, needed)
     return rows

@@ -32,6 +32,7 @@ RATES = ("train.max_steps", "train.warmup_steps", "train.learning_rate", "train.
 # fingerprint of the samples.
 BY_EFFECT = (
     "train.batch_size", "train.gradient_accumulation_steps", "data.train", "data.train_*", "data.needs_review",
+    "data.holdout_share",
 )  # fmt: skip
 
 ABSENT = "(no such key)"  # where only one of the two versions knows a key
@@ -143,7 +144,8 @@ def other_steps(then: MadeWith, now: MadeWith) -> list[str]:
     if then.fingerprint != now.fingerprint:
         found.append(
             f"data.train: {then.samples} samples ({then.fingerprint[:12]}) -> {now.samples} samples "
-            f"({now.fingerprint[:12]}); ids, captions, scenes, pictures, and how often each is listed must stay"
+            f"({now.fingerprint[:12]}); ids, captions, scenes, pictures, how often each is listed, and what is held "
+            "out (data.validation, data.holdout_share) must stay"
         )
     return found
 

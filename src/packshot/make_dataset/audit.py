@@ -19,10 +19,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from packshot.dataset.near_duplicates import find_duplicates, perceptual_hash
 from packshot.dataset.rows import Rows, load_rows
 from packshot.errors import PackshotError
 from packshot.imaging.color import to_lab
-from packshot.make_dataset.dedup import find_duplicates, perceptual_hash
 from packshot.runs.progress import progress
 from packshot.scene import SLOTS, Scene
 from packshot.scene.vocabulary import split_position

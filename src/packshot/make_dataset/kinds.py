@@ -76,9 +76,17 @@ def photo_steps(config: BuildData, folder: Path, items: Sequence[Sample], masked
         made.append(steps.caption_step(config, masked))
     if any(item.get("repeats", 1) > 1 for item in items):
         added.append("repeats")
+    if any(has_several_captions(item) for item in items):
+        added.append("captions")
     columns = (*pictures, *_COLUMNS, *added)
     settings = {"dataset": config.dataset.name, "columns": list(columns)}
     return [*made, steps.final_step(columns, partial(steps.finish, columns=columns), settings)]
+
+
+def has_several_captions(item: Sample) -> bool:
+    """Whether an item of the source may have several captions."""
+    described = item.get("described") or {}
+    return bool(item.get("several") or item.get("captions") or described.get("captions"))
 
 
 def photo_items(config: BuildData, cache: str) -> tuple[list[Sample], list[str]]:

@@ -38,6 +38,7 @@ MEANING = {
     "reasons": "codes of what is in doubt; empty when accepted",
     "mask_confidence": "0 to 1; 1 for a mask file or a cut-out's own alpha",
     "caption_origin": "source: a person's caption; else the captioner that wrote it; empty when there is none",
+    "captions": "all captions, where there are several; text is the first, and training draws one at each access",
     "repeats": "how often training should see the image in an epoch",
 }
 

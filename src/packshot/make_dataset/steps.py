@@ -16,12 +16,12 @@ from packshot.caption.models.load import identity, load_captioner
 from packshot.config.make_dataset import BuildData, ProductNaming
 from packshot.config.mask_models import MASK_MODELS, reads_onnx
 from packshot.config.schema import MatteConfig, WithoutMask
+from packshot.dataset.near_duplicates import color_map, find_duplicates, perceptual_hash
 from packshot.imaging.decode import MAX_PIXELS, DecodeError, decode, decode_image, flatten
 from packshot.imaging.depth import estimate_depth
 from packshot.imaging.mask_networks import network_file
 from packshot.imaging.masks import ONNX_LEVELS, DoubtfulMaskError, MaskFileError, NoProductError, find_mask
 from packshot.imaging.profiles import READ_AS_SRGB
-from packshot.make_dataset.dedup import color_map, find_duplicates, perceptual_hash
 from packshot.make_dataset.pictures import encode_scaled, keeps_bytes, open_png, picture, png, scaled, stored_picture
 from packshot.make_dataset.quality import check, overview
 from packshot.make_dataset.sources import read_items
@@ -72,6 +72,7 @@ def ingest_one(raw: Raw, item: Sample, config: BuildData) -> Outcome:
     columns = {
         **known,
         "text": raw.text,
+        "captions": list(raw.captions),
         "caption_origin": raw.origin if raw.text else "",
         "encoding": raw.encoding,
         "image": stored,
@@ -188,6 +189,8 @@ def finished_row(sample: Sample, columns: Sequence[str]) -> Sample:
     if sample["image"] is not None and open_png(stored).mode == "RGBA":
         stored = png(flatten(open_png(stored)))
     whole = {**sample, "image": stored, "scene": Scene.parse(sample["text"]).scene.to_dict()}
+    if sample["text"] not in sample["captions"]:  # a captioner's text has replaced them
+        whole["captions"] = None
     return {name: whole[name] for name in columns}
 
 
@@ -197,7 +200,7 @@ def added_features() -> dict[str, Any]:
 
     text = Value("string")
     masks = {"status": text, "reasons": List(text), "mask_confidence": Value("float32")}
-    return {**masks, "caption_origin": text, "repeats": Value("int32")}
+    return {**masks, "caption_origin": text, "captions": List(text), "repeats": Value("int32")}
 
 
 def final_step(
@@ -220,8 +223,9 @@ def ingest_step(config: BuildData) -> Step:
     names = ("id", "text", "caption_origin", "encoding", "source", "license", "phash", "item")
     numbers = [(name, pa.int32()) for name in ("width", "height", "repeats")]
     binary = [("mask_file", pa.binary()), ("colors", pa.binary())]
-    schema = pa.schema([*((name, pa.string()) for name in names), ("image", _IMAGE), *binary, *numbers])
-    return Step("ingest", 2, settings, schema, partial(ingest, config=config))
+    lists = [("captions", pa.list_(pa.string()))]
+    schema = pa.schema([*((name, pa.string()) for name in names), ("image", _IMAGE), *binary, *numbers, *lists])
+    return Step("ingest", 3, settings, schema, partial(ingest, config=config))
 
 
 def naming_step(config: BuildData) -> Step:

@@ -48,11 +48,13 @@ class Example(TypedDict):
     mean, std: of the VAE's posterior, (C, h, w). alpha: the product's share of each latent cell, (1, h, w). held: 1 in
     the cells that are held to the product, else 0. inside: 0 in cells that a letterbox bar touches, else 1. time_ids:
     (6,). product: (5, h, w), if the UNet reads it. prompt, empty: what the network reads of the caption and of the
-    empty text, see ``Encoder.text``. encoded: what the method made of the sample, then of its peers. seen: the framed
-    sample, if the method reads pictures.
+    empty text, see ``Encoder.text``. bare: there is no caption. prompts: of each caption, where there are several.
+    encoded: what the method made of the sample, then of its peers. seen: the framed sample, if the method reads
+    pictures.
     """
 
     id: str
+    bare: NotRequired[bool]
     mean: Tensor
     std: Tensor
     alpha: Tensor
@@ -61,6 +63,7 @@ class Example(TypedDict):
     time_ids: Tensor
     product: NotRequired[Tensor]
     prompt: Tensors
+    prompts: NotRequired[Sequence[Tensors]]
     empty: Tensors
     encoded: Sequence[Tensors]
     seen: FramedSample | None
@@ -288,6 +291,7 @@ class Examples(Sequence[Example]):
         self.rows = rows
         self.ids = rows.ids[:count]
         self.encoder = encoder
+        self._captions: list[list[str] | None] = getattr(rows, "captions", None) or [None] * len(rows.ids)
         self._nearest = [buckets.nearest(size, encoder.shapes) for size in rows.sizes]
         self.groups = self._nearest[:count]
         self._folder = folder
@@ -366,7 +370,8 @@ class Examples(Sequence[Example]):
             chunks = self._chunks({*range(len(self)), *chain.from_iterable(self.peers)})
             self._fill_from_pictures("method", "encoding references", chunks, encoder.method.encode, accelerator)
         if "text" in self._caches:
-            texts = sorted({*self.rows.texts[: len(self)], ""})
+            several = chain.from_iterable(captions or () for captions in self._captions[: len(self)])
+            texts = sorted({*self.rows.texts[: len(self)], *several, ""})
             jobs = [Job(content_key(text), f"caption {text!r}", text) for text in texts]
             chunked_jobs = list(chunked(jobs, TEXT_BATCH))
             self._caches["text"].fill("encoding captions", chunked_jobs, encoder.text, accelerator)
@@ -417,10 +422,14 @@ class Examples(Sequence[Example]):
         encoded: Sequence[Tensors],
         seen: FramedSample | None,
     ) -> Example:
+        text = self.rows.texts[index]
+        captions = self._captions[index] or [text]
         example = {
             **tensors,
             "id": self.ids[index],
-            "prompt": encode_text(self.rows.texts[index]),
+            "bare": not text,
+            "prompts": Encodings(range(len(captions)), lambda number: encode_text(captions[number])),
+            "prompt": encode_text(text),
             "empty": encode_text(""),
             "encoded": encoded,
             "seen": seen,

@@ -135,7 +135,7 @@ def plan(config: TrainScript, script: str) -> None:
     shown = samples
     sets: list[dict[str, object]] = []
     if samples is None:
-        data = load_training(config, pictures=("image",))
+        data = load_training(config, ("image",), validates=config.train.validation_steps > 0)
         samples = len(data.rows)
         shown = data.shown
         sets = [{"path": one.named.path, "rows": len(one.rows), "shown_per_epoch": one.shown} for one in data.sets]

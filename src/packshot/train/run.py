@@ -20,9 +20,8 @@ from packshot.config.schema import (
     TrainConfig,
     TrainScript,
 )
-from packshot.config.train import NamedSet
 from packshot.dataset.rows import Rows
-from packshot.dataset.sets import TrainingData, load_named, load_training
+from packshot.dataset.sets import TrainingData, load_training
 from packshot.engine.batches import listed
 from packshot.engine.checkpoints import EMA, exported_step, exporting
 from packshot.engine.loop import fit
@@ -64,14 +63,13 @@ def train(config: TrainScript) -> None:
         return
     read = method_class(config).pictures_of(config.method)
     pictures = ("image", "mask", *read)
-    data = load_training(config, pictures, read)
-    validation = load_named(config, "data.validation", NamedSet(config.data.validation), pictures, read)
+    data = load_training(config, pictures, read, validates=config.train.validation_steps > 0)
     warn_of_memory(config, len(data.rows))
     parts = load_parts(config.model, loading_dtype(config))
     session = start(script, config, config.train, resumable=False)
     with finishing(session.tracker):
         announce(session, config.train)
-        task, examples = build_task(config, parts, data.rows, validation, session.accelerator)
+        task, examples = build_task(config, parts, data.rows, data.validation, session.accelerator)
         with translate_lost_process(session.accelerator):
             if config.mode is Mode.check:
                 check(session, task, examples, config, data.order)

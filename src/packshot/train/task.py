@@ -23,6 +23,14 @@ from packshot.train.encode import Example, Examples
 from packshot.train.validation import Validator
 
 
+def drawn_prompt(sample: Example, key: SampleKey) -> Tensors:
+    """The prompt of one access: of several captions each is as likely."""
+    prompts = sample.get("prompts", ())
+    if len(prompts) < 2:
+        return sample["prompt"]
+    return prompts[int(key.uniform("caption") * len(prompts))]
+
+
 class DiffusionTask(Task):
     """Loss of a Method (see ``methods.base``) on encoded samples (see ``train.encode``); the loop's Task."""
 
@@ -51,10 +59,13 @@ class DiffusionTask(Task):
     # ---- one access to one sample ----
 
     def _prompt(self, sample: Example, key: SampleKey) -> Tensors:
-        """The prompt of one access; ``prompt_kept`` is 0 where it is dropped to zeros, for prompts encoded later."""
+        """The prompt of one access; ``prompt_kept`` is 0 where it is dropped to zeros, for prompts encoded later.
+
+        A sample without a caption is trained as one whose prompt is dropped.
+        """
         objective = self.config.objective
-        if key.uniform("caption_dropout") >= objective.caption_dropout:
-            return {**sample["prompt"], "prompt_kept": torch.ones(())}
+        if not sample.get("bare") and key.uniform("caption_dropout") >= objective.caption_dropout:
+            return {**drawn_prompt(sample, key), "prompt_kept": torch.ones(())}
         if objective.unconditional is not Unconditional.zeros:
             return {**sample["empty"], "prompt_kept": torch.ones(())}
         # sequence and pooled embedding are dropped together, as at inference

@@ -107,10 +107,11 @@ class Validator:
         self._texts: dict[str, dict[str, Tensor]] = {}
         self._held: dict[int, HeldOutSample] = {}
         by_extension = config.train.validation_steps and config.train.keep_best is KeepBest.extension
+        named = config.data.validation_set() or "(held out of data.train)"
         if by_extension and not any(self.examples.seen(index)["mask"] for index in range(self.count)):
             raise ConfigError(
-                f"train.keep_best=extension, but the first {self.count} samples of data.validation="
-                f"{config.data.validation} have no mask.",
+                f"train.keep_best=extension, but the first {self.count} samples of data.validation={named} have no "
+                "mask.",
                 "Validate on a product dataset, or set train.keep_best=validation_loss.",
             )
 

@@ -28,6 +28,7 @@ class Raw:
     encoding: what the caption was read as, "" for UTF-8.
     repeats: how often training should see the picture in an epoch.
     origin: who wrote the caption, where the source says it.
+    captions: all captions, where there are several; ``text`` is the first.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Raw:
     error: str = ""
     repeats: int = 1
     origin: str = "source"
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,20 @@ def first_of(names: tuple[str, ...], values: Mapping[str, Any], chosen: str | No
 
 
 def text_of(value: Any) -> str:
-    """A caption from a cell: text as it is, nothing for an empty cell, the first of several."""
+    """A caption from a cell: text as it is, nothing for an empty cell, the first that is not empty of several."""
     if isinstance(value, (list, tuple)):
-        value = value[0] if value else ""
+        value = next((text for text in value if text and str(text).strip()), "")
     if value is None or value != value:  # NaN, as pandas writes an empty cell
         return ""
     return str(value).strip()
+
+
+def captions_of(value: Any) -> tuple[str, ...]:
+    """The captions of a cell that holds a list of two or more; none of another cell."""
+    if not isinstance(value, (list, tuple)):
+        return ()
+    texts = tuple(text for text in map(text_of, value) if text)
+    return texts if len(texts) > 1 else ()
 
 
 def check_caption_column(key: str | None, columns: list[str], where: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from packshot.config.schema import SourceConfig
+from packshot.dataset.rows import CAPTIONS
 from packshot.dataset.text_files import EncodingError, decode_text
 from packshot.dataset.walk import hidden
 from packshot.errors import ConfigError
@@ -21,6 +22,7 @@ from packshot.make_dataset.sources.base import (
     Listing,
     Raw,
     caption_count,
+    captions_of,
     check_caption_column,
     first_of,
     read_place,
@@ -116,6 +118,7 @@ def metadata_rows(listing: Listing, known: set[str], source: SourceConfig) -> Me
             found.rows[image] = {
                 "text": text_of(row.get(first_of(CAPTION_COLUMNS, row, source.caption_column) or "")),
                 "license": text_of(row.get(first_of(LICENSE_COLUMNS, row) or "")),
+                CAPTIONS: captions_of(row.get(first_of(CAPTION_COLUMNS, row, source.caption_column) or "")),
             }
         if absent:
             listing.notes.append(f"{listing.named(path)}: {absent} of {len(rows)} rows name a file that is not there")
@@ -181,8 +184,18 @@ def read_item(item: Item) -> Raw:
         described = item["described"] or (json_fields(item) if item["json"] else {})
     except EncodingError as error:
         return Raw(item["name"], None, error=f"its caption is {error}")
+    several = tuple(described.get(CAPTIONS) or ()) if not text else ()
     text = text or str(described.get("text") or "")
-    return Raw(item["name"], data, text, encoding, mask, described.get("license") or None, repeats=item["repeats"])
+    return Raw(
+        item["name"],
+        data,
+        text,
+        encoding,
+        mask,
+        described.get("license") or None,
+        repeats=item["repeats"],
+        captions=several,
+    )
 
 
 def json_fields(item: Item) -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from packshot.config.schema import SourceConfig
+from packshot.dataset.rows import CAPTIONS
 from packshot.errors import ConfigError
 from packshot.imaging.files import is_image
 from packshot.make_dataset.sources.base import (
@@ -16,6 +17,7 @@ from packshot.make_dataset.sources.base import (
     Listing,
     Raw,
     caption_count,
+    captions_of,
     check_caption_column,
     first_of,
     read_place,
@@ -78,6 +80,7 @@ def list_rows(listing: Listing, path: str, source: SourceConfig) -> list[Item]:
                 "place": place,
                 "url": url,
                 "text": text_of(row.get(first_of(CAPTION_COLUMNS, row, source.caption_column) or "")),
+                CAPTIONS: captions_of(row.get(first_of(CAPTION_COLUMNS, row, source.caption_column) or "")),
                 "license": text_of(row.get(first_of(LICENSE_COLUMNS, row) or "")),
                 "checksums": checksums,
                 "cache": listing.cache,
@@ -113,4 +116,4 @@ def read_item(item: Item) -> Raw:
         found = hashlib.new(kind, data, usedforsecurity=False).hexdigest()
         if found != wanted:
             return Raw(item["name"], None, error=f"its {kind} is {found}, not {wanted}")
-    return Raw(item["name"], data, item["text"], license=item["license"] or None)
+    return Raw(item["name"], data, item["text"], license=item["license"] or None, captions=tuple(item[CAPTIONS]))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from packshot.config.schema import SourceConfig
 from packshot.errors import ConfigError
 from packshot.make_dataset.sources.base import Item, Listing, Raw, open_place, text_of
-from packshot.make_dataset.sources.tables import column_map, image_bytes, refuse_masks
+from packshot.make_dataset.sources.tables import column_map, has_several, image_bytes, refuse_masks, row_captions
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,9 +51,8 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
             raise ConfigError(f"source.path: {folder} has no column 'image'.", f"Its columns: {data.column_names}.")
         listing.notes.append(f"{folder}: {len(data)} rows{'' if columns['text'] else ', no column of captions'}")
         name = listing.named(path.rpartition("/")[0]).rstrip("/")
-        items += [
-            {"name": f"{name}#{row}", "place": folder, "row": row, "columns": columns} for row in range(len(data))
-        ]
+        shared = {"place": folder, "columns": columns, "several": has_several(columns, data.features.arrow_schema)}
+        items += [{**shared, "name": f"{name}#{row}", "row": row} for row in range(len(data))]
     return items
 
 
@@ -80,4 +79,5 @@ def read_item(item: Item) -> Raw:
         mask=image_bytes(row.get(names["mask"])),
         license=row.get(names["license"]),
         error=error,
+        captions=row_captions(names, row),
     )

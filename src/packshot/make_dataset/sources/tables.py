@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from packshot.config.schema import SourceConfig
 from packshot.dataset import corrections
+from packshot.dataset.rows import CAPTIONS, is_list
 from packshot.errors import ConfigError
 from packshot.make_dataset.sources.base import (
     CAPTION_COLUMNS,
@@ -19,6 +20,7 @@ from packshot.make_dataset.sources.base import (
     Item,
     Listing,
     Raw,
+    captions_of,
     check_caption_column,
     first_of,
     open_place,
@@ -92,7 +94,7 @@ def table_items(listing: Listing, path: str, source: SourceConfig) -> list[Item]
         count = parquet.metadata.num_rows
         texts = corrected(listing, path, parquet)
     listing.notes.append(f"{path}: {count} rows{'' if columns['text'] else ', no column of captions'}")
-    shared = {"place": listing.place(path), "columns": columns}
+    shared = {"place": listing.place(path), "columns": columns, "several": has_several(columns, parquet.schema_arrow)}
     name = listing.named(path)
     return [{**shared, "name": f"{name}#{row}", "row": row, "text": texts.get(row)} for row in range(count)]
 
@@ -126,6 +128,22 @@ def holds_pictures(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
+def has_several(columns: dict[str, str], schema: pa.Schema) -> bool:
+    """Whether a table may have several captions in a row. columns: by :func:`column_map`."""
+    names = [columns[role] for role in ("captions", "text") if columns[role]]
+    return any(is_list(schema.field(name).type) for name in names)
+
+
+def row_captions(names: dict[str, str], row: dict[str, Any]) -> tuple[str, ...]:
+    """All captions of a row, where there are several."""
+    return captions_of(row.get(names["captions"])) or captions_of(row.get(names["text"]))
+
+
+def holds_texts(kind: pa.DataType) -> bool:
+    """A text, or a list of texts."""
+    return holds_text(kind.value_type) if is_list(kind) else holds_text(kind)
+
+
 def holds_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return holds_text(kind.value_type)
@@ -144,7 +162,8 @@ class Column:
 _COLUMNS: dict[str, Column] = {
     "image": Column(IMAGE_COLUMNS, holds_pictures, "the bytes of image files"),
     "mask": Column(("mask",), lambda kind: holds_pictures(kind) or pa.types.is_null(kind), "the bytes of image files"),
-    "text": Column(CAPTION_COLUMNS, holds_text, "one caption per row, as text"),
+    "text": Column(CAPTION_COLUMNS, holds_texts, "a caption per row, as text or a list of texts"),
+    "captions": Column((CAPTIONS,), lambda kind: True, ""),  # counts only where it is a list
     "license": Column(LICENSE_COLUMNS, holds_text, "the name of a licence, as text"),
     "origin": Column(("caption_origin",), holds_text, "who wrote the caption, as text"),
 }
@@ -184,7 +203,16 @@ def read_item(item: Item) -> Raw:
     text = text_of(item["text"] or row.get(names["text"]))
     origin = "" if item["text"] else row.get(names["origin"])  # a corrected caption is a person's
     license_name = row.get(names["license"])
-    return Raw(item["name"], data, text, mask=mask, license=license_name, error=error, origin=origin or "source")
+    return Raw(
+        item["name"],
+        data,
+        text,
+        mask=mask,
+        license=license_name,
+        error=error,
+        origin=origin or "source",
+        captions=() if item["text"] else row_captions(names, row),
+    )
 
 
 def image_bytes(value: Any) -> bytes | None:
