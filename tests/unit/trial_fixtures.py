@@ -57,25 +57,42 @@ def made(seed=0):
 
 
 def with_label(item):
-    """A part of the product's core has another colour."""
+    """A round part of the product's core has another colour."""
     picture = item.compose()
-    picture[60:80, 68:88] = picture[60:80, 68:88, ::-1]
+    depth = cv2.distanceTransform(np.uint8(item.mask_HW == 255), cv2.DIST_L2, 5)
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    y_HW, x_HW = np.indices(depth.shape)
+    label = np.hypot(y_HW - y, x_HW - x) < max(2, 0.7 * depth.max())
+    picture[label] = picture[label][:, [2, 0, 1]] // 2 + 60
     return picture
 
 
 def with_handle(item):
-    """The product has grown to the left."""
-    handle = np.zeros((SIDE, SIDE), np.uint8)
-    cv2.ellipse(handle, (58, 66), (17, 16), 0, 0, 360, 255, -1)
-    behind = np.where((handle > 0)[..., None], item.product_HW3, item.compose())
+    """The product has grown on its left side, in its own colours."""
+    rows, columns = np.nonzero(item.mask_HW >= 128)
+    height = int(np.ptp(rows)) + 1
+    y = int(rows.min()) + height // 3
+    x = int(columns[rows == y].min())
+    handle = np.zeros_like(item.mask_HW)
+    cv2.ellipse(handle, (x, y), (max(4, height // 4), max(4, height // 5)), 0, 0, 360, 255, -1)
+    grain = np.random.default_rng(0).normal(0, 6, item.product_HW3.shape)
+    colours = np.clip(item.product_HW3[item.mask_HW >= 200].mean(axis=0) + grain, 0, 255).astype(np.uint8)
+    behind = np.where((handle > 0)[..., None], colours, item.compose())
     return blend(item.product_HW3, item.mask_HW, behind)
+
+
+def moved(item):
+    """The product stands an eighth of its height further left, with its shadow."""
+    rows, columns = np.nonzero(item.mask_HW >= 128)
+    distance = max(4, (int(np.ptp(rows)) + 1) // 8)
+    return item.compose(dx=-distance if columns.min() >= distance else distance)
 
 
 # Edit -> (the picture, the measure that is its own)
 EDITS = {
     "recoloured label": (with_label, "core_delta_e"),
     "grown handle": (with_handle, "extension"),
-    "moved product": (lambda item: item.compose(dx=-12), "shift"),
+    "moved product": (moved, "shift"),
     "removed shadow": (lambda item: item.compose(shadow=False), "shadow_error"),
 }
 
