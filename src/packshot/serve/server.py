@@ -31,8 +31,8 @@ from packshot.serve.requests import max_steps
 from packshot.serve.service import CLOSE_SECONDS, Service
 
 SPARE_SECONDS = 2.0  # of serve.timeout_seconds, kept for everything at the server's end that cannot be timed
-# asyncio accepts as many connections at once as uvicorn's backlog says, before any of them can be closed again. When the
-# files run out, it accepts nobody for a second. So few are accepted at once, and the system holds the others.
+# asyncio accepts as many connections at once as uvicorn's backlog says, before any of them can be closed again. When
+# the files run out, it accepts nobody for a second. So few are accepted at once, and the system holds the others.
 ACCEPTED_AT_ONCE = 16
 WAITING_CONNECTIONS = 2048
 ENDED_EARLY = 1  # exit code after a second signal: requests in work were not finished
