@@ -33,6 +33,7 @@ RATES = ("train.max_steps", "train.warmup_steps", "train.learning_rate", "train.
 BY_EFFECT = (
     "train.batch_size", "train.gradient_accumulation_steps", "data.train", "data.train_*", "data.needs_review",
     "data.holdout_share",
+    "data.allow_empty_captions",
 )  # fmt: skip
 
 ABSENT = "(no such key)"  # where only one of the two versions knows a key

@@ -52,7 +52,7 @@ def provenance_lines(data: dict[str, Any]) -> list[str]:
 
 def set_line(one: Mapping[str, Any]) -> str:
     """One set in a model card."""
-    line = f"  - `{one['path']}`: {one['rows']} samples, shown {one['shown_per_epoch']} times an epoch"
+    line = f"  - `{one['path']}`: {one['rows']} samples at {one['shown_per_epoch']} places of an epoch"
     if one["prefix"]:
         line += f", each caption after `{one['prefix']}`"
     return f"{line}; licences: {', '.join(one['licenses'])}; sha256 `{one['sha256']}`"

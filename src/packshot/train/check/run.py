@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from packshot.config.schema import KeepBest, TrainScript
-from packshot.engine.batches import Listed, SampleOrder
+from packshot.engine.batches import SampleOrder, distinct
 from packshot.engine.keyed_random import SampleKey
 from packshot.engine.loop import fit
 from packshot.engine.memory import compile_networks
 from packshot.engine.optimizers import learning_rate
 from packshot.engine.processes import Session
+from packshot.lists import pick
 from packshot.methods.base import FramedSample, Tensors
 from packshot.runs.folder import Run, log
 from packshot.runs.progress import clock
@@ -45,15 +46,19 @@ class FirstBatch:
 
 def first_batch(examples: Examples, config: TrainScript, order: Sequence[int] | None = None) -> FirstBatch:
     """Encoded now, while the encoders are there. order: see :func:`check`."""
-    epoch = Listed(examples, range(len(examples)) if order is None else order)
-    places = SampleOrder(epoch.groups or [0], config.run.seed, config.train.batch_size).step(0)
-    indices = [epoch.indices[place] for place, _ in places]
+    if order is None:
+        order = range(len(examples))
+        ids = examples.ids
+    else:
+        ids = distinct(pick(examples.ids, order))
+    places = SampleOrder(pick(examples.groups, order), config.run.seed, config.train.batch_size).step(0)
+    indices = [order[place] for place, _ in places]
     samples = []
     for index in indices:
         sample = examples.fresh(index)
         sample["encoded"] = list(sample["encoded"])
         samples.append(sample)
-    keys = [SampleKey(config.run.seed, turn, epoch.ids[place]) for place, turn in places]
+    keys = [SampleKey(config.run.seed, turn, ids[place]) for place, turn in places]
     return FirstBatch(indices, samples, keys)
 
 
