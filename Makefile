@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export PYTHONPATH := .
 
-.PHONY: help demo test test-slow lint smoke proof-fullsize proof-learning family render-env gpu-check clean
+.PHONY: help demo test test-slow lint smoke proof-fullsize proof-learning family render-env gpu-check docs clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -51,6 +51,9 @@ gpu-check: $(VENV)/.installed ## speed and memory at SDXL's shapes on one GPU, r
 
 family: $(VENV)/.installed render-env ## render for and train the mini family, from where the last run stopped (40 core hours)
 	tools/mini/family.sh
+
+docs: $(VENV)/.installed ## the documentation as a site in outputs/site
+	$(BIN)/mkdocs build --quiet --strict
 
 lint: $(VENV)/.installed ## format, lint and type checks
 	$(BIN)/ruff format --check .
