@@ -50,12 +50,15 @@ def screen(caplog):
     return caplog
 
 
-def test_a_share_is_held_out_and_said(tmp_path, screen):
+def test_a_share_is_held_out_and_said(tmp_path):
     data = loaded(tmp_path, f"data.train={write_set(tmp_path / 'set', IDS)}")
     held = data.validation.ids
     assert sorted([*data.rows.ids, *held]) == IDS
     assert 1 <= len(held) <= 15
-    assert f"{len(held)} of 60 samples of data.train are held out for validation (data.holdout_share=0.1" in screen.text
+    (note,) = data.notes
+    assert note.startswith(
+        f"{len(held)} of 60 samples of data.train are held out for validation (data.holdout_share=0.1"
+    )
 
 
 def test_the_same_samples_are_held_out_when_others_join(tmp_path):
@@ -105,12 +108,12 @@ def test_a_validation_set_of_its_own_leaves_the_training_whole(tmp_path):
     assert (data.rows.ids, data.validation.ids) == (IDS, ["x", "y"])
 
 
-def test_without_validation_nothing_is_held_out(tmp_path, screen):
+def test_without_validation_nothing_is_held_out(tmp_path):
     path = write_set(tmp_path / "set", IDS)
     assert loaded(tmp_path, f"data.train={path}", validates=False).rows.ids == IDS
     data = loaded(tmp_path, f"data.train={path}", "data.holdout_share=0")
     assert (data.rows.ids, data.validation.ids) == (IDS, IDS)
-    assert "validation uses samples that are trained on" in screen.text
+    assert data.notes == ["validation uses samples that are trained on: data.validation names another set"]
 
 
 def test_another_share_does_not_resume(tmp_path):

@@ -34,6 +34,8 @@ def train(config: CaptionVLM) -> None:
     refuse_long_captions(adapter, rows, config.captioner.max_new_tokens)
     session = start("caption_vlm", config, config.train, resumable=False)
     announce(session, config.train)
+    for note in data.notes if session.run else ():
+        log.info("%s", note)
     if config.train.gradient_checkpointing:
         adapter.model.activation_checkpointing_enable({"use_reentrant": False})
     adapter.model.to(session.accelerator.device)

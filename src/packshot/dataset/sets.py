@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from packshot.config.common import LicenseConfig
@@ -11,7 +11,6 @@ from packshot.config.train import MOST_REPEATS, DataConfig, NamedSet
 from packshot.dataset.holdout import choose
 from packshot.dataset.rows import Rows, concatenate, load_rows, select
 from packshot.errors import ConfigError
-from packshot.runs.folder import log
 
 KEY = "data.train"
 MOST_LONGER = 10  # times that an epoch may be longer so that its shares come near data.train_weights
@@ -55,13 +54,15 @@ class TrainingData:
     """All samples of ``data.train``.
 
     rows: the samples of all sets, one set after the other. validation: those to validate on. order: the index of the
-    sample at each place of an epoch; None where each sample has one place, in order.
+    sample at each place of an epoch; None where each sample has one place, in order. notes: what a person should know,
+    for the screen once the run has begun.
     """
 
     rows: Rows
     sets: list[LoadedSet]
     validation: Rows
     order: list[int] | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def shown(self) -> int:
@@ -86,12 +87,13 @@ def load_training(
     """
     named = config.data.sets()
     parts = [load_named(config, KEY, one, pictures, needed) for one in named]
+    notes: list[str] = []
     path = config.data.validation_set()
     if path is not None:
         validation = load_named(config, "data.validation", NamedSet(path), pictures, needed)
     else:
-        parts, validation = hold_out(config.data, parts, validates)
-    times = repeated(parts, named)
+        parts, validation = hold_out(config.data, parts, validates, notes)
+    times = repeated(parts, named, notes)
     sets = []
     first = 0
     for one, rows in zip(named, parts, strict=True):
@@ -99,30 +101,28 @@ def load_training(
         first += len(rows)
     rows = concatenate(KEY, parts)
     if len(parts) == 1 and sum(times) == len(rows):
-        return TrainingData(rows, sets, validation)
+        return TrainingData(rows, sets, validation, notes=notes)
     order = [index for index, count in enumerate(times) for _ in range(count)]
     for one in sets:
-        log.info(
-            "%s: %d samples of %s are %.1f %% of an epoch of %d",
-            KEY, len(one.rows), one.named.path, 100 * one.shown / len(order), len(order),
-        )  # fmt: skip
-    return TrainingData(rows, sets, validation, order)
+        share = f"{100 * one.shown / len(order):.1f} %"
+        notes.append(f"{KEY}: {len(one.rows)} samples of {one.named.path} are {share} of an epoch of {len(order)}")
+    return TrainingData(rows, sets, validation, order, notes)
 
 
-def hold_out(data: DataConfig, parts: list[Rows], validates: bool) -> tuple[list[Rows], Rows]:
-    """The sets without what is held out of them, and the samples to validate on."""
+def hold_out(data: DataConfig, parts: list[Rows], validates: bool, notes: list[str]) -> tuple[list[Rows], Rows]:
+    """The sets without what is held out of them, and the samples to validate on. A line is added to ``notes``."""
     whole = concatenate(KEY, parts)
     if not validates:
         return parts, whole
     owners = [number for number, rows in enumerate(parts) for _ in range(len(rows))]
     held = choose(whole, owners, data.holdout_share, data.cache_dir) if data.holdout_share else []
     if not held:
-        log.warning("validation uses samples that are trained on: data.validation names another set")
+        notes.append("validation uses samples that are trained on: data.validation names another set")
         return parts, whole
-    log.info(
-        "%d of %d samples of data.train are held out for validation (data.holdout_share=%g; data.validation names a "
-        "set of its own)", len(held), len(whole), data.holdout_share,
-    )  # fmt: skip
+    notes.append(
+        f"{len(held)} of {len(whole)} samples of data.train are held out for validation "
+        f"(data.holdout_share={data.holdout_share:g}; data.validation names a set of its own)"
+    )
     kept: list[Rows] = []
     first = 0
     apart = set(held)
@@ -154,13 +154,13 @@ def load_named(
     return rows
 
 
-def repeated(parts: Sequence[Rows], named: Sequence[NamedSet]) -> list[int]:
+def repeated(parts: Sequence[Rows], named: Sequence[NamedSet], notes: list[str]) -> list[int]:
     """How often an epoch shows each sample, set after set: by the sets' repeats, their own column, and their weights.
 
     Raises:
         ConfigError: the shares that were asked for would repeat a set too often.
     """
-    own = [row_repeats(rows) for rows in parts]
+    own = [row_repeats(rows, notes) for rows in parts]
     factors = [one.repeats for one in named]
     if named[0].weight is not None:
         shares = [(one.weight or 0.0) * one.repeats for one in named]
@@ -175,14 +175,14 @@ def repeated(parts: Sequence[Rows], named: Sequence[NamedSet]) -> list[int]:
     return [factor * count for factor, times in zip(factors, own, strict=True) for count in times]
 
 
-def row_repeats(rows: Rows) -> list[int]:
-    """The column ``repeats`` of a set; 1 where it says nothing."""
+def row_repeats(rows: Rows, notes: list[str]) -> list[int]:
+    """The column ``repeats`` of a set; 1 where it says nothing. A line is added to ``notes`` if it says something."""
     found = [int(value or 1) for value in rows.column("repeats") or [None] * len(rows)]
     if any(count > 1 for count in found):
-        log.info(
-            "%s: the column repeats of %s shows its %d samples %d times an epoch (build_data.py "
-            "source.folder_repeats=false leaves it out)", KEY, rows.path, len(found), sum(found),
-        )  # fmt: skip
+        notes.append(
+            f"{KEY}: the column repeats of {rows.path} shows its {len(found)} samples {sum(found)} times an epoch "
+            "(build_data.py source.folder_repeats=false leaves it out)"
+        )
     return found
 
 

@@ -134,10 +134,12 @@ def plan(config: TrainScript, script: str) -> None:
     samples = config.plan.images
     shown = samples
     sets: list[dict[str, object]] = []
+    notes: list[str] = []
     if samples is None:
         data = load_training(config, ("image",), validates=config.train.validation_steps > 0)
         samples = len(data.rows)
         shown = data.shown
+        notes = data.notes
         sets = [{"path": one.named.path, "rows": len(one.rows), "shown_per_epoch": one.shown} for one in data.sets]
     run = open_run(script, config)
     processes = config.plan.gpus or int(os.environ.get("WORLD_SIZE", 1))
@@ -149,6 +151,8 @@ def plan(config: TrainScript, script: str) -> None:
         written |= asdict(decided)
     with replacing_file(run.path / "plan.json") as file:
         file.write_text(json.dumps(written | {"sets": sets}, indent=2) + "\n")
+    for note in notes:
+        log.info("%s", note)
     for name, value in written.items():
         log.info("%-22s %s", name, f"{value:,.3f}" if isinstance(value, float) else value)
     log.info("Activations are counted from the graph; workspaces of the device come on top.")

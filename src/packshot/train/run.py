@@ -69,6 +69,8 @@ def train(config: TrainScript) -> None:
     session = start(script, config, config.train, resumable=False)
     with finishing(session.tracker):
         announce(session, config.train)
+        for note in data.notes if session.run else ():
+            log.info("%s", note)
         task, examples = build_task(config, parts, data.rows, data.validation, session.accelerator)
         with translate_lost_process(session.accelerator):
             if config.mode is Mode.check:
