@@ -1,4 +1,6 @@
-"""A small ONNX network, written without the library that writes them."""
+"""Small ONNX networks, written without the library that writes them."""
+
+import struct
 
 
 def proto(*fields):
@@ -37,6 +39,29 @@ def dark_is_product(path, side, channels=3):
         (2, "dark"),
         (11, tensor("input", 1, channels, side, side)),
         (12, tensor("output", 1, 1, side, side)),
+    )
+    path.write_bytes(proto((1, 8), (7, graph), (8, proto((1, ""), (2, 13)))))
+    return str(path)
+
+
+def twice_as_large(path, factor=2):
+    """ONNX model: a picture of any size, each of its pixels ``factor`` times across and down."""
+    scales = struct.pack("<4f", 1, 1, factor, factor)
+    initializer = proto((1, 4), (2, 1), (8, "scales"), (9, scales))
+    attributes = []
+    for name, value in (
+        ("mode", "nearest"),
+        ("coordinate_transformation_mode", "asymmetric"),
+        ("nearest_mode", "floor"),
+    ):
+        attributes.append((5, proto((1, name), (4, value), (20, 3))))
+    node = proto((1, "input"), (1, ""), (1, "scales"), (2, "output"), (4, "Resize"), *attributes)
+    graph = proto(
+        (1, node),
+        (2, "larger"),
+        (5, initializer),
+        (11, tensor("input", 1, 3, "height", "width")),
+        (12, tensor("output", 1, 3, "high", "wide")),
     )
     path.write_bytes(proto((1, 8), (7, graph), (8, proto((1, ""), (2, 13)))))
     return str(path)

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageCms, ImageDraw
 
 from packshot import verify
-from packshot.config.compose import compose
+from packshot.config.compose import compose, with_values
+from packshot.config.schema import GenerateSettings
 from packshot.errors import ConfigError, PackshotError
 from packshot.generate.canvas import Canvas, place
 from packshot.generate.certificate_schema import read_certificate
@@ -193,3 +194,12 @@ def test_differences_count_the_core_alone():
     difference = deliver("a", Image.fromarray(picture), b"", canvas, config).report["difference"]
     assert difference["core"]["max"] <= 2
     assert difference["overall"]["max"] > 20
+
+
+def test_groups_of_keys_are_set_from_python_by_a_dict():
+    settings = with_values(GenerateSettings(), {"background": {"color": [1, 2, 3]}})
+    assert settings.background.color == [1, 2, 3]
+    with pytest.raises(ConfigError, match="is not a colour"):
+        with_values(GenerateSettings(), {"background": {"color": [1]}})
+    with pytest.raises(ConfigError, match="colour"):
+        with_values(GenerateSettings(), {"background": {"colour": [1, 2, 3]}})

@@ -292,7 +292,7 @@ def with_values(settings: Settings, values: Mapping[str, object]) -> Settings:
     schema = type(settings)
     keys = {key: describe(field, hint) for key, field, hint in fields(schema)}
     for key in values:
-        if key not in keys:
+        if key not in keys and key not in parents(keys):  # a group takes a dict
             raise unknown_key(key, keys)
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     plain = with_lists(plain, schema)

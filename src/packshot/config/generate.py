@@ -6,12 +6,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from packshot.config.background import BackgroundConfig
+from packshot.config.background import BackgroundConfig, Refine
 from packshot.config.caption import CaptionerConfig
 from packshot.config.common import DepthConfig, LicenseConfig, MatteConfig, SceneConfig, Script
 from packshot.config.conditions import settings_class
 from packshot.config.keys import Names, opt
 from packshot.config.output import OutputConfig
+from packshot.config.schedulers import SCHEDULERS, check_scheduler
 from packshot.errors import ConfigError
 
 IPAdapterLayers = Names("IPAdapterLayers", ["all", "style", "layout", "style_and_layout"])
@@ -30,6 +31,7 @@ POSITIONS = {
 PLACEMENTS = ["original", *POSITIONS, "coordinates"]
 Placement = Names("Placement", list(PLACEMENTS))
 InferenceDtype = Names("InferenceDtype", ["auto", "float32", "float16", "bfloat16"])
+Shadow = Names("Shadow", ["auto", "none", "contact"])
 Suite = Names("Suite", ["full", "preservation", "scene"])
 
 MOST_REFERENCES = 64  # every one adds its image tokens to what each layer attends to at each step
@@ -125,8 +127,13 @@ class GenerateSettings(settings_class()):
     """How one picture is made; shared by generate.py and serve.py. The inputs of control maps stand in its base."""
 
     num_inference_steps: int = opt(30, "denoising steps", min=1, max=1000)
+    scheduler: str | None = opt(None, f"sampler: {', '.join(SCHEDULERS)}; default: the base's own")
     guidance_scale: float = opt(5.0, "classifier-free guidance; 1 switches it off", min=1, max=50)
     negative_prompt: str | None = opt(None, "what the picture should not show")
+    prompt_chunks: int = opt(
+        1, "chunks of 75 tokens that are read of a prompt; 1 is what bases and adapters are trained on", min=1, max=8
+    )
+    prompt_weights: bool = opt(False, "read (word:1.3) as a word that counts more, 0.7 less; false: as it stands")
     placement: Placement = opt(
         Placement.original,
         "original keeps the photo's frame; the named places and coordinates (see `position`) put the product on a "
@@ -142,6 +149,10 @@ class GenerateSettings(settings_class()):
         [], "x, y of the product's middle as shares of the canvas, 0,0 being the top left (placement=coordinates)"
     )
     background: BackgroundConfig = field(default_factory=BackgroundConfig)
+    shadow: Shadow = opt(
+        Shadow.none,
+        "a shadow of the product as a layer of its own: contact adds one, auto where the drawn ground has none",
+    )
 
     def canvas_ratio(self) -> float | None:
         """Width over height of ``aspect_ratio``. Raises ConfigError where it is not a ratio."""
@@ -164,6 +175,14 @@ class GenerateSettings(settings_class()):
         if self.size and (len(self.size) != 2 or not all(64 <= side <= 8192 for side in self.size)):
             raise ConfigError(
                 f"size={self.size} is not a valid canvas size.", "Expected [width,height], each from 64 to 8192 px."
+            )
+        check_scheduler(self.scheduler, self.num_inference_steps)
+        refined = self.background.refine is Refine.tiled
+        if refined and int(self.num_inference_steps * self.background.refine_strength) < 1:
+            raise ConfigError(
+                f"background.refine_strength={self.background.refine_strength:g} of "
+                f"num_inference_steps={self.num_inference_steps} is less than one step.",
+                "Raise one of them.",
             )
         self.check_placement()
 

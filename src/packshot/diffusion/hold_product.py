@@ -51,6 +51,7 @@ INPUT_SCALES: dict[str, Callable[[Scheduler, int], Tensor]] = {
     "DDIMScheduler": unscaled,
     "DPMSolverMultistepScheduler": unscaled,
     "UniPCMultistepScheduler": unscaled,
+    "LCMScheduler": unscaled,
 }
 
 

@@ -113,6 +113,15 @@ class Delivery(Part):
     standard: Standard | None = None
 
 
+class Shadow(Part):
+    """The layer that the background is multiplied by under the product."""
+
+    asked: str
+    applied: bool
+    darkening: float | None = Field(None, description="share of its light that the drawn ground has lost at the foot")
+    threshold: float | None = Field(None, description="from which on `auto` adds nothing")
+
+
 class Certificate(Part):
     """What was asked for, what was used, and what was measured on the finished file."""
 
@@ -129,6 +138,8 @@ class Certificate(Part):
     working_size: Pair | None = Field(description="width and height at which it was drawn; null: nothing was drawn")
     request: Request
     model: dict[str, Any] = Field(description="the weights, by part")
+    shadow: Shadow | None = Field(None, description="null: of an older version")
+    refined: dict[str, Any] | None = Field(None, description="a second pass over the background, with its sharpness")
     delivery: Delivery | None = Field(None, description="null: only the PNG was made")
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from packshot.base.inpainting import ProductConv, product_channels
+from packshot.base.prompts import Piece, count_chunks, embed, split_weights
+from packshot.base.schedulers import sampling_with
 from packshot.base.tokens import lost_words
 from packshot.config.schema import GenerateSettings
 from packshot.diffusion.hold_product import Callback
@@ -53,15 +55,23 @@ def encode(
     Without words the prompt is what a dropped one is in training: zeros, of a base whose pipeline has them for that.
     """
     pipe = models.pipe
-    lost = {}
-    for key, text in (("prompt", prompt), ("negative_prompt", settings.negative_prompt or "")):
-        lost[key] = lost_words(pipe.tokenizer, text)
-        if lost[key]:
-            log.warning("%s is longer than %d tokens, lost: %r", key, pipe.tokenizer.model_max_length, lost[key])
     guided = settings.guidance_scale > 1
-    embeds = pipe.encode_prompt(
-        prompt, device=pipe.device, do_classifier_free_guidance=guided, negative_prompt=settings.negative_prompt
-    )
+    prompts = {"prompt": prompt, "negative_prompt": settings.negative_prompt or ""}
+    pieces = {key: split_weights(text) if settings.prompt_weights else [Piece(text)] for key, text in prompts.items()}
+    needed = max(count_chunks(pipe.tokenizer, parts) for parts in pieces.values())
+    chunks = min(needed, settings.prompt_chunks)
+    lost = {}
+    for key, text in prompts.items():
+        lost[key] = lost_words(pipe.tokenizer, text) if chunks < count_chunks(pipe.tokenizer, pieces[key]) else ""
+        if lost[key]:
+            log.warning("%s is longer than prompt_chunks=%d reads, lost: %r", key, settings.prompt_chunks, lost[key])
+    weighted = any(piece.weight != 1 for parts in pieces.values() for piece in parts)
+    if chunks > 1 or weighted:
+        embeds = embed_chunks(pipe, pieces, chunks, guided, settings.negative_prompt is None)
+    else:
+        embeds = pipe.encode_prompt(
+            prompt, device=pipe.device, do_classifier_free_guidance=guided, negative_prompt=settings.negative_prompt
+        )
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     arguments: dict[str, Any] = dict(zip(names, embeds, strict=True))
     if not prompt and pipe.config.force_zeros_for_empty_prompt:
@@ -69,6 +79,24 @@ def encode(
     if models.has_ip_adapter:
         arguments["ip_adapter_image_embeds"] = [image_embeds(pipe, references, guided)]
     return Conditioning(arguments, lost, inputs or scene_inputs({}))
+
+
+def embed_chunks(
+    pipe: Any, pieces: Mapping[str, list[Piece]], chunks: int, guided: bool, silent: bool
+) -> tuple[torch.Tensor | None, ...]:
+    """What ``pipe.encode_prompt`` returns, of prompts in chunks. silent: there is no negative prompt; then it is zeros
+    where the pipeline has it so."""
+    dtype = pipe.text_encoder_2.dtype
+    positive = embed(pipe, pieces["prompt"], chunks)
+    if not guided:
+        return positive.prompt_embeds_1LD.to(dtype), None, positive.pooled_1D.to(dtype), None
+    negative = embed(pipe, pieces["negative_prompt"], chunks)
+    states = negative.prompt_embeds_1LD
+    pooled = negative.pooled_1D
+    if silent and pipe.config.force_zeros_for_empty_prompt:
+        states = torch.zeros_like(states)
+        pooled = torch.zeros_like(pooled)
+    return positive.prompt_embeds_1LD.to(dtype), states.to(dtype), positive.pooled_1D.to(dtype), pooled.to(dtype)
 
 
 def product_pixels(working: Working) -> torch.Tensor:
@@ -130,18 +158,19 @@ def denoise(
         pipe.unet.conv_in.show(product_input(pipe.vae, working).to(pipe.device))
     steps = settings.num_inference_steps
     try:
-        pixels = sample(
-            pipe,
-            encode_pixels(pipe.vae, product_pixels(working)),
-            torch.from_numpy(working.held_hw[None].astype(np.float32)).to(pipe.device),
-            models.product_conditioning,
-            seed,
-            steps,
-            wrap=lambda hold: switching(models.switches, steps, notifying(hold, on_step)),
-            guidance_scale=settings.guidance_scale,
-            **conditioning.arguments,
-            **control_arguments(models, working, conditioning.inputs),
-        )
+        with sampling_with(pipe, settings.scheduler):
+            pixels = sample(
+                pipe,
+                encode_pixels(pipe.vae, product_pixels(working)),
+                torch.from_numpy(working.held_hw[None].astype(np.float32)).to(pipe.device),
+                models.product_conditioning,
+                seed,
+                steps,
+                wrap=lambda hold: switching(models.switches, steps, notifying(hold, on_step)),
+                guidance_scale=settings.guidance_scale,
+                **conditioning.arguments,
+                **control_arguments(models, working, conditioning.inputs),
+            )
     except NotFiniteError as error:
         raise PackshotError(
             f"the denoiser produced NaN or infinity for seed {seed}.",

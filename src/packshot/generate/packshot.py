@@ -16,10 +16,12 @@ from packshot.generate.canvas import Canvas, Working, make_working, place, plan_
 from packshot.generate.composite import drawn_background
 from packshot.generate.conditions import read_by, scene_inputs
 from packshot.generate.denoise import Conditioning, OnStep, denoise, encode
+from packshot.generate.grounding import ground, light_of
 from packshot.generate.json_types import Json
 from packshot.generate.load import Models, load_models
 from packshot.generate.plain import NO_MODELS, PlainReady, draw_plain, plain_request
 from packshot.generate.product import Product, Source, prepare
+from packshot.generate.refine import Pass, compare_sharpness, refine
 from packshot.generate.request import describe_request, usable_references
 from packshot.generate.result import Background, Result, finish
 from packshot.scene import Scene
@@ -199,13 +201,20 @@ class Packshot:
             return draw_plain(ready, seed, with_layers)
         with self._turn:
             decoded = denoise(self.models, ready.working, ready.conditioning, ready.settings, seed, on_step)
+            second = Pass(self.models, ready.canvas, ready.conditioning, ready.settings, seed, on_step)
+            drawing = refine(second, ready.working, decoded)
         stated = {
             "request": {**ready.asked, "seed": seed},
             "lost_words": ready.conditioning.lost_words,
             "model": self.models.manifest,
         }
-        rgb, fit = drawn_background(ready.canvas, ready.working, decoded)
-        background = Background(rgb, fit.report, ready.working, decoded)
+        rgb, fit = drawn_background(ready.canvas, drawing.working, drawing.decoded_HW3)
+        refined = drawing.refined
+        if refined["applied"]:
+            before, _ = drawn_background(ready.canvas, ready.working, decoded)
+            refined = {**refined, **compare_sharpness(ready.canvas, before, rgb)}
+        shadow = ground(ready.canvas, rgb, ready.settings, light_of(ready.asked, ready.settings))
+        background = Background(rgb, fit.report, drawing.working, drawing.decoded_HW3, shadow, refined)
         return finish(ready.product, ready.canvas, background, stated, with_layers)
 
     def manifest(self, settings: GenerateSettings) -> Json:

@@ -11,8 +11,10 @@ from packshot.config.checks import validate
 from packshot.config.schema import GenerateSettings
 from packshot.errors import ConfigError
 from packshot.generate.canvas import Canvas, place
+from packshot.generate.grounding import ground, light_of
 from packshot.generate.json_types import Json
 from packshot.generate.product import Product, Source
+from packshot.generate.request import stated_shadow
 from packshot.generate.result import Background, Result, finish
 from packshot.scene import Scene
 
@@ -41,6 +43,7 @@ def plain_request(settings: GenerateSettings) -> Json:
         "guidance_scale": 1.0,
         "references": [],
         "background_color": list(settings.background.color),
+        "shadow": stated_shadow(settings),
     }
 
 
@@ -52,8 +55,10 @@ def draw_plain(ready: PlainReady, seed: int, with_layers: bool) -> Result:
         "lost_words": {"prompt": "", "negative_prompt": ""},
         "model": NO_MODELS,
     }
-    report = {"applied": False, "reason": "nothing was drawn"}
-    return finish(ready.product, ready.canvas, Background(background, report), stated, with_layers, EXPECTED)
+    fit = {"applied": False, "reason": "nothing was drawn"}
+    shadow = ground(ready.canvas, background, ready.settings, light_of(ready.asked, ready.settings))
+    behind = Background(background, fit, shadow=shadow)
+    return finish(ready.product, ready.canvas, behind, stated, with_layers, EXPECTED)
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,14 @@ def glob_escape(text: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in text)
 
 
+def sharpness_text(refined: Json) -> str:
+    """Sharpness of the background before and after a second pass, beside the product's; nothing without one."""
+    if not refined.get("applied"):
+        return ""
+    before, after, product = (refined[f"sharpness_{name}"] for name in ("before", "after", "product"))
+    return f"background {before} → {after}, product {product}"
+
+
 def delivered_text(delivery: Json | None) -> str:
     """The file that was handed over, in a few words; nothing where it is the PNG itself."""
     if delivery is None:
@@ -166,6 +174,8 @@ def result_card(folder: Path, stem: str, certificate: Json, baseline: Path | Non
         else fit["reason"],
         "placement": f"{certificate['transform']['placement']}, resampling {certificate['transform']['resampling']}",
         "seed": str(certificate["request"]["seed"]),
+        "sharpness": sharpness_text(certificate.get("refined") or {}),
+        "shadow": "added" if (certificate.get("shadow") or {}).get("applied") else "",
         "file": delivered_text(certificate.get("delivery")),
     }
     tag = f'<span class="tag{" review" if review else ""}">{"needs review" if review else "accepted"}</span>'

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from packshot.config.schema import GenerateSettings
+from packshot.config.background import BackgroundConfig, Refine
+from packshot.config.schema import GenerateSettings, Shadow
 from packshot.errors import ConfigError
 from packshot.generate.conditions import asked_inputs
 from packshot.generate.json_types import Json
@@ -22,6 +24,23 @@ def usable_references(
     if references and not models.has_ip_adapter:
         raise ConfigError("a reference needs an IP-Adapter, none is loaded.", "Load one: adapters.ip_adapter.")
     return references
+
+
+def stated_shadow(settings: GenerateSettings) -> str | None:
+    """The shadow that was asked for, in certificates; null where none was, as in those of older versions."""
+    return None if settings.shadow is Shadow.none else settings.shadow.name
+
+
+def stated_refine(background: BackgroundConfig) -> Json | None:
+    """How the drawing is refined, in certificates; null where it is not, as in those of older versions."""
+    if background.refine is Refine.none:
+        return None
+    return {
+        "kind": background.refine.name,
+        "max_side": background.refine_max_side,
+        "strength": background.refine_strength,
+        "upscaler": Path(background.upscaler).name if background.upscaler else None,
+    }
 
 
 def describe_request(
@@ -44,5 +63,10 @@ def describe_request(
         "guidance_scale": settings.guidance_scale,
         **asked_inputs(settings, understood, models.controls),
         "reference_sha256": references[0].sha256 if len(references) == 1 else None,
+        "prompt_weights": settings.prompt_weights or None,
+        "prompt_chunks": settings.prompt_chunks if settings.prompt_chunks > 1 else None,
+        "scheduler": settings.scheduler,
+        "shadow": stated_shadow(settings),
+        "refine": stated_refine(settings.background),
         "references": [{"sha256": reference.sha256, "weight": reference.weight} for reference in references],
     }

@@ -13,6 +13,7 @@ from PIL import Image
 from packshot.generate import certificate as certificates
 from packshot.generate.canvas import Canvas, Working
 from packshot.generate.composite import blend
+from packshot.generate.grounding import NO_SHADOW, Grounding, shaded
 from packshot.generate.json_types import Json
 from packshot.generate.output import with_profile
 from packshot.generate.product import Product
@@ -41,13 +42,15 @@ class Background:
     """What lies behind the product, uint8 (H, W, 3) at the canvas's size.
 
     colour_fit: of the certificate. working: the working copy that it was drawn at, and raw_HW3 that drawing, float in
-    [0, 1]; None where nothing was drawn.
+    [0, 1]; None where nothing was drawn. shadow: what it is multiplied by. refined: what was done to the drawing.
     """
 
     rgb_HW3: np.ndarray
     colour_fit: Json
     working: Working | None = None
     raw_HW3: np.ndarray | None = None
+    shadow: Grounding = NO_SHADOW
+    refined: Json = field(default_factory=dict)
 
 
 def finish(
@@ -63,7 +66,7 @@ def finish(
     stated: entries of the certificate that are known already: what was asked for, the words that were lost, and the
     models. with_layers: whether the result has its parts. expected: reason codes that are no fault of this picture.
     """
-    picture = blend(canvas.foreground_HW3, canvas.matte_HW, background.rgb_HW3)
+    picture = blend(canvas.foreground_HW3, canvas.matte_HW, shaded(background.rgb_HW3, background.shadow.layer_HW))
     png = with_profile(certificates.encode_png(picture))
     measured = certificates.measure(png, canvas)
     frame = background.working.frame if background.working else None
@@ -77,6 +80,8 @@ def finish(
         "transform": {"decoding": list(product.decoding), **canvas.transform},
         "working_size": [frame.width, frame.height] if frame else None,
         "colour_fit": background.colour_fit,
+        "shadow": background.shadow.report,
+        "refined": background.refined,
         **stated,
         "product_extension": None,  # needs a second segmentation; evaluate.py measures it
     }
@@ -85,16 +90,20 @@ def finish(
 
 
 def make_layers(canvas: Canvas, background: Background) -> dict[str, Image.Image]:
-    """The parts of a result. ``blend(product's RGB, product's alpha, background)`` gives the picture again, exactly.
+    """The parts of a result. ``blend(product's RGB, product's alpha, shaded(background, shadow))`` gives the picture
+    again, exactly.
 
     background: RGB, colour-corrected. product: RGBA, colours un-mixed from the old background. mask: L, the alpha.
     raw: RGB, what the model drew (product included) at the working size, before any correction; only if it did.
+    shadow: L, what the background is multiplied by; only if there is one.
     """
     layers = {
         "background": Image.fromarray(background.rgb_HW3),
         "product": Image.fromarray(np.dstack([canvas.foreground_HW3, canvas.matte_HW])),
         "mask": Image.fromarray(canvas.matte_HW),
     }
+    if background.shadow.layer_HW is not None:
+        layers["shadow"] = Image.fromarray(background.shadow.layer_HW)
     if background.working is not None and background.raw_HW3 is not None:
         layers["raw"] = Image.fromarray(to_bytes(background.raw_HW3[background.working.frame.content]))
     return layers
