@@ -10,9 +10,11 @@ from PIL import Image
 from packshot.caption.models.adapter import Caption
 from packshot.caption.models.captioner import Captioner
 from packshot.caption.models.load import load_captioner
+from packshot.caption.scores import read_scenes
 from packshot.config.schema import CaptionerConfig, ModelConfig
 from packshot.errors import PackshotError
 from packshot.evaluate.samples import FinishedRun, Json
+from packshot.lists import map_values, select
 from packshot.runs.folder import log
 from packshot.scene import Scene
 from packshot.scene.scores import score
@@ -36,7 +38,7 @@ def slot_means(parsed: Sequence[Scene], requested: Sequence[Scene]) -> dict[str,
                 values.setdefault(slot, []).append(scores[slot].soft)
     if not values:
         return {}
-    means = {slot: float(np.mean(agreements)) for slot, agreements in values.items()}
+    means = map_values(lambda agreements: float(np.mean(agreements)), values)
     return {**means, "mean": float(np.mean(list(means.values())))}
 
 
@@ -71,12 +73,7 @@ def describe(names: Sequence[str], read: Read, writer: Captioner) -> list[Captio
     """One caption per picture. Only as many pictures are in memory as the captioner takes in one batch."""
     captions: list[Caption] = []
     for start in range(0, len(names), writer.batch_size):
-        pictures = []
-        mattes = []
-        for name in names[start : start + writer.batch_size]:
-            picture, matte = read(name)
-            pictures.append(picture)
-            mattes.append(matte)
+        pictures, mattes = zip(*map(read, names[start : start + writer.batch_size]), strict=True)
         captions += writer.write(pictures, mattes)
     return captions
 
@@ -113,10 +110,10 @@ def adherence(prompts: Mapping[str, str], read: Read, model: ModelConfig, captio
     first_error = next(iter(errors.values()), "")
     if errors:
         log.warning("%d pictures have no caption and are not scored; the first: %s", len(errors), first_error)
-    captioned = [requested[name] for name in texts]
+    captioned = list(select(requested, texts).values())
     if not any(map(names_a_slot, captioned)):
         return not_measured(f"no picture with a request was captioned: {first_error}")
-    parsed = [Scene.parse(text).scene for text in texts.values()]
+    parsed = read_scenes(texts.values())
     return {
         "measured": True,
         "scores": slot_means(parsed, captioned),

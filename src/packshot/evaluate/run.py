@@ -30,6 +30,7 @@ from packshot.evaluate.samples import (
 from packshot.evaluate.trial import evaluate_items
 from packshot.generate.run import generate
 from packshot.imaging.outline import EXTENSION_TOLERANCE
+from packshot.lists import by_name, map_values
 from packshot.runs.files import replacing_file
 from packshot.runs.folder import Run, log, open_run, start_log
 from packshot.runs.progress import progress
@@ -74,7 +75,7 @@ def evaluate(config: Evaluate) -> None:
     run = open_run("evaluate", config)
     runs = runs or open_runs([draw_base(config, run)])
     tracker = open_tracker(run, config, "evaluate")
-    report: Json = {"runs": {finished.name: str(finished.path) for finished in runs}, "definitions": DEFINITIONS}
+    report: Json = {"runs": map_values(lambda finished: str(finished.path), by_name(runs)), "definitions": DEFINITIONS}
     if config.suite in (Suite.full, Suite.preservation):
         report["preservation"] = score_preservation(config, runs, run.path)
     if config.suite in (Suite.full, Suite.scene):
@@ -134,7 +135,7 @@ def score_preservation(config: Evaluate, runs: list[FinishedRun], folder: Path) 
                 advance()
     return {
         "segmenter": config.matte.model if reads_onnx(config.matte.model) else "GrabCut seeded by the keep mask",
-        "systems": {system: summary(list(rows.values())) for system, rows in pictures.items()},
+        "systems": map_values(lambda rows: summary(list(rows.values())), pictures),
         "pictures": pictures,
     }
 

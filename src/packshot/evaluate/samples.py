@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def open_runs(paths: list[str]) -> list[FinishedRun]:
     """
     if len(paths) > 2:
         raise ConfigError(f"runs has {len(paths)} folders.", "At most two runs can be compared.")
-    folders = [readable("runs", path) for path in paths]
+    folders = list(map(partial(readable, "runs"), paths))
     runs = []
     for name, folder in zip(distinct_names(folders), folders, strict=True):
         run = FinishedRun(name, folder, load_certificates(folder))

@@ -185,7 +185,7 @@ def high_depth_to_uint8(image: Image.Image, name: str) -> np.ndarray:
     """(H, W) grey samples of 16 bits (in any integer mode of Pillow) as uint8.
 
     Raises:
-        DecodeError: samples that are no whole numbers from 0 to 65535.
+        DecodeError: samples that are not whole numbers from 0 to 65535.
     """
     grey_HW = np.asarray(image)
     if image.mode == "F" or grey_HW.min() < 0 or grey_HW.max() > 65535:

@@ -30,10 +30,8 @@ class Geometry:
     def inside(self) -> np.ndarray:
         """1 where the target shows the picture, 0 in letterbox bars; float32 (H, W)."""
         shown = np.zeros(self.target, np.float32)
-        rows, columns = (
-            slice(max(0, -start), max(0, -start) + size) for start, size in zip(self.crop, self.resized, strict=True)
-        )
-        shown[rows, columns] = 1
+        top, left = np.maximum(0, np.negative(self.crop))
+        shown[top : top + self.resized[0], left : left + self.resized[1]] = 1
         return shown
 
 

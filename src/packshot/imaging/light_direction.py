@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 FAINTEST = 0.06  # share of the light taken away; less is the renderer's noise and what a wall reflects
-SMALLEST = 0.01  # of the product's area: a smaller shadow is no evidence
+SMALLEST = 0.01  # of the product's area: smaller shadows do not count as evidence
 ONE_SIDED = 0.6  # length of the mean direction from which on a shadow counts as thrown to one side
 
 

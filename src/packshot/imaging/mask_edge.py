@@ -54,7 +54,7 @@ def _guided_fit(guide_HWC: np.ndarray, target_HW: np.ndarray, radius: int, eps: 
         return cv2.blur(array, (2 * radius + 1, 2 * radius + 1), borderType=cv2.BORDER_REFLECT)
 
     mean_guide, mean_target = mean(guide_HWC), mean(target_HW)
-    products = np.stack([mean(guide_HWC[..., i] * guide_HWC[..., j]) for i in range(3) for j in range(3)], -1)
+    products = np.stack([mean(guide_HWC[..., i] * guide_HWC[..., j]) for i, j in np.ndindex(3, 3)], -1)
     covariance = products.reshape(*target_HW.shape, 3, 3) - mean_guide[..., :, None] * mean_guide[..., None, :]
     cross = mean(guide_HWC * target_HW[..., None]) - mean_guide * mean_target[..., None]
     slope = np.linalg.solve(covariance + eps * np.eye(3, dtype=np.float32), cross[..., None])[..., 0]

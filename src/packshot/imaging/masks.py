@@ -39,7 +39,7 @@ OPAQUE_PEAK = 0.9  # matting tools stop a little short of full; such a peak mean
 
 
 class NoProductError(PackshotError):
-    """No product was found; ``confidence`` says how far the best guess was trusted."""
+    """No product was found; ``confidence`` is that of the best guess."""
 
     def __init__(self, name: str, confidence: float, wanted: float) -> None:
         super().__init__(
@@ -163,7 +163,7 @@ def _from_onnx(image: Image.Image, model: str) -> Mask:
     """
     guess_HW = seen_by_onnx(image, model)
     likely = guess_HW > 0.1
-    # A sure network says 0 or 1; on noise and empty pictures it hedges.
+    # A confident network gives 0 or 1; on noise and empty pictures it hedges.
     certainty = float(np.abs(2 * guess_HW[likely] - 1).mean()) if likely.any() else 0.0
     confidence = min(ramp(certainty, 0.5, 0.9), plausible_area(float((guess_HW >= 0.5).mean())))
     alpha_HW = cv2.resize(guess_HW, image.size, interpolation=cv2.INTER_LINEAR)

@@ -15,7 +15,7 @@ PROVIDERS = ("CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionPr
 
 def providers(available: Sequence[str]) -> list[str]:
     """The execution providers to use, of those that are there."""
-    return [name for name in PROVIDERS if name in available]
+    return list(filter(available.__contains__, PROVIDERS))
 
 
 @lru_cache(maxsize=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import cv2
@@ -71,7 +72,7 @@ def measure_extension(
     """:func:`extension_of` the object that ``segment`` finds in a picture, both brought to ``size`` (width, height)."""
     keep = cv2.resize(matte_HW, size, interpolation=cv2.INTER_AREA) >= 128
     if not keep.any():
-        return {name: float("nan") for name in ("extension", "loss", "iou", "expansion")}
+        return dict.fromkeys(("extension", "loss", "iou", "expansion"), math.nan)
     small = cv2.resize(image_HW3, size, interpolation=cv2.INTER_AREA)
     return extension_of(segment(small, keep), keep)
 

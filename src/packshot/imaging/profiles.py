@@ -39,7 +39,7 @@ class Encoding:
 
 
 def own_encoding(image: Image.Image, data: bytes = b"") -> Encoding | str | None:
-    """What a file says about its colours besides an ICC profile; a text where it cannot be converted; None: sRGB.
+    """The colour encoding that a file states without an ICC profile; a text where it cannot be converted; None: sRGB.
 
     A PNG's cICP chunk comes first; gAMA and cHRM count only where nothing else does, as the PNG standard has it.
     """
@@ -55,7 +55,7 @@ def own_encoding(image: Image.Image, data: bytes = b"") -> Encoding | str | None
         known = image.info.get("chromaticity")
         primaries = _SRGB
         if known:
-            white, red, green, blue = [(known[at], known[at + 1]) for at in range(0, 8, 2)]
+            white, red, green, blue = zip(known[:8:2], known[1:8:2], strict=True)
             primaries = (red, green, blue, white)
         close = abs(exponent - 2.2) < 0.05  # the gamma that stands for sRGB's curve
         return encoding_unless_srgb("gAMA", primaries, 0.0 if close else exponent)

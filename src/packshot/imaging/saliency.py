@@ -63,7 +63,7 @@ def _distance_to_border_colours(lab_HWC: np.ndarray, clusters: int = 5) -> np.nd
         members = pixels[labels[:, 0] == k]
         if len(members) < 4:
             continue
-        covariance = np.cov(members.T) + 4.0 * np.eye(3)  # 2 ΔE of noise are no difference
+        covariance = np.cov(members.T) + 4.0 * np.eye(3)  # colours within 2 ΔE count as noise
         delta = lab_HWC - centre
         squared = np.einsum("hwi,ij,hwj->hw", delta, np.linalg.inv(covariance), delta)
         nearest = np.minimum(nearest, squared)

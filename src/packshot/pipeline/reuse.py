@@ -62,10 +62,9 @@ class EarlierRows:
         columns = dict(self._row)
         for name in ("index", "input"):
             del columns[name]
-        decided = [columns.pop(name) for name in ("reason", "measure", "kept")]
-        return Outcome(columns, *decided)
+        return Outcome(columns, columns.pop("reason"), columns.pop("measure"), columns.pop("kept"))
 
 
 def digests_of(samples: Sequence[Sample]) -> list[str]:
     """:func:`row_digest` of each."""
-    return [row_digest(sample) for sample in samples]
+    return list(map(row_digest, samples))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packshot.config.schema import ExecutorConfig
+from packshot.lists import pick, select
 from packshot.pipeline.executor import Execute, open_executor
 from packshot.pipeline.ledger import Entry, Ledger
 from packshot.pipeline.reuse import EarlierRows, digests_of
@@ -72,7 +73,7 @@ def run_steps(
     """Bring every step of every shard up to date.
 
     A shard of a step is done again when its key (content of its input, step name, version, config) or the bytes of its
-    file are not what the ledger says. In such a shard the rows whose own input is as before are kept, if the step is.
+    file differ from the ledger. In such a shard the rows with unchanged input are kept if the step is unchanged.
     Killed anywhere and run again, the folder ends with the same bytes.
 
     shards: the input items; the first step receives them with their position as ``index``.
@@ -109,7 +110,7 @@ def run_step(
             entries[entry.shard] = entry
             rejected += entry.rejected
             meter.finished(entry.shard, entry.rows, rejected=rejected)
-    return list(map(entries.__getitem__, range(len(jobs)))), new
+    return list(select(entries, range(len(jobs))).values()), new
 
 
 def rejections(report: Report, step: str, columns: Sequence[str]) -> list[tuple[int, Sample]]:
@@ -196,9 +197,9 @@ def call_step(job: Job, batch: list[Sample], digests: list[str], earlier: Earlie
             outcomes[position] = found
     report(job.folder, job.shard, len(outcomes))
     for part in batches(changed, job.step.calls_of):
-        outcomes.update(zip(part, job.step.function([batch[position] for position in part]), strict=True))
+        outcomes.update(zip(part, job.step.function(pick(batch, part)), strict=True))
         report(job.folder, job.shard, len(part))
-    return [outcomes[position] for position in range(len(batch))]
+    return list(select(outcomes, range(len(batch))).values())
 
 
 def run_whole(step: Step, jobs: Sequence[Job]) -> list[tuple[Entry, bool]]:
@@ -210,11 +211,14 @@ def run_whole(step: Step, jobs: Sequence[Job]) -> list[tuple[Entry, bool]]:
     outcomes = iter(step.function(list(itertools.chain(*samples))))
     entries = []
     for job, shard in zip(jobs, samples, strict=True):
-        answers = (
-            Answers(batch, digests_of(batch), list(itertools.islice(outcomes, len(batch)))) for batch in batches(shard)
-        )
-        entries.append((commit(job, key, answers), True))
+        entries.append((commit(job, key, dealt(shard, outcomes)), True))
     return entries
+
+
+def dealt(shard: Sequence[Sample], outcomes: Iterator[Outcome]) -> Iterator[Answers]:
+    """A shard's part of the outcomes of a whole call, batch by batch."""
+    for batch in batches(shard):
+        yield Answers(batch, digests_of(batch), list(itertools.islice(outcomes, len(batch))))
 
 
 def commit(job: Job, key: str, answers: Iterable[Answers]) -> Entry:

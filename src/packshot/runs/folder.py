@@ -114,7 +114,7 @@ def open_run(script: str, config: RunScript, resumable: bool = True) -> Run:
         run = Run(path, resumed=used, lock=claim(path))
         opened.add(run)
         start_log(path / "log.txt")
-        if used:  # the folder is locked, so whoever left half-written files there has died
+        if used:  # the folder is locked, so the process that left half-written files there has ended
             for name in OWN_FOLDERS:
                 remove_leftovers(path / name)
         if resumable or not (path / "config.yaml").exists():

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from packshot.config.common import RunConfig, TrackerKind, TrackingConfig
 from packshot.config.compose import to_plain, to_yaml
@@ -53,7 +53,7 @@ class NullTracker:
     def images(self, name: str, files: Sequence[Path], captions: Sequence[str], step: int) -> None:
         """Pictures that already lie on disk, with a line of text each."""
 
-    def table(self, name: str, folder: Path, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    def table(self, name: str, folder: Path, rows: Sequence[Mapping[str, object]], step: int) -> None:
         """Rows with the same keys. ``picture`` names a file in ``folder``, which is shown."""
 
     def inputs(self, inputs: Sequence[Input]) -> None:
@@ -91,7 +91,7 @@ class Trackers(NullTracker):
         for tracker in self.trackers:
             tracker.images(name, files, captions, step)
 
-    def table(self, name: str, folder: Path, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    def table(self, name: str, folder: Path, rows: Sequence[Mapping[str, object]], step: int) -> None:
         for tracker in self.trackers:
             tracker.table(name, folder, rows, step)
 
@@ -193,13 +193,13 @@ class WandbTracker(NullTracker):
         pictures = [self.wandb.Image(str(f), caption=c) for f, c in zip(files, captions, strict=True)]
         self.run.log({name: pictures, "global_step": step})
 
-    def table(self, name: str, folder: Path, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    def table(self, name: str, folder: Path, rows: Sequence[Mapping[str, object]], step: int) -> None:
         if not rows:
             return
         # A logged table cannot grow: each one holds all steps so far, so that the newest compares them.
         known = self.rows.setdefault(name, [])
         for row in rows:
-            shown = {**row, "picture": self.wandb.Image(str(folder / row["picture"]))}
+            shown = {**row, "picture": self.wandb.Image(str(folder / str(row["picture"])))}
             known.append([step, *shown.values()])
         table = self.wandb.Table(columns=["step", *rows[0]], data=list(known))
         self.run.log({name: table, "global_step": step})
