@@ -302,7 +302,7 @@ def test_masks_without_or_twice_for_an_image_are_refused(photos, tmp_path):
 
 def test_masks_beside_a_parquet_that_has_its_own_are_refused(photos, tmp_path):
     first = run(photos / "0.png", tmp_path / "first")
-    with pytest.raises(ConfigError, match=r"source.masks=.* would not be looked at: source.path=.*first holds shards"):
+    with pytest.raises(ConfigError, match=r"source.masks=.* would not be read: source.path=.*first holds shards"):
         run(first, tmp_path / "out", f"source.masks={photos}")
 
 

@@ -17,9 +17,9 @@ from packshot.caption.models.adapter import Caption
 from packshot.errors import PackshotError
 from packshot.lists import column, pick
 from packshot.scene import SLOTS, Scene, SceneSyntaxError
+from packshot.scene.scene import COUNTED
 from packshot.scene.scores import SlotScore, mean_scores, paired, product_words, score, token_f1
 
-COUNTED = list(filter(lambda name: SLOTS[name].weight, SLOTS))  # the slots that count in the mean score
 Confusion = dict[str, dict[str, dict[str, int]]]  # {slot: {truth: {caption: count}}}
 
 

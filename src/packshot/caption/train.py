@@ -19,8 +19,9 @@ from packshot.engine.checkpoints import EMA, exported_step, exporting, weights_l
 from packshot.engine.loop import fit
 from packshot.engine.processes import announce, refuse_launcher, start, translate_lost_process
 from packshot.errors import ConfigError
-from packshot.lists import in_words
+from packshot.lists import map_values
 from packshot.runs.folder import log, read_metrics
+from packshot.runs.markdown import markdown_table
 from packshot.runs.provenance import provenance_lines, write_provenance
 
 
@@ -93,8 +94,7 @@ def card(run: Path, config: CaptionVLM, data: list[str]) -> str:
     table = ["No validation was run."]
     figures = last_validation(run, exported_step(run, config.train))
     if figures:
-        table = ["| figure | value |", "|---|---|"]
-        table.append(in_words(figures, "| {} | {:.4g} |", "\n"))
+        table = markdown_table(("figure", "value"), map_values("{:.4g}".format, figures).items())[:-1]
     lines = [
         f"# {captioner.kind} captioner trained by Packshot",
         "",

@@ -63,11 +63,10 @@ def find_duplicates(
     result: list[int | None] = []
     for position, value in enumerate(hashes):
         keys = [(low, value >> low & mask) for low, mask in bands]
-        near = {other for key in keys for other in seen[key]}
         match = None
-        for other in sorted(near):
-            alike = hamming(value, hashes[other]) <= max_distance
-            if alike and not (colors and colors_differ(colors[position], colors[other])):
+        for other in sorted(set().union(*map(seen.__getitem__, keys))):
+            near = hamming(value, hashes[other]) <= max_distance
+            if near and not (colors and colors_differ(colors[position], colors[other])):
                 match = other
                 break
         result.append(match)

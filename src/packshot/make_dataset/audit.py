@@ -1,4 +1,4 @@
-"""Measure a rendered set: what it shows how often, how alike its pictures are, how true its layers.
+"""Measure a rendered set: how often it shows what, how similar its pictures are, how exact its layers.
 
     python -m packshot.make_dataset.audit data/rendered/train data/rendered/heldout --out docs/rendered.md
 
@@ -11,8 +11,9 @@ import argparse
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import cv2
@@ -23,18 +24,21 @@ from packshot.dataset.near_duplicates import find_duplicates, perceptual_hash
 from packshot.dataset.rows import Rows, load_rows
 from packshot.errors import PackshotError
 from packshot.imaging.color import to_lab
+from packshot.lists import column, in_words, select
+from packshot.runs.markdown import markdown_table
 from packshot.runs.progress import progress
 from packshot.scene import SLOTS, Scene
-from packshot.scene.vocabulary import split_position
+from packshot.scene.scene import COUNTED
+from packshot.scene.vocabulary import split_position, without_position
 
-THUMBNAIL = 16  # px: two pictures are alike when their layout and colours are
+THUMBNAIL = 16  # px: two pictures are similar when their layout and colours are
 NEAR_DUPLICATE = 4  # Hamming distance of two perceptual hashes, as build_data's default
 
 
 def first_phrase(scene: Scene, slot: str) -> str:
     """The first value of a slot without its position, or "nothing"."""
     texts = scene.slots()[slot]
-    return split_position(texts[0])[0] if texts else "nothing"
+    return without_position(texts[0]) if texts else "nothing"
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,12 @@ def measure(rows: Rows) -> Measures:
             hashes.append(perceptual_hash(image))
             truth.append(_truth(row))
             advance()
-    columns = {name: np.array([line[name] for line in truth]) for name in truth[0]}
+    columns = {name: np.array(column(truth, name)) for name in truth[0]}
     return Measures(np.stack(thumbnails), hashes, columns)
 
 
 def _truth(row: dict) -> dict[str, float]:
-    pixels, plate, mask = (np.asarray(row[name]) for name in ("image", "plate", "mask"))
+    pixels, plate, mask = map(np.asarray, select(row, ("image", "plate", "mask")).values())
     cutout = np.asarray(row["cutout"])
     together = recomposed(plate, np.asarray(row["shadow"]), cutout)
     product = mask > 127
@@ -97,7 +101,7 @@ def _truth(row: dict) -> dict[str, float]:
 
 
 def cramers_v(pairs: Sequence[tuple[str, str]]) -> float:
-    """Association of two slots in [0, 1], corrected for chance (Bergsma 2013): 0 when one says nothing of the other."""
+    """Association of two slots in [0, 1], corrected for chance (Bergsma 2013): 0 when they are independent."""
     first, second = (sorted(set(column)) for column in zip(*pairs, strict=True))
     table = np.zeros((len(first), len(second)))
     for a, b in pairs:
@@ -120,45 +124,42 @@ def distances(a_NF: np.ndarray, b_MF: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- report
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return [*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
-
-
 def _percentiles(values: np.ndarray, digits: int) -> list[str]:
-    return [f"{value:.{digits}f}" for value in np.percentile(values, (0, 1, 50, 99, 100))]
+    return list(map(f"{{:.{digits}f}}".format, np.percentile(values, (0, 1, 50, 99, 100))))
 
 
 def _slots(scenes: Sequence[Scene]) -> list[str]:
     lines = []
+    slots = list(map(Scene.slots, scenes))
     for slot in SLOTS:
-        said = [split_position(text)[0] for scene in scenes for text in scene.slots()[slot]]
-        counts = ", ".join(f"{phrase} {count}" for phrase, count in Counter(said).most_common())
-        lines.append((slot, len(set(said)), sum(not scene.slots()[slot] for scene in scenes), counts))
-    places = Counter(split_position(text)[1] or "unsaid" for scene in scenes for text in scene.surroundings)
-    lines.append(("where things stand", len(places), "", ", ".join(f"{k} {n}" for k, n in places.most_common())))
-    return table(("slot", "phrases", "empty in", "how often"), lines)
+        values = column(slots, slot)
+        phrases = Counter(map(without_position, itertools.chain(*values)))
+        lines.append((slot, len(phrases), values.count(()), in_words(dict(phrases.most_common()), "{} {}")))
+    things = map(split_position, itertools.chain(*column(slots, "surroundings")))
+    places = Counter(place or "unsaid" for _, place in things)
+    lines.append(("where things stand", len(places), "", in_words(dict(places.most_common()), "{} {}")))
+    return markdown_table(("slot", "phrases", "empty in", "how often"), lines)
 
 
 def _together(scenes: Sequence[Scene]) -> list[str]:
     lines = []
-    for a, b in itertools.combinations([name for name, row in SLOTS.items() if row.weight], 2):
-        pairs = [(first_phrase(scene, a), first_phrase(scene, b)) for scene in scenes]
-        possible = len({pair[0] for pair in pairs}) * len({pair[1] for pair in pairs})
+    first = {slot: [first_phrase(scene, slot) for scene in scenes] for slot in COUNTED}
+    for a, b in itertools.combinations(COUNTED, 2):
+        pairs = list(zip(first[a], first[b], strict=True))
+        possible = len(set(first[a])) * len(set(first[b]))
         (most, count), *_ = Counter(pairs).most_common(1)
         lines.append((f"{a} x {b}", f"{cramers_v(pairs):.2f}", f"{len(set(pairs))} of {possible}", f"{most} {count}"))
-    return table(("slots", "Cramér's V", "pairs seen", "most frequent pair"), lines)
+    return markdown_table(("slots", "Cramér's V", "pairs seen", "most frequent pair"), lines)
 
 
 def _section(rows: Rows, measures: Measures) -> list[str]:
-    scenes = [row["scene"] for row in rows]
-    products = Counter(row["product_id"] for row in rows)
+    scenes = column(rows, "scene")
+    products = Counter(column(rows, "product_id"))
     apart = distances(measures.lab_NF, measures.lab_NF)
     pairs = apart[np.triu_indices(len(apart), 1)]
     np.fill_diagonal(apart, np.inf)
     head = ("", "least", "1 %", "median", "99 %", "most")
-    alike = sum(match is not None for match in find_duplicates(measures.hashes, NEAR_DUPLICATE))
+    twins = len(rows) - find_duplicates(measures.hashes, NEAR_DUPLICATE).count(None)
     return [
         f"## `{rows.path}`",
         f"{len(rows)} scenes, {len(products)} products (each in {min(products.values())} to "
@@ -166,8 +167,8 @@ def _section(rows: Rows, measures: Measures) -> list[str]:
         *_slots(scenes),
         "Which slots give another away (0: not at all):\n",
         *_together(scenes),
-        f"Likeness, as mean colour difference of {THUMBNAIL} px thumbnails. Near-duplicates by their hash: {alike}.\n",
-        *table(
+        f"Likeness, as mean colour difference of {THUMBNAIL} px thumbnails. Near-duplicates by their hash: {twins}.\n",
+        *markdown_table(
             head,
             [
                 ("any two pictures, ΔE", *_percentiles(pairs, 1)),
@@ -175,24 +176,28 @@ def _section(rows: Rows, measures: Measures) -> list[str]:
             ],
         ),
         "Truth of the layers:\n",
-        *table(head, [(name, *_percentiles(values, 4)) for name, values in measures.truth.items()]),
+        *markdown_table(head, [(name, *_percentiles(values, 4)) for name, values in measures.truth.items()]),
     ]
+
+
+def grounds(rows: Rows) -> set[tuple[str, str]]:
+    """The pairs of surface and background that a set shows."""
+    return set(map(attrgetter("surface", "background"), column(rows, "scene")))
 
 
 def _between(first: tuple[Rows, Measures], other: tuple[Rows, Measures]) -> list[str]:
     (train, seen), (rest, new) = first, other
-    products = [{row["product_id"] for row in rows} for rows in (train, rest)]
-    pairs = [{(row["scene"].surface, row["scene"].background) for row in rows} for rows in (train, rest)]
+    products = set(column(train, "product_id")) & set(column(rest, "product_id"))
     nearest = distances(new.lab_NF, seen.lab_NF).min(1)
     twins = find_duplicates([*seen.hashes, *new.hashes], NEAR_DUPLICATE)[len(seen.hashes) :]
     across = sum(match is not None and match < len(seen.hashes) for match in twins)
     return [
         f"## `{rest.path}` against `{train.path}`",
-        *table(
+        *markdown_table(
             ("shared", "count"),
             [
-                ("products", len(products[0] & products[1])),
-                ("pairs of surface and background", len(pairs[0] & pairs[1])),
+                ("products", len(products)),
+                ("pairs of surface and background", len(grounds(train) & grounds(rest))),
                 ("captions", len(set(train.texts) & set(rest.texts))),
                 ("near-duplicate pictures", across),
             ],
@@ -205,7 +210,7 @@ def report(folders: Sequence[str]) -> str:
     """Markdown over the folders.
 
     Raises:
-        PackshotError: a folder is no rendered set.
+        PackshotError: a folder is not a rendered set.
     """
     sets = []
     for folder in folders:

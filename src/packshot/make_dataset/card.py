@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from itertools import starmap
+from operator import attrgetter
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from packshot.runs.markdown import markdown_table
+
 _TILE = 192  # px
 _COLUMNS = 8
 # Names that the hub knows; anything else is "other" there, and named in full in the table.
-_HUB_LICENSES = {name.lower(): name.lower() for name in ("CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "MIT", "Apache-2.0")}
+_HUB_LICENSES = ("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "mit", "apache-2.0")
 
 
 def card(
@@ -22,7 +26,7 @@ def card(
     reasons: Mapping[str, int],
     remarks: Mapping[str, int],
     columns: Mapping[str, str],
-    settings: Any,
+    settings: object,
 ) -> str:
     """``README.md`` of a dataset: hub metadata, counts, licences, what was left out, columns, settings.
 
@@ -30,7 +34,7 @@ def card(
     by name.
     """
     rows = sum(licenses.values())
-    hub = {_HUB_LICENSES.get(name.lower(), "other") for name in licenses}
+    hub = {name if name in _HUB_LICENSES else "other" for name in map(str.lower, licenses)}
     lines = [
         "---",
         f"license: {hub.pop() if len(hub) == 1 else 'other'}",
@@ -42,11 +46,11 @@ def card(
         f"# Packshot {dataset} set\n",
         f"Images: {rows}. `rejected.parquet` names what was left out, with the reason and the value that decided, and",
         "(`kept`) images that are in the set with a remark;",
-        "`report.html` and `contact_sheet.png` show images; `ledger.jsonl` says how each shard came about.\n",
-        *_table(("licence", "images"), licenses),
-        *(_table(("left out because", "images"), reasons) if reasons else ["Nothing was left out.\n"]),
-        *(_table(("kept with the remark", "images"), remarks) if remarks else []),
-        *_table(("column", "meaning"), columns),
+        "`report.html` and `contact_sheet.png` show images; `ledger.jsonl` records how each shard was made.\n",
+        *markdown_table(("licence", "images"), licenses.items()),
+        *(markdown_table(("left out because", "images"), reasons.items()) if reasons else ["Nothing was left out.\n"]),
+        *(markdown_table(("kept with the remark", "images"), remarks.items()) if remarks else []),
+        *markdown_table(("column", "meaning"), columns.items()),
         "Settings:\n",
         "```json",
         json.dumps(settings, indent=2, sort_keys=True),
@@ -55,13 +59,9 @@ def card(
     return "\n".join(lines) + "\n"
 
 
-def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:
-    return [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
-
-
 def _size_category(rows: int) -> str:
-    limits = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
-    return next((name for limit, name in limits.items() if rows < limit), "n>1M")
+    names = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "n>1M")
+    return names[bisect_right((1_000, 10_000, 100_000, 1_000_000), rows)]
 
 
 def count(values: Iterable[str]) -> dict[str, int]:
@@ -71,8 +71,8 @@ def count(values: Iterable[str]) -> dict[str, int]:
 
 def contact_sheet(pairs: Sequence[tuple[Image.Image, Image.Image | None]]) -> Image.Image:
     """Tiles of (image | image with everything but the product tinted), or of images alone where there is no mask."""
-    tiles = [_tile(image, mask) for image, mask in pairs]
-    width = max(tile.width for tile in tiles)
+    tiles = list(starmap(_tile, pairs))
+    width = max(map(attrgetter("width"), tiles))
     columns = min(_COLUMNS if width == _TILE else _COLUMNS // 2, len(tiles))
     sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * _TILE), "white")
     for number, tile in enumerate(tiles):

@@ -1,4 +1,4 @@
-"""The kinds of datasets: one row each says what they are built from, by which steps, and what the card shows."""
+"""The kinds of datasets: a row each with what they are built from, by which steps, and what the card shows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
-from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -17,6 +16,7 @@ from packshot.config.compose import to_plain
 from packshot.config.schema import BuildData, CaptionerKind, DatasetKind
 from packshot.imaging.mask_networks import load_network
 from packshot.imaging.onnx import load_session
+from packshot.lists import column, select
 from packshot.make_dataset import sources, steps
 from packshot.pipeline import Report, Step
 from packshot.pipeline.shards import read_outcomes
@@ -54,7 +54,7 @@ class Recipe:
     items: Callable[[BuildData, str], tuple[list[Sample], list[str]]]
     fingerprints: Callable[[Sequence[Sample]], list[str]]
     steps: Callable[[BuildData, Path, Sequence[Sample]], list[Step]]
-    settings: Callable[[BuildData], dict[str, Any]]
+    settings: Callable[[BuildData], dict[str, object]]
     notes: Callable[[BuildData, Report], list[str]] = lambda config, report: []
     hold: Callable[[BuildData], AbstractContextManager[object]] = lambda config: nullcontext()
     finish: Callable[[BuildData, Path], None] = lambda config, folder: None
@@ -94,7 +94,7 @@ def photo_items(config: BuildData, cache: str) -> tuple[list[Sample], list[str]]
     return sources.list_items(config.source, cache)
 
 
-def photo_settings(config: BuildData) -> dict[str, Any]:
+def photo_settings(config: BuildData) -> dict[str, object]:
     """The groups that shape photographs into rows."""
     plain = to_plain(config)
     for group, key in _PLACES:
@@ -104,17 +104,16 @@ def photo_settings(config: BuildData) -> dict[str, Any]:
     for key in _NOT_SHAPING:
         del plain["source"][key]
     names = (*_PHOTO_SETTINGS, "licenses") if config.licenses.commercial else _PHOTO_SETTINGS
-    return {name: plain[name] for name in names}
+    return select(plain, names)
 
 
 def naming_notes(config: BuildData, report: Report) -> list[str]:
     """How many captions of the source name a product, and the key that decides what becomes of them."""
     named = captioned = 0
     for file in report.files("naming"):
-        for row in read_outcomes(file, ["naming"]):
-            named += bool(row["naming"])
+        named += sum(map(bool, column(read_outcomes(file, ["naming"]), "naming")))
     for file in report.files("ingest"):
-        captioned += sum(bool(row["text"]) for row in read_outcomes(file, ["text"]))
+        captioned += sum(map(bool, column(read_outcomes(file, ["text"]), "text")))
     policy = config.captions.product
     return [f"{named} of {captioned} captions name a product (captions.product={policy}; keep, report or reject)"]
 
@@ -150,7 +149,7 @@ def refuse_blender(config: BuildData) -> None:
 
 def copy_rows(samples: list[Sample]) -> list[Outcome]:
     """Rendered rows are finished."""
-    return [Outcome(sample) for sample in samples]
+    return list(map(Outcome, samples))
 
 
 def render_steps(config: BuildData, folder: Path, items: Sequence[Sample]) -> list[Step]:
@@ -159,7 +158,7 @@ def render_steps(config: BuildData, folder: Path, items: Sequence[Sample]) -> li
     return [render, steps.final_step(render.schema.names, copy_rows, {"dataset": "rendered"})]
 
 
-def render_settings(config: BuildData) -> dict[str, Any]:
+def render_settings(config: BuildData) -> dict[str, object]:
     """The renderer's keys without its places."""
     render = to_plain(config)["render"]
     del render["folder"], render["environment"]

@@ -1,4 +1,4 @@
-"""What stands beside the shards of a dataset: the table of rejected samples, the card, the contact sheet."""
+"""The files next to the shards of a dataset: the table of rejected samples, the card, the contact sheet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL.Image import Image
 
+from packshot.lists import in_words, select
 from packshot.make_dataset import card as cards
 from packshot.make_dataset.pictures import open_png, png
 from packshot.pipeline import Report, Step
@@ -17,7 +19,7 @@ from packshot.pipeline.run import rejections
 from packshot.pipeline.step import Sample
 from packshot.runs.files import replacing_file
 
-_REJECTED = pa.schema([*((name, pa.string()) for name in ("id", "reason", "measure", "source")), ("kept", pa.bool_())])
+_REJECTED = pa.schema({**dict.fromkeys(("id", "reason", "measure", "source"), pa.string()), "kept": pa.bool_()})
 MEANING = {
     "image": "photograph; transparent ones over white",
     "mask": "white = product",
@@ -59,9 +61,9 @@ def write_extras(
     text = cards.card(
         kind,
         cards.count(licenses),
-        cards.count(row["reason"] for row in rejected if not row["kept"]),
-        cards.count(row["reason"] for row in rejected if row["kept"]),
-        {name: MEANING[name] for name in names},
+        count_reasons(rejected, kept=False),
+        count_reasons(rejected, kept=True),
+        select(MEANING, names),
         settings,
     )
     buffer = io.BytesIO()
@@ -69,10 +71,7 @@ def write_extras(
     write_if_changed(report.folder / "rejected.parquet", buffer.getvalue())
     write_if_changed(report.folder / "README.md", text.encode())
     columns = ["image", "mask"] if "mask" in names and kind != "rendered" else ["image"]
-    first = [
-        (open_png(row["image"]), open_png(row["mask"]) if "mask" in row else None)
-        for row in first_rows(parts, sheet, columns)
-    ]
+    first = list(map(picture_and_mask, first_rows(parts, sheet, columns)))
     if first:
         write_if_changed(report.folder / "contact_sheet.png", png(cards.contact_sheet(first))["bytes"])
     lost = 0
@@ -81,15 +80,24 @@ def write_extras(
     return {"images": images, "accepted": images - lost, "rejected": lost}
 
 
+def picture_and_mask(row: Sample) -> tuple[Image, Image | None]:
+    """The pictures of a row for the contact sheet."""
+    return open_png(row["image"]), open_png(row["mask"]) if "mask" in row else None
+
+
+def count_reasons(rows: Sequence[Sample], kept: bool) -> dict[str, int]:
+    """How many of these rejected rows, or of those that were kept with a remark, have each reason."""
+    return cards.count(row["reason"] for row in rows if row["kept"] is kept)
+
+
 def reason_counts(report: Report, steps: Sequence[Step]) -> list[str]:
     """A line on what was left out and one on remarks, by reason, each only where there are any."""
     rows = rejected_rows(report, steps)
     lines = []
     for kept, what in ((False, "left out"), (True, "kept with a remark")):
-        counts = cards.count(row["reason"] for row in rows if row["kept"] is kept)
+        counts = count_reasons(rows, kept)
         if counts:
-            shown = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-            lines.append(f"{what}: {shown} (rejected.parquet has each with its measure)")
+            lines.append(f"{what}: {in_words(counts)} (rejected.parquet has each with its measure)")
     return lines
 
 
@@ -101,7 +109,7 @@ def rejected_rows(report: Report, steps: Sequence[Step]) -> list[Sample]:
         if step.final:
             continue
         for shard, outcome in rejections(report, step.name, ()):
-            decided = {name: outcome[name] for name in ("reason", "measure", "kept")}
+            decided = select(outcome, ("reason", "measure", "kept"))
             rows.append({**names[shard][outcome["index"]], **decided})
     return rows
 

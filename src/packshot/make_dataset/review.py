@@ -17,6 +17,7 @@ from packshot.dataset.rows import Rows, load_rows
 from packshot.errors import ConfigError
 from packshot.imaging.data_url import data_url
 from packshot.imaging.mask_doubt import REMEDIES
+from packshot.lists import in_words
 from packshot.make_dataset.pictures import png
 from packshot.make_dataset.sources.reviewed import WRITTEN
 from packshot.pipeline.step import Sample
@@ -90,7 +91,7 @@ def review_masks(config: BuildData) -> None:
     added = f"run.resume=true source.masks={masks} source.without_mask=find"
     page = PAGE.format(
         count=len(chosen),
-        counts=", ".join(f"{count} {code}" for code, count in counts.most_common()),
+        counts=in_words(dict(counts.most_common())),
         added=html.escape(added),
         articles="\n".join(articles),
     )

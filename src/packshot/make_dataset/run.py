@@ -8,6 +8,7 @@ from pathlib import Path
 
 from packshot.config.schema import BuildData, BuildTask
 from packshot.errors import PackshotError
+from packshot.lists import map_values
 from packshot.make_dataset.kinds import RECIPES, Recipe
 from packshot.make_dataset.output import reason_counts, rejected_rows, write_extras
 from packshot.make_dataset.report import write_report
@@ -58,7 +59,7 @@ def build_held(config: BuildData, recipe: Recipe) -> None:
     if report.worked:
         line = {"step": 0, **figures, "seconds": round(time.monotonic() - started, 1)}
         run.metrics(line)
-        tracker.log({key: float(value) for key, value in line.items()}, 0)
+        tracker.log(map_values(float, line), 0)
     else:
         log.info("everything was done already")
     for note in [*recipe.notes(config, report), *reason_counts(report, steps)]:

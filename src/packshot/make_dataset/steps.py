@@ -6,7 +6,8 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from itertools import starmap
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from PIL.Image import Image, Resampling
@@ -22,6 +23,7 @@ from packshot.imaging.depth import estimate_depth
 from packshot.imaging.mask_networks import network_file
 from packshot.imaging.masks import ONNX_LEVELS, DoubtfulMaskError, MaskFileError, NoProductError, find_mask
 from packshot.imaging.profiles import READ_AS_SRGB
+from packshot.lists import column, map_values, pick, select, without, without_none
 from packshot.make_dataset.pictures import encode_scaled, keeps_bytes, open_png, picture, png, scaled, stored_picture
 from packshot.make_dataset.quality import check, overview
 from packshot.make_dataset.sources import read_items
@@ -46,7 +48,7 @@ _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 def ingest(samples: list[Sample], config: BuildData) -> list[Outcome]:
     """Decode and check the pictures behind items of the source."""
-    return [ingest_one(raw, item, config) for raw, item in zip(read_items(samples), samples, strict=True)]
+    return list(map(partial(ingest_one, config=config), read_items(samples), samples))
 
 
 def ingest_one(raw: Raw, item: Sample, config: BuildData) -> Outcome:
@@ -76,7 +78,7 @@ def ingest_one(raw: Raw, item: Sample, config: BuildData) -> Outcome:
         "caption_origin": raw.origin if raw.text else "",
         "encoding": raw.encoding,
         "image": stored,
-        "item": json.dumps({key: value for key, value in item.items() if key != "index"}),
+        "item": json.dumps(without(item, "index")),
         "mask_file": raw.mask,
         "license": license_name,
         "width": small.width,
@@ -113,9 +115,9 @@ def dedup(samples: list[Sample], max_distance: int) -> list[Outcome]:
         first.setdefault(sample["id"], position)
     unique = sorted(first.values())
     hashes = [int(samples[position]["phash"], 16) for position in unique]
-    colors = [samples[position]["colors"] for position in unique]
+    colors = column(pick(samples, unique), "colors")
     matches = find_duplicates(hashes, max_distance, colors)
-    near = {position: unique[match] for position, match in zip(unique, matches, strict=True) if match is not None}
+    near = map_values(unique.__getitem__, without_none(dict(zip(unique, matches, strict=True))))
 
     def judge(position: int, sample: Sample) -> Outcome:
         if first[sample["id"]] != position:
@@ -124,12 +126,12 @@ def dedup(samples: list[Sample], max_distance: int) -> list[Outcome]:
             return Outcome({}, "near_duplicate", samples[near[position]]["id"], kept=False)
         return Outcome()
 
-    return [judge(position, sample) for position, sample in enumerate(samples)]
+    return list(starmap(judge, enumerate(samples)))
 
 
 def find_masks(samples: list[Sample], matte: MatteConfig, from_files: bool) -> list[Outcome]:
     """The product in every picture."""
-    return [find_one_mask(sample, matte, from_files) for sample in samples]
+    return list(map(partial(find_one_mask, matte=matte, from_files=from_files), samples))
 
 
 def find_one_mask(sample: Sample, matte: MatteConfig, from_files: bool) -> Outcome:
@@ -191,10 +193,10 @@ def finished_row(sample: Sample, columns: Sequence[str]) -> Sample:
     whole = {**sample, "image": stored, "scene": Scene.parse(sample["text"]).scene.to_dict()}
     if sample["text"] not in sample["captions"]:  # a captioner's text has replaced them
         whole["captions"] = None
-    return {name: whole[name] for name in columns}
+    return select(whole, columns)
 
 
-def added_features() -> dict[str, Any]:
+def added_features() -> dict[str, object]:
     """Columns of built sets that rendered ones do not have, as types of ``datasets``."""
     from datasets import List, Value
 
@@ -204,12 +206,12 @@ def added_features() -> dict[str, Any]:
 
 
 def final_step(
-    columns: Sequence[str], function: Callable[[list[Sample]], list[Outcome]], config: dict[str, Any]
+    columns: Sequence[str], function: Callable[[list[Sample]], list[Outcome]], config: dict[str, object]
 ) -> Step:
     from datasets import Features
 
     known = {**rows.features(), **added_features()}
-    schema = Features({name: known[name] for name in columns}).arrow_schema
+    schema = Features(select(known, columns)).arrow_schema
     return Step("part", 2, config, schema, function, final=True)
 
 
@@ -221,10 +223,9 @@ def ingest_step(config: BuildData) -> Step:
     if config.licenses.commercial:
         settings["licenses"] = dataclasses.asdict(config.licenses)
     names = ("id", "text", "caption_origin", "encoding", "source", "license", "phash", "item")
-    numbers = [(name, pa.int32()) for name in ("width", "height", "repeats")]
-    binary = [("mask_file", pa.binary()), ("colors", pa.binary())]
-    lists = [("captions", pa.list_(pa.string()))]
-    schema = pa.schema([*((name, pa.string()) for name in names), ("image", _IMAGE), *binary, *numbers, *lists])
+    types = {**dict.fromkeys(names, pa.string()), "image": _IMAGE, "mask_file": pa.binary(), "colors": pa.binary()}
+    types |= dict.fromkeys(("width", "height", "repeats"), pa.int32())
+    schema = pa.schema({**types, "captions": pa.list_(pa.string())})
     return Step("ingest", 3, settings, schema, partial(ingest, config=config))
 
 
@@ -272,7 +273,7 @@ def depth_step(config: BuildData) -> Step:
     return Step("depth", 2, settings, pa.schema([("depth", _IMAGE)]), function, reads=PICTURE)
 
 
-def network_identity(matte: MatteConfig) -> dict[str, Any]:
+def network_identity(matte: MatteConfig) -> dict[str, object]:
     """What finds products, by its digest: another network makes other masks."""
     if reads_onnx(matte.model):
         return {"onnx": file_sha256(network_file(matte.model)), "levels": ONNX_LEVELS}

@@ -156,6 +156,7 @@ class Scene:
 
 
 SLOTS: dict[str, Slot] = {key.name: key.metadata["slot"] for key in fields(Scene)}
+COUNTED = tuple(filter(lambda name: SLOTS[name].weight, SLOTS))  # the slots that count in the mean score
 
 
 def scene_features() -> dict[str, object]:

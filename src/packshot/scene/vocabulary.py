@@ -125,3 +125,8 @@ def split_position(phrase: str) -> tuple[str, str | None]:
         if phrase.endswith(" " + position):
             return phrase[: -len(position) - 1], position
     return phrase, None
+
+
+def without_position(phrase: str) -> str:
+    """A thing of the surroundings alone: "lemons behind it" -> "lemons"."""
+    return split_position(phrase)[0]

@@ -10,8 +10,10 @@ from typing import Any
 
 import fsspec
 
+from packshot.dataset.rows import CAPTIONS
 from packshot.dataset.walk import Unread
 from packshot.errors import ConfigError
+from packshot.lists import in_words
 
 Item = dict[str, Any]
 # Columns and keys in which people keep captions, the first that is there counts; source.caption_column comes before.
@@ -23,11 +25,11 @@ LICENSE_COLUMNS = ("license", "licence", "LICENSE")
 class Raw:
     """The bytes of one sample.
 
-    data: of the image file, None when it cannot be read (``error`` says why).
+    data: of the image file, None when it cannot be read, for the reason in ``error``.
     text: the caption, "" where there is none.
     encoding: what the caption was read as, "" for UTF-8.
     repeats: how often training should see the picture in an epoch.
-    origin: who wrote the caption, where the source says it.
+    origin: who wrote the caption, where the source names them.
     captions: all captions, where there are several; ``text`` is the first.
     """
 
@@ -97,7 +99,7 @@ def read_place(place: str) -> bytes:
         return file.read()
 
 
-def first_of(names: tuple[str, ...], values: Mapping[str, Any], chosen: str | None = None) -> str | None:
+def first_of(names: tuple[str, ...], values: Mapping[str, object], chosen: str | None = None) -> str | None:
     """The first of the names that the values have; ``chosen`` comes before them."""
     for name in (chosen, *names) if chosen else names:
         if name in values:
@@ -105,7 +107,7 @@ def first_of(names: tuple[str, ...], values: Mapping[str, Any], chosen: str | No
     return None
 
 
-def text_of(value: Any) -> str:
+def text_of(value: object) -> str:
     """A caption from a cell: text as it is, nothing for an empty cell, the first that is not empty of several."""
     if isinstance(value, (list, tuple)):
         value = next((text for text in value if text and str(text).strip()), "")
@@ -114,12 +116,26 @@ def text_of(value: Any) -> str:
     return str(value).strip()
 
 
-def captions_of(value: Any) -> tuple[str, ...]:
+def captions_of(value: object) -> tuple[str, ...]:
     """The captions of a cell that holds a list of two or more; none of another cell."""
-    if not isinstance(value, (list, tuple)):
-        return ()
-    texts = tuple(text for text in map(text_of, value) if text)
+    texts = tuple(filter(None, map(text_of, value))) if isinstance(value, (list, tuple)) else ()
     return texts if len(texts) > 1 else ()
+
+
+def described_by(values: object, caption_column: str | None) -> dict[str, str]:
+    """``text`` and ``license`` of a table's row or a JSON object, under any of the usual keys."""
+    if not isinstance(values, dict):
+        return {}
+    return {
+        "text": text_of(values.get(first_of(CAPTION_COLUMNS, values, caption_column) or "")),
+        "license": text_of(values.get(first_of(LICENSE_COLUMNS, values) or "")),
+    }
+
+
+def described_row(row: Mapping[str, object], caption_column: str | None) -> dict[str, object]:
+    """:func:`described_by` of a table's row, with all its captions where it has several."""
+    cell = row.get(first_of(CAPTION_COLUMNS, row, caption_column) or "")
+    return {**described_by(row, caption_column), CAPTIONS: captions_of(cell)}
 
 
 def check_caption_column(key: str | None, columns: list[str], where: str) -> None:
@@ -139,4 +155,4 @@ def caption_count(captioned: int, images: int) -> str:
 def by_extension(names: list[str]) -> str:
     """ "3 .json, 1 .md" """
     counts = Counter(PurePosixPath(name).suffix or PurePosixPath(name).name for name in names)
-    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+    return in_words(dict(counts.most_common()))

@@ -53,6 +53,14 @@ def fetch(url: str, folder: Path, seconds: float, mebibytes: float, retries: int
     return data
 
 
+def refuse_excess(url: str, received: int, limit: int, end: float, seconds: float) -> None:
+    """Raises DownloadError for more bytes than ``limit``, or after ``end`` on the monotonic clock."""
+    if received > limit:
+        raise DownloadError(f"{url}: more than {limit / 2**20:g} MiB (source.download_mib)")
+    if time.monotonic() > end:
+        raise DownloadError(f"{url}: not whole after {seconds:g} s a try (source.download_seconds)")
+
+
 def download(url: str, seconds: float, limit: int, retries: int) -> bytes:
     """One picture over HTTP, tried ``retries`` times more where the server may answer otherwise.
 
@@ -76,10 +84,7 @@ def download(url: str, seconds: float, limit: int, retries: int) -> bytes:
                     raise DownloadError(f"{url}: HTTP {answer.status_code} {answer.reason}")
                 for chunk in answer.iter_content(_CHUNK):
                     data += chunk
-                    if len(data) > limit:
-                        raise DownloadError(f"{url}: more than {limit / 2**20:g} MiB (source.download_mib)")
-                    if time.monotonic() > end:
-                        raise DownloadError(f"{url}: not whole after {seconds:g} s a try (source.download_seconds)")
+                    refuse_excess(url, len(data), limit, end, seconds)
     except (requests.RequestException, OSError) as error:
         raise DownloadError(f"{url}: {type(error).__name__}: {str(error)[:200]}") from error
     return bytes(data)

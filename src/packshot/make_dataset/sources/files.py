@@ -1,4 +1,4 @@
-"""Image files: captions lie beside them or in a table of the folder, masks in a folder of their own."""
+"""Image files: captions lie next to them or in a table of the folder, masks in a folder of their own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Any
 
 from packshot.config.schema import SourceConfig
 from packshot.dataset.rows import CAPTIONS
@@ -15,18 +14,17 @@ from packshot.dataset.text_files import EncodingError, decode_text
 from packshot.dataset.walk import hidden
 from packshot.errors import ConfigError
 from packshot.imaging.files import IMAGE_SUFFIXES, is_image, pair_masks
+from packshot.lists import in_words, map_values
 from packshot.make_dataset.sources.base import (
-    CAPTION_COLUMNS,
-    LICENSE_COLUMNS,
     Item,
     Listing,
     Raw,
     caption_count,
-    captions_of,
     check_caption_column,
+    described_by,
+    described_row,
     first_of,
     read_place,
-    text_of,
 )
 from packshot.make_dataset.sources.reviewed import looked_at
 from packshot.make_dataset.sources.tabular import is_table_file, read_rows
@@ -38,7 +36,7 @@ _REPEATS = re.compile(r"([1-9]\d{0,2})_.+")  # kohya's folders: "10_sks bottle";
 
 
 def claims(listing: Listing) -> list[str]:
-    """Files whose name says image, or the one file that the source is."""
+    """Files with the name of an image, or the one file that the source is."""
     return [path for path in listing.paths if is_image(path) or path == listing.root]
 
 
@@ -51,7 +49,7 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
     images = [path for path in paths if listing.place(path) not in own]
     if not images:
         raise ConfigError(f"source.path={source.path} holds masks alone.", f"Known are {' '.join(IMAGE_SUFFIXES)}.")
-    names = [listing.inside(path) for path in images]
+    names = list(map(listing.inside, images))
     masks = masks_of(source, names, given, listing.notes) if source.masks else {}
     known = set(listing.paths)
     if not listing.whole:  # behind a glob or a lone file, what lies next to the images was not listed
@@ -64,7 +62,7 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
         described = tables.rows.get(path, {})
         item["described"] = described
         item["mask"] = masks.get(name)
-        used |= {place for place in (item.pop("text_path"), item.pop("json_path")) if place}
+        used.update(filter(None, (item.pop("text_path"), item.pop("json_path"))))
         items.append(item)
     if source.folder_repeats:
         repeat_by_folder(listing, names, items)
@@ -87,7 +85,7 @@ class Metadata:
     """Rows of the tables that describe images, by the image's path. files: the tables that were read."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.rows: dict[str, dict[str, object]] = {}
         self.files: list[str] = []
 
 
@@ -115,11 +113,7 @@ def metadata_rows(listing: Listing, known: set[str], source: SourceConfig) -> Me
         for row in rows:
             image = f"{folder}/{row[key]}".replace("/./", "/")
             absent += listing.whole and image not in known
-            found.rows[image] = {
-                "text": text_of(row.get(first_of(CAPTION_COLUMNS, row, source.caption_column) or "")),
-                "license": text_of(row.get(first_of(LICENSE_COLUMNS, row) or "")),
-                CAPTIONS: captions_of(row.get(first_of(CAPTION_COLUMNS, row, source.caption_column) or "")),
-            }
+            found.rows[image] = described_row(row, source.caption_column)
         if absent:
             listing.notes.append(f"{listing.named(path)}: {absent} of {len(rows)} rows name a file that is not there")
     return found
@@ -128,8 +122,8 @@ def metadata_rows(listing: Listing, known: set[str], source: SourceConfig) -> Me
 def file_item(listing: Listing, path: str, known: set[str], source: SourceConfig) -> Item:
     """Where the parts of one image's sample lie."""
     stem = str(PurePosixPath(path).with_suffix(""))
-    beside = [f"{name}{suffix}" for suffix in CAPTION_SUFFIXES for name in (path, stem)]
-    text = next((name for name in beside if name in known), None)
+    candidates = [f"{name}{suffix}" for suffix in CAPTION_SUFFIXES for name in (path, stem)]
+    text = next(filter(known.__contains__, candidates), None)
     described = f"{stem}.json" if f"{stem}.json" in known else None
     return {
         "name": listing.named(path),
@@ -145,14 +139,16 @@ def file_item(listing: Listing, path: str, known: set[str], source: SourceConfig
 
 def repeat_by_folder(listing: Listing, names: Sequence[str], items: Sequence[Item]) -> None:
     """Read repeats from folder names where every image lies in a folder named <N>_<name>, as kohya's tools want it."""
-    folders = {name: name.rpartition("/")[0].rpartition("/")[2] for name in names}
-    found = {folder: _REPEATS.fullmatch(folder) for folder in sorted(set(folders.values()))}
-    if not all(found.values()):
-        return
-    for name, item in zip(names, items, strict=True):
-        match = found[folders[name]]
-        item["repeats"] = int(match[1]) if match else 1
-    shown = ", ".join(f"{folder!r} {match[1]} times" for folder, match in found.items() if match)
+    folders = [name.rpartition("/")[0].rpartition("/")[2] for name in names]
+    repeats: dict[str, int] = {}
+    for folder in sorted(set(folders)):
+        match = _REPEATS.fullmatch(folder)
+        if match is None:
+            return
+        repeats[folder] = int(match[1])
+    for item, folder in zip(items, folders, strict=True):
+        item["repeats"] = repeats[folder]
+    shown = in_words(repeats, "{!r} {} times")
     listing.notes.append(f"training repeats the images of {shown}; source.folder_repeats=false: once")
 
 
@@ -199,22 +195,12 @@ def read_item(item: Item) -> Raw:
 
 
 def json_fields(item: Item) -> dict[str, str]:
-    """Caption and licence of the .json beside an image, as img2dataset and booru tools write it."""
+    """Caption and licence of the .json next to an image, as img2dataset and booru tools write it."""
     try:
         values = json.loads(decode_text(read_place(item["json"]))[0] or "{}")
     except (ValueError, RecursionError):  # not a caption's JSON; tools keep all sorts of things there
         return {}
     return described_by(values, item["caption_column"])
-
-
-def described_by(values: Any, caption_column: str | None) -> dict[str, str]:
-    """``text`` and ``license`` of a JSON object under any of the usual keys."""
-    if not isinstance(values, dict):
-        return {}
-    return {
-        "text": text_of(values.get(first_of(CAPTION_COLUMNS, values, caption_column) or "")),
-        "license": text_of(values.get(first_of(LICENSE_COLUMNS, values) or "")),
-    }
 
 
 # --- masks
@@ -247,7 +233,7 @@ def masks_of(source: SourceConfig, images: Sequence[str], given: dict[str, str],
         )
     if len(pairs) < len(images):
         notes.append(f"source.masks={source.masks} has no mask for {len(images) - len(pairs)} images")
-    return {image: given[mask] for image, mask in pairs.items()}
+    return map_values(given.__getitem__, pairs)
 
 
 def mask_pattern(image: str) -> str:

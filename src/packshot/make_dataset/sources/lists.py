@@ -10,18 +10,15 @@ from packshot.config.schema import SourceConfig
 from packshot.dataset.rows import CAPTIONS
 from packshot.errors import ConfigError
 from packshot.imaging.files import is_image
+from packshot.lists import column
 from packshot.make_dataset.sources.base import (
-    CAPTION_COLUMNS,
-    LICENSE_COLUMNS,
     Item,
     Listing,
     Raw,
     caption_count,
-    captions_of,
     check_caption_column,
-    first_of,
+    described_row,
     read_place,
-    text_of,
 )
 from packshot.make_dataset.sources.downloads import DownloadError, fetch, forget_failures
 from packshot.make_dataset.sources.tables import refuse_masks
@@ -34,10 +31,10 @@ CHECKSUMS = ("sha256", "md5")
 
 def claims(listing: Listing) -> list[str]:
     """The one table that the source is, or the tables of a folder without images."""
-    tables = [path for path in listing.paths if is_table_file(path)]
+    tables = list(filter(is_table_file, listing.paths))
     if listing.root in tables:
         return [listing.root]
-    return [] if any(is_image(path) for path in listing.paths) else tables
+    return [] if any(map(is_image, listing.paths)) else tables
 
 
 def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list[Item]:
@@ -48,11 +45,11 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
         items += list_rows(listing, path, source)
     if not items:
         raise ConfigError(f"source.path={source.path}: its list is empty.", "Each row names one picture.")
-    remote = sum(item["url"] for item in items)
+    remote = sum(column(items, "url"))
     if remote:
         listing.notes.append(f"{remote} of {len(items)} images are downloaded to {listing.cache} and kept there")
         forget_failures(listing.cache)
-    listing.notes.append(caption_count(sum(bool(item["text"]) for item in items), len(items)))
+    listing.notes.append(caption_count(sum(map(bool, column(items, "text"))), len(items)))
     return items
 
 
@@ -71,7 +68,7 @@ def list_rows(listing: Listing, path: str, source: SourceConfig) -> list[Item]:
             )
         url = target.startswith(("http://", "https://"))
         place = target if "://" in target else str(PurePosixPath(listing.place(path)).parent / target)
-        if "://" in listing.place(path) and "://" not in target:  # beside a list on a remote store
+        if "://" in listing.place(path) and "://" not in target:  # relative to a list on a remote store
             place = f"{listing.place(path).rpartition('/')[0]}/{target}"
         checksums = {name: str(row[name]).lower() for name in CHECKSUMS if row.get(name)}
         items.append(
@@ -79,9 +76,7 @@ def list_rows(listing: Listing, path: str, source: SourceConfig) -> list[Item]:
                 "name": f"{listing.named(path)}#{number}",
                 "place": place,
                 "url": url,
-                "text": text_of(row.get(first_of(CAPTION_COLUMNS, row, source.caption_column) or "")),
-                CAPTIONS: captions_of(row.get(first_of(CAPTION_COLUMNS, row, source.caption_column) or "")),
-                "license": text_of(row.get(first_of(LICENSE_COLUMNS, row) or "")),
+                **described_row(row, source.caption_column),
                 "checksums": checksums,
                 "cache": listing.cache,
                 "limits": {

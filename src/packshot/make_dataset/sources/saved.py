@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from packshot.config.schema import SourceConfig
 from packshot.errors import ConfigError
+from packshot.lists import ending
 from packshot.make_dataset.sources.base import Item, Listing, Raw, open_place, text_of
 from packshot.make_dataset.sources.tables import column_map, has_several, image_bytes, refuse_masks, row_captions
 
@@ -19,10 +19,8 @@ _last_folder: tuple[str, Dataset] | None = None
 
 def claims(listing: Listing) -> list[str]:
     """The state file of every split."""
-    arrow = {path.rpartition("/")[0] for path in listing.paths if path.endswith(".arrow")}
-    return [
-        path for path in listing.paths if PurePosixPath(path).name == "state.json" and path.rpartition("/")[0] in arrow
-    ]
+    splits = {path.rpartition("/")[0] for path in ending(listing.paths, ".arrow")}
+    return sorted({f"{split}/state.json" for split in splits} & set(listing.paths))
 
 
 def opened(folder: str) -> Dataset:
@@ -40,7 +38,7 @@ def opened(folder: str) -> Dataset:
 
 
 def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list[Item]:
-    """An item per row. Raises ConfigError for columns that are not what their name says, or source.masks."""
+    """An item per row. Raises ConfigError for columns whose type does not fit their name, or source.masks."""
     refuse_masks(source)
     items: list[Item] = []
     for path in paths:
@@ -52,7 +50,8 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
         listing.notes.append(f"{folder}: {len(data)} rows{'' if columns['text'] else ', no column of captions'}")
         name = listing.named(path.rpartition("/")[0]).rstrip("/")
         shared = {"place": folder, "columns": columns, "several": has_several(columns, data.features.arrow_schema)}
-        items += [{**shared, "name": f"{name}#{row}", "row": row} for row in range(len(data))]
+        for row in range(len(data)):
+            items.append({**shared, "name": f"{name}#{row}", "row": row})
     return items
 
 

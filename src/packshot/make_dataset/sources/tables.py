@@ -28,7 +28,7 @@ from packshot.make_dataset.sources.base import (
 )
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "picture", "photo")
-# What build_data.py keeps beside the shards of a dataset.
+# What build_data.py keeps next to the shards of a dataset.
 _OWN_FILES = (
     "README.md",
     "contact_sheet.png",
@@ -41,13 +41,12 @@ _OWN_FILES = (
 
 
 def claims(listing: Listing) -> list[str]:
-    """Shards with pictures. A table without them beside tars or images is metadata, and left to those."""
-    tables = [path for path in listing.paths if is_shard(listing.inside(path))]
-    return [path for path in tables if has_pictures(listing, path)]
+    """Shards with pictures. A table without pictures next to tars or images is metadata, and is left to those."""
+    return [path for path in listing.paths if is_shard(listing.inside(path)) and has_pictures(listing, path)]
 
 
 def is_shard(inside: str) -> bool:
-    """A shard of a dataset, not what ``build_data.py`` keeps beside it (paths relative to the source)."""
+    """A shard of a dataset, not what ``build_data.py`` keeps next to it (paths relative to the source)."""
     parts = PurePosixPath(inside)
     return parts.suffix == ".parquet" and parts.name != "rejected.parquet" and parts.parts[0] != "steps"
 
@@ -64,13 +63,13 @@ def has_pictures(listing: Listing, path: str) -> bool:
 
 
 def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list[Item]:
-    """An item per row. Raises ConfigError for columns that are not what their name says, or source.masks."""
+    """An item per row. Raises ConfigError for columns whose type does not fit their name, or source.masks."""
     refuse_masks(source)
     kept = set(paths)
     for path in listing.paths:
         own = listing.inside(path).startswith("steps/") or PurePosixPath(path).name in (*_OWN_FILES, "rejected.parquet")
         if path not in kept and not own and PurePosixPath(path).name != corrections.FILE:
-            listing.unread.add("beside a table with pictures", listing.inside(path))
+            listing.unread.add("next to a table with pictures", listing.inside(path))
     items: list[Item] = []
     for path in paths:
         items += table_items(listing, path, source)
@@ -81,7 +80,7 @@ def refuse_masks(source: SourceConfig) -> None:
     """Shards bring their own masks."""
     if source.masks:
         raise ConfigError(
-            f"source.masks={source.masks} would not be looked at: source.path={source.path} holds shards.",
+            f"source.masks={source.masks} would not be read: source.path={source.path} holds shards.",
             "Their masks are the column 'mask' (Parquet) or <key>.mask.png (tar); leave source.masks out.",
         )
 
@@ -103,7 +102,7 @@ def column_map(path: str, schema: pa.Schema, source: SourceConfig) -> dict[str, 
     """The table's own name of every column that is read; "" for one that it lacks.
 
     Raises:
-        ConfigError: a column is not what its name says, by its type, before a row is read.
+        ConfigError: the type of a column does not fit its name; before a row is read.
     """
     names = dict.fromkeys(schema.names)
     check_caption_column(source.caption_column, schema.names, path)
@@ -170,11 +169,11 @@ _COLUMNS: dict[str, Column] = {
 
 
 def corrected(listing: Listing, path: str, parquet: pq.ParquetFile) -> dict[int, str]:
-    """Captions by row that a person has corrected beside the shards, in place of the machine's."""
-    beside = f"{path.rpartition('/')[0]}/{corrections.FILE}"
-    if "id" not in parquet.schema_arrow.names or not listing.fs.exists(beside):
+    """Captions by row that a person has corrected in a file next to the shards, in place of the machine's."""
+    edited = f"{path.rpartition('/')[0]}/{corrections.FILE}"
+    if "id" not in parquet.schema_arrow.names or not listing.fs.exists(edited):
         return {}
-    texts = corrections.parse(listing.fs.cat_file(beside).decode(), beside)
+    texts = corrections.parse(listing.fs.cat_file(edited).decode(), edited)
     ids = parquet.read(columns=["id"]).column("id").to_pylist()
     return {row: texts[key] for row, key in enumerate(ids) if key in texts}
 
@@ -194,7 +193,7 @@ def read_item(item: Item) -> Raw:
             first += parquet.metadata.row_group(group).num_rows
             group += 1
         if _last_group is None or _last_group[0] != (item["place"], group):
-            columns = [name for name in names.values() if name]
+            columns = list(filter(None, names.values()))
             _last_group = (item["place"], group), parquet.read_row_group(group, columns=columns).to_pylist()
     row = _last_group[1][item["row"] - first]
     data = image_bytes(row[names["image"]])

@@ -17,7 +17,7 @@ _SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
 def is_table_file(path: str) -> bool:
-    """Whether a file's name says that it is a table."""
+    """Whether a file has the name of a table."""
     return PurePosixPath(path).suffix.lower() in _SUFFIXES
 
 
@@ -25,7 +25,7 @@ def read_rows(place: str) -> list[dict[str, Any]]:
     """The rows of a table.
 
     Raises:
-        ConfigError: it is damaged, or in an encoding that cannot be told.
+        ConfigError: it is damaged, or in an encoding that cannot be recognised.
     """
     suffix = PurePosixPath(place).suffix.lower()
     try:

@@ -17,8 +17,7 @@ from packshot.dataset.text_files import EncodingError, decode_text
 from packshot.dataset.walk import hidden
 from packshot.errors import ConfigError
 from packshot.imaging.files import is_image
-from packshot.make_dataset.sources.base import Item, Listing, Raw, caption_count, open_place
-from packshot.make_dataset.sources.files import described_by
+from packshot.make_dataset.sources.base import Item, Listing, Raw, caption_count, described_by, open_place
 from packshot.make_dataset.sources.tables import refuse_masks
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -28,7 +27,7 @@ _DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError)
 
 
 def claims(listing: Listing) -> list[str]:
-    """Files whose name says tar."""
+    """Files with the name of a tar."""
     return [path for path in listing.paths if path.lower().endswith(_SUFFIXES)]
 
 
@@ -38,7 +37,7 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
     items: list[Item] = []
     for path in listing.paths:
         if path not in paths:
-            listing.unread.add("beside tar shards", listing.inside(path))
+            listing.unread.add("next to tar shards", listing.inside(path))
     for path in paths:
         items += tar_items(listing, path, source.caption_column)
     captioned = 0
@@ -49,7 +48,7 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
 
 
 def open_shard(place: str) -> Any:
-    """The plain tar behind a file, seekable; what is compressed is told by its first bytes."""
+    """The plain tar behind a file, seekable; compression is recognised by the first bytes."""
     file = open_place(place)
     start = file.read(6)
     file.seek(0)
@@ -78,9 +77,10 @@ def tar_items(listing: Listing, path: str, caption_column: str | None) -> list[I
             f"source.path: {path} is not a whole tar file ({error}).",
             "Fetch it again, or pack it anew as .tar, .tar.gz, .tar.bz2 or .tar.xz.",
         ) from error
-    if not any("image" in spans for spans in samples.values()):
-        held = ", ".join(sorted({kind for spans in samples.values() for kind in spans})) or "nothing"
-        raise ConfigError(f"source.path: {path} holds no image, only {held}.", "A sample is <key>.jpg with <key>.txt.")
+    held = set().union(*samples.values())
+    if "image" not in held:
+        named = ", ".join(sorted(held)) or "nothing"
+        raise ConfigError(f"source.path: {path} holds no image, only {named}.", "A sample is <key>.jpg with <key>.txt.")
     name = listing.named(path)
     shared = {"place": place, "caption_column": caption_column}
     for key, spans in samples.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import PurePosixPath
 from typing import Any
@@ -46,10 +47,10 @@ def list_files(given: str, cache: str = "") -> Listing:
             base = root.rpartition("/")[0]
         paths = fs.find(root) if fs.isdir(root) else [root]
     else:
-        wild = next((position for position, char in enumerate(root) if char in "*?["), None)
+        wild = re.search(r"[*?[]", root)
         if wild is None:
             raise ConfigError(f"source.path={given}: no such file or folder.", f"Looked for {root}.")
-        base = root[:wild].rpartition("/")[0]
+        base = root[: wild.start()].rpartition("/")[0]
         paths = fs.glob(root)
     kept = [path for path in sorted(paths) if path == root or usable(fs, path, base, unread)]
     return Listing(fs, given, root, base, kept, unread, cache)
@@ -59,7 +60,9 @@ def usable(fs: Any, path: str, base: str, unread: Unread) -> bool:
     """Whether a path is a regular file that is not hidden; notes what is not."""
     inside = path[len(base) :].lstrip("/")
     if hidden(inside):
-        if PurePosixPath(inside).suffix.lower() in IMAGE_SUFFIXES:  # .DS_Store, .lock and Thumbs.db are no loss
+        if (
+            PurePosixPath(inside).suffix.lower() in IMAGE_SUFFIXES
+        ):  # .DS_Store, .lock and Thumbs.db are not worth a line
             unread.add("hidden or the system's", inside)
         return False
     if not is_local(fs):
