@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from packshot.diffusion.protocols import Autoencoder
+from packshot.diffusion.protocols import Autoencoder, Config
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class LatentScale:
     std_C11: Tensor
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> LatentScale:
+    def of(cls, config: Config) -> LatentScale:
         """config: that of an AutoencoderKL: ``scaling_factor`` and, if it has them, ``latents_mean`` and ``_std``."""
 
         def channels(values: list[float] | None, default: float) -> Tensor:

@@ -7,11 +7,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, device
 
+Config = Mapping[str, Any]  # of a part of diffusers
+
 
 class Scheduler(Protocol):
     """A sampler of diffusers. sigmas: the Euler family has them; see ``hold_product.INPUT_SCALES``."""
 
-    config: Mapping[str, Any]
+    config: Config
     timesteps: Tensor
     sigmas: Tensor
     init_noise_sigma: float
@@ -21,15 +23,27 @@ class Scheduler(Protocol):
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
 
 
+class Decoded(Protocol):
+    """What an AutoencoderKL returns."""
+
+    sample: Tensor
+
+
 class Autoencoder(Protocol):
     """An AutoencoderKL."""
 
-    config: Mapping[str, Any]
+    config: Config
     device: device
 
     def encode(self, x: Tensor) -> Any: ...
 
-    def decode(self, z: Tensor) -> Any: ...
+    def decode(self, z: Tensor) -> Decoded: ...
+
+
+class Drawn(Protocol):
+    """What a pipeline returns."""
+
+    images: Tensor
 
 
 class Pipeline(Protocol):
@@ -39,4 +53,4 @@ class Pipeline(Protocol):
     vae: Autoencoder
     vae_scale_factor: int
 
-    def __call__(self, **arguments: object) -> Any: ...
+    def __call__(self, **arguments: object) -> Drawn: ...

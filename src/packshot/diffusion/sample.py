@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,9 @@ def sample(
     seed: int,
     num_inference_steps: int,
     wrap: Wrap = nullcontext,
-    **arguments: Any,
+    *,
+    prompt_embeds: Tensor,
+    **arguments: object,
 ) -> Tensor:
     """Denoise one picture and decode it: pixels (3, H, W) in about [-1, 1], fp32.
 
@@ -46,8 +47,8 @@ def sample(
 
     pipe: a stock pipeline. known_1CHW: the product's scaled latents, fp32, on the pipeline's device. held_1HW: 1 in the
     cells that show nothing but product, else 0. shown: a name of ``objective.product_conditioning``. wrap: a context
-    around the call that may replace the callback that runs after every step. arguments: of the pipeline, with
-    ``prompt_embeds``, whose dtype the denoiser works in.
+    around the call that may replace the callback that runs after every step. prompt_embeds: their dtype is the one that
+    the denoiser works in. arguments: further ones of the pipeline.
 
     Raises:
         NotFiniteError: the result has NaN or infinity.
@@ -59,11 +60,12 @@ def sample(
     with wrap(hold_product(known_1CHW, noise, held_1HW, shown)) as callback:
         latents = pipe(
             **arguments,
+            prompt_embeds=prompt_embeds,
             **rescaled_guidance(pipe),
             height=known_1CHW.shape[-2] * scale,
             width=known_1CHW.shape[-1] * scale,
             num_inference_steps=num_inference_steps,
-            latents=first.to(arguments["prompt_embeds"].dtype),
+            latents=first.to(prompt_embeds.dtype),
             generator=generator,
             output_type="latent",
             callback_on_step_end=callback,

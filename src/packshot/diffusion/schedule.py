@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from packshot.diffusion.protocols import Config
 
-def alphas_cumprod(scheduler_config: Mapping[str, Any]) -> Tensor:
+
+def alphas_cumprod(scheduler_config: Config) -> Tensor:
     """Cumulative product of alphas, shape (T,), fp32, from a diffusers scheduler config.
 
     Ho et al. 2020 (arXiv 2006.11239) section 2; ``scaled_linear`` is the schedule of latent diffusion.
@@ -103,7 +104,7 @@ def debiased_weight(timesteps_B: Tensor, alphas_cumprod_T: Tensor, limit: float,
 
 
 # By ``objective.loss_weighting``: (timesteps, alphas_cumprod, gamma, prediction_type) -> weight per sample, (B,).
-LOSS_WEIGHTS: dict[str, Callable[[Tensor, Tensor, Any, str], Tensor]] = {
+LOSS_WEIGHTS: dict[str, Callable[[Tensor, Tensor, float, str], Tensor]] = {
     "none": unweighted,
     "min_snr": min_snr_weight,
     "debiased": lambda timesteps, alphas, gamma, kind: debiased_weight(timesteps, alphas, DEBIASED_LIMIT, kind),
