@@ -64,12 +64,12 @@ def _shader(material: bpy.types.Material):
 
 
 def _area(parts: list[bpy.types.Object], material: bpy.types.Material) -> float:
-    return sum(
-        polygon.area
-        for part in parts
-        for polygon in part.data.polygons
-        if part.data.materials and part.data.materials[polygon.material_index] == material
-    )
+    area = 0.0
+    for part in parts:
+        for polygon in part.data.polygons:
+            if part.data.materials and part.data.materials[polygon.material_index] == material:
+                area += polygon.area
+    return area
 
 
 def _tint(parts: list[bpy.types.Object], color: list[float]) -> None:

@@ -22,7 +22,7 @@ from packshot.scene.vocabulary import (
 
 
 def _hint(slot: str) -> str:
-    """What the slot takes besides its vocabulary."""
+    """What the slot takes in addition to its vocabulary."""
     if SLOTS[slot].placed:
         return f" (with {', '.join(map(repr, POSITIONS))} after it, or without)"
     return "; any podium which is on any table" if SLOTS[slot].vocabulary is SURFACES else ""

@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from functools import cache
 
+from packshot.lists import map_values
 from packshot.render import varied
 from packshot.render.frame import FRAME, Design, Item, Job, Words
 from packshot.runs.files import resolve
@@ -19,7 +20,7 @@ from packshot.scene.vocabulary import (
     POSITIONS,
     SURFACES,
     SURROUNDINGS,
-    split_position,
+    without_position,
 )
 
 PACKAGE_COUNT = 96
@@ -33,9 +34,9 @@ KINDS = (
 )  # fmt: skip
 # Linear RGB. Body, label, ink and accent are chosen to sit together, as a packaging designer would.
 _PARTS = ("body", "label", "ink", "accent")
-PALETTES: dict[str, dict[str, tuple[float, float, float]]] = {
-    name: dict(zip(_PARTS, colors, strict=True))
-    for name, colors in {
+PALETTES: dict[str, dict[str, tuple[float, float, float]]] = map_values(
+    lambda colors: dict(zip(_PARTS, colors, strict=True)),
+    {
         "amber": ((0.55, 0.18, 0.03), (0.86, 0.82, 0.72), (0.05, 0.03, 0.02), (0.7, 0.45, 0.15)),
         "ivory": ((0.84, 0.78, 0.66), (0.95, 0.93, 0.88), (0.12, 0.08, 0.05), (0.6, 0.25, 0.12)),
         "forest": ((0.03, 0.14, 0.07), (0.85, 0.84, 0.74), (0.02, 0.08, 0.04), (0.75, 0.55, 0.2)),
@@ -48,8 +49,8 @@ PALETTES: dict[str, dict[str, tuple[float, float, float]]] = {
         "lilac": ((0.45, 0.3, 0.68), (0.93, 0.9, 0.96), (0.12, 0.05, 0.25), (0.9, 0.75, 0.3)),
         "sun": ((0.92, 0.56, 0.04), (0.97, 0.94, 0.85), (0.15, 0.08, 0.01), (0.1, 0.3, 0.25)),
         "clay": ((0.48, 0.17, 0.08), (0.88, 0.8, 0.7), (0.12, 0.04, 0.02), (0.8, 0.7, 0.55)),
-    }.items()
-}  # fmt: skip
+    },
+)  # fmt: skip
 # Finishes that exist for the kind in a shop: no glass cartons, no transparent drink cans.
 FINISHES = {
     "bottle": ("glass", "glossy", "matte", "frosted"),
@@ -134,7 +135,7 @@ def product_pool() -> tuple[str, ...]:
     """The ids of all products: packages `p000` to `p095`, objects by name, and their colours (`handbag.blush`)."""
     tints = []
     for name, palettes in TINTED.items():
-        tints += [f"{name}.{palette}" for palette in palettes]
+        tints += map(f"{name}.{{}}".format, palettes)
     return (*package_ids("p", PACKAGE_COUNT), *_objects(), *tints)
 
 
@@ -200,7 +201,7 @@ def _package(product_id: str) -> Design:
     return {
         "kind": kind,
         "palette": palette,
-        "colors": {name: list(color) for name, color in PALETTES[palette].items()},
+        "colors": map_values(list, PALETTES[palette]),
         "finish": finish,
         "cap": rng.choice(CAPS),
         "label": rng.choice(LABELS[:2] if finish == "glass" else labels),  # ink alone drowns in glass
@@ -275,7 +276,7 @@ def sample_scene(rng: random.Random, given: Words | None = None, held_out: bool 
         drowned = _COLORED_THINGS if lighting in _NEON else ()
         return {
             "surface": surface,
-            "surroundings": [thing for thing in surroundings if split_position(thing)[0] not in drowned],
+            "surroundings": [thing for thing in surroundings if without_position(thing) not in drowned],
             "background": background,
             "lighting": lighting,
             "mood": mood,
