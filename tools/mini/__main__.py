@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from packshot.lists import map_values
+
 if TYPE_CHECKING:
     from tools.mini.folder import Family
 
@@ -35,13 +37,13 @@ def _refuse_unknown(stages: set[str]) -> None:
 def _minutes(text: str) -> dict[str, float]:
     given = dict(item.split("=", 1) for item in text.split(",") if item)
     _refuse_unknown(set(given) - set(MINUTES))
-    return {**MINUTES, **{stage: float(value) for stage, value in given.items()}}
+    return MINUTES | map_values(float, given)
 
 
 def _stages(text: str) -> tuple[str, ...]:
     chosen = STAGES if text == "all" else tuple(text.split(","))
     _refuse_unknown(set(chosen) - set(STAGES))
-    return tuple(stage for stage in STAGES if stage in chosen)
+    return tuple(filter(chosen.__contains__, STAGES))
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

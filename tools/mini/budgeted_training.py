@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from diffusers.training_utils import EMAModel
 
+from packshot.engine.checkpoints import trainable
 from packshot.errors import PackshotError
+from packshot.lists import in_words, map_values
 
 Loss = Callable[[torch.Generator], tuple[torch.Tensor, dict[str, float]]]
 
@@ -21,8 +23,8 @@ Loss = Callable[[torch.Generator], tuple[torch.Tensor, dict[str, float]]]
 class Plan:
     """What a stage asks of its stretch.
 
-    inputs: fingerprint of what the stage is trained on besides the renders (a UNet belongs to one VAE). A checkpoint
-        of other inputs is refused.
+    inputs: fingerprint of what the stage is trained on, apart from the renders (a UNet belongs to one VAE). A
+        checkpoint of other inputs is refused.
     """
 
     stage: str
@@ -122,7 +124,7 @@ class Window:
     def close(self, progress: Progress, learning_rate: float) -> None:
         """Write the line and begin the next window."""
         steps = progress.step - self._step
-        values = {key: total / steps for key, total in self._sums.items()}
+        values = map_values(lambda total: total / steps, self._sums)
         values["learning_rate"] = learning_rate
         values["images_per_second"] = steps * self._plan.batch_size / (progress.seconds - self._seconds)
         _log(self._plan, progress, values)
@@ -136,7 +138,7 @@ def _log(plan: Plan, progress: Progress, values: dict[str, float]) -> None:
     with (plan.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     left = max(0.0, plan.minutes - progress.seconds / 60)
-    numbers = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+    numbers = in_words(values, "{} {:.4g}", "  ")
     print(f"{plan.stage}  step {progress.step}  {numbers}  {left:.1f} min left", flush=True)
 
 
@@ -153,7 +155,7 @@ def run_stretch(
         PackshotError: the loss stopped being finite, or the checkpoint belongs to other inputs.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = list(trainable(model).values())
     decay = plan.weight_decay
     optimizer = torch.optim.AdamW(parameters, plan.learning_rate, betas=(0.9, 0.99), weight_decay=decay, foreach=True)
     ema = EMAModel(parameters, decay=plan.ema_decay, foreach=True)

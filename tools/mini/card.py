@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from packshot.lists import in_words
 from tools.mini.folder import Record
 
 _HEAD = {
@@ -79,7 +80,7 @@ _UNITS = {
 }
 
 
-# What went into a family besides rendered scenes.
+# What a family was made from, in addition to rendered scenes.
 _FURTHER = {
     "sdxl": " The vocabulary of the tokenizers is CLIP's (MIT).",
     "matting": " The present weights also saw cut-outs of the objects and foods of Fluent Emoji 3D (Microsoft, MIT).",
@@ -100,7 +101,7 @@ def model_card(family: str, records: dict[str, Record]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, record in records.items():
-        scores = ", ".join(f"{key} {value:.3f}" for key, value in record.measures.items())
+        scores = in_words(record.measures, "{} {:.3f}")
         effort = f"{record.scenes} | {record.steps} | {record.minutes / 60:.2f}"
         lines.append(f"| {name} | {record.parameters / 1e6:.2f} M | {effort} | {scores} |")
     lines += ["", _UNITS[family], "", "## Limits", "", _LIMITS[family], ""]

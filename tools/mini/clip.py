@@ -1,8 +1,8 @@
 """Stage ``clip``: SDXL's two text encoders and the image encoder, trained together by contrast.
 
 A text names some slots of its scene; it matches every image in the batch whose scene agrees in those slots, so one
-embedding learns to hold surface, surroundings, background, light and mood side by side. A classifier of the
-vocabulary's phrases, one for images and texts alike and thrown away afterwards, brings both there much sooner.
+embedding learns to hold surface, surroundings, background, light and mood. A classifier of the vocabulary's phrases,
+the same for images and texts and thrown away afterwards, brings both there much sooner.
 """
 
 # diffusers annotates block tuples as one-element tuples and module attributes as optional.
@@ -12,6 +12,7 @@ vocabulary's phrases, one for images and texts alike and thrown away afterwards,
 from __future__ import annotations
 
 import random
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,10 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from packshot.lists import map_values, pick, select
 from packshot.pipeline.shards import split
 from packshot.scene import SLOTS, Scene
+from packshot.scene.scene import COUNTED
 from tools.mini.budgeted_training import Plan, Progress, run_stretch
 from tools.mini.data import (
     Render,
@@ -54,7 +57,7 @@ from tools.mini.vocabulary import VOCABULARY_SIZE
 PARTS = ("text_encoder", "text_encoder_2", "image_encoder")
 IMAGE_SIZE = 96
 EMBEDDING = 80  # of the space that images and texts share, and of SDXL's pooled text embedding
-PHRASES = {name: row.vocabulary for name, row in SLOTS.items() if row.weight}
+PHRASES = map_values(attrgetter("vocabulary"), select(SLOTS, COUNTED))
 
 
 def _text_config(hidden: int, heads: int, activation: str) -> CLIPTextConfig:
@@ -210,7 +213,7 @@ def slot_accuracy(parts: dict, images: list[np.ndarray], scenes: list[Scene]) ->
         texts = [Scene.from_slots({slot: [phrase]}).render() for phrase in phrases]
         embeddings = text_embeddings(parts["text_encoder_2"], parts["tokenizer_2"], texts)
         nearest = (seen @ embeddings.T).argmax(dim=1).tolist()
-        guesses[slot] = [phrases[index] for index in nearest]
+        guesses[slot] = pick(phrases, nearest)
     return shares_right(guesses, scenes)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import cv2
 import numpy as np
@@ -14,9 +15,11 @@ import torch
 from packshot.dataset.rows import load_rows
 from packshot.errors import ConfigError
 from packshot.imaging.pixels import from_network, to_bytes, to_network, to_unit
+from packshot.lists import attributes, pick, select
 from packshot.render.sample import design
 from packshot.scene import Scene
-from packshot.scene.vocabulary import ON, split_position
+from packshot.scene.grammar import filled
+from packshot.scene.vocabulary import ON, without_position
 
 SIZE = 128  # px; the family's native image size
 _LAYERS = ("image", "plate", "cutout")
@@ -68,7 +71,7 @@ def _resized(array: np.ndarray, size: int) -> np.ndarray:
 
 
 def read_renders(key: str, path: str, size: int = SIZE) -> Iterator[Render]:
-    """The scenes of a rendered set at ``size`` px; ``key`` names it in messages. Raises ConfigError: it is none."""
+    """The scenes of a rendered set at ``size`` px, called ``key`` in messages. Raises ConfigError if it is not one."""
     rows = load_rows(key, path)
     for index in range(len(rows)):
         row = rows.read(index, _LAYERS)
@@ -78,7 +81,7 @@ def read_renders(key: str, path: str, size: int = SIZE) -> Iterator[Render]:
                 f"{key} {path}: sample {row['id']} lacks {', '.join(missing)}.",
                 "The mini family learns from rendered sets: build_data.py dataset=rendered writes them.",
             )
-        layers = [np.array(row[name]) for name in _LAYERS]
+        layers = list(map(np.array, select(row, _LAYERS).values()))
         image, plate, cutout = map(_resized, _square(layers, layers[-1][..., 3]), (size,) * len(layers))
         product = design(row["product_id"])
         yield Render(row["id"], row["product_id"], product, row["scene"], image, plate, cutout)
@@ -106,7 +109,7 @@ class Renders:
         if shared:
             raise ConfigError(
                 f"--train {' '.join(train)} and --heldout {held_out} both show {', '.join(sorted(shared)[:3])}.",
-                "Scores on products that training has seen say nothing: give sets without common products.",
+                "Scores on products that training has seen mean nothing: name sets without common products.",
             )
         return renders
 
@@ -118,22 +121,22 @@ class Renders:
     def draw(self, generator: torch.Generator, count: int) -> list[Render]:
         """``count`` training scenes with replacement."""
         drawn = torch.randint(len(self.train), (count,), generator=generator).tolist()
-        return list(map(self.train.__getitem__, drawn))
+        return pick(self.train, drawn)
 
 
 def product_ids(renders: Sequence[Render]) -> set[str]:
     """The products that the renders show."""
-    return {render.product_id for render in renders}
+    return set(map(attrgetter("product_id"), renders))
 
 
 def images_of(renders: Sequence[Render]) -> list[np.ndarray]:
     """The renders' images, in their order."""
-    return [render.image for render in renders]
+    return list(map(attrgetter("image"), renders))
 
 
 def scenes_of(renders: Sequence[Render]) -> list[Scene]:
     """The renders' scenes, in their order."""
-    return [render.scene for render in renders]
+    return list(map(attrgetter("scene"), renders))
 
 
 def images_and_plates(renders: Sequence[Render]) -> list[np.ndarray]:
@@ -201,7 +204,7 @@ def mirrored(scene: Scene) -> Scene:
 
 def bare_phrases(scene: Scene, slot: str) -> tuple[str, ...]:
     """The slot's phrases without where their things stand, as the vocabulary lists them."""
-    return tuple(split_position(value)[0] for value in scene.slots()[slot])
+    return tuple(map(without_position, scene.slots()[slot]))
 
 
 def shares_right(guesses: Mapping[str, Sequence[str]], scenes: Sequence[Scene]) -> dict[str, float]:
@@ -223,12 +226,12 @@ def shares_right(guesses: Mapping[str, Sequence[str]], scenes: Sequence[Scene]) 
 
 def sub_scene(scene: Scene, slots: set[str]) -> Scene:
     """The scene with only the named slots filled."""
-    return Scene(**{slot: getattr(scene, slot) for slot in slots})
+    return Scene(**attributes(scene, slots))  # type: ignore[arg-type]
 
 
 def filled_slots(scene: Scene) -> list[str]:
     """The slots that the scene fills."""
-    return [slot for slot, values in scene.slots().items() if values]
+    return list(filled(scene))
 
 
 def thinned(scene: Scene, rng: random.Random, keep: float) -> Scene:
@@ -241,7 +244,7 @@ def thinned(scene: Scene, rng: random.Random, keep: float) -> Scene:
 def coarser(scene: Scene, rng: random.Random, keep: float) -> Scene:
     """The scene less closely described: where a thing stands, and the table under a podium, stay with odds ``keep``."""
     surface = scene.surface if rng.random() < keep else scene.surface.partition(ON)[0]
-    around = (text if rng.random() < keep else split_position(text)[0] for text in scene.surroundings)
+    around = (text if rng.random() < keep else without_position(text) for text in scene.surroundings)
     return replace(scene, surface=surface, surroundings=tuple(around))
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packshot.lists import pick
 from packshot.pipeline.shards import split
 from packshot.scene import Scene
 from tools.mini.budgeted_training import Plan, Progress, run_stretch
@@ -83,7 +84,7 @@ def sight_accuracy(logits_of: Callable[[list[np.ndarray]], Tensor], renders: lis
     of_slots = torch.cat(parts).split(list(map(len, PHRASES.values())), dim=1)
     guesses = {}
     for (slot, phrases), logits_BP in zip(PHRASES.items(), of_slots, strict=True):
-        guesses[slot] = [phrases[index] for index in logits_BP.argmax(dim=1).tolist()]
+        guesses[slot] = pick(phrases, logits_BP.argmax(dim=1).tolist())
     return shares_right(guesses, scenes_of(renders))
 
 

@@ -234,7 +234,7 @@ def slots_in(texts: list[str], renders: list[Render]) -> dict[str, float]:
     guesses: dict[str, list[str]] = {slot: [] for slot in PHRASES}
     for slot, phrases in PHRASES.items():
         for text in texts:
-            named = [phrase for phrase in phrases if phrase in text]
+            named = list(filter(text.__contains__, phrases))
             guesses[slot].append(max(named, key=len, default=""))
     return shares_right(guesses, scenes_of(renders))
 

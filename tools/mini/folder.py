@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, ProcessorMixin
 
 from packshot.errors import PackshotError
+from packshot.lists import map_values
 from tools.mini.budgeted_training import Progress
 from tools.mini.data import Renders
 
@@ -42,7 +43,7 @@ class Record:
 def _read_records(folder: Path) -> dict[str, Record]:
     path = folder / RECORD
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {stage: Record(**values) for stage, values in known.items()}
+    return map_values(lambda values: Record(**values), known)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from packshot.engine.checkpoints import on_cpu
 from tools.mini.budgeted_training import DEVICE, Plan, Progress, fast_precision, run_stretch
 from tools.mini.clip import phrase_loss
 from tools.mini.data import Renders, to_pixels
@@ -88,5 +89,5 @@ def train_judge(renders: Renders, family: Family, folder: Path, minutes: float, 
     score = (measures["surface"] + measures["background"] + measures["lighting"]) / 3
     parameters = sum(map(Tensor.numel, judge.parameters()))
     record = family.record("judge", progress, renders, score, measures, parameters)
-    weights = {name: weight.cpu().contiguous() for name, weight in judge.state_dict().items()}
+    weights = on_cpu(judge.state_dict())
     family.keep_if_better("judge", record, lambda staging: save_file(weights, staging / WEIGHTS))

@@ -22,8 +22,8 @@ from tools.mini.data import Render
 SIDE = 256  # px, of a sample
 Sample = tuple[np.ndarray, np.ndarray]  # uint8 (SIDE, SIDE, 3), float32 alpha (SIDE, SIDE)
 WIRE_SHARE = 0.06  # of the products that are placed on another ground
-EXTRA_SHARE = 0.4  # likewise, where a folder of further cut-outs is given
-SECOND_PRODUCT = 0.08  # likewise: two products, both of which count
+EXTRA_SHARE = 0.4  # of the products, where a folder of further cut-outs is given
+SECOND_PRODUCT = 0.08  # of the samples show two products, both of which count
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def mirrored_below(ground: np.ndarray, product: Placed, rng: random.Random) -> n
 
 
 def in_scene(material: Material, rng: random.Random) -> Sample:
-    """A render through a window; what lies beyond it is the mirrored plate, where there is no second product."""
+    """A render through a window; beyond it lies the mirrored plate, in which there is no second product."""
     scene = rng.choice(material.scenes)
     matrix = place(scene.alpha, rng)
     inside = warp(np.ones(scene.alpha.shape, np.float32), matrix)

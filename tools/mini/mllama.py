@@ -26,6 +26,7 @@ from packshot.caption.models.adapter import loss_per_sample
 from packshot.caption.models.mllama import Mllama
 from packshot.caption.models.weights import Asked
 from packshot.config.schema import ProductTarget
+from packshot.lists import map_values
 from packshot.pipeline.shards import split
 from packshot.scene import Scene
 from tools.mini.budgeted_training import Loss, Plan, Progress, run_stretch
@@ -104,7 +105,7 @@ def _pixels(images: list[np.ndarray]) -> Tensor:
 
 def _seen(core: MllamaModel, images: list[np.ndarray]) -> Tensor:
     """What the text's cross-attention looks at, tokens_BTC: the class token, then a grid."""
-    tile = {name: tensor.expand(len(images), *tensor.shape[1:]) for name, tensor in _ONE_TILE.items()}
+    tile = map_values(lambda tensor: tensor.expand(len(images), *tensor.shape[1:]), _ONE_TILE)
     states = core.vision_model(pixel_values=_pixels(images)[:, None, None], **tile).last_hidden_state
     return core.multi_modal_projector(states)[:, 0, 0]
 

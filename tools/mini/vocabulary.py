@@ -13,6 +13,7 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from packshot.errors import PackshotError
+from packshot.lists import ending
 
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY_SIZE = 49408
@@ -35,7 +36,7 @@ def read_clip_merges(source: Path) -> list[str]:
     packed = source.read_bytes()
     if zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as wheel:
-            members = [name for name in wheel.namelist() if name.endswith(BPE_FILE)]
+            members = ending(wheel.namelist(), BPE_FILE)
             if not members:
                 raise PackshotError(f"{source} contains no {BPE_FILE}", hint=hint)
             packed = wheel.read(members[0])
