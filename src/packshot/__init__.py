@@ -1,7 +1,7 @@
 """Packshot: put a product photo into a new scene; the product's own pixels stay."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from packshot.scene import Scene
 
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'packshot' has no attribute {name!r}")

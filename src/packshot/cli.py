@@ -26,7 +26,7 @@ class CommandLine:
 
     prints_config: print the resolved config instead of running. multirun: one process for each combination of the
     values that overrides list. dry: only print the commands of these processes. config_dir: a folder laid out as
-    ``conf/``, whose files are found besides the shipped ones.
+    ``conf/``, whose files are found in addition to the shipped ones.
     """
 
     overrides: list[str]
@@ -103,7 +103,7 @@ def help_text(script: str, doc: str) -> str:
     lines += ["  --config-dir DIR     also find config files in DIR, a folder laid out as conf/"]
     lines += ["", "Groups (experiment also takes the path of a .yaml file):"]
     schema = SCRIPTS[script]
-    names = {field.name for field in dataclasses.fields(schema)}
+    names = schema.__dataclass_fields__
     for group in groups():
         if group in names or (group == "experiment" and script.startswith(("train", "caption"))):
             lines.append(f"  {group}={'|'.join(options(group)) or 'null'}")
@@ -216,9 +216,7 @@ def exiting() -> Iterator[None]:
 
 def plan(arguments: Sequence[str]) -> None:
     """``packshot plan <training stage> [key=value ...]``: the stage with ``mode=plan``."""
-    trainings = [
-        name for name, schema in SCRIPTS.items() if "mode" in {field.name for field in dataclasses.fields(schema)}
-    ]
+    trainings = list(filter(lambda script: "mode" in SCRIPTS[script].__dataclass_fields__, SCRIPTS))
     name, *overrides = arguments or ["train_lora"]
     if name not in trainings:
         raise ConfigError(f"There is nothing to plan for {name!r}.", f"Name one of {', '.join(trainings)}.")
@@ -227,7 +225,7 @@ def plan(arguments: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What the console script does besides the stages. usage: its arguments. Its function is given those."""
+    """A command of the console script that is not a stage. usage: its arguments, which its function is given."""
 
     about: str
     usage: str

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from packshot.lists import by_name
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -97,7 +99,7 @@ FAMILIES = (
         connect="packshot.caption.models.endpoint:connect",
     ),
 )
-CAPTIONERS = {family.name: family for family in FAMILIES}
+CAPTIONERS = by_name(FAMILIES)
 
 
 def presets() -> dict[str, list[tuple[str, Preset]]]:
@@ -145,4 +147,4 @@ TASKS = (
         "correct", "take the edited table", "packshot.caption.correct:correct", ("input", "corrections")
     ),
 )  # fmt: skip
-CAPTION_TASKS = {task.name: task for task in TASKS}
+CAPTION_TASKS = by_name(TASKS)

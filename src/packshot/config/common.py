@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, make_dataclass
-from typing import Any, ClassVar
+from operator import attrgetter
+from typing import ClassVar
 
 from packshot.config.captioners import CAPTIONERS
 from packshot.config.keys import Names, opt
 from packshot.config.mask_models import MASK_MODELS
 from packshot.errors import ConfigError
+from packshot.lists import in_words, map_values
 from packshot.scene import SLOTS
 
 TrackerKind = Names("TrackerKind", ["wandb", "tensorboard", "wandb_tensorboard", "none"])
@@ -73,9 +75,9 @@ class TrackingConfig:
             )
 
 
-def captioner_weights() -> list[tuple[str, Any, Any]]:
+def captioner_weights() -> list[tuple[str, object, object]]:
     """A key for the weights of each captioner family, as ``make_dataclass`` takes them."""
-    fields: list[tuple[str, Any, Any]] = []
+    fields: list[tuple[str, object, object]] = []
     for family in CAPTIONERS.values():
         if family.weights:
             fields.append((family.name, str, opt(family.weights, f"{family.title} folder or hub id")))
@@ -142,7 +144,7 @@ class MatteConfig:
     model: str = opt(
         "auto",
         "what finds the product: "
-        + "; ".join(f"{row.name} ({row.about})" for row in MASK_MODELS.values())
+        + in_words(map_values(attrgetter("about"), MASK_MODELS), "{} ({})", "; ")
         + "; or the ONNX file of a salient-object network",
     )
     min_confidence: float = opt(0.5, "masks below this confidence are rejected", min=0, max=1)
@@ -157,9 +159,9 @@ class DepthConfig:
     )
 
 
-def scene_fields() -> list[tuple[str, Any, Any]]:
+def scene_fields() -> list[tuple[str, object, object]]:
     """A key for each slot of a Scene, as ``make_dataclass`` takes them."""
-    fields: list[tuple[str, Any, Any]] = []
+    fields: list[tuple[str, object, object]] = []
     for name, slot in SLOTS.items():
         if slot.many:
             fields.append((name, list[str], opt([], slot.help)))

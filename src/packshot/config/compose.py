@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin
@@ -19,12 +20,13 @@ from packshot.config.keys import Hint, describe, fields, nearest
 from packshot.config.renamed import refuse_renamed
 from packshot.config.schema import SCRIPTS
 from packshot.errors import ConfigError
+from packshot.lists import map_values
 
 Settings = TypeVar("Settings")
 
 CONF = Path(str(files("packshot.conf")))  # the checkout's conf/, or the wheel's copy of it
 HELP = "--help lists the keys."
-LAUNCH = "launch"  # configs of accelerate and Slurm, which are no options of a script
+LAUNCH = "launch"  # configs of accelerate and Slurm, which are not options of a script
 
 
 def groups(config_dir: Path | None = None) -> list[str]:
@@ -223,7 +225,7 @@ def experiment_files(overrides: Sequence[str]) -> Iterator[tuple[list[str], Path
 def compose(script: str, overrides: Sequence[str], config_dir: Path | None = None) -> Any:
     """The validated config dataclass of a script.
 
-    config_dir: a folder laid out as ``conf/``, whose files are found besides the shipped ones.
+    config_dir: a folder laid out as ``conf/``, whose files are found in addition to the shipped ones.
 
     Raises:
         ConfigError: for an unknown key (also inside a YAML file), a wrong type, a value out of range, or values that
@@ -246,7 +248,7 @@ def compose(script: str, overrides: Sequence[str], config_dir: Path | None = Non
         for override in named:
             if not (own_dir and override.partition("=")[0].lstrip("+") == "experiment"):
                 check_override(override, keys, config_dir)
-        given = [quoted(override, texts, lists) for override in named]
+        given = list(map(partial(quoted, texts=texts, lists=lists), named))
         folders = [f"'file://{folder.absolute()}'" for folder in (own_dir, config_dir) if folder]
         if folders:
             given.append(f"hydra.searchpath=[{','.join(folders)}]")
@@ -290,11 +292,11 @@ def with_values(settings: Settings, values: Mapping[str, object]) -> Settings:
     from omegaconf.errors import OmegaConfBaseException
 
     schema = type(settings)
-    keys = {key: describe(field, hint) for key, field, hint in fields(schema)}
+    keys = described(schema)
     for key in values:
         if key not in keys and key not in parents(keys):  # a group takes a dict
             raise unknown_key(key, keys)
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    plain = map_values(lambda value: list(value) if isinstance(value, tuple) else value, values)
     plain = with_lists(plain, schema)
     try:
         changed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings), plain))

@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
 from operator import attrgetter
-from typing import Any
 
 from packshot.config.keys import opt
+from packshot.lists import map_values, without_none
 from packshot.scene import Scene
 from packshot.scene.light import light_angle
 
@@ -32,7 +32,7 @@ class Setting:
     min: float
     max: float
     default: Callable[[Scene], float | None]
-    value: Callable[[float | None], Any]
+    value: Callable[[float | None], object]
     label: str
     unit: str
     instead: str
@@ -52,7 +52,7 @@ class Network:
 
 @dataclass(frozen=True)
 class InputRow:
-    """Something besides picture and mask that control maps are drawn from.
+    """Something that control maps are drawn from, in addition to picture and mask.
 
     column: the picture of a dataset that training reads it from. read: (that picture, the mask), both (H, W) in [0, 1],
     to what a map is drawn from. where: which datasets have the column. Generation takes it from exactly one of these:
@@ -122,7 +122,7 @@ CONDITIONS: dict[str, ConditionRow] = {
 
 def settings() -> dict[str, Setting]:
     """The inputs that generation asks the user for, by the input's name."""
-    return {name: row.setting for name, row in INPUTS.items() if row.setting is not None}
+    return without_none(map_values(attrgetter("setting"), INPUTS))
 
 
 def networks(config: object) -> dict[str, str]:
@@ -136,8 +136,8 @@ def networks(config: object) -> dict[str, str]:
 
 
 def picture_columns() -> list[str]:
-    """The columns that control maps may be drawn from besides picture and mask; pictures of one channel."""
-    return [row.column for row in INPUTS.values()]
+    """The columns that control maps may be drawn from, in addition to picture and mask; pictures of one channel."""
+    return list(map(attrgetter("column"), INPUTS.values()))
 
 
 def column_hint(column: str) -> str:
@@ -150,10 +150,9 @@ def column_hint(column: str) -> str:
 
 def settings_class() -> type:
     """A config class with one optional number for each setting; generation's settings extend it."""
-    fields = [
-        (setting.key, float | None, opt(None, setting.help, min=setting.min, max=setting.max))
-        for setting in settings().values()
-    ]
+    fields: list[tuple[str, object, object]] = []
+    for row in settings().values():
+        fields.append((row.key, float | None, opt(None, row.help, min=row.min, max=row.max)))
     return make_dataclass("ConditionSettings", fields)
 
 

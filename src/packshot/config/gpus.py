@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from packshot.lists import by_name
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -22,9 +24,8 @@ class Gpu:
     pattern: str
 
 
-GPUS: dict[str, Gpu] = {
-    gpu.name: gpu
-    for gpu in (
+GPUS: dict[str, Gpu] = by_name(
+    (
         Gpu("rtx3090", "GeForce RTX 3090", 23.5, 71, r"RTX 3090"),
         Gpu("rtx4090", "GeForce RTX 4090", 23.5, 165, r"RTX 4090"),
         Gpu("rtx5090", "GeForce RTX 5090", 31.3, 209, r"RTX 5090"),
@@ -37,7 +38,7 @@ GPUS: dict[str, Gpu] = {
         Gpu("h200", "H200", 139.7, 989, r"H200"),
         Gpu("b200", "B200", 178.0, 2250, r"B200"),
     )
-}
+)
 
 
 def find_gpu(reported: str) -> Gpu | None:

@@ -43,7 +43,7 @@ def describe_type(hint: Hint) -> str:
     if hint in words:
         return words[hint]
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return " | ".join(member.name for member in hint)
+        return " | ".join(hint.__members__)
     if get_origin(hint) is list:
         return f"list of {describe_type(get_args(hint)[0])}"
     return " or ".join(map(describe_type, get_args(hint)))

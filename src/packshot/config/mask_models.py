@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from packshot.lists import by_name
+
 
 @dataclass(frozen=True)
 class MaskModelRow:
@@ -32,7 +34,7 @@ _ROWS = (
     MaskModelRow("isnet-general-use", "IS-Net, from rembg (the extra matting)", public=True, license="apache-2.0"),
     MaskModelRow("birefnet-general", "BiRefNet, from rembg (the extra matting)", public=True, license="mit"),
 )
-MASK_MODELS: dict[str, MaskModelRow] = {row.name: row for row in _ROWS}
+MASK_MODELS: dict[str, MaskModelRow] = by_name(_ROWS)
 
 
 def reads_onnx(model: str) -> bool:

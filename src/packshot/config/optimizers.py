@@ -172,5 +172,5 @@ register(
         conflicts=_OWN_AVERAGE,
     )
 )
-# It takes the sign of the momentum and divides by no root, so there is no eps.
+# It takes the sign of the momentum and does not divide by a root, so it has no eps.
 register(OptimizerRow("lion", lion, ("beta1", "beta2", "weight_decay"), state_bytes=4, usual_rates=(1e-7, 3e-4)))
