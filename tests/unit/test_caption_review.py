@@ -139,7 +139,7 @@ def test_a_table_that_is_none_is_refused(captioned, tmp_path):
 
 def test_a_damaged_corrections_file_is_not_passed_over(captioned):
     (captioned / corrections.FILE).write_text(json.dumps({"id": "id0", "text": BETTER}) + "\n{oops\n")
-    with pytest.raises(PackshotError, match=r"corrections.jsonl, line 2 is no correction"):
+    with pytest.raises(PackshotError, match=r"corrections.jsonl, line 2 is not a correction"):
         load_rows("data.train", str(captioned))
 
 

@@ -96,5 +96,5 @@ def test_bucket_steps_are_sdxls_at_1024():
     """A resolution between two cells is refused."""
     assert buckets.bucket_step(1024, 32) == 64
     assert buckets.bucket_step(128, 32) == 32
-    with pytest.raises(ValueError, match="1000 is no multiple of 32"):
+    with pytest.raises(ValueError, match="1000 is not a multiple of 32"):
         buckets.bucket_step(1000, 32)

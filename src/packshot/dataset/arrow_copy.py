@@ -35,13 +35,13 @@ def read_tables(files: Sequence[Path], pictures: Sequence[str] | None, cache: st
     shown: list[pa.Schema] = []
     for file in files:  # one by one: pq.read_table imports pandas, and a process may open 1,024 files
         with pq.ParquetFile(file) as opened:
-            fields = list(opened.schema_arrow)
-            tables.append(opened.read([field.name for field in fields if not holds_pictures(field)]))
-            shown.append(pa.schema([field for field in fields if holds_pictures(field)]))
+            seen = pa.schema(filter(holds_pictures, opened.schema_arrow))
+            tables.append(opened.read([name for name in opened.schema_arrow.names if name not in seen.names]))
+            shown.append(seen)
     table = pa.concat_tables(tables, promote_options="default")
     schema = pa.unify_schemas(shown)
     if pictures is not None:
-        schema = pa.schema([field for field in schema if field.name in pictures])
+        schema = pa.schema(filter(lambda field: field.name in pictures, schema))
     schema = schema.remove_metadata()
     if cache is None:
         return table, pa.Table.from_batches(read_batches(files, schema), schema)
@@ -78,17 +78,20 @@ def read_batches(files: Sequence[Path], schema: pa.Schema) -> Iterator[pa.Record
     for path in files:
         try:
             with pq.ParquetFile(path) as file:
-                here = {field.name for field in schema} & set(file.schema_arrow.names)
+                here = set(schema.names) & set(file.schema_arrow.names)
                 for batch in file.iter_batches(BATCH, columns=sorted(here)):
-                    columns = [
-                        batch.column(field.name).cast(field.type)
-                        if field.name in here
-                        else pa.nulls(len(batch), field.type)
-                        for field in schema
-                    ]
-                    yield pa.RecordBatch.from_arrays(columns, schema=schema)
-        except OSError as error:  # whoever writes what comes from here would take it for its own
+                    yield with_columns(batch, schema)
+        except OSError as error:  # the caller writes a file too, and would take the error for one of its own
             raise ValueError(str(error)) from error
+
+
+def with_columns(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The batch with exactly the columns of a schema, null where it lacks one."""
+    columns: list[pa.Array] = []
+    for field in schema:
+        found = field.name in batch.schema.names
+        columns.append(batch.column(field.name).cast(field.type) if found else pa.nulls(len(batch), field.type))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def copied(files: Sequence[Path], rows: int, schema: pa.Schema, folder: Path) -> Path:

@@ -14,10 +14,10 @@ def shapes(resolution: int, step: int) -> list[tuple[int, int]]:
     (SDXL, arXiv 2307.01952, section 2.3 and appendix I, which lists them for 1024 and 64).
 
     Raises:
-        ValueError: ``resolution`` is no multiple of ``step``.
+        ValueError: ``resolution`` is not a multiple of ``step``.
     """
     if resolution % step:
-        raise ValueError(f"resolution {resolution} is no multiple of {step}")
+        raise ValueError(f"resolution {resolution} is not a multiple of {step}")
     found = {(resolution, resolution)}
     for short in range(step, resolution, step):
         long = resolution * resolution // short // step * step
@@ -31,11 +31,11 @@ def bucket_step(resolution: int, cell: int) -> int:
     resolution, as SDXL's (64 px at 1024), so that there are not hundreds of buckets.
 
     Raises:
-        ValueError: ``resolution`` is no multiple of ``cell``.
+        ValueError: ``resolution`` is not a multiple of ``cell``.
     """
     if resolution % cell:
-        raise ValueError(f"resolution {resolution} is no multiple of {cell}")
-    fitting = (step for step in range(cell, resolution // 16 + 1, cell) if resolution % step == 0)
+        raise ValueError(f"resolution {resolution} is not a multiple of {cell}")
+    fitting = filter(lambda step: resolution % step == 0, range(cell, resolution // 16 + 1, cell))
     return max(fitting, default=cell)
 
 

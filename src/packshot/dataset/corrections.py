@@ -1,9 +1,8 @@
-"""Captions that a person has corrected: kept beside a dataset's shards, apart from what a machine wrote, and stronger.
+"""Captions that a person has corrected: they lie next to a dataset's shards and win over what a machine wrote.
 
 ``corrections.jsonl`` holds one line ``{"id": ..., "text": ...}`` per sample. Captioning the dataset again leaves it
-alone. Whoever reads the dataset with :func:`packshot.dataset.rows.load_rows` (training, evaluation, review), builds
-another from it (``build_data.py``) or captions it (``task=caption`` without ``captioner.overwrite``) sees its words;
-other tools see the shards.
+alone. Training, evaluation and review, which read with :func:`packshot.dataset.rows.load_rows`, ``build_data.py`` and
+``task=caption`` without ``captioner.overwrite`` use its texts; other tools see the shards.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -25,7 +23,7 @@ def read(folder: Path) -> dict[str, str]:
     """Text by sample id; empty where nothing was corrected.
 
     Raises:
-        PackshotError: a line is no correction.
+        PackshotError: a line is not a correction.
     """
     path = folder / FILE
     return parse(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
@@ -35,7 +33,7 @@ def parse(content: str, name: str) -> dict[str, str]:
     """Text by sample id, from the lines of a ``corrections.jsonl`` that messages call ``name``.
 
     Raises:
-        PackshotError: a line is no correction.
+        PackshotError: a line is not a correction.
     """
     found: dict[str, str] = {}
     for number, line in enumerate(content.splitlines(), 1):
@@ -44,7 +42,7 @@ def parse(content: str, name: str) -> dict[str, str]:
             found[str(values["id"])] = str(values["text"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise PackshotError(
-                f"{name}, line {number} is no correction.", 'A line is {"id": ..., "text": ...}.'
+                f"{name}, line {number} is not a correction.", 'A line is {"id": ..., "text": ...}.'
             ) from error
     return found
 
@@ -63,17 +61,12 @@ def apply(table: pa.Table, corrections: Mapping[str, str]) -> pa.Table:
     if not corrections:
         return table
     ids = table.column("id").to_pylist()
-    kept: dict[str, list[Any]] = {
-        "text": [corrections.get(key, text) for key, text in zip(ids, table.column("text").to_pylist(), strict=True)]
-    }
-    for name in {"scene", "caption_error", "caption_confidence", "captions"} & set(table.column_names):
-        values = table.column(name).to_pylist()
-        kept[name] = [None if key in corrections else value for key, value in zip(ids, values, strict=True)]
-    if "caption_origin" in table.column_names:
-        origins = table.column("caption_origin").to_pylist()
-        pairs = zip(ids, origins, strict=True)
-        kept["caption_origin"] = ["source" if key in corrections else origin for key, origin in pairs]
-    for name, values in kept.items():
+    replaced = {"text", "scene", "caption_error", "caption_confidence", "captions", "caption_origin"}
+    for name in replaced & set(table.column_names):
         field = table.schema.field(name)
+        values = table.column(name).to_pylist()
+        for place, key in enumerate(ids):
+            if key in corrections:
+                values[place] = {"text": corrections[key], "caption_origin": "source"}.get(name)
         table = table.set_column(table.column_names.index(name), field, pa.array(values, field.type))
     return table

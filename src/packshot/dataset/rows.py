@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import pyarrow as pa
 from PIL import Image, ImageOps
@@ -25,26 +25,27 @@ from packshot.runs.folder import log
 from packshot.runs.licenses import refuse_rows
 from packshot.scene import Scene
 
+Row = dict[str, Any]  # a sample; see :class:`Rows`
 _DIGEST = re.compile("[0-9a-f]{64}")
 CAPTIONS = "captions"  # the column of all captions of a picture, of which ``text`` is the first
-UNKNOWN_LICENSE = "unknown"  # as source.license has it where nothing is said
+UNKNOWN_LICENSE = "unknown"  # as source.license has it where none is given
 _IMAGES = {"image": "RGB", "plate": "RGB", "cutout": "RGBA", "mask": "L"} | dict.fromkeys(picture_columns(), "L")
 
 
-def license_names(table: Any) -> list[str]:
-    """The licences of a table's rows; ``UNKNOWN_LICENSE`` where nothing is said."""
+def license_names(table: pa.Table) -> list[str]:
+    """The licences of a table's rows; ``UNKNOWN_LICENSE`` where none is given."""
     named = table.column("license").to_pylist() if "license" in table.column_names else [None]
     return sorted({str(name or UNKNOWN_LICENSE) for name in named})
 
 
-class Rows(Sequence[dict[str, Any]]):
+class Rows(Sequence[Row]):
     """Samples of a dataset folder; ``rows[i]`` decodes one.
 
     Each is a dict with ``image`` (PIL RGB), ``mask`` (PIL L, or None when the set has none), ``text``, ``scene``
     (Scene), ``id`` and every other column as it is (``plate``: PIL RGB, ``cutout``: RGBA, ``shadow`` and ``depth``: L).
     """
 
-    def __init__(self, path: str, files: list[str], table: Any, pictures: Any, places: list[int]) -> None:
+    def __init__(self, path: str, files: list[str], table: pa.Table, pictures: pa.Table, places: list[int]) -> None:
         """table: everything but pictures. places: the row of each sample in ``pictures``."""
         self.path = path
         self.files = files
@@ -61,12 +62,18 @@ class Rows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return self.read(index, tuple(_IMAGES))
 
-    def read(self, index: int, images: Sequence[str]) -> dict[str, Any]:
+    def read(self, index: int, images: Sequence[str]) -> Row:
         """One sample of which only these images are decoded, and the others left out."""
         row = {name: self.table.column(name)[index].as_py() for name in self.table.column_names}
         for name in self.pictures.column_names:
@@ -79,11 +86,11 @@ class Rows(Sequence[dict[str, Any]]):
         row["scene"] = Scene.from_dict(row["scene"]) if row.get("scene") else Scene.parse(row["text"] or "").scene
         return row
 
-    def _picture(self, name: str, index: int) -> dict[str, Any] | None:
+    def _picture(self, name: str, index: int) -> dict[str, bytes] | None:
         """A picture as its file is, under ``bytes``."""
         return self.pictures.column(name)[self.places[index]].as_py()
 
-    def _decode(self, row: dict[str, Any], name: str) -> Image.Image:
+    def _decode(self, row: Row, name: str) -> Image.Image:
         mode = _IMAGES[name]
         try:
             image = Image.open(io.BytesIO(row[name]["bytes"]))
@@ -105,7 +112,7 @@ class Rows(Sequence[dict[str, Any]]):
         if absent:
             raise ConfigError(
                 f"{key}={self.path} has no column {', '.join(absent)}, which the method reads.",
-                " ".join(column_hint(name) for name in absent),
+                " ".join(map(column_hint, absent)),
             )
 
     @cached_property

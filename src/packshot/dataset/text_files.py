@@ -27,7 +27,7 @@ _CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1f]")
 
 
 class EncodingError(ValueError):
-    """The bytes are text in no encoding that can be told."""
+    """The bytes are not text in an encoding that can be recognised."""
 
 
 def decode_text(data: bytes) -> tuple[str, str]:
@@ -80,7 +80,7 @@ def clean(text: str) -> str:
     return text.replace("\0", "").replace("\r\n", "\n").strip()
 
 
-def csv_rows(text: str) -> list[dict[str, Any]]:
+def csv_rows(text: str) -> list[dict[str, str]]:
     """Rows under the names of the first line; the separator is the one that the first line has most of."""
     if text.lower().startswith("sep="):  # a hint that Excel writes
         text = text.partition("\n")[2]

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from packshot.errors import ConfigError
 
-# Folders that systems and storage boxes keep beside a person's files, and files of the same kind.
+# Folders that systems and storage boxes keep among a person's files, and files of the same kind.
 _SYSTEM = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini", "System Volume Information"))
 _NAMED = 3  # names in a message, of files that were not read
 
