@@ -32,3 +32,8 @@ SCRIPTS: dict[str, type] = {
     "evaluate": Evaluate,
     "serve": Serve,
 }
+
+
+def script_of(config: object) -> str:
+    """The name of the script that a config is for."""
+    return next(name for name, schema in SCRIPTS.items() if schema is type(config))

@@ -55,6 +55,11 @@ def location_tokens(mask: Image.Image) -> str:
     return "".join(f"<loc_{int(at / side * 1000)}>" for at, side in places)
 
 
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Both sides times ``scale``, in whole pixels and at least one."""
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
 def plan(size: tuple[int, int], target: tuple[int, int], box: tuple[int, int, int, int] | None = None) -> Geometry:
     """The geometry that brings a picture of ``size`` (h, w) into ``target`` without stretching.
 
@@ -65,7 +70,7 @@ def plan(size: tuple[int, int], target: tuple[int, int], box: tuple[int, int, in
     contain = min(target[0] / size[0], target[1] / size[1])
     fits = box is None or all((box[2 + a] - box[a]) * cover <= target[a] for a in (0, 1))
     scale = cover if fits else contain
-    resized = tuple(max(1, round(side * scale)) for side in size)
+    resized = scaled_size(size, scale)
     crop = []
     for axis in (0, 1):
         start = (resized[axis] - target[axis]) // 2
@@ -74,7 +79,7 @@ def plan(size: tuple[int, int], target: tuple[int, int], box: tuple[int, int, in
             start = min(max(start, high - target[axis]), low)
             start = min(max(start, 0), resized[axis] - target[axis])
         crop.append(start)
-    return Geometry(size, (resized[0], resized[1]), (crop[0], crop[1]), target)
+    return Geometry(size, resized, (crop[0], crop[1]), target)
 
 
 def apply(geometry: Geometry, array: np.ndarray, *, hard: bool = False, pad: str = "edge") -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from packshot.imaging.framing import scaled_size
 from packshot.imaging.pixels import to_unit
 
 REFINE_SIDE = 1024  # px, longer side at which the edge filter is fitted
@@ -13,7 +14,7 @@ REFINE_SIDE = 1024  # px, longer side at which the edge filter is fitted
 def shrink(array: np.ndarray, side: int) -> np.ndarray:
     """The picture with its longer side at most ``side`` px."""
     scale = min(1.0, side / max(array.shape[:2]))
-    height, width = (max(1, round(length * scale)) for length in array.shape[:2])
+    height, width = scaled_size((array.shape[0], array.shape[1]), scale)
     return cv2.resize(array, (width, height), interpolation=cv2.INTER_AREA)
 
 

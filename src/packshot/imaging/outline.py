@@ -8,6 +8,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
+from packshot.imaging.framing import scaled_size
 from packshot.imaging.grabcut import grabcut
 
 SEGMENT_SIDE = 512  # px, longer side at which outlines are compared
@@ -63,7 +64,7 @@ def extension_of(object_HW: np.ndarray, keep_HW: np.ndarray) -> dict[str, float]
 def compare_size(height: int, width: int) -> tuple[int, int]:
     """(width, height) at which outlines are compared: the picture's, its longer side at most SEGMENT_SIDE px."""
     scale = min(1.0, SEGMENT_SIDE / max(height, width))
-    return max(1, round(width * scale)), max(1, round(height * scale))
+    return scaled_size((width, height), scale)
 
 
 def measure_extension(

@@ -137,7 +137,7 @@ class Method(nn.Module):
         """A stock pipeline with the adapter in its present state, for validation pictures."""
         raise NotImplementedError
 
-    def pipeline_inputs(self, sample: FramedSample, encoded: Sequence[Tensors]) -> dict[str, list[Tensor]]:
+    def pipeline_inputs(self, sample: FramedSample, encoded: Sequence[Tensors]) -> dict[str, Any]:
         """Further call arguments of that pipeline for one validation sample; ``encoded`` as in ``condition``."""
         return {}
 

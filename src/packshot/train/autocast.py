@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from packshot.lists import map_values
 
 Function: TypeAlias = Callable[..., Tensor]
 # What runs in the lower precision, on any device; and what CUDA runs in fp32 (a CPU keeps the precision of its input).
@@ -40,9 +43,8 @@ class Casts:
         """The function with its arguments cast."""
 
         def run(*arguments: object, **options: object) -> Tensor:
-            cast_arguments = [self.cast(value, dtype) for value in arguments]
-            cast_options = {name: self.cast(value, dtype) for name, value in options.items()}
-            return function(*cast_arguments, **cast_options)
+            cast = partial(self.cast, dtype=dtype)
+            return function(*map(cast, arguments), **map_values(cast, options))
 
         return run
 
@@ -61,8 +63,9 @@ def autocast_rules(dtype: torch.dtype, on_cuda: bool) -> Iterator[Casts]:
     rules = dict.fromkeys(LOWER, dtype)
     if on_cuda:
         rules |= dict.fromkeys(UPPER_ON_CUDA, torch.float32)
-    ordinary = {name: getattr(F, name) for name in rules}
+    ordinary: dict[str, Function] = {}
     for name, wanted in rules.items():
+        ordinary[name] = getattr(F, name)
         setattr(F, name, casts.wrapped(ordinary[name], wanted))
     try:
         yield casts

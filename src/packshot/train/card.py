@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from packshot.base.places import find_place
-from packshot.config.schema import SCRIPTS, TrainScript
+from packshot.config.schema import TrainScript, script_of
 from packshot.dataset.rows import Rows
 from packshot.engine.checkpoints import exported_step, weights_line
+from packshot.lists import in_words
 from packshot.runs.folder import read_metrics
 from packshot.runs.provenance import provenance_lines, write_provenance
 
 
 def hub_head(name: str, base: str) -> list[str]:
-    """What the hub reads of a card. No licence: the publisher chooses one, within those of base and data."""
+    """What the hub reads of a card. It has no licence: the publisher chooses one, within those of base and data."""
     place = find_place("model.base", base)
     published = [f"base_model: {place.repository}"] if place.path is None else []
     tags = ("packshot", "stable-diffusion-xl", name.replace("_", "-"))
-    return ["---", *published, "library_name: diffusers", "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+    return ["---", *published, "library_name: diffusers", "tags:", *map("- {}".format, tags), "---", ""]
 
 
 def write_card(
@@ -37,8 +38,7 @@ def write_card(
     adapter was made from: ``base``, ``step`` and the identity of the data.
     """
     data = write_provenance(folder, rows, config, sets)
-    script = next(name for name, schema in SCRIPTS.items() if schema is type(config))
-    name = script.removeprefix("train_")
+    name = script_of(config).removeprefix("train_")
     step = exported_step(run, config.train)
     lines = [
         *hub_head(name, config.model.base),
@@ -48,14 +48,14 @@ def write_card(
         *provenance_lines(data),
         weights_line(run, config.train),
         f"- samples per step and process: {config.train.batch_size * config.train.gradient_accumulation_steps}",
-        *(f"- {figure}: {value:.4g}" for figure, value in last_figures(run, step).items()),
+        *in_words(last_figures(run, step), "- {}: {:.4g}", "\n").splitlines(),
         "",
         f"    python generate.py product=photo.png {used_as}",
         "",
         "with the `model` keys of `config.yaml`, which holds the full configuration. Validation pictures: the held-out "
         "truth, then what the model draws around the held product, before the product's own pixels are laid over it.",
         "",
-        *(f"![sample](samples/{picture})" for picture in copy_samples(run / "samples", folder / "samples", step)),
+        *map("![sample](samples/{})".format, copy_samples(run / "samples", folder / "samples", step)),
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
     return {"base": config.model.base, "step": step, **data}

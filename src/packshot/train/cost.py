@@ -20,6 +20,7 @@ from packshot.base.load import Parts
 from packshot.config.schema import AttentionKernel, MixedPrecision, Quantization, TrainScript
 from packshot.engine.memory import enable_checkpointing
 from packshot.engine.processes import resolve_precision
+from packshot.lists import map_values
 from packshot.methods import Method, build_method
 from packshot.methods.base import Tensors
 from packshot.train.autocast import autocast_rules
@@ -45,7 +46,7 @@ def meta_batch(parts: Parts, method: Method, resolution: int, size: int) -> tupl
         "time_ids": (6,),
         **method.condition_shapes(resolution),
     }
-    batch = {name: torch.empty(size, *shape, device="meta") for name, shape in shapes.items()}
+    batch = map_values(lambda shape: torch.empty(size, *shape, device="meta"), shapes)
     for name in ("input_ids", "input_ids_2"):
         batch[name] = torch.empty(size, 77, dtype=torch.long, device="meta")
     noisy = torch.empty(size, unet.in_channels, side, side, device="meta")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, NotRequired, TypedDict, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from packshot.base.load import Parts
 from packshot.base.tokens import lost_words
 from packshot.config.schema import DataConfig
 from packshot.dataset import buckets
-from packshot.dataset.rows import Rows
+from packshot.dataset.rows import Row, Rows
 from packshot.diffusion.latents import encode_pixels
+from packshot.diffusion.protocols import Autoencoder
 from packshot.engine.memory import return_freed_memory
 from packshot.engine.tensor_cache import Job, TensorCache, Tensors, content_key
 from packshot.errors import ConfigError, PackshotError
@@ -32,9 +33,12 @@ from packshot.imaging.pixels import to_network, to_unit
 from packshot.methods.base import FramedSample, Method
 from packshot.runs.folder import log
 
+if TYPE_CHECKING:  # imported where they are built
+    from diffusers import StableDiffusionXLPipeline
+
 VERSION = 7  # raise it when the same sample gives other tensors
 # Pictures that go through an encoder together: so many at most, and so many pixels, which is one picture of SDXL's. The
-# VAE takes 2.5 GiB for that in fp32; eight of them would fill a card beside the network.
+# VAE takes 2.5 GiB for that in fp32; eight of them would fill a card, next to the network.
 ENCODE_BATCH = 8
 ENCODE_PIXELS = 1024 * 1024
 TEXT_BATCH = 32
@@ -83,7 +87,7 @@ def chunked(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[first : first + size]
 
 
-def framed(sample: Mapping[str, Any], target: tuple[int, int]) -> FramedSample:
+def framed(sample: Row, target: tuple[int, int]) -> FramedSample:
     """The sample as the model sees it: its pictures through one geometry, which is added as ``geometry``.
 
     Raises:
@@ -153,7 +157,7 @@ class Encoder:
         return 2 ** (len(self.parts.vae_config("block_out_channels")) - 1)
 
     @cached_property
-    def _pipeline(self) -> Any:
+    def _pipeline(self) -> StableDiffusionXLPipeline:
         from diffusers import StableDiffusionXLPipeline
 
         return StableDiffusionXLPipeline(**self.parts.pipeline_components(references=False))
@@ -169,10 +173,9 @@ class Encoder:
         return_freed_memory()
 
     @cached_property
-    def _vae(self) -> Any:
+    def _vae(self) -> Autoencoder:
         # NHWC in memory, as the pictures are: the fast layout of convolutions
-        vae: Any = self.parts.vae  # diffusers types `to` without its keywords
-        return vae.to(memory_format=torch.channels_last)
+        return cast("Autoencoder", self.parts.vae.to(memory_format=torch.channels_last))  # type: ignore[call-arg]
 
     @torch.no_grad()
     def latents(self, seen: Sequence[FramedSample]) -> list[Tensors]:
@@ -197,7 +200,7 @@ class Encoder:
     @torch.no_grad()
     def product(self, seen: Sequence[FramedSample]) -> list[Tensors]:
         """``product`` of an Example, for framed samples of one size; see ``base.inpainting``."""
-        solid = np.stack([product_mask(sample) >= 128 for sample in seen])
+        solid = np.stack(list(map(product_mask, seen))) >= 128
         keep_B1HW = torch.from_numpy(solid[:, None].astype(np.float32))
         latents = encode_pixels(self._vae, vae_pixels(seen) * keep_B1HW).cpu()
         return [{"product": channels} for channels in product_channels(keep_B1HW, latents)]
@@ -213,8 +216,9 @@ class Encoder:
             if lost:
                 log.warning("a caption is longer than the %d tokens the model reads; lost: %r", 77, lost)
         if self.method.trains_text:
-            return [self._token_ids(text) for text in texts]
-        prompt_embeds, _, pooled, _ = self._pipeline.encode_prompt(list(texts), do_classifier_free_guidance=False)
+            return list(map(self._token_ids, texts))
+        prompts = cast("str", list(texts))  # it takes several, unlike its annotation
+        prompt_embeds, _, pooled, _ = self._pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
         rows = zip(prompt_embeds.float().cpu(), pooled.float().cpu(), strict=True)
         return [{"prompt_embeds": embeds, "pooled_prompt_embeds": one} for embeds, one in rows]
 
@@ -276,7 +280,7 @@ class Encodings(Sequence[Tensors]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, number: Any) -> Any:
+    def __getitem__(self, number: int) -> Tensors:  # type: ignore[override]  # nothing slices it
         return self._read(self._indices[number])
 
 
@@ -323,7 +327,7 @@ class Examples(Sequence[Example]):
             return [[] for _ in self.ids]
         keys = [peer_key(self.rows.read(index, ())) for index in range(len(self.rows.ids))]
         chosen = choose_peers(keys, self.rows.ids)[: len(self)]
-        count = sum(bool(peers) for peers in chosen)
+        count = sum(map(bool, chosen))
         log.info("%d of %d samples can be shown the reference of another of their look", count, len(self))
         return chosen
 
@@ -335,7 +339,7 @@ class Examples(Sequence[Example]):
         return self.rows.fingerprint()
 
     def seen(self, index: int) -> FramedSample:
-        """The framed sample, with the pictures that the method reads besides image and mask."""
+        """The framed sample, with image, mask and the further pictures that the method reads."""
         pictures = {"image", "mask", *self.encoder.method.pictures}
         return framed(self.rows.read(index, sorted(pictures)), self._shape(index))
 
@@ -388,7 +392,7 @@ class Examples(Sequence[Example]):
         if name in self._caches:
             self._caches[name].fill(description, chunks, encode, accelerator, prepare=self.seen)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # nothing slices it
         if not self._caches:
             return self.fresh(index)
         key = self._key(index)

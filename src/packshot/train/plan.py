@@ -7,12 +7,14 @@ import os
 from dataclasses import asdict, dataclass, replace
 
 import torch
+from torch import Tensor
 
 from packshot.base.load import Parts
 from packshot.config.gpus import GPUS, Gpu, find_gpu
 from packshot.config.optimizers import OPTIMIZERS
 from packshot.config.schema import TrainScript
 from packshot.dataset.sets import load_training
+from packshot.engine.checkpoints import trainable
 from packshot.methods import Method
 from packshot.runs.files import replacing_file
 from packshot.runs.folder import log, open_run
@@ -70,7 +72,7 @@ def make_plan(config: TrainScript, samples: int, processes: int = 1, shown: int 
     width = DTYPES[planned_precision(config, on_cuda)].itemsize
     frozen = frozen_bytes(parts, method, config, width)
     cost = measure_step(parts, method, config, train.batch_size, on_cuda)
-    sizes = [p.numel() for p in method.parameters() if p.requires_grad]
+    sizes = list(map(Tensor.numel, trainable(method).values()))
     trained = sum(sizes)
     vae = count_parameters(parts.vae) * 4 / GIB
     encoding_peak, encoding_tflop = measure_encoding(parts, config.model.resolution)

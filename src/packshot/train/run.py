@@ -12,13 +12,13 @@ from packshot.base.adapter_metadata import objective_metadata
 from packshot.base.inpainting import prepare_unet
 from packshot.base.load import Parts, load_parts
 from packshot.config.schema import (
-    SCRIPTS,
     AttentionKernel,
     MixedPrecision,
     Mode,
     Quantization,
     TrainConfig,
     TrainScript,
+    script_of,
 )
 from packshot.dataset.rows import Rows
 from packshot.dataset.sets import TrainingData, load_training
@@ -57,7 +57,7 @@ def train(config: TrainScript) -> None:
     """Entry point of the training scripts: load data and models, build the task, run the mode."""
     refuse_weights(config)
     refuse_launcher()
-    script = next(name for name, schema in SCRIPTS.items() if schema is type(config))
+    script = script_of(config)
     if config.mode is Mode.plan:
         plan(config, script)
         return

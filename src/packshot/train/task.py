@@ -18,6 +18,7 @@ from packshot.engine.keyed_random import SampleKey
 from packshot.engine.task import Task, Validated
 from packshot.engine.tensor_cache import Tensors
 from packshot.errors import PackshotError
+from packshot.lists import column, map_values
 from packshot.methods.base import Method
 from packshot.train.encode import Example, Examples
 from packshot.train.validation import Validator
@@ -69,7 +70,7 @@ class DiffusionTask(Task):
         if objective.unconditional is not Unconditional.zeros:
             return {**sample["empty"], "prompt_kept": torch.ones(())}
         # sequence and pooled embedding are dropped together, as at inference
-        zeros = {name: torch.zeros_like(tensor) for name, tensor in sample["prompt"].items()}
+        zeros = map_values(torch.zeros_like, sample["prompt"])
         return {**zeros, "prompt_kept": torch.zeros(())}
 
     def encode_prompt(self, batch: Tensors) -> Tensors:
@@ -82,7 +83,7 @@ class DiffusionTask(Task):
         }
 
     def _drawn(self, sample: Example, key: SampleKey) -> Tensors:
-        """Every random draw of one access, and what the step reads besides."""
+        """Every random draw of one access, and the other things that a step reads."""
         objective = self.config.objective
         shape = sample["mean"].shape
         latents = sample["mean"] + sample["std"] * torch.randn(shape, generator=key.generator("posterior"))
@@ -137,8 +138,8 @@ class DiffusionTask(Task):
 
     def collate(self, samples: Sequence[Example], keys: Sequence[SampleKey]) -> Tensors:
         """Latents (scaled), noise, timesteps, embeddings, time_ids and the method's condition, all with B first."""
-        drawn = [self._drawn(sample, key) for sample, key in zip(samples, keys, strict=True)]
-        return {name: torch.stack([example[name] for example in drawn]) for name in drawn[0]}
+        drawn = list(map(self._drawn, samples, keys))
+        return {name: torch.stack(column(drawn, name)) for name in drawn[0]}
 
     # ---- loss ----
 

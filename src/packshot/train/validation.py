@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from packshot.config.schema import KeepBest, TrainScript, Unconditional
+from packshot.dataset.rows import Row
+from packshot.diffusion.protocols import Autoencoder, Pipeline
 from packshot.diffusion.sample import NotFiniteError, sample
 from packshot.engine.keyed_random import SampleKey
 from packshot.engine.step import to_device
@@ -29,13 +32,19 @@ from packshot.errors import ConfigError, PackshotError
 from packshot.imaging.matte import soften_hard_edge, unmix
 from packshot.imaging.outline import compare_size, is_extended, measure_extension, segment_near
 from packshot.imaging.pixels import from_network, to_bytes
+from packshot.lists import column, map_values
 from packshot.methods.base import FramedSample
 from packshot.runs.files import replacing_file
 from packshot.train.encode import Example, Examples
 
+if TYPE_CHECKING:  # it validates with what stands here
+    from packshot.train.task import DiffusionTask
+
 LOSS_SAMPLES = 32
 STEPS = 20
 GUIDANCE = 5.0
+MEASURES = ("extension", "product_loss", "product_iou")
+MEANS = dict(zip(MEASURES, MEASURES, strict=True)) | {"extension_rate": "extended"}  # figures, and the column of each
 GRID_CELL = 256  # px, longer side of a picture in the sheet
 GRID_STRIP = 14  # px, a line of words
 
@@ -87,11 +96,10 @@ def measure(raw_HW3: np.ndarray, matte_HW: np.ndarray, floor: dict[str, float]) 
     }
 
 
-def means(rows: list[dict[str, Any]]) -> dict[str, float]:
+def means(rows: list[Row]) -> dict[str, float]:
     """``extension``, ``extension_rate``, ``product_loss``, ``product_iou`` over rows that show a product."""
     measured = [row for row in rows if row["extension"] is not None]
-    names = {figure: figure for figure in ("extension", "product_loss", "product_iou")} | {"extension_rate": "extended"}
-    return {figure: fmean(row[name] for row in measured) for figure, name in names.items()} if measured else {}
+    return map_values(lambda name: fmean(column(measured, name)), MEANS) if measured else {}
 
 
 class Validator:
@@ -127,17 +135,16 @@ class Validator:
         return self._texts[prompt]
 
     @torch.no_grad()
-    def __call__(self, task: Any, folder: Path, accelerator: Accelerator) -> Validated:
+    def __call__(self, task: DiffusionTask, folder: Path, accelerator: Accelerator) -> Validated:
         """Write ``<number>.png`` (truth | raw decode), ``grid.png`` and ``table.json`` under ``folder``."""
         figures = {"validation_loss": self.loss(task, accelerator)}
         folder.mkdir(parents=True, exist_ok=True)
-        pipeline = task.method.pipeline()
+        pipeline = cast("Pipeline", task.method.pipeline())
         pipeline.set_progress_bar_config(disable=True)
         specs = self.pictures()
-        mine = [
-            self._draw(task, pipeline, spec, folder, accelerator)
-            for spec in specs[accelerator.process_index :: accelerator.num_processes]
-        ]
+        mine: list[Row] = []
+        for spec in specs[accelerator.process_index :: accelerator.num_processes]:
+            mine.append(self._draw(task, pipeline, spec, folder, accelerator))
         rows = sorted(gather_object(mine), key=lambda row: row["picture"])
         if accelerator.is_main_process:
             with replacing_file(folder / "table.json") as file:
@@ -151,15 +158,14 @@ class Validator:
     def pictures(self) -> list[PictureSpec]:
         """Products x prompts x seeds. The prompts of one product share their noise, so that they can be compared."""
         train, seed = self.config.train, self.config.run.seed
-        places = [
-            (index, prompt, seed + index + 1000 * number)
-            for index in range(self.count)
-            for prompt in (None, *train.validation_prompts)
-            for number in range(train.validation_seeds)
-        ]
-        return [PictureSpec(f"{number:03d}.png", *place) for number, place in enumerate(places)]
+        prompts = (None, *train.validation_prompts)
+        places = product(range(self.count), prompts, range(train.validation_seeds))
+        specs: list[PictureSpec] = []
+        for number, (index, prompt, draw) in enumerate(places):
+            specs.append(PictureSpec(f"{number:03d}.png", index, prompt, seed + index + 1000 * draw))
+        return specs
 
-    def loss(self, task: Any, accelerator: Accelerator) -> float:
+    def loss(self, task: DiffusionTask, accelerator: Accelerator) -> float:
         """Mean loss of held-out samples under noise and timesteps that stay the same from step to step."""
         count = min(LOSS_SAMPLES, len(self.examples))
         total = torch.zeros((), device=accelerator.device)
@@ -169,7 +175,8 @@ class Validator:
             batch = task.collate([sample], [SampleKey(self.config.run.seed, -1, sample["id"])])
             with accelerator.autocast():
                 total += task(to_device(batch, accelerator.device)).sum()
-        summed: Any = accelerator.reduce(total, "sum")
+        summed = accelerator.reduce(total, "sum")
+        assert isinstance(summed, Tensor)
         return summed.item() / count
 
     def _ready(self, index: int, device: torch.device) -> HeldOutSample:
@@ -178,8 +185,8 @@ class Validator:
         return self._held[index]
 
     def _draw(
-        self, task: Any, pipeline: Any, spec: PictureSpec, folder: Path, accelerator: Accelerator
-    ) -> dict[str, Any]:
+        self, task: DiffusionTask, pipeline: Pipeline, spec: PictureSpec, folder: Path, accelerator: Accelerator
+    ) -> Row:
         """Draw one picture and measure it: its row of the table."""
         held_out = self._ready(spec.index, accelerator.device)
         given = held_out.sample["prompt"] if spec.prompt is None else self._text(spec.prompt)
@@ -197,16 +204,20 @@ class Validator:
         }
 
     def _embeddings(
-        self, task: Any, given: dict[str, Tensor], empty: dict[str, Tensor], device: torch.device
+        self, task: DiffusionTask, given: dict[str, Tensor], empty: dict[str, Tensor], device: torch.device
     ) -> dict[str, Tensor]:
         """The pipeline's embeddings of a prompt, and of what guidance subtracts: a prompt that was dropped."""
-        given, empty = ({name: t[None].to(device) for name, t in one.items()} for one in (given, empty))
+
+        def batched(embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
+            return map_values(lambda tensor: tensor[None].to(device), embeddings)
+
+        given, empty = batched(given), batched(empty)
         if task.method.trains_text:
             kept = {"prompt_kept": torch.ones(1, device=device)}
             given, empty = task.encode_prompt(given | kept), task.encode_prompt(empty | kept)
         if self.config.objective.unconditional is Unconditional.zeros:
-            empty = {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
-        return {**given, **{f"negative_{name}": tensor for name, tensor in empty.items()}}
+            empty = map_values(torch.zeros_like, empty)
+        return given | dict(zip(map("negative_{}".format, empty), empty.values(), strict=True))
 
 
 def prepare_held_out(examples: Examples, index: int, device: torch.device) -> HeldOutSample:
@@ -217,7 +228,8 @@ def prepare_held_out(examples: Examples, index: int, device: torch.device) -> He
     matte = soften_hard_edge(mask)
     if (matte >= 128).any():
         seen["image"] = Image.fromarray(unmix(truth, matte))
-    vae, sample = encoder.parts.vae, examples[index]
+    vae = cast("Autoencoder", encoder.parts.vae)
+    sample = examples[index]
     known = encoder.parts.latent_scale().to_unet(encoder.latents([seen])[0]["mean"])
     given_back = to_bytes(from_network(vae.decode(sample["mean"][None].to(vae.device)).sample[0]))
     return HeldOutSample(
@@ -232,7 +244,7 @@ def prepare_held_out(examples: Examples, index: int, device: torch.device) -> He
 
 
 def sample_picture(
-    task: Any, pipeline: Any, held_out: HeldOutSample, prompt: dict[str, Tensor], seed: int
+    task: DiffusionTask, pipeline: Pipeline, held_out: HeldOutSample, prompt: dict[str, Tensor], seed: int
 ) -> np.ndarray:
     """The raw decode of one picture, uint8 (H, W, 3), sampled with the product held.
 
@@ -259,28 +271,28 @@ def sample_picture(
 # ---- the sheet ----
 
 
-def sheet(rows: list[dict[str, Any]], folder: Path) -> Image.Image:
+def sheet(rows: list[Row], folder: Path) -> Image.Image:
     """One line per product: its truth, then its pictures, each with its measure; those that grew are framed in red."""
-    lines: dict[str, list[dict[str, Any]]] = {}
+    lines: dict[str, list[Row]] = {}
     for row in rows:
         lines.setdefault(row["product"], []).append(row)
     pairs = {row["picture"]: _halves(folder / row["picture"]) for row in rows}
-    side = max(max(picture.size) for pair in pairs.values() for picture in pair)
+    side = max(max(picture.size) for picture in chain(*pairs.values()))
     columns = 1 + max(map(len, lines.values()))
     result = Image.new("RGB", (columns * (side + 4), len(lines) * (side + 2 * GRID_STRIP)), "white")
     draw = ImageDraw.Draw(result)
-    for number, (product, specs) in enumerate(lines.items()):
+    for number, (name, specs) in enumerate(lines.items()):
         top = number * (side + 2 * GRID_STRIP)
         result.paste(pairs[specs[0]["picture"]][0], (0, top))
-        _words(draw, (0, top + side), ["truth", product[:12]], side)
-        for column, row in enumerate(specs, 1):
-            picture, left = pairs[row["picture"]][1], column * (side + 4)
+        _words(draw, (0, top + side), ["truth", name[:12]], side)
+        for place, row in enumerate(specs, 1):
+            picture, left = pairs[row["picture"]][1], place * (side + 4)
             result.paste(picture, (left, top))
             if row["extended"]:
                 draw.rectangle((left, top, left + picture.width - 1, top + picture.height - 1), outline="red", width=2)
             grown = "" if row["extension"] is None else f"grown {row['extension']:.1%}, "
-            said = "own caption" if row["own_caption"] else row["prompt"]
-            _words(draw, (left, top + side), [f"{grown}seed {row['seed']}", said], side)
+            words = "own caption" if row["own_caption"] else row["prompt"]
+            _words(draw, (left, top + side), [f"{grown}seed {row['seed']}", words], side)
     return result
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from packshot.imaging.framing import scaled_size
 from packshot.imaging.pixels import from_network, to_bytes
 
 SIDE = 320  # px, longer side of a panel
@@ -35,8 +36,7 @@ class Line:
 def fitted(picture: Image.Image) -> Image.Image:
     """The picture with a longer side of ``SIDE``."""
     scale = SIDE / max(picture.size)
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    return picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+    return picture.resize(scaled_size(picture.size, scale), Image.Resampling.LANCZOS)
 
 
 def outlined(picture: Image.Image, mask: Image.Image | None) -> Image.Image:
@@ -114,6 +114,6 @@ def curve(values: Sequence[float], size: tuple[int, int] = (640, 240)) -> Image.
     xs = np.linspace(8, size[0] - 8, len(values))
     points = [(float(x), size[1] - 8 - (size[1] - 40) * value / peak) for x, value in zip(xs, values, strict=True)]
     draw.line(points if len(points) > 1 else points * 2, fill=(30, 90, 200), width=2)
-    said = f"learning rate, peak {peak:.3g}, last {values[-1]:.3g}, {len(values)} steps"
-    draw.text((8, 6), said, fill="black", font=ImageFont.load_default(FONT))
+    words = f"learning rate, peak {peak:.3g}, last {values[-1]:.3g}, {len(values)} steps"
+    draw.text((8, 6), words, fill="black", font=ImageFont.load_default(FONT))
     return picture

@@ -1,4 +1,4 @@
-"""What is odd about a training set or its settings, found before the first step."""
+"""What is unusual about a training set or its settings, found before the first step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,10 +17,13 @@ from packshot.imaging import framing
 from packshot.runs.progress import progress
 from packshot.train.encode import Examples
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MOST_MASKS = 1000  # masks that are decoded; of a larger set every n-th
 NAMED = 5  # samples that a finding names
 TINY = 0.01  # share of the picture below which a product is tiny
-FULL = 0.98  # share of the picture above which a mask says nothing
+FULL = 0.98  # share of the picture above which a mask is meaningless
 MOST_UPSCALED = 1.5  # times
 MOST_EPOCHS = 100
 
@@ -96,7 +99,7 @@ def _pictures(examples: Examples) -> Iterator[Finding]:
 
 
 def _picture(examples: Examples, index: int) -> tuple[list[str], float]:
-    """Names of what is odd about a sample, and how many times it is enlarged."""
+    """Names of what is unusual about a sample, and how many times it is enlarged."""
     mask = examples.rows.read(index, ("mask",))["mask"]
     size, target = examples.rows.sizes[index], examples.encoder.shapes[examples.groups[index]]
     frame = framing.plan(size, target, framing.product_box(mask))
@@ -113,7 +116,7 @@ def _picture(examples: Examples, index: int) -> tuple[list[str], float]:
         "product_tiny": 0 < share < TINY,
         "product_at_frame": share <= FULL and edge.any(),
     }
-    return [*names, *(name for name, true in tests.items() if true)], scale
+    return [*names, *filter(tests.get, tests)], scale
 
 
 def small_buckets(examples: Examples, per_step: int) -> Iterator[Finding]:
@@ -149,7 +152,7 @@ def _settings(config: TrainScript, count: int, per_step: int) -> Iterator[Findin
         yield Finding("not_all_seen", says, [])
 
 
-def kept_words(tokenizer: Any, caption: str) -> tuple[str, str]:
+def kept_words(tokenizer: PreTrainedTokenizerBase, caption: str) -> tuple[str, str]:
     """A caption cut in two: the words that the text encoders read to their end, and the rest."""
     words = caption.split()
     low, high = 0, len(words)
@@ -160,7 +163,7 @@ def kept_words(tokenizer: Any, caption: str) -> tuple[str, str]:
 
 
 def shares(examples: Examples) -> dict[str, float]:
-    """Figures about captions: mean length in words, and the share of those that are no repetition."""
+    """Figures about captions: mean length in words, and the share of those that are not repeated."""
     texts = examples.rows.texts[: len(examples)]
     return {
         "words_per_caption": statistics.fmean(len((text or "").split()) for text in texts),

@@ -1,4 +1,4 @@
-"""``mode=check``: what the model will see, what is odd about it, and what a step takes, before the first step."""
+"""``mode=check``: what the model will see, what is unusual about it, and what a step takes, before the first step."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from packshot.config.schema import KeepBest, TrainScript
+from packshot.config.schema import KeepBest, TrainConfig, TrainScript
 from packshot.engine.batches import SampleOrder, distinct
 from packshot.engine.keyed_random import SampleKey
 from packshot.engine.loop import fit
 from packshot.engine.memory import compile_networks
 from packshot.engine.optimizers import learning_rate
 from packshot.engine.processes import Session
-from packshot.lists import pick
+from packshot.lists import map_values, pick
 from packshot.methods.base import FramedSample, Tensors
 from packshot.runs.folder import Run, log
 from packshot.runs.progress import clock
@@ -102,7 +102,7 @@ def draw_batch(task: DiffusionTask, examples: Examples, batch: FirstBatch) -> Im
     """The first samples of the batch as the network gets them, after every random draw of the first step."""
     lines = []
     for index, sample, key in zip(batch.indices[:MOST_SHOWN], batch.samples, batch.keys, strict=False):
-        access = {name: tensor[0] for name, tensor in task.collate([sample], [key]).items()}
+        access = map_values(itemgetter(0), task.collate([sample], [key]))
         seen = examples.seen(index)
         conditions = task.method.condition(seen, sample["encoded"], key)
         lines.append(sample_line(examples, seen, access, conditions))
@@ -113,8 +113,7 @@ def sample_line(examples: Examples, seen: FramedSample, access: Tensors, conditi
     """Panels and notes of one sample. access: its entries of a batch, without batch dimension."""
     parts = examples.encoder.parts
     latents = parts.latent_scale().to_vae(access["latents"][None])
-    vae: Any = parts.vae  # its annotations ask for a FloatTensor
-    decoded = vae.decode(latents.to(vae.device)).sample[0]
+    decoded = parts.vae.decode(latents.to(parts.vae.device)).sample[0]  # type: ignore[arg-type,union-attr]
     panels = [
         ("picture, mask outlined" if seen["mask"] else "picture, no mask", outlined(seen["image"], seen["mask"])),
         ("what the latents decode to", from_vae(decoded)),
@@ -136,7 +135,7 @@ def sample_line(examples: Examples, seen: FramedSample, access: Tensors, conditi
         f"sample {seen['id'][:16]}, timestep {int(access['timesteps'])}",
         f"{size(geometry.original)} px, resized to {size(geometry.resized)}, bucket {size(geometry.target)}",
         f"cut at (top, left) {geometry.crop}{letterboxed}",
-        f"time ids {', '.join(f'{value:g}' for value in access['time_ids'].tolist())}",
+        f"time ids {', '.join(map('{:g}'.format, access['time_ids'].tolist()))}",
         "" if bool(access["prompt_kept"]) else "this prompt is dropped in the first step",
     ]
     return Line(panels, read, lost, notes)
@@ -153,7 +152,7 @@ def size(height_width: tuple[int, int]) -> str:
 def describe(
     session: Session, task: DiffusionTask, examples: Examples, config: TrainScript, sample: Example, shown: int
 ) -> dict[str, object]:
-    """Figures of the data and what is odd about it; both are logged. shown: samples of an epoch, repeats counted."""
+    """Figures of the data and what is unusual about it, which are logged. shown: samples of an epoch with repeats."""
     buckets = {}
     for group, count in Counter(examples.groups).most_common():
         buckets[size(examples.encoder.shapes[group])] = count
@@ -165,13 +164,13 @@ def describe(
         log.warning("%s%s", finding.says, f" (such as {finding.samples[0][:16]})" if finding.samples else "")
     tensors = [value for value in sample.values() if isinstance(value, Tensor)]
     tensors += sample["prompt"].values()
-    entry = sum(tensor.nbytes for tensor in tensors)
+    entry = sum(map(attrgetter("nbytes"), tensors))
     return {
         "samples": len(examples),
         **shares(examples),
         "cache_mib": entry * len(examples) / 2**20,
         "buckets": buckets,
-        "warnings": [dataclasses.asdict(finding) for finding in found],
+        "warnings": list(map(dataclasses.asdict, found)),
     }
 
 
@@ -183,7 +182,7 @@ class PreparedSamples:
 
     def __init__(self, samples: Sequence[Example]) -> None:
         self._samples = samples
-        self.ids = [sample["id"] for sample in samples]
+        self.ids: list[str] = [sample["id"] for sample in samples]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -192,8 +191,22 @@ class PreparedSamples:
         return self._samples[index]
 
     def fingerprint(self) -> str:
-        """None is needed: nothing is resumed."""
+        """Not needed, because nothing is resumed."""
         return ""
+
+
+def few_steps(train: TrainConfig) -> TrainConfig:
+    """The settings for ``MEASURED_STEPS`` steps alone."""
+    return dataclasses.replace(
+        train,
+        max_steps=MEASURED_STEPS,
+        log_steps=1,
+        warmup_steps=0,
+        checkpointing_steps=0,
+        validation_steps=0,
+        keep_best=KeepBest.none,
+        export_best=False,
+    )
 
 
 def measure_step(
@@ -207,20 +220,10 @@ def measure_step(
         compile_networks(task.method, session.accelerator.device)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    train = dataclasses.replace(
-        config.train,
-        max_steps=MEASURED_STEPS,
-        log_steps=1,
-        warmup_steps=0,
-        checkpointing_steps=0,
-        validation_steps=0,
-        keep_best=KeepBest.none,
-        export_best=False,
-    )
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), resumed=False) if session.run else None
         quiet = Session(session.accelerator, Path(folder), run, NullTracker())
-        fit(task, PreparedSamples(samples), dataclasses.replace(config, train=train), quiet)
+        fit(task, PreparedSamples(samples), dataclasses.replace(config, train=few_steps(config.train)), quiet)
         if not run:
             return {}
         line = json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])
@@ -232,7 +235,7 @@ def measure_step(
         per_step, seconds, line["images_per_second"], line["peak_memory_gib"], line["loss"],
     )  # fmt: skip
     log.info(
-        "train.max_steps=%d would take %s, besides encoding and validation", config.train.max_steps, clock(remaining)
+        "train.max_steps=%d would take %s, without encoding and validation", config.train.max_steps, clock(remaining)
     )
     return {
         "loss": line["loss"],
