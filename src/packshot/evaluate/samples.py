@@ -16,6 +16,7 @@ from packshot.errors import ConfigError, PackshotError
 from packshot.generate.certificate import LAYERS, load_certificates
 from packshot.generate.product import core_of
 from packshot.imaging.decode import decode_image
+from packshot.lists import map_values
 from packshot.runs.files import readable
 
 Json = dict[str, Any]
@@ -154,5 +155,5 @@ def place_photo(photo: Image.Image, transform: Json) -> np.ndarray:
 def without_nan(value: Any) -> Any:
     """The value with null in place of every undefined number, because JSON has no NaN."""
     if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
+        return map_values(without_nan, value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,14 +13,15 @@ from packshot.config.conditions import INPUTS
 from packshot.config.schema import GenerateSettings
 from packshot.errors import ConfigError
 from packshot.generate.canvas import Working
-from packshot.imaging.control_maps import Control, View
+from packshot.imaging.control_maps import Control, View, inputs_of
 from packshot.imaging.pixels import to_unit
+from packshot.lists import map_values
 from packshot.scene import Scene
 
 
 def read_by(controls: Iterable[Control]) -> set[str]:
     """The names of the inputs that the maps of ControlNets are drawn from."""
-    return {name for control in controls for name in control.inputs}
+    return set(inputs_of(controls))
 
 
 def refuse_unread(settings: GenerateSettings, controls: Iterable[Control]) -> None:
@@ -54,7 +55,7 @@ def asked_inputs(settings: GenerateSettings, scene: Scene, controls: Iterable[Co
 
 def scene_inputs(asked: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of :func:`asked_inputs` as control maps read them, by the input's name."""
-    return {name: setting.value(asked.get(setting.key)) for name, setting in conditions.settings().items()}
+    return map_values(lambda setting: setting.value(asked.get(setting.key)), conditions.settings())
 
 
 def control_map(control: Control, working: Working, inputs: Mapping[str, Any] | None = None) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -107,17 +108,12 @@ def load_models(
     switches = add_adapters(pipe, entries, adapters.ip_adapter_layers)
     if metadata.unconditional == Unconditional.empty.name:  # the encoded '' instead of the zeros that SDXL's base has
         pipe.register_to_config(force_zeros_for_empty_prompt=False)
-    controls = []
-    controlnets = []
-    for entry in entries:
-        if entry.control is not None:
-            controls.append(entry.control)
-            controlnets.append(entry)
+    controlnets = [entry for entry in entries if entry.control]
     return Models(
         pipe=pipe,
-        controls=tuple(controls),
-        controlnet_scales=tuple(entry.scale for entry in controlnets),
-        controlnet_spans=tuple(entry.span for entry in controlnets),
+        controls=tuple(filter(None, map(attrgetter("control"), controlnets))),
+        controlnet_scales=tuple(map(attrgetter("scale"), controlnets)),
+        controlnet_spans=tuple(map(attrgetter("span"), controlnets)),
         switches=tuple(switch for switch in switches if switch.span != ALWAYS),
         has_ip_adapter=bool(folders["ip_adapter"]),
         product_conditioning=shown,
@@ -260,7 +256,7 @@ def set_product_input(unet: Network, loras: list[Path], shown: str) -> str:
                 load_conv(unet, folder)
             except (OSError, ValueError, KeyError) as error:
                 raise unloadable("adapters.lora", folder, error) from error
-    elif reads_product(unet):  # an inpainting base, and adapters that know nothing of it
+    elif reads_product(unet):  # an inpainting base, and adapters that were not trained on one
         split_conv_in(unet)
         return channels
     return shown
@@ -344,7 +340,7 @@ def add_weights(
 
 def lora_networks(pipe: Pipe) -> dict[str, nn.Module]:
     """The networks of a pipeline that a LoRA may adapt, by their names in files."""
-    return {name: getattr(pipe, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    return {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
 
 
 # Which of the two layers that InstantStyle found to carry style and layout a choice of layers has.

@@ -19,6 +19,7 @@ from packshot.imaging.decode import decode, flatten, normalize
 from packshot.imaging.masks import find_mask
 from packshot.imaging.matte import soften_hard_edge, unmix
 from packshot.imaging.pixels import to_bytes
+from packshot.lists import map_values, without
 from packshot.runs.files import file_sha256, readable
 
 MIN_SIDE = 32
@@ -104,7 +105,7 @@ def prepare(
     networks: those that estimate an input where it is not given, by the input's name.
 
     Raises:
-        ConfigError: a file is missing or no image; the mask has another size, is empty or leaves no background.
+        ConfigError: a file is missing or not an image; the mask has another size, is empty or leaves no background.
         PackshotError: no mask was given and no product is found.
     """
     opened = open_image("product", image)
@@ -122,10 +123,7 @@ def prepare(
     # elsewhere transparent pixels may count as product, and those have no colour but the white they are shown over.
     rgb = np.ascontiguousarray(photo.convert("RGB") if found.method == "alpha" else flatten(photo))
     soft = soften_hard_edge(alpha)
-    for key, path in (networks or {}).items():
-        network = INPUTS[key].network
-        if key not in pictures and network is not None:
-            pictures[key] = resolve_name(network.estimate)(Image.fromarray(rgb), path)
+    pictures |= estimated(rgb, without(networks or {}, *pictures))
     return Product(
         name=name,
         rgb_HW3=rgb,
@@ -138,8 +136,18 @@ def prepare(
         sha256=opened.sha256,
         mask_sha256=given.sha256 if given else None,
         decoding=opened.decoding,
-        inputs={key: np.asarray(picture.convert("L")) for key, picture in pictures.items()},
+        inputs=map_values(lambda picture: np.asarray(picture.convert("L")), pictures),
     )
+
+
+def estimated(rgb_HW3: np.ndarray, networks: Mapping[str, str]) -> dict[str, Image.Image]:
+    """The inputs of control maps that networks estimate from a photo. networks: by the input's name."""
+    found: dict[str, Image.Image] = {}
+    for key, path in networks.items():
+        network = INPUTS[key].network
+        if network is not None:
+            found[key] = resolve_name(network.estimate)(Image.fromarray(rgb_HW3), path)
+    return found
 
 
 def open_alike(key: str, source: Source, photo: Image.Image, name: str) -> Photo:

@@ -28,7 +28,7 @@ def open_references(given: Source | Sequence[Source] | None, weights: Sequence[i
     """The references of a request; weights: one per picture, or none.
 
     Raises:
-        ConfigError: a file is missing or no image, or the weights do not fit.
+        ConfigError: a file is missing or not an image, or the weights do not fit.
     """
     sources: Sequence[Source] = (given,) if isinstance(given, Source) else given or ()
     counts = reference_weights(len(sources), weights)

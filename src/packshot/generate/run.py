@@ -29,6 +29,7 @@ from packshot.generate.plain import PlainPackshot
 from packshot.generate.product import Product, prepare
 from packshot.generate.references import open_references
 from packshot.generate.report import write_report
+from packshot.lists import without
 from packshot.runs.files import file_sha256, readable, replacing_file, sha256, writing
 from packshot.runs.folder import Run, log, open_run
 from packshot.runs.licenses import refuse_weights
@@ -154,7 +155,7 @@ def check_made(folder: Path, tool: Tool, jobs: list[Job]) -> None:
         request = tool.request(job.request, config, config.reference_files(), config.reference_weights)
         seeded = {**request, "seed": config.run.seed + int(number)}
         now = {"request": seeded, "input": {"name": name, "sha256": file_sha256(job.product)}}
-        now["model"] = {part: value for part, value in tool.manifest(config).items() if part not in MACHINE}
+        now["model"] = without(tool.manifest(config), *MACHINE)
         refuse_difference(f"{folder / stem}.png", made, json.loads(json.dumps(now)))
 
 
@@ -190,7 +191,7 @@ def open_folder(key: str, path: str | None) -> Path | None:
 
 
 def copy_input(run: Run, job: Job, copies: dict[Path, Path]) -> None:
-    """Keep the product photo itself beside the layers, so that reports and evaluations need nothing from outside.
+    """Keep the product photo itself next to the layers, so that reports and evaluations need nothing from outside.
 
     copies: the copy of each photo so far; jobs of one photo share its bytes where the file system can.
     """
