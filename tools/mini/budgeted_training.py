@@ -82,7 +82,7 @@ def _restore(plan: Plan, model: torch.nn.Module, optimizer: torch.optim.Optimize
     if state["inputs"] != plan.inputs:
         raise PackshotError(
             f"{path} was trained with other inputs ({state['inputs']}) than the present ones ({plan.inputs})",
-            hint=f"remove {plan.folder} to start this stage anew",
+            hint=f"remove {plan.folder} to start this stage again",
         )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])

@@ -42,7 +42,7 @@ class ProductConv(nn.Conv2d):
         self._shown: Tensor | None = None
 
     def show(self, product_B5HW: Tensor | None) -> None:
-        """Set what is read from now on besides the input: mask and scaled latents, on the network's device."""
+        """Set what is read from now on in addition to the input: mask and scaled latents, on the network's device."""
         self._shown = product_B5HW
 
     def forward(self, input: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def export_conv(unet: UNet2DConditionModel, folder: Path) -> None:
     conv = unet.conv_in
     if isinstance(conv, ProductConv) and conv.product.weight.requires_grad:
         assert conv.bias is not None  # UNets have one
-        # The second half is trained in fp32, whatever the base's dtype.
+        # The second half is trained in fp32, also over a base of another dtype.
         weight = torch.cat([conv.weight.float(), conv.product.weight.float()], dim=1)
         tensors = {"conv_in.weight": weight, "conv_in.bias": conv.bias.float()}
         save_file(map_values(lambda tensor: tensor.detach().cpu().contiguous(), tensors), folder / CONV_FILE)

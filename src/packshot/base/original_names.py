@@ -78,7 +78,7 @@ def sequence(value: object) -> Sequence[str]:
 
 
 def original_name(module: str, names: Mapping[str, str]) -> str:
-    """The published name of a module. names: of :func:`block_names`; layers inside attentions are called alike."""
+    """The published name of a module. names: of :func:`block_names`; inside attentions both agree."""
     prefix = module
     while prefix and prefix not in names:
         prefix = prefix.rpartition(".")[0]

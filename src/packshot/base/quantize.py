@@ -74,7 +74,7 @@ def quantize(network: torch.nn.Module, quantization: Quantization, key: str, cho
 
 
 def move_quantized(network: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Make what bitsandbytes' layers keep besides their parameters follow a move to ``device`` and ``dtype``."""
+    """Make what bitsandbytes' layers keep outside their parameters follow a move to ``device`` and ``dtype``."""
     for layer in network.modules():
         if hasattr(layer, "compute_dtype"):
             # A four-bit layer would otherwise keep the dtype of its first input for good.

@@ -239,7 +239,7 @@ def write_rows(samples: dict[int, tuple[Image, Image | None]], captioner: Captio
     """Captions of (RGB image, mask or None) by index; a caption that fails or may not be used carries its error.
 
     Raises:
-        ConfigError: every row would fail alike, because a server refuses the key, for example.
+        ConfigError: every row would fail in the same way, because a server refuses the key, for example.
     """
     if not samples:
         return {}

@@ -369,7 +369,7 @@ def exporting(run: Path) -> Iterator[Path]:
 
 
 def sort_metadata(file: Path) -> None:
-    """Sort the metadata of a safetensors file, which the library writes in any order, so that equal weights hash alike.
+    """Sort the metadata of a safetensors file, which the library writes in any order: equal weights get equal hashes.
 
     The format: 8 bytes with the length of the header, a JSON header padded with spaces, the data.
     """

@@ -118,7 +118,7 @@ def resume(state: TrainState, made: MadeWith, train: TrainConfig, session: Sessi
 def validate(state: TrainState, session: Session) -> dict[str, float]:
     """The figures of a validation, the same on every process.
 
-    It uses the averaged weights, if an average is kept, and puts the weights back whatever happens.
+    It uses the averaged weights, if an average is kept, and puts the weights back, also after an error.
     """
     task, step = state.module, state.progress.step
     assert isinstance(task, Task)

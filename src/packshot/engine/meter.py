@@ -56,7 +56,7 @@ class Meter:
         self._loss += loss
 
     def read(self, accelerator: Accelerator, learning_rate: float, grad_norm: Tensor) -> dict[str, float]:
-        """The figures of the steps since the last call, the loss averaged over all processes; starts anew."""
+        """The figures of the steps since the last call, with the loss of all processes; begins the next window."""
         reduced = accelerator.reduce(self._loss, "mean")
         assert isinstance(reduced, Tensor)
         loss = reduced.item() / self.steps

@@ -60,7 +60,7 @@ def _group(parameters: dict[str, torch.nn.Parameter], peak: float) -> Group:
 def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
     """Restore the state of an optimizer of the same parameters.
 
-    torch and bitsandbytes give the state of each position to the parameter at that position, whatever its name.
+    torch and bitsandbytes give the state of each position to the parameter at that position and ignore its name.
 
     Raises:
         PackshotError: the state belongs to other parameters.

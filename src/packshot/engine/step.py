@@ -109,7 +109,7 @@ class OptimizerStep:
     def agree(self, lost: Tensor) -> bool:
         """Whether any process lost its loss in this step; also takes up the signals that any of them has received.
 
-        All processes must stop at the same step, and one reduction tells them all.
+        All processes must stop at the same step, so they share their signals in one reduction.
         """
         signals = lost.new_tensor([self.signals.take_save(), self.signals.stop])
         seen = self.accelerator.reduce(torch.cat([lost[None], signals]).float(), "sum")

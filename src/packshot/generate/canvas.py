@@ -190,8 +190,8 @@ def place_again(product: Product, transform: Json) -> Canvas:
 def lay_out(product: Product, layout: Layout, placement: str) -> Canvas:
     """The product on a planned canvas.
 
-    The transform tells how to do it again in Pillow: ``photo.resize(placed_size, resampling, box=source_box)``, pasted
-    at ``offset``.
+    The transform describes how to do it again in Pillow: ``photo.resize(placed_size, resampling, box=source_box)``,
+    pasted at ``offset``.
     """
     rows_total, columns_total = product.alpha_HW.shape
     box = layout.source_box
@@ -255,7 +255,7 @@ def plan_frame(height: int, width: int, resolution: int, unit: int) -> Frame:
 
 @dataclass(frozen=True)
 class Working:
-    """What the diffusion model is told of the product.
+    """What the diffusion model is given of the product.
 
     image_HW3: uint8, product colours everywhere (they continue past the edge, so no old background leaks in).
     keep_HW: bool, max-pooled: true wherever a product pixel falls; for conditioning, so that thin parts do not vanish.

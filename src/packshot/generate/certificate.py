@@ -17,7 +17,7 @@ from packshot.generate.color import delta_e
 from packshot.generate.json_types import Json
 
 VERSION = 1
-LAYERS = "layers"  # folder beside the pictures of a run
+LAYERS = "layers"  # folder next to the pictures of a run
 RIM = 3  # px inside the outline where a good matte may be soft
 _SQUARE = np.ones((3, 3), np.uint8)
 

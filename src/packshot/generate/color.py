@@ -79,7 +79,7 @@ def fit_colour(decoded_N3: np.ndarray, truth_N3: np.ndarray) -> ColourFit:
     """Affine map from decoded to true product colours, both (N, 3) in [0, 1].
 
     Ridge regression towards the identity, so colour directions the product does not have are left alone, refitted
-    once without the pixels that fit worst (detail that the autoencoder lost is no colour drift). Not applied, with
+    once without the pixels that fit worst (detail that the autoencoder lost is not colour drift). Not applied, with
     the reason in the report, for few pixels, for a map that leaves most of the error (it would tint the background and
     mend nothing), or one that would move colours too far to be believed.
     """
@@ -91,7 +91,7 @@ def fit_colour(decoded_N3: np.ndarray, truth_N3: np.ndarray) -> ColourFit:
         matrix, offset = ridge_regression(decoded_N3[inliers], truth_N3[inliers])
         residual = np.abs(decoded_N3 @ matrix + offset - truth_N3).mean(axis=1)
         inliers = residual <= np.quantile(residual, 0.9)
-    # The median over pixels: what the typical pixel gains, whatever the edges do.
+    # The median over pixels: what the typical pixel gains; the edges hardly count.
     before = float(np.median(np.abs(decoded_N3 - truth_N3).mean(axis=1)))
     after = float(np.median(residual))
     probe = np.stack(np.meshgrid(*[np.linspace(0, 1, 5)] * 3), -1).reshape(-1, 3)

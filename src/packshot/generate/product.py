@@ -119,7 +119,7 @@ def prepare(
     found = find_mask(photo, matte or MatteConfig(), given and given.image, name)
     alpha = to_bytes(found.alpha_HW)
     check_alpha(alpha, name, "file" if given is not None else found.method)
-    # Under a cut-out's own alpha lies what it was cut out of, which tells how its edge was mixed. Under a mask from
+    # Under a cut-out's own alpha lies what it was cut out of, which shows how its edge was mixed. Under a mask from
     # elsewhere transparent pixels may count as product, and those have no colour but the white they are shown over.
     rgb = np.ascontiguousarray(photo.convert("RGB") if found.method == "alpha" else flatten(photo))
     soft = soften_hard_edge(alpha)

@@ -137,11 +137,11 @@ class Control:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """What a view must have besides image and mask: names of ``config.conditions.INPUTS``."""
+        """What a view must have in addition to image and mask: names of ``config.conditions.INPUTS``."""
         return CONDITIONS[self.condition].inputs
 
     def draw(self, view: View, shift: float = 0.0) -> np.ndarray:
-        """The control map. shift: px by which the outline is moved besides ``mask_grow``.
+        """The control map. shift: px by which the outline is moved in addition to ``mask_grow``.
 
         Raises:
             ValueError: the view lacks an input of the condition.
@@ -155,5 +155,5 @@ class Control:
 
 
 def inputs_of(controls: Iterable[Control]) -> list[str]:
-    """What some of the maps are drawn from besides image and mask: names of ``config.conditions.INPUTS``, sorted."""
+    """What these maps are drawn from, apart from image and mask: names of ``config.conditions.INPUTS``, sorted."""
     return sorted(set().union(*map(attrgetter("inputs"), controls)))

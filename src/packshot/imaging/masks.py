@@ -1,7 +1,7 @@
 """Where the product is: from a mask file, the picture's own alpha, or what ``matte.model`` names, in that order.
 
-A network says roughly where the product is, and GrabCut finds its outline by the colours. Before a studio's ground what
-stands out from the frame says it as well, so there both are asked. ``mask_doubt`` compares the ways and names doubts.
+A network finds roughly where the product is, and GrabCut finds its outline by the colours. On a studio's plain ground
+the product also stands out from the frame, so there both ways are used. ``mask_doubt`` compares them and names doubts.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def _from_file(image: Image.Image, mask: Image.Image, name: str, invert: bool) -
 def _cutout_alpha(image: Image.Image) -> np.ndarray | None:
     """The alpha of a real cut-out; None for opaque pictures and for alpha that only fades a whole picture.
 
-    Large clear areas make a cut-out, whatever the peak: glass never reaches full alpha. Where a part of it is nearly
-    full, that part means opaque.
+    Large clear areas make a cut-out, also where the alpha is never full, as in glass. Where a part of it is nearly
+    full, that part counts as opaque.
     """
     if image.mode != "RGBA":
         return None
@@ -159,7 +159,7 @@ ONNX_LEVELS = (0.05, 0.95)
 def _from_onnx(image: Image.Image, model: str) -> Mask:
     """The mask of a public network or an ONNX file.
 
-    GrabCut, started from it, is the second way, which goes by the colours: where the two differ the mask is in doubt.
+    GrabCut, started from it, is the second way, which uses the colours: where the two differ, the mask is in doubt.
     """
     guess_HW = seen_by_onnx(image, model)
     likely = guess_HW > 0.1

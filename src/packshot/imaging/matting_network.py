@@ -57,7 +57,7 @@ def load_matting(path: str) -> Any:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"matte.model: the network in {path} cannot be loaded: {reason}",
-            "Set matte.model=grabcut, or install the family anew.",
+            "Set matte.model=grabcut, or install the family again.",
         ) from error
     patch = patch_side(network)
     shape = network.config.in_channels, network.config.out_channels

@@ -43,7 +43,7 @@ class Recipe:
     items: what there is to build from, and lines for the screen; ``cache`` is a folder for downloads.
     fingerprints: digests of the contents behind items.
     steps: in their order; the last one writes the rows.
-    settings: what the card tells about how the set was made: all that shaped it, nothing about where.
+    settings: what the card states about how the set was made: all that shaped it, but no places.
     notes: lines for the screen about what was built.
     hold: keeps other builds from shared folders. finish: removes what the set holds now.
     """

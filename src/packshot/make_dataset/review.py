@@ -41,7 +41,7 @@ button {{ font: inherit; padding: .3rem .8rem; }}
 <ol><li>Edit the wrong masks in the folder <code>masks</code> (white = product); save each under its own name.</li>
 <li>Tick those that are right as they are, and save the list into the folder <code>masks</code>.</li>
 <li>Build again with the command that built the dataset and, added to it, <code>{added}</code>. Only the rows of
-these masks are made anew. Masks that are neither edited nor ticked stay in doubt.</li></ol>
+these masks are made again. Masks that are neither edited nor ticked stay in doubt.</li></ol>
 {articles}
 <footer><button type="button" id="save">Save the list of right masks</button> <span id="ticked">0</span> ticked</footer>
 <script>

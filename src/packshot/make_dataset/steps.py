@@ -92,7 +92,7 @@ def ingest_one(raw: Raw, item: Sample, config: BuildData) -> Outcome:
 
 
 def check_captions(samples: list[Sample], policy: ProductNaming) -> list[Outcome]:
-    """Look for captions that name a product, where the policy decides what becomes of them, and in odd encodings."""
+    """Look for captions that name a product, for which the policy decides, and for captions in unusual encodings."""
     outcomes = []
     for sample in samples:
         hits = ", ".join(names_product(sample["text"]))

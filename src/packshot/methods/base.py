@@ -55,7 +55,7 @@ class Method(nn.Module):
 
     A method is one subclass of this class and one config dataclass, and it is built as ``Class(parts, config)``.
     Nothing outside this package asks which method it is: training, caching, ``mode=plan``, ``mode=check``, validation,
-    export and model card go by what is declared here. The defaults are those of a method that reads nothing besides
+    export and model card go by what is declared here. The defaults are those of a method that reads only
     picture and prompt.
 
     unet: the base's UNet, as a submodule.
@@ -101,13 +101,13 @@ class Method(nn.Module):
         return [{} for _ in samples]
 
     def cache_key(self) -> str:
-        """Everything that ``encode`` depends on besides the sample (encoder weights, variant)."""
+        """Everything that ``encode`` depends on, apart from the sample (encoder weights, variant)."""
         return ""
 
     # ---- at each access and step ----
 
     def condition(self, sample: FramedSample | None, encoded: Sequence[Tensors], key: SampleKey) -> Tensors:
-        """What the network reads at one access besides the prompt, without batch dimension.
+        """What the network reads at one access in addition to the prompt, without batch dimension.
 
         sample: the framed sample if the method has ``pictures``, else None.
         encoded: results of ``encode``, first that of the sample itself, then those of its peers; each is read or made

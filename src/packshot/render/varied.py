@@ -56,7 +56,7 @@ def draw_frame(rng: random.Random) -> tuple[float, float]:
 
 
 def draw_view(rng: random.Random) -> tuple[float, str | None]:
-    """The camera's elevation in degrees, and the style phrase that tells of it."""
+    """The camera's elevation in degrees, and the style phrase that describes it."""
     form = rng.random()
     if form < 0.12:
         return rng.uniform(-9, -2), _LOW

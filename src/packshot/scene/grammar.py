@@ -240,7 +240,7 @@ def parse(text: str) -> Parsed:
 
 
 def named(head: str) -> list[str]:
-    """What the head of a free caption names besides "photo of an object on": usually the product's name."""
+    """What the head of a free caption names in addition to "photo of an object on": usually the product's name."""
     words = [word for word in re.findall(r"[\w-]+", head) if word.lower() not in _HEAD_WORDS]
     return [" ".join(words)] if words else []
 

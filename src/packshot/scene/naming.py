@@ -157,7 +157,7 @@ def shown_by(tokens: list[str]) -> list[str]:
 
 
 def subject(tokens: list[str], before: str, rest: str, first: bool) -> bool:
-    """Whether a phrase tells what the picture shows: after "photo of", before "standing", or first in the caption."""
+    """Whether a phrase states what the picture shows: after "photo of", before "standing", or first in the caption."""
     if len(shown_by(tokens)) < len(tokens) or _SUBJECT_BEFORE.search(before):
         return True
     if _POSTURE.match(rest) or any(map(_POSTURE.match, tokens[1:])):

@@ -81,7 +81,7 @@ def base_of(model: ModelConfig, captioner: CaptionerConfig) -> str:
 
 
 def identity(model: ModelConfig, captioner: CaptionerConfig) -> dict[str, str]:
-    """Everything that a caption depends on besides its image: weights by content, and the settings that write it."""
+    """All that a caption depends on, apart from its image: weights by content, and the settings that write it."""
     base = base_of(model, captioner)
     weights = resolve(captioner.adapter or base)
     content = folder_hash(weights) if weights.is_dir() else str(weights)

@@ -188,7 +188,7 @@ def apply_tuning(network: Network, source: Source, captioner: CaptionerConfig, c
         rank = captioner.lora_rank
         modules = preset.modules.replace("CROSS_LAYERS", cross_layers)
         settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules, lora_dropout=0.0)
-        # A LoRA is trained in fp32, whatever the dtype of its base.
+        # A LoRA is trained in fp32, also over a base of another dtype.
         return get_peft_model(network, settings, autocast_adapter_dtype=True)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(re.fullmatch(preset.parameters, name) is not None)

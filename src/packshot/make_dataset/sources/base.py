@@ -147,7 +147,7 @@ def check_caption_column(key: str | None, columns: list[str], where: str) -> Non
 
 
 def caption_count(captioned: int, images: int) -> str:
-    """The line that tells a person whether their captions were found."""
+    """The line on the screen with the number of captions that were found."""
     hint = "" if captioned else "; captioner=florence2 writes them, docs/datasets.md names where they are looked for"
     return f"{captioned} of {images} images have a caption{hint}"
 

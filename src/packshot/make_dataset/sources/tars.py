@@ -75,7 +75,7 @@ def tar_items(listing: Listing, path: str, caption_column: str | None) -> list[I
     except _DAMAGED as error:
         raise ConfigError(
             f"source.path: {path} is not a whole tar file ({error}).",
-            "Fetch it again, or pack it anew as .tar, .tar.gz, .tar.bz2 or .tar.xz.",
+            "Fetch it again, or pack it again as .tar, .tar.gz, .tar.bz2 or .tar.xz.",
         ) from error
     held = set().union(*samples.values())
     if "image" not in held:
