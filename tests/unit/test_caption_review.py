@@ -27,7 +27,7 @@ def captioned(tmp_path):
         CaptionedRow(error="names the product (bottle): a bottle on a table"),
         CaptionedRow(CAPTIONS[1], confidence={"surface": 0.5, "lighting": 0.9}),
     ]
-    write_captions(tmp_path / "captioned" / "part-00000.parquet", read_shard(source), rows, "key")
+    write_captions(tmp_path / "captioned" / "part-00000.parquet", read_shard(source), rows, "key", "florence2", ())
     return tmp_path / "captioned"
 
 
