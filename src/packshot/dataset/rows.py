@@ -182,6 +182,26 @@ class Rows(Sequence[Row]):
         return whole.hexdigest()
 
 
+def read_whole(
+    files: Sequence[Path], pictures: Sequence[str] | None, cache: str | None, needed: set[str], named: str
+) -> tuple[pa.Table, pa.Table]:
+    """:func:`read_tables`, of files that are whole and have the columns ``needed``. named: the set in messages.
+
+    Raises:
+        ConfigError: a file is no Parquet, or a column is missing.
+    """
+    way_out = preparing(named.partition("=")[2])
+    try:
+        table, shown = read_tables(files, pictures, cache)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{named} cannot be read as Parquet ({reason}).", way_out) from error
+    missing = needed - {*table.column_names, *shown.column_names}
+    if missing:
+        raise ConfigError(f"{named} lacks the column {', '.join(sorted(missing))}.", way_out)
+    return table, shown
+
+
 def load_rows(
     key: str,
     path: str,
@@ -210,15 +230,8 @@ def load_rows(
     named = f"{key}={path}"
     folder = readable(key, path)
     files = shards_of(folder, named)
-    try:
-        table, shown = read_tables(files, pictures, cache)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{named} cannot be read as Parquet ({reason}).", preparing(path)) from error
-    wanted = {"image"} if empty_captions else {"image", "text"}
-    missing = wanted - {*table.column_names, *shown.column_names}
-    if missing:
-        raise ConfigError(f"{named} lacks the column {', '.join(sorted(missing))}.", preparing(path))
+    needed = {"image"} if empty_captions else {"image", "text"}
+    table, shown = read_whole(files, pictures, cache, needed, named)
     table = with_ids(table, shown, named)
     table = with_first_captions(table)
     if empty_captions:

@@ -174,10 +174,10 @@ def scaled_by(photo_HW3: np.ndarray, mask_HW: np.ndarray, picture_HW3: np.ndarra
     least = min(place.error for place in tried)
     best = [place for place in tried if place.error <= LARGER_PASSES * least + SLACK][-1]
     for reach in SCALE_STEPS:
-        scales = [best.scale * (1 + change) for change in np.linspace(-reach, reach, SCALES_EACH)]
-        around = [
-            place_at(photo_HW3, mask_HW, picture_HW3, scale, REFINED_SIDE) for scale in scales if scale <= largest
-        ]
+        scales = best.scale * (1 + np.linspace(-reach, reach, SCALES_EACH))
+        around = []
+        for scale in scales[scales <= largest]:
+            around.append(place_at(photo_HW3, mask_HW, picture_HW3, scale, REFINED_SIDE))
         best = min([*around, best] if reach < SCALE_STEPS[0] else around or [best], key=lambda place: place.error)
     reach = max(1, round(max(picture_HW3.shape[:2]) / REFINED_SIDE))
     if abs(best.scale - 1) < 0.02:  # a canvas of another size around the same pixels

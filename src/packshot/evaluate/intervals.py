@@ -31,9 +31,15 @@ class Comparison:
     difference: Estimate
 
 
+def finite(values: Mapping[str, float]) -> dict[str, float]:
+    """The entries that are numbers: neither nan nor infinite."""
+    return {name: value for name, value in values.items() if np.isfinite(value)}
+
+
 def estimate(values: Mapping[str, float]) -> Estimate | None:
     """The mean of the finite values of items; None where there is none. The order of items plays no role."""
-    kept_N = np.array([values[name] for name in sorted(values) if np.isfinite(values[name])])
+    kept = finite(values)
+    kept_N = np.array(list(map(kept.__getitem__, sorted(kept))))
     if not len(kept_N):
         return None
     drawn_RN = np.random.default_rng(0).integers(0, len(kept_N), (RESAMPLES, len(kept_N)))
@@ -44,12 +50,15 @@ def estimate(values: Mapping[str, float]) -> Estimate | None:
 
 def compare(first: Mapping[str, float], second: Mapping[str, float], lower_is_better: bool) -> Comparison | None:
     """Wins and losses over the items that both systems have; None where they share none."""
-    shared = [name for name in first if np.isfinite(first[name]) and np.isfinite(second.get(name, np.nan))]
-    differences = {name: first[name] - second[name] for name in shared}
+    theirs = finite(second)
+    differences = {}
+    for name, value in finite(first).items():
+        if name in theirs:
+            differences[name] = value - theirs[name]
     mean = estimate(differences)
     if mean is None:
         return None
-    sign = -1 if lower_is_better else 1
-    wins = sum(sign * value > 0 for value in differences.values())
-    losses = sum(sign * value < 0 for value in differences.values())
-    return Comparison(wins, len(shared) - wins - losses, losses, mean)
+    gains_N = np.array(list(differences.values())) * (-1 if lower_is_better else 1)
+    wins = int((gains_N > 0).sum())
+    losses = int((gains_N < 0).sum())
+    return Comparison(wins, len(gains_N) - wins - losses, losses, mean)

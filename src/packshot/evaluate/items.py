@@ -78,12 +78,15 @@ def open_items(path: Path, unpacked: Path) -> list[Item]:
         rows.refuse_without("items", ("mask",))
         return write_items(set_items(rows), unpacked)
     table = path / TABLE if path.is_dir() else path
-    items = [read_item(record, table) for record in read_records(table, "items")]
-    ids = [item.id for item in items]
-    twice = sorted({name for name in ids if ids.count(name) > 1})
-    if twice:
-        raise ConfigError(f"items: {table} has the id {twice[0]} more than once.", "Give every item an id of its own.")
-    return sorted(items, key=lambda item: item.id)
+    items: dict[str, Item] = {}
+    for record in read_records(table, "items"):
+        item = read_item(record, table)
+        if item.id in items:
+            raise ConfigError(
+                f"items: {table} has the id {item.id} more than once.", "Give every item an id of its own."
+            )
+        items[item.id] = item
+    return [items[name] for name in sorted(items)]
 
 
 def read_item(record: Mapping[str, object], table: Path) -> Item:
@@ -115,6 +118,11 @@ def set_items(rows: Rows) -> Iterable[Unpacked]:
     for index in range(len(rows)):
         row = rows.read(index, ("image", "mask"))
         yield Unpacked(row["id"], row["text"] or "", {"photo": row["image"], "mask": row["mask"]})
+
+
+def by_ids(items: Iterable[Item]) -> dict[str, Item]:
+    """The items by their ids."""
+    return {item.id: item for item in items}
 
 
 def write_items(items: Iterable[Unpacked], folder: Path) -> list[Item]:

@@ -6,13 +6,15 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
 from packshot.dataset.text_files import read_records
 from packshot.errors import ConfigError
-from packshot.evaluate.items import Item
+from packshot.evaluate.items import Item, by_ids
 from packshot.evaluate.samples import distinct_names
 from packshot.imaging.decode import decode_image
 from packshot.runs.files import readable
@@ -57,8 +59,8 @@ def open_systems(paths: list[str], items: list[Item]) -> list[System]:
     """
     if not paths:
         raise ConfigError("items is given, and runs is empty.", "Name the folders or tables that have the pictures.")
-    places = [readable("runs", path) for path in paths]
-    ids = [item.id for item in items]
+    places = list(map(partial(readable, "runs"), paths))
+    ids = list(by_ids(items))
     systems = []
     for name, place in zip(distinct_names(places), places, strict=True):
         found = pictures_in_folder(place, ids) if place.is_dir() else pictures_in_table(place, ids)
@@ -67,7 +69,7 @@ def open_systems(paths: list[str], items: list[Item]) -> list[System]:
                 f"runs: {place} has no picture of any item.",
                 f"Name the files after the ids of items, such as {ids[0]}.png or {ids[0]}-0.png.",
             )
-        missing = [name for name in ids if name not in found]
+        missing = sorted(set(ids) - set(found))
         if missing:
             log.warning(
                 "%s has pictures of %d of %d items; missing: %s ...",
@@ -98,7 +100,7 @@ def pictures_in_folder(folder: Path, ids: Collection[str]) -> dict[str, list[Pic
         log.warning("%s: %d pictures belong to no item, such as %s", folder, len(others), others[0])
     found = {}
     for owner, pictures in numbered.items():
-        found[owner] = [picture for _, picture in sorted(pictures, key=lambda pair: pair[0])]
+        found[owner] = list(map(itemgetter(1), sorted(pictures, key=itemgetter(0))))
     return found
 
 
@@ -159,7 +161,7 @@ def pictures_in_table(table: Path, ids: Collection[str]) -> dict[str, list[Pictu
 
 def read_box(text: str) -> tuple[float, float, float, float]:
     """``left,top,width,height`` as numbers. Raises ValueError where it is anything else."""
-    left, top, width, height = [float(part) for part in re.split(r"[,; ]+", text.strip("[]() "))]
+    left, top, width, height = map(float, re.split(r"[,; ]+", text.strip("[]() ")))
     if width <= 0 or height <= 0:
         raise ValueError(f"{text} has no area")
     return left, top, width, height

@@ -13,6 +13,7 @@ from packshot.evaluate.distance import cmmd, kid
 from packshot.evaluate.features import Embed, base_encoder, by_plain_features, named_encoder, without_product
 from packshot.evaluate.items import Item
 from packshot.evaluate.results import COSTS, Picture
+from packshot.lists import map_values
 from packshot.runs.folder import log
 
 CHOICES = 4  # pictures among which a reference has to be told, its own included
@@ -41,6 +42,10 @@ class Seen:
     def scene(self) -> np.ndarray:
         """The picture with its product grey."""
         return without_product(self.image_HW3, self.matte_HW)
+
+    def product(self) -> np.ndarray:
+        """The product alone, on grey."""
+        return product_crop(self.image_HW3, self.matte_HW)
 
 
 def embeddings(model: ModelConfig, scores: EvaluationScores) -> dict[str, Embed]:
@@ -77,11 +82,16 @@ def distances(seen: list[Seen], wanted: list[np.ndarray], embeds: Mapping[str, E
     return found
 
 
+def ids_of(seen: list[Seen]) -> list[str]:
+    """The item of each picture."""
+    return [one.item.id for one in seen]
+
+
 def by_item(seen: list[Seen]) -> dict[str, list[int]]:
     """The places of every item's pictures."""
     places: dict[str, list[int]] = {}
-    for place, one in enumerate(seen):
-        places.setdefault(one.item.id, []).append(place)
+    for place, item in enumerate(ids_of(seen)):
+        places.setdefault(item, []).append(place)
     return places
 
 
@@ -94,7 +104,7 @@ def cosines(a_ND: np.ndarray, b_MD: np.ndarray) -> np.ndarray:
 
 def diversity(seen: list[Seen], embed: Embed) -> dict[str, float]:
     """By item: how much its pictures differ; only items with at least two."""
-    embedded_ND = embed([one.scene() for one in seen])
+    embedded_ND = embed(list(map(Seen.scene, seen)))
     found = {}
     for item, places in by_item(seen).items():
         count = len(places)
@@ -118,7 +128,7 @@ def reference_choice(seen: list[Seen], embed: Embed) -> dict[str, float]:
     looks_ND = embed(list(references.values()))
     centre_D = looks_ND.mean(axis=0)  # what all pictures share would drown the rest
     hits: dict[str, list[float]] = {}
-    pictures_ND = embed([one.scene() for one in seen])
+    pictures_ND = embed(list(map(Seen.scene, seen)))
     for one, picture_D in zip(seen, pictures_ND, strict=True):
         if one.item.id not in references:
             continue
@@ -126,7 +136,7 @@ def reference_choice(seen: list[Seen], embed: Embed) -> dict[str, float]:
         offered = [(own + step) % len(names) for step in range(CHOICES)]
         alike = cosines((picture_D - centre_D)[None], looks_ND[offered] - centre_D)[0]
         hits.setdefault(one.item.id, []).append(float(alike.argmax() == 0))
-    return {item: float(np.mean(values)) for item, values in hits.items()}
+    return map_values(mean_or_nan, hits)
 
 
 def costs(seen: list[Seen]) -> dict[str, dict[str, float]]:
@@ -138,7 +148,7 @@ def costs(seen: list[Seen]) -> dict[str, dict[str, float]]:
             if name in one.picture.costs:
                 stated.setdefault(one.item.id, []).append(one.picture.costs[name])
         if stated:
-            found[name] = {item: float(np.mean(values)) for item, values in stated.items()}
+            found[name] = map_values(mean_or_nan, stated)
     return found
 
 
@@ -158,8 +168,8 @@ def product_similarity(seen: list[Seen], embed: Embed) -> dict[str, float]:
         if one.item.id not in photos:
             photos[one.item.id] = product_crop(*one.item.photo_and_mask())
     photos_ND = embed(list(photos.values()))
-    pictures_ND = embed([product_crop(one.image_HW3, one.matte_HW) for one in seen])
-    own_ND = photos_ND[[list(photos).index(one.item.id) for one in seen]]
+    pictures_ND = embed(list(map(Seen.product, seen)))
+    own_ND = photos_ND[list(map(list(photos).index, ids_of(seen)))]
     alike_N = np.diag(cosines(own_ND, pictures_ND))
     return means_by_item(seen, alike_N)
 
@@ -211,5 +221,5 @@ def item_measures(
 
 def mean_or_nan(values: list[float]) -> float:
     """The mean of the finite values."""
-    finite = [value for value in values if np.isfinite(value)]
-    return float(np.mean(finite)) if finite else nan
+    known_N = np.array(values)[np.isfinite(values)]
+    return float(known_N.mean()) if len(known_N) else nan

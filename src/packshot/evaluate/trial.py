@@ -6,14 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-import numpy as np
 from PIL import Image
 
 from packshot.config.schema import Evaluate, Suite
 from packshot.evaluate.adherence import adherence, names_a_slot, slot_means
 from packshot.evaluate.features import Embed
-from packshot.evaluate.intervals import Comparison, Estimate, compare, estimate
-from packshot.evaluate.items import Item, open_items
+from packshot.evaluate.intervals import Comparison, Estimate, compare, estimate, finite
+from packshot.evaluate.items import Item, by_ids, open_items
 from packshot.evaluate.measures import MEASURES, floor_of, measure_all, open_trial
 from packshot.evaluate.preservation import segmenter
 from packshot.evaluate.results import System, open_systems
@@ -21,6 +20,7 @@ from packshot.evaluate.samples import Json, without_nan
 from packshot.evaluate.sets import DEFINITIONS, Seen, distances, embeddings, item_measures, mean_or_nan, wanted_pictures
 from packshot.evaluate.trial_report import write_trial_report
 from packshot.imaging.outline import Segment
+from packshot.lists import map_values
 from packshot.runs.files import readable, replacing_file
 from packshot.runs.folder import log, open_run
 from packshot.runs.progress import progress
@@ -65,14 +65,16 @@ def evaluate_items(config: Evaluate) -> None:
     segment = segmenter(config.matte)
     embeds = embeddings(config.model, config.scores) if config.suite is not Suite.preservation else {}
     floors = {item.id: floor_of(item, segment) for item in items} if config.suite is not Suite.scene else {}
-    scored = [score_system(config, system, items, segment, floors, embeds) for system in systems]
+    scored = []
+    for system in systems:
+        scored.append(score_system(config, system, items, segment, floors, embeds))
     report = report_of(config, items, scored)
     with replacing_file(run.path / "report.json") as file:
         file.write_text(json.dumps(without_nan(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_trial_report(run.path, report, items, systems)
     figures = flat(scored)
     run.metrics({"step": 0, **without_nan(figures)})
-    tracker.log({name: value for name, value in figures.items() if np.isfinite(value)}, 0)
+    tracker.log(finite(figures), 0)
     tracker.finish()
     for one in scored:
         means = {name: round(known.mean, 4) for name, known in one.estimates().items() if name in MEASURES}
@@ -89,7 +91,7 @@ def score_system(
     embeds: Mapping[str, Embed],
 ) -> Scored:
     """Measure all pictures of one system. floors: by item; empty where the product is not measured."""
-    by_id = {item.id: item for item in items}
+    by_id = by_ids(items)
     measured: dict[str, dict[str, list[float]]] = {}
     seen: list[Seen] = []
     names: list[str] = []
@@ -104,7 +106,7 @@ def score_system(
                 advance()
     by_item = {}
     for measure, values in measured.items():
-        by_item[measure] = {name: mean_or_nan(several) for name, several in values.items()}
+        by_item[measure] = map_values(mean_or_nan, values)
     scored = Scored(system, by_item, {}, {})
     if config.suite is not Suite.preservation:
         scored.by_item |= item_measures(seen, embeds, config.scores)
@@ -115,12 +117,14 @@ def score_system(
 
 def score_scene(config: Evaluate, scored: Scored, seen: list[Seen]) -> None:
     """Enter what a captioner reads in the pictures: slot scores of the set, and their mean by item."""
-    shown = {str(number): one for number, one in enumerate(seen)}
+    shown = dict(zip(map(str, range(len(seen))), seen, strict=True))
 
     def read(name: str) -> tuple[Image.Image, Image.Image]:
         return Image.fromarray(shown[name].image_HW3), Image.fromarray(shown[name].matte_HW)
 
-    prompts = {name: one.item.text for name, one in shown.items()}
+    prompts = {}
+    for name, one in shown.items():
+        prompts[name] = one.item.text
     scored.scene = adherence(prompts, read, config.model, config.captioner)
     values: dict[str, list[float]] = {}
     for name, text in scored.scene.get("captions", {}).items():
@@ -129,7 +133,7 @@ def score_scene(config: Evaluate, scored: Scored, seen: list[Seen]) -> None:
             mean = slot_means([Scene.parse(text).scene], [asked])["mean"]
             values.setdefault(shown[name].item.id, []).append(mean)
     if values:
-        scored.by_item["slot_adherence"] = {name: mean_or_nan(several) for name, several in values.items()}
+        scored.by_item["slot_adherence"] = map_values(mean_or_nan, values)
 
 
 def is_lower_better(measure: str) -> bool:
@@ -154,18 +158,20 @@ def report_of(config: Evaluate, items: list[Item], scored: list[Scored]) -> Json
             "path": str(one.system.path),
             "pictures": sum(map(len, one.system.pictures.values())),
             "missing": [item.id for item in items if item.id not in one.system.pictures],
-            "measures": {name: asdict(known) for name, known in one.estimates().items()},
+            "measures": map_values(asdict, one.estimates()),
             "set": one.by_set,
             "scene": one.scene,
             "by_item": one.by_item,
         }
-    measures = list(dict.fromkeys(name for one in scored for name in [*one.by_item, *one.by_set]))
+    measures: dict[str, None] = {}
+    for one in scored:
+        measures |= dict.fromkeys([*one.by_item, *one.by_set])
     return {
         "items": {"path": config.items, "count": len(items)},
         "segmenter": config.matte.model,
         "captioner": config.captioner.adapter or config.captioner.kind.name,
-        "definitions": {name: definition(name) for name in measures},
-        "lower_is_better": {name: is_lower_better(name) for name in measures},
+        "definitions": dict(zip(measures, map(definition, measures), strict=True)),
+        "lower_is_better": dict(zip(measures, map(is_lower_better, measures), strict=True)),
         "systems": systems,
         "comparisons": comparisons(scored),
     }
@@ -180,9 +186,7 @@ def comparisons(scored: list[Scored]) -> Json:
             compared = compare(values, other.by_item.get(measure, {}), is_lower_better(measure))
             if compared:
                 rows[measure] = compared
-        found[f"{scored[0].system.name} against {other.system.name}"] = {
-            measure: asdict(compared) for measure, compared in rows.items()
-        }
+        found[f"{scored[0].system.name} against {other.system.name}"] = map_values(asdict, rows)
     return found
 
 

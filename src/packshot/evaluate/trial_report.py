@@ -6,13 +6,13 @@ import html
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
-
-from packshot.evaluate.items import Item
+from packshot.evaluate.intervals import finite
+from packshot.evaluate.items import Item, by_ids
 from packshot.evaluate.report import number, row
 from packshot.evaluate.results import System
 from packshot.evaluate.samples import Json
 from packshot.generate.report import picture, write_page
+from packshot.lists import column
 
 WORST = 4  # pictures shown for each measure
 
@@ -35,7 +35,7 @@ def page(folder: Path, report: Json, items: list[Item], systems: list[System]) -
     yield "</dl>"
     for system in systems:
         yield f"<h2>Worst cases of {html.escape(system.name)}</h2>"
-        yield from worst_cases(folder, report, {item.id: item for item in items}, system)
+        yield from worst_cases(folder, report, by_ids(items), system)
 
 
 def measures_table(report: Json) -> str:
@@ -45,8 +45,8 @@ def measures_table(report: Json) -> str:
     for name in report["definitions"]:
         cells = [cell(found, name) for found in systems.values()]
         parts.append(row('td class="n"', [name, "lower" if report["lower_is_better"][name] else "higher", *cells]))
-    missing = [str(len(found["missing"])) for found in systems.values()]
-    parts.append(row('td class="n"', ["items without a picture", "lower", *missing]))
+    missing = map(len, column(systems.values(), "missing"))
+    parts.append(row('td class="n"', ["items without a picture", "lower", *map(str, missing)]))
     return "".join([*parts, "</table>"])
 
 
@@ -65,8 +65,9 @@ def comparison_table(title: str, compared: Json) -> str:
     for name, found in compared.items():
         known = found["difference"]
         difference = f"{number(known['mean'])} ({number(known['low'])} to {number(known['high'])})"
-        counts = [str(found[key]) for key in ("wins", "ties", "losses")]
-        parts.append(row('td class="n"', [name, *counts, difference]))
+        parts.append(
+            row('td class="n"', [name, str(found["wins"]), str(found["ties"]), str(found["losses"]), difference])
+        )
     return "".join([*parts, "</table>"])
 
 
@@ -91,8 +92,8 @@ def figure(folder: Path, file: Path, caption: str) -> str:
 
 def worst(by_item: Mapping[str, float], lower_is_better: bool, count: int) -> list[str]:
     """The items with the worst finite values, the worst first; ties by id. A value that all share shows nothing."""
-    finite = {name: value for name, value in by_item.items() if np.isfinite(value)}
-    if len(set(finite.values())) < 2:
+    known = finite(by_item)
+    if len(set(known.values())) < 2:
         return []
     sign = -1 if lower_is_better else 1
-    return sorted(finite, key=lambda name: (sign * finite[name], name))[:count]
+    return sorted(known, key=lambda name: (sign * known[name], name))[:count]
