@@ -17,11 +17,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Blender pins its Python and its numpy, hence an environment of its own (about 1 GB).
+# Blender pins its Python and its numpy, hence an environment of its own (about 1 GB). With PYTHONPATH pip would find
+# the checkout there, and complain that it lacks torch.
 RENDER_VENV := .venv-render
 $(RENDER_VENV)/.installed: constraints-render.txt
 	python3.11 -m venv $(RENDER_VENV)
-	$(RENDER_VENV)/bin/pip install --quiet --disable-pip-version-check -r constraints-render.txt
+	PYTHONPATH= $(RENDER_VENV)/bin/pip install --quiet --disable-pip-version-check -r constraints-render.txt
 	touch $@
 
 render-env: $(RENDER_VENV)/.installed ## install Blender for build_data.py dataset=rendered
