@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, make_dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import ClassVar
 
 from packshot.config.captioners import CAPTIONERS
-from packshot.config.keys import Names, opt
+from packshot.config.keys import Names, nearest, opt
 from packshot.config.mask_models import MASK_MODELS
 from packshot.errors import ConfigError
 from packshot.lists import in_words, map_values
@@ -150,6 +151,17 @@ class MatteConfig:
     min_confidence: float = opt(0.5, "masks below this confidence are rejected", min=0, max=1)
     strict: bool = opt(False, "refuse masks that are in doubt, instead of marking them needs_review")
     invert: bool = opt(False, "mask files are black where the product is")
+
+    def check(self) -> None:
+        """Raises ConfigError where ``model`` is neither a name nor a file that can be an ONNX network."""
+        if self.model in MASK_MODELS or self.model.endswith(".onnx") or Path(self.model).expanduser().exists():
+            return
+        close = nearest(self.model, MASK_MODELS)
+        raise ConfigError(
+            f"matte.model={self.model} is neither a way to find masks nor a file."
+            + (f" Did you mean {close}?" if close else ""),
+            f"Allowed are {', '.join(MASK_MODELS)}, or the path of an .onnx file.",
+        )
 
 
 @dataclass

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from packshot.errors import PackshotError
+
 SEARCH_SIDE = 256  # px, longer side of the picture in the first search
 REFINED_SIDE = 512  # px, the same in the later searches
 SCALE_STEPS = (0.12, 0.012, 0.003)  # by how much the scale is changed in each of them, at most
@@ -14,6 +16,7 @@ SCALES_EACH = 31  # a texture that is 2 % too large no longer fits
 SCALES = np.geomspace(0.1, 1.0, 28)  # product's size in the picture, as a share of the largest that fits
 LARGER_PASSES = 1.25  # a larger scale is taken although its error is up to this much above the smallest
 SLACK = 4.0  # squared 8-bit differences that mean nothing
+ASPECT_SLACK = 0.03  # by how much a stated box may stretch the photograph
 SAME = 4  # 8-bit difference up to which two pixels look alike
 INTERPOLATIONS = {
     "area": cv2.INTER_AREA,
@@ -70,14 +73,30 @@ def align(
     A picture of the photograph's size is searched for a move by whole pixels, and the old place wins unless another one
     is clearly better. A picture of another size is searched over scales too. photo_HW3, picture_HW3: uint8.
     mask_HW: uint8, white = product. box: left, top, width, height of the photograph's frame, if they are known.
+
+    Raises:
+        PackshotError: the box has another shape than the photograph.
     """
+    mask_HW = matched_part(mask_HW)
     if box is not None:
-        left, top, wide, _ = box
+        left, top, wide, high = box
+        if abs(wide / high / (mask_HW.shape[1] / mask_HW.shape[0]) - 1) > ASPECT_SLACK:
+            raise PackshotError(
+                f"runs: a box of {wide:g} x {high:g} px stretches a photograph of "
+                f"{mask_HW.shape[1]} x {mask_HW.shape[0]} px.",
+                "box is left,top,width,height of the whole photograph in the picture.",
+            )
         place = Alignment(round(left), round(top), wide / mask_HW.shape[1], stated=True)
         return with_best_resampling(photo_HW3, mask_HW, picture_HW3, place)
     if picture_HW3.shape == photo_HW3.shape:
         return moved_by(photo_HW3, mask_HW, picture_HW3)
     return scaled_by(photo_HW3, mask_HW, picture_HW3)
+
+
+def matched_part(mask_HW: np.ndarray) -> np.ndarray:
+    """The product without its rim, which shows another background in every picture; the whole of a thin product."""
+    core_HW = cv2.erode(np.where(mask_HW == 255, np.uint8(255), np.uint8(0)), np.ones((3, 3), np.uint8))
+    return core_HW if core_HW.any() else mask_HW
 
 
 def error_at(photo_HW3: np.ndarray, mask_HW: np.ndarray, picture_HW3: np.ndarray, place: Alignment) -> float:
@@ -170,6 +189,9 @@ def scaled_by(photo_HW3: np.ndarray, mask_HW: np.ndarray, picture_HW3: np.ndarra
     """
     rows, columns = np.nonzero(mask_HW >= 128)
     largest = min(picture_HW3.shape[0] / (np.ptp(rows) + 1), picture_HW3.shape[1] / (np.ptp(columns) + 1))
+    same = refined_at_scale_1(photo_HW3, mask_HW, picture_HW3) if largest >= 1 else None
+    if same is not None and same.error <= SLACK:
+        return same
     tried = [place_at(photo_HW3, mask_HW, picture_HW3, share * largest, SEARCH_SIDE) for share in SCALES]
     least = min(place.error for place in tried)
     best = [place for place in tried if place.error <= LARGER_PASSES * least + SLACK][-1]
@@ -180,11 +202,16 @@ def scaled_by(photo_HW3: np.ndarray, mask_HW: np.ndarray, picture_HW3: np.ndarra
             around.append(place_at(photo_HW3, mask_HW, picture_HW3, scale, REFINED_SIDE))
         best = min([*around, best] if reach < SCALE_STEPS[0] else around or [best], key=lambda place: place.error)
     reach = max(1, round(max(picture_HW3.shape[:2]) / REFINED_SIDE))
-    if abs(best.scale - 1) < 0.02:  # a canvas of another size around the same pixels
-        whole = refined(photo_HW3, mask_HW, picture_HW3, Alignment(best.left, best.top), 4 * reach)
-        if whole.error <= error_at(photo_HW3, mask_HW, picture_HW3, best) + SLACK:
-            return whole
+    if same is not None and same.error <= error_at(photo_HW3, mask_HW, picture_HW3, best) + SLACK:
+        return same
     return with_best_resampling(photo_HW3, mask_HW, picture_HW3, refined(photo_HW3, mask_HW, picture_HW3, best, reach))
+
+
+def refined_at_scale_1(photo_HW3: np.ndarray, mask_HW: np.ndarray, picture_HW3: np.ndarray) -> Alignment:
+    """The best place without resampling: a canvas of another size around the same pixels."""
+    found = place_at(photo_HW3, mask_HW, picture_HW3, 1.0, REFINED_SIDE)
+    reach = max(1, round(max(picture_HW3.shape[:2]) / REFINED_SIDE))
+    return refined(photo_HW3, mask_HW, picture_HW3, Alignment(found.left, found.top), 2 * reach)
 
 
 def place_at(photo_HW3: np.ndarray, mask_HW: np.ndarray, picture_HW3: np.ndarray, scale: float, side: int) -> Alignment:

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from packshot.config.compose import compose
+from packshot.api import run
 from packshot.dataset.rows import Rows, load_rows
 from packshot.errors import ConfigError
-from packshot.evaluate.items import TABLE, Item, Unpacked, write_items
-from packshot.evaluate.run import evaluate
+from packshot.evaluate.items import TABLE, Item, Unpacked, by_ids, open_items, write_items
 from packshot.evaluate.samples import Json
 from packshot.generate.composite import blend
 
 HELD_OUT = "data/rendered/heldout"
+ID_LENGTH = 16  # of an item's id: the beginning of its row's
 PER_PRODUCT = 4  # items of each held-out product: the first ones by id
 BACKDROP = (236, 236, 236)  # the studio wall behind the product
 REFERENCE_STEP = 7  # an item's reference is the plate of the item this far on
@@ -69,7 +69,7 @@ def bench_items(rows: Rows) -> Iterator[Unpacked]:
             "shadow": row["shadow"],
             "reference": other["plate"],
         }
-        yield Unpacked(row["id"][:16], row["text"], pictures)
+        yield Unpacked(row["id"][:ID_LENGTH], row["text"], pictures)
 
 
 def studio_photo(image: Image.Image, mask: Image.Image, cutout: Image.Image) -> Image.Image:
@@ -94,16 +94,31 @@ def score(pictures: list[str], out: Path, overrides: Sequence[str]) -> Json:
     """Measure folders or tables of pictures; returns what report.json has.
 
     Raises:
-        ConfigError: ``out`` is not a new folder, or the pictures are of no item.
+        ConfigError: ``out`` is not a new folder, the pictures are of no item, or the items beside ``out`` are others.
     """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"--out {out} is not empty.", "Name a new folder.")
     items = out.with_name(f"{out.name}-items")
     if not (items / TABLE).exists():
         export(items)
-    keys = [f"items={items / TABLE}", f"run.dir={out}", "tracking=none", f"runs=[{','.join(pictures)}]"]
-    if not any(override.startswith("captioner") for override in overrides):
-        keys.append("captioner=none")  # the base that is shipped writes no captions before it is trained
-    evaluate(compose("evaluate", [*keys, *overrides]))
+    elif list(by_ids(open_items(items, items))) != bench_ids():
+        raise ConfigError(f"{items} has other items than the benchmark.", "Delete the folder; it is written again.")
+    keys: dict[str, object] = {"items": items / TABLE, "run.dir": out, "runs": pictures}
+    # The captioner that is shipped writes no scenes before it is trained.
+    options = {"tracking": "none", "captioner": "none"}
+    for override in overrides:
+        name, _, value = override.partition("=")
+        keys[name] = value
+        if name.startswith("captioner"):
+            options.pop("captioner", None)
+    run("evaluate", {**options, **keys})
     return json.loads((out / "report.json").read_text(encoding="utf-8"))
+
+
+def bench_ids() -> list[str]:
+    """The ids of the benchmark's items, in their order."""
+    rows = load_rows("bench", HELD_OUT)
+    return sorted(rows.ids[index][:ID_LENGTH] for index in bench_rows(rows))
 
 
 def table(report: Json) -> str:
@@ -112,7 +127,8 @@ def table(report: Json) -> str:
     for name, found in report["systems"].items():
         cells = [cell(found, measure, form) for measure, form in COLUMNS.values()]
         complete = report["items"]["count"] - len(found["missing"])
-        lines.append(f"| {name} | {complete} of {report['items']['count']} | " + " | ".join(cells) + " |")
+        several = "" if found["pictures"] == complete else f", {found['pictures']} pictures"
+        lines.append(f"| {name} | {complete} of {report['items']['count']}{several} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

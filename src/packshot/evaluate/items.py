@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from packshot.dataset.rows import Rows, load_rows
 from packshot.dataset.text_files import read_records
 from packshot.errors import ConfigError, PackshotError
-from packshot.imaging.decode import decode_image
+from packshot.imaging.decode import decode_image, flatten
 
 TABLE = "items.csv"
 # Columns of a table that name pictures, with what each is for. The first two are needed.
@@ -44,7 +45,20 @@ class Item:
         """
         if name not in self.pictures:
             return None
-        return np.asarray(decode_image(self.pictures[name], f"{self.id}: {name}").convert(mode))
+        image = decode_image(self.pictures[name], f"{self.id}: {name}")
+        if mode == "L" and image.mode == "RGBA" and not np.ptp(np.asarray(image.convert("L"))):
+            return np.asarray(image.getchannel("A"))  # a mask that lies in the alpha of an even picture
+        return np.asarray((flatten(image) if image.mode == "RGBA" else image).convert(mode))
+
+    def read_alike(self, name: str, mode: str = "RGB") -> np.ndarray | None:
+        """:meth:`read`, of a picture that has the photograph's size. Raises PackshotError where it has another one."""
+        found = self.read(name, mode)
+        photo_HW3 = self.read("photo")
+        if found is not None and photo_HW3 is not None and found.shape[:2] != photo_HW3.shape[:2]:
+            raise PackshotError(
+                f"items: {name} of {self.id} has another size than its photo.", "Bring them to one size."
+            )
+        return found
 
     def photo_and_mask(self) -> tuple[np.ndarray, np.ndarray]:
         """The photograph, uint8 (H, W, 3), and its mask, uint8 (H, W).
@@ -61,7 +75,10 @@ class Item:
                 f"items: the mask of {self.id} has another size than its photo.", "Give a mask of the photo's size."
             )
         if mask_HW.max() < 128:
-            raise PackshotError(f"items: the mask of {self.id} is empty.", "White marks the product.")
+            raise PackshotError(
+                f"items: the mask of {self.id} is empty: its largest value is {mask_HW.max()} of 255.",
+                "White (255) marks the product.",
+            )
         return photo_HW3, mask_HW
 
 
@@ -86,12 +103,14 @@ def open_items(path: Path, unpacked: Path) -> list[Item]:
                 f"items: {table} has the id {item.id} more than once.", "Give every item an id of its own."
             )
         items[item.id] = item
+    if not items:
+        raise ConfigError(f"items: {table} has no rows.", f"Each row names {', '.join(NEEDED)} under an id.")
     return [items[name] for name in sorted(items)]
 
 
 def read_item(record: Mapping[str, object], table: Path) -> Item:
     """One row of a table; paths are relative to it. Raises ConfigError where a column or a file is missing."""
-    given = {name: str(value) for name, value in record.items() if value not in (None, "")}
+    given = {name: str(value).strip() for name, value in record.items() if value not in (None, "")}
     for name in ("id", *NEEDED):
         if name not in given:
             raise ConfigError(
@@ -101,7 +120,7 @@ def read_item(record: Mapping[str, object], table: Path) -> Item:
     for name, file in pictures.items():
         if not file.is_file():
             raise ConfigError(f"items: {table} names {file} as {name}, and there is no such file.", "Check the path.")
-    return Item(given["id"], given.get("text") or given.get("prompt", ""), pictures)
+    return Item(unicodedata.normalize("NFC", given["id"]), given.get("text") or given.get("prompt", ""), pictures)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from packshot.generate.product import core_of
 from packshot.imaging.matte import unmix
 from packshot.imaging.outline import Segment, compare_size, is_extended, measure_extension
 
+LOST = 20.0  # mean CIEDE2000 on the core from which a product is taken for another thing
 FEW_PIXELS = 12  # a mean over fewer says nothing
 HALO_BAND = 2  # px outside the outline in which an old background can be left
 CLEAR = 3  # px from the outline at which a picture shows its background alone
@@ -55,6 +56,11 @@ class Trial:
     def foreground_HW3(self) -> np.ndarray:
         """The product's colours without its old background."""
         return unmix(self.photo_HW3, self.matte_HW)
+
+    @cached_property
+    def clean_HW3(self) -> np.ndarray:
+        """The product over the picture's background, which is continued under it."""
+        return blend(self.foreground_HW3, self.matte_HW, nearest_outside(self.picture_HW3, self.matte_HW))
 
     @cached_property
     def outline(self) -> dict[str, float]:
@@ -107,8 +113,11 @@ def core_delta_e(trial: Trial) -> float:
 
 
 def edge_delta_e(trial: Trial) -> float:
+    """Against the product's own colours over the new background: the photograph's rim still shows its old one."""
     edge = (trial.matte_HW >= 128) & ~trial.core_HW
-    return float(np.median(delta_e(trial.picture_HW3[edge], trial.photo_HW3[edge]))) if edge.any() else nan
+    if not edge.any():
+        return nan
+    return float(np.median(delta_e(trial.picture_HW3[edge], trial.clean_HW3[edge])))
 
 
 def extension(trial: Trial) -> float:
@@ -124,8 +133,11 @@ def loss(trial: Trial) -> float:
 
 
 def shift(trial: Trial) -> float:
-    """Only where the picture has the photograph's frame; elsewhere the product was allowed to move."""
-    if not trial.same_frame:
+    """Only where the picture has the photograph's frame; elsewhere the product was allowed to move.
+
+    Undefined where the product is not recognised at the place that was found: it may be anywhere, or nowhere.
+    """
+    if not trial.same_frame or not core_delta_e(trial) < LOST:
         return nan
     rows, _ = np.nonzero(trial.matte_HW >= 128)
     if not len(rows):
@@ -157,13 +169,12 @@ def halo(trial: Trial) -> float:
     wide = cv2.dilate((matte_HW > 0).astype(np.uint8), np.ones((2 * HALO_BAND + 1,) * 2, np.uint8)) > 0
     old_HW3 = nearest_outside(trial.photo_HW3, matte_HW).astype(np.float32)
     new_HW3 = nearest_outside(trial.picture_HW3, matte_HW)
-    clean_HW3 = blend(trial.foreground_HW3, matte_HW, new_HW3).astype(np.float32)
     way_HW3 = old_HW3 - new_HW3.astype(np.float32)
     length_HW = (way_HW3**2).sum(axis=-1)
     band = wide & (matte_HW < 255) & (length_HW > HALO_CONTRAST**2)
     if band.sum() < FEW_PIXELS:
         return nan
-    surplus = trial.picture_HW3[band].astype(np.float32) - clean_HW3[band]
+    surplus = trial.picture_HW3[band].astype(np.float32) - trial.clean_HW3[band]
     left = np.clip((surplus * way_HW3[band]).sum(axis=-1) / length_HW[band], 0, 1)
     # the upper tenth is left out: things of the scene that lie at the outline
     return float(np.sort(left)[: max(1, round(0.9 * len(left)))].mean())
@@ -189,11 +200,11 @@ def ground_near(matte_HW: np.ndarray) -> np.ndarray:
 
 def true_shadow(item: Item) -> np.ndarray | None:
     """Logarithm of the light that the product's shadow leaves, float (H, W): 0 where there is none."""
-    shadow_HW = item.read("shadow", "L")
+    shadow_HW = item.read_alike("shadow", "L")
     if shadow_HW is not None:
         return np.log((shadow_HW.astype(np.float32) / 255) ** 2.2 + DARK) - np.log(1 + DARK)
-    truth_HW3 = item.read("truth")
-    plate_HW3 = item.read("plate")
+    truth_HW3 = item.read_alike("truth")
+    plate_HW3 = item.read_alike("plate")
     if truth_HW3 is None or plate_HW3 is None:
         return None
     return np.minimum(0, np.log(linear_light(truth_HW3) + DARK) - np.log(linear_light(plate_HW3) + DARK))
@@ -247,7 +258,9 @@ MEASURES: dict[str, Measure] = {
     ),
     "core_delta_e": Measure("Mean CIEDE2000 to the photograph on the core, after the best alignment.", core_delta_e),
     "edge_delta_e": Measure(
-        "Median CIEDE2000 to the photograph on the product's rim (mask at least 1/2, outside the core).", edge_delta_e
+        "Median CIEDE2000 on the product's rim (mask at least 1/2, outside the core) to the product's own colours over "
+        "the new background.",
+        edge_delta_e,
     ),
     "halo": Measure(
         f"Share of the old background that is left in the soft edge and up to {HALO_BAND} px outside it, 0 to 1; "
@@ -262,7 +275,9 @@ MEASURES: dict[str, Measure] = {
     "extended": Measure("Share of pictures in which the product is extended (tolerance .05).", extended),
     "loss": Measure("Product area where no object is found, relative to the product.", loss),
     "shift": Measure(
-        "How far the product was moved, relative to its height; only for pictures of the photograph's size.", shift
+        "How far the product was moved, relative to its height; only for pictures of the photograph's size in which it "
+        "is recognised.",
+        shift,
     ),
     "shadow_error": Measure(
         "|1 - strength| of the shadow on the ground near the product, where a strength of 1 is the true shadow at its "

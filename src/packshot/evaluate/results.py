@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import unicodedata
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,11 +18,12 @@ from packshot.dataset.text_files import read_records
 from packshot.errors import ConfigError
 from packshot.evaluate.items import Item, by_ids
 from packshot.evaluate.samples import distinct_names
-from packshot.imaging.decode import decode_image
+from packshot.imaging.decode import decode_image, flatten
 from packshot.runs.files import readable
 from packshot.runs.folder import log
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
+LARGEST = 50_000  # px, a side of a box
 # Columns of a table of results that hold a cost, as they are called in reports.
 COSTS = ("seconds", "peak_memory_gib")
 
@@ -39,7 +42,8 @@ class Picture:
 
     def read(self) -> np.ndarray:
         """Uint8 (H, W, 3). Raises PackshotError where the file is damaged."""
-        return np.asarray(decode_image(self.file, str(self.file)).convert("RGB"))
+        image = decode_image(self.file, str(self.file))
+        return np.asarray((flatten(image) if image.mode == "RGBA" else image).convert("RGB"))
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,17 @@ def pictures_in_folder(folder: Path, ids: Collection[str]) -> dict[str, list[Pic
     numbered: dict[str, list[tuple[int, Picture]]] = {}
     others = []
     for file in sorted(folder.iterdir()):
-        if file.suffix.lower() not in ENDINGS:
+        if file.suffix.lower() not in ENDINGS or not file.is_file():
             continue
-        owner, number = owner_of(file.stem, ids)
+        owner, number = owner_of(file, ids)
         if owner is None:
             others.append(file.name)
             continue
+        if number in map(itemgetter(0), numbered.get(owner, [])):
+            raise ConfigError(
+                f"runs: {folder} has two pictures of {owner} with the number {number}, one of them {file.name}.",
+                "Keep one, or number them <id>-<number>.",
+            )
         costs = {"seconds": seconds[file.stem]} if file.stem in seconds else {}
         numbered.setdefault(owner, []).append((number, Picture(file, costs=costs)))
     if others:
@@ -104,14 +113,29 @@ def pictures_in_folder(folder: Path, ids: Collection[str]) -> dict[str, list[Pic
     return found
 
 
-def owner_of(stem: str, ids: Collection[str]) -> tuple[str | None, int]:
-    """(id of the item, number of the picture) that a file's name states; no id where it names none."""
+def owner_of(file: Path, ids: Collection[str]) -> tuple[str | None, int]:
+    """(id of the item, number of the picture) that a file's name states; no id where it names none.
+
+    ``shoe-1`` may be the second picture of ``shoe`` or the only one of ``shoe-1``; a certificate beside it decides.
+
+    Raises:
+        ConfigError: both are items, and there is no certificate.
+    """
+    stem = unicodedata.normalize("NFC", file.stem)
+    numbered = re.fullmatch(r"(.+)-(\d+)", stem)
+    other = numbered[1] if numbered and numbered[1] in ids else None
+    if stem in ids and other:
+        certificate = file.with_suffix(".json")
+        if not certificate.exists():
+            raise ConfigError(
+                f"runs: {file.name} may be the picture of {stem}, or another one of {other}.",
+                "Name the pictures in a table with the columns id and picture.",
+            )
+        drawn = json.loads(certificate.read_text(encoding="utf-8")).get("input", {}).get("name")
+        return (other, int(numbered[2])) if numbered and drawn == other else (stem, 0)
     if stem in ids:
         return stem, 0
-    numbered = re.fullmatch(r"(.+)-(\d+)", stem)
-    if numbered and numbered[1] in ids:
-        return numbered[1], int(numbered[2])
-    return None, 0
+    return (other, int(numbered[2])) if numbered and other else (None, 0)
 
 
 def run_seconds(folder: Path) -> dict[str, float]:
@@ -146,7 +170,7 @@ def pictures_in_table(table: Path, ids: Collection[str]) -> dict[str, list[Pictu
         if not file.is_file():
             raise ConfigError(f"runs: {table} names {file}, and there is no such file.", "Check the path.")
         try:
-            costs = {name: float(given[name]) for name in COSTS if name in given}
+            costs = {name: read_cost(given[name]) for name in COSTS if name in given}
             box = read_box(given["box"]) if "box" in given else None
         except ValueError as error:
             raise ConfigError(
@@ -162,6 +186,14 @@ def pictures_in_table(table: Path, ids: Collection[str]) -> dict[str, list[Pictu
 def read_box(text: str) -> tuple[float, float, float, float]:
     """``left,top,width,height`` as numbers. Raises ValueError where it is anything else."""
     left, top, width, height = map(float, re.split(r"[,; ]+", text.strip("[]() ")))
-    if width <= 0 or height <= 0:
-        raise ValueError(f"{text} has no area")
+    if not all(map(math.isfinite, (left, top, width, height))) or not 0 < width < LARGEST or not 0 < height < LARGEST:
+        raise ValueError(f"{text} is no box in a picture")
     return left, top, width, height
+
+
+def read_cost(text: str) -> float:
+    """A number of at least 0. Raises ValueError where it is anything else."""
+    value = float(text)
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{text} is no cost")
+    return value

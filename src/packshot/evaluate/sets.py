@@ -16,6 +16,7 @@ from packshot.evaluate.results import COSTS, Picture
 from packshot.lists import map_values
 from packshot.runs.folder import log
 
+FEWEST_FOR_KID = 32  # its estimate of equal sets is below 0, the more so the fewer pictures there are
 CHOICES = 4  # pictures among which a reference has to be told, its own included
 DEFINITIONS = {
     "cmmd": "Maximum mean discrepancy to the wanted pictures (Gaussian kernel, times 1000) by the named features.",
@@ -78,7 +79,8 @@ def distances(seen: list[Seen], wanted: list[np.ndarray], embeds: Mapping[str, E
         drawn_ND = embed(images)
         wanted_MD = embed(wanted)
         found[f"cmmd, {name}"] = cmmd(drawn_ND, wanted_MD)
-        found[f"kid, {name}"] = kid(drawn_ND, wanted_MD)
+        if min(len(drawn_ND), len(wanted_MD)) >= FEWEST_FOR_KID:
+            found[f"kid, {name}"] = kid(drawn_ND, wanted_MD)
     return found
 
 

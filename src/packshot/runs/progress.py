@@ -85,7 +85,12 @@ def lines(description: str, total: int, done: int, every_seconds: float = 10.0) 
             return
         last = now
         rate = (done - first) / max(now - started, 1e-9)
-        eta = f"ETA {clock((total - done) / rate)}" if done < total else f"took {clock(now - started)}"
-        print(f"{description} {done}/{total}  {eta}  {figures_text(figures)}".rstrip(), file=sys.stderr, flush=True)
+        if done >= total:
+            time_text = f"took {clock(now - started)}"
+        else:
+            time_text = f"ETA {clock((total - done) / rate)}" if rate else "ETA unknown"  # nothing is done yet
+        print(
+            f"{description} {done}/{total}  {time_text}  {figures_text(figures)}".rstrip(), file=sys.stderr, flush=True
+        )
 
     yield advance
