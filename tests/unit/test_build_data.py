@@ -445,7 +445,6 @@ def odd_table(path, **columns):
         ("image", ["a.png", "b.png", "c.png"], "string, not the bytes"),
         ("image", [{"path": "a.png"}] * 3, "struct<path: string>, not the bytes"),
         ("mask", [[0, 1]] * 3, "list<.*int64>, not the bytes"),
-        ("text", [["one", "two"]] * 3, "list<.*string>, not one caption per row"),
         ("license", [1, 2, 3], "int64, not the name of a licence"),
         ("license", [{"name": "MIT"}] * 3, "struct<name: string>, not the name of a licence"),
     ],

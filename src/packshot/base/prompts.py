@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # "(word:1.3)", as other tools write it; brackets without a number, and those behind a backslash, are text
 WEIGHTED = re.compile(r"(?<!\\)\(([^()]+):(\d+(?:\.\d+)?)(?<!\\)\)")
@@ -41,7 +44,7 @@ def split_weights(prompt: str) -> list[Piece]:
     return [piece for piece in pieces if piece.text.strip()] or [Piece(prompt)]
 
 
-def read_tokens(tokenizer: Any, pieces: list[Piece]) -> tuple[list[int], list[float]]:
+def read_tokens(tokenizer: PreTrainedTokenizerBase, pieces: list[Piece]) -> tuple[list[int], list[float]]:
     """The tokens of a prompt without those of begin and end, and the weight of each."""
     ids: list[int] = []
     weights: list[float] = []
@@ -53,13 +56,13 @@ def read_tokens(tokenizer: Any, pieces: list[Piece]) -> tuple[list[int], list[fl
     return ids, weights
 
 
-def count_chunks(tokenizer: Any, pieces: list[Piece]) -> int:
+def count_chunks(tokenizer: PreTrainedTokenizerBase, pieces: list[Piece]) -> int:
     """How many chunks a prompt needs; an empty one needs one."""
     room = tokenizer.model_max_length - 2
     return max(1, -(-len(read_tokens(tokenizer, pieces)[0]) // room))
 
 
-def chunk_rows(tokenizer: Any, pieces: list[Piece], chunks: int) -> tuple[Tensor, Tensor]:
+def chunk_rows(tokenizer: PreTrainedTokenizerBase, pieces: list[Piece], chunks: int) -> tuple[Tensor, Tensor]:
     """Token ids and weights, each (chunks, 77); what does not fit into the chunks is left out."""
     length = tokenizer.model_max_length
     room = length - 2

@@ -11,7 +11,9 @@ from PIL import Image
 from packshot.config.keys import nearest
 from packshot.dataset.rows import Rows, load_rows
 from packshot.errors import ConfigError
+from packshot.lists import without_none
 from packshot.scene import Scene
+from packshot.scene.grammar import filled
 
 KEYS = ("show.id", "show.index", "show.out")
 SHORT = 6  # characters of an id that are enough, where they name one row alone
@@ -91,12 +93,11 @@ def describe(row: dict[str, object]) -> list[str]:
         if isinstance(value, Image.Image):
             lines.append(f"{name:18}{value.width} x {value.height} px, {value.mode}")
         elif isinstance(value, Scene):
-            slots = {slot: texts for slot, texts in value.slots().items() if texts}
-            lines += [f"  {slot:16}{', '.join(texts)}" for slot, texts in slots.items()]
+            lines += [f"  {slot:16}{', '.join(texts)}" for slot, texts in filled(value).items()]
         elif isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
             lines.append(f"{name:18}a picture of {len(value['bytes']):,} bytes")
         elif isinstance(value, dict):
-            known = {key: one for key, one in value.items() if one is not None}
+            known = without_none(value)
             lines += [f"{name:18}", *(f"  {key:16}{one}" for key, one in known.items())] if known else []
         elif value not in (None, "", []):
             lines.append(f"{name:18}{', '.join(map(str, value)) if isinstance(value, list) else value}")

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 OVERLAP = 0.5  # of a tile, with the next one
 
@@ -44,7 +43,7 @@ def tile_weight(height: int, width: int) -> Tensor:
 
 @contextmanager
 def tiled(
-    unet: Any,
+    unet: nn.Module,
     tile: int,
     before_tile: Callable[[Box], None] | None = None,
     prepare: Callable[[Tensor], Tensor] | None = None,
@@ -57,7 +56,7 @@ def tiled(
     whole = unet.forward
     boxes: list[Box] = []
 
-    def forward(sample: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor]:
+    def forward(sample: Tensor, *arguments: object, **named: object) -> tuple[Tensor]:
         if prepare is not None:
             sample = prepare(sample)
         boxes[:] = plan_tiles(sample.shape[-2], sample.shape[-1], tile)

@@ -66,9 +66,9 @@ def histogram(values: Sequence[float], what: str) -> str:
     low, high = different[0], different[-1]
     width = (high - low) / BINS
     bins: Counter[int] = Counter(min(int((value - low) / width), BINS - 1) for value in values)
-    lines = [
-        (f"{low + number * width:.4g} to {low + (number + 1) * width:.4g}", bins[number]) for number in range(BINS)
-    ]
+    lines = []
+    for number in range(BINS):
+        lines.append((f"{low + number * width:.4g} to {low + (number + 1) * width:.4g}", bins[number]))
     return table((what, "images"), lines)
 
 
@@ -99,10 +99,10 @@ def rejected_section(rejected: Sequence[Sample], items: Sequence[Sample]) -> str
         rows = [row for row in rejected if row["kept"] is kept]
         for reason, number in count(row["reason"] for row in rows).items():
             chosen = [row for row in rows if row["reason"] == reason][:SHOWN]
-            grid = [
-                figure(thumbnail(by_name.get(row["source"])), f"{row['source']}: {row['measure']}") for row in chosen
-            ]
-            sections.append(f"<h2>{title}: {html.escape(reason)} ({number})</h2>{''.join(grid)}")
+            grid = ""
+            for row in chosen:
+                grid += figure(thumbnail(by_name.get(row["source"])), f"{row['source']}: {row['measure']}")
+            sections.append(f"<h2>{title}: {html.escape(reason)} ({number})</h2>{grid}")
     return "".join(sections) or "<p>Nothing was left out.</p>"
 
 
