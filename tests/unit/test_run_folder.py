@@ -5,6 +5,7 @@ import gc
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from packshot.config.compose import compose
 from packshot.engine import processes
 from packshot.errors import ConfigError, PackshotError
 from packshot.runs.folder import log, open_run, printable, start_log
+from packshot.runs.progress import lines
 
 
 def test_names_and_tracebacks_cannot_pass_for_entries(tmp_path):
@@ -121,3 +123,13 @@ def test_a_machine_without_the_run_folder_stops_all(tmp_path, monkeypatch):
     assert "data.cache_dir" in caught.value.hint
     other.sign.touch()
     processes.refuse_unshared(tmp_path, other)
+
+
+def test_a_log_line_before_anything_is_done_has_no_eta(capsys):
+    """Ten seconds may pass before the first of the work, and then there is no rate."""
+    with contextmanager(lines)("pictures", 4, 0, every_seconds=0.0) as advance:
+        advance(0)
+        advance(4)
+    first, last = capsys.readouterr().err.splitlines()
+    assert "0/4  ETA unknown" in first
+    assert "4/4  took" in last

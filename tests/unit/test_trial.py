@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -143,6 +144,26 @@ def test_a_stated_place_is_not_searched():
     assert (place.left, place.top, place.scale, place.stated) == (10, 20, 0.5, True)
 
 
+def test_a_product_that_is_gone_has_no_place(bed, tmp_path):
+    """The plate alone is not a product that was moved by 0."""
+    items, several, _ = bed
+    assert np.isnan(measured(items[0], several[0].plate_HW3, tmp_path)["shift"])
+
+
+def test_a_canvas_around_the_same_pixels_is_exact(bed, tmp_path):
+    items, several, _ = bed
+    wide = cv2.copyMakeBorder(several[0].compose(), 10, 30, 20, 0, cv2.BORDER_REFLECT)
+    assert measured(items[0], wide, tmp_path)["core_identical_share"] == 1
+
+
+def test_the_old_backdrop_in_the_rim_is_an_edge_error(bed, tmp_path):
+    """Compared with the photograph, whose rim shows the backdrop too, it would be perfect."""
+    items, several, _ = bed
+    pasted = np.where((several[0].mask_HW >= 128)[..., None], several[0].photo(), several[0].plate_HW3)
+    clean = measured(items[0], several[0].compose(), tmp_path)["edge_delta_e"]
+    assert measured(items[0], pasted, tmp_path)["edge_delta_e"] > clean + 1
+
+
 # ---- items and systems ----
 
 
@@ -204,6 +225,7 @@ def test_a_product_set_can_be_the_items(tmp_path):
     ("table", "says"),
     [
         ("id,photo\na,photo.png\n", "has no mask"),
+        ("id,photo,mask\n", "has no rows"),
         ("id,photo,mask\na,photo.png,nowhere.png\n", "there is no such file"),
         ("id,photo,mask\na,photo.png,mask.png\na,photo.png,mask.png\n", "more than once"),
     ],
@@ -235,6 +257,44 @@ def test_wrong_results_are_named(bed, tmp_path):
     (tmp_path / "table.csv").write_text("id,picture,seconds\nitem0,table.csv,fast\n")
     with pytest.raises(ConfigError, match="wrong number"):
         open_systems([str(tmp_path / "table.csv")], items)
+
+
+def test_a_name_with_two_readings_needs_a_table_or_a_certificate(tmp_path):
+    """``shoe-1.png`` is the second picture of ``shoe`` or the only one of ``shoe-1``."""
+    items, several = write_made(tmp_path / "items", 2)
+    names = [replace(items[0], id="shoe"), replace(items[1], id="shoe-1")]
+    folder = write_pictures(tmp_path / "theirs", {"shoe-0": several[0].compose(), "shoe-1": several[0].compose()})
+    with pytest.raises(ConfigError, match="Name the pictures in a table"):
+        open_systems([str(folder)], names)
+    (folder / "shoe-1.json").write_text(json.dumps({"input": {"name": "shoe"}}))
+    [system] = open_systems([str(folder)], names)
+    assert [picture.file.name for picture in system.pictures["shoe"]] == ["shoe-0.png", "shoe-1.png"]
+
+
+def test_two_files_for_one_picture_are_refused(bed, tmp_path):
+    items, several, _ = bed
+    folder = write_pictures(tmp_path / "theirs", {"item0": several[0].compose()})
+    shutil.copy(folder / "item0.png", folder / "item0-0.png")
+    with pytest.raises(ConfigError, match="two pictures of item0"):
+        open_systems([str(folder)], items)
+
+
+def test_a_mask_in_an_alpha_channel_is_read(tmp_path):
+    items, several = write_made(tmp_path, 1)
+    white = Image.new("RGBA", (SIDE, SIDE), "white")
+    white.putalpha(Image.fromarray(several[0].mask_HW))
+    white.save(items[0].pictures["mask"])
+    assert (items[0].photo_and_mask()[1] == several[0].mask_HW).all()
+
+
+@pytest.mark.parametrize("box", ["nan,0,128,128", "0,0,128,64", "0,0,1e9,1e9", "1,2,3"])
+def test_a_wrong_box_is_refused(bed, tmp_path, box):
+    items, _, folder = bed
+    shutil.copy(items[0].pictures["truth"], tmp_path / "a.png")
+    (tmp_path / "table.csv").write_text(f'id,picture,box\nitem0,a.png,"{box}"\n')
+    keys = [f"items={folder}", f"runs=[{tmp_path}/table.csv]", f"run.dir={tmp_path}/run", "suite=preservation", *QUICK]
+    with pytest.raises(PackshotError, match="box"):
+        evaluate(compose("evaluate", keys))
 
 
 def test_costs_that_are_stated_are_reported(bed, tmp_path):
