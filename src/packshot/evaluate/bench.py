@@ -10,17 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from packshot.api import run
+from packshot.config.compose import compose
 from packshot.dataset.rows import Rows, load_rows
 from packshot.errors import ConfigError
 from packshot.evaluate.items import TABLE, Item, Unpacked, by_ids, open_items, write_items
+from packshot.evaluate.run import evaluate
 from packshot.evaluate.samples import Json
 from packshot.generate.composite import blend
+from packshot.runs.folder import discard_refused
 
 HELD_OUT = "data/rendered/heldout"
 ID_LENGTH = 16  # of an item's id: the beginning of its row's
@@ -103,16 +106,22 @@ def score(pictures: list[str], out: Path, overrides: Sequence[str]) -> Json:
         export(items)
     elif list(by_ids(open_items(items, items))) != bench_ids():
         raise ConfigError(f"{items} has other items than the benchmark.", "Delete the folder; it is written again.")
-    keys: dict[str, object] = {"items": items / TABLE, "run.dir": out, "runs": pictures}
     # The captioner that is shipped writes no scenes before it is trained.
-    options = {"tracking": "none", "captioner": "none"}
-    for override in overrides:
-        name, _, value = override.partition("=")
-        keys[name] = value
-        if name.startswith("captioner"):
-            options.pop("captioner", None)
-    run("evaluate", {**options, **keys})
+    captioner = [] if any(map(names_captioner, overrides)) else ["captioner=none"]
+    config = compose("evaluate", ["tracking=none", *captioner, *overrides])
+    # paths are set here, because they may have characters that overrides read otherwise
+    config = replace(config, items=str(items / TABLE), runs=pictures, run=replace(config.run, dir=str(out)))
+    try:
+        evaluate(config)
+    except ConfigError:
+        discard_refused()
+        raise
     return json.loads((out / "report.json").read_text(encoding="utf-8"))
+
+
+def names_captioner(override: str) -> bool:
+    """Whether an override chooses or sets the captioner."""
+    return override.startswith("captioner")
 
 
 def bench_ids() -> list[str]:
