@@ -202,7 +202,7 @@ def test_sources_on_the_hub_are_taken_to_be_there():
 def test_pictures_that_are_not_asked_for_stay_on_disk():
     rows = load_rows("data.validation", "data/rendered/heldout", pictures=("image", "mask"))
     whole = load_rows("data.validation", "data/rendered/heldout")
-    assert set(whole._pictures.column_names) - set(rows._pictures.column_names) >= {"plate", "cutout"}
+    assert set(whole.pictures.column_names) - set(rows.pictures.column_names) >= {"plate", "cutout"}
     seen, all_of_it = rows.read(0, ("image", "mask")), whole.read(0, ("image", "mask"))
     assert seen["image"].tobytes() == all_of_it["image"].tobytes()
     assert {key: seen[key] for key in ("id", "text", "scene")} == {
