@@ -55,7 +55,7 @@ def adapters_of(folder: Path) -> AdaptersConfig:
 
 def shown_as(tool: Packshot, shown: ProductConditioning) -> Packshot:
     """The same tool, the product shown to its network in another way."""
-    return replace(tool, models=replace(tool.models, product_conditioning=shown.name))
+    return replace(tool, loaded=replace(tool.models, product_conditioning=shown.name))
 
 
 def tools(model: str, folders: list[Path]) -> Iterator[tuple[str, Packshot]]:

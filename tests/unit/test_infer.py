@@ -604,7 +604,7 @@ def test_unusable_photos_are_refused_with_a_sentence(tmp_path):
 
 def test_generate_without_a_product_says_what_to_do():
     with pytest.raises(ConfigError, match="no product is set"):
-        Packshot(models=None).generate(SCENE)
+        Packshot(None).generate(SCENE)
 
 
 def configured(tmp_path, *overrides):

@@ -11,7 +11,7 @@ from packshot.config.schema import GenerateSettings, Shadow
 from packshot.generate.canvas import place
 from packshot.generate.composite import blend
 from packshot.generate.grounding import DARKENED, ground, shaded
-from packshot.generate.plain import PlainPackshot
+from packshot.generate.packshot import Packshot
 from packshot.generate.product import prepare
 from packshot.imaging.shadows import DARKEST, Light, ground_darkening, is_harsh, log_layer, shadow_layer
 from tools.fit_shadows import measure_groups, read_shots
@@ -31,7 +31,7 @@ def bottle(scale=1):
 
 def drawn(shadow, **values):
     settings = replace(GenerateSettings(background=PLAIN.background), shadow=Shadow[shadow], **values)
-    return PlainPackshot(prepare(*bottle())).drawer("", settings)(0, True)
+    return Packshot(None).with_product(prepare(*bottle())).drawer("", settings)(0, True)
 
 
 @pytest.fixture(scope="module")

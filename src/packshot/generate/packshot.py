@@ -19,7 +19,7 @@ from packshot.generate.denoise import Conditioning, OnStep, denoise, encode
 from packshot.generate.grounding import ground, light_of
 from packshot.generate.json_types import Json
 from packshot.generate.load import Models, load_models
-from packshot.generate.plain import NO_MODELS, PlainReady, draw_plain, plain_request
+from packshot.generate.plain import NO_MODELS, draw_plain, plain_request
 from packshot.generate.product import Product, Source, prepare
 from packshot.generate.refine import Pass, compare_sharpness, refine
 from packshot.generate.request import describe_request, usable_references
@@ -30,15 +30,25 @@ __all__ = ["Packshot", "Result"]
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """What a background that is drawn needs besides."""
+
+    working: Working
+    conditioning: Conditioning
+
+
+@dataclass(frozen=True)
 class Ready:
-    """A request made ready: what all of its pictures share. asked: what certificates state of it, without the seed."""
+    """A request made ready: what all of its pictures share.
+
+    asked: what certificates state of it, without the seed. drawing: None for a background of one colour.
+    """
 
     product: Product
     canvas: Canvas
-    working: Working
-    conditioning: Conditioning
     settings: GenerateSettings
     asked: Json
+    drawing: Drawing | None
 
 
 @dataclass
@@ -47,13 +57,21 @@ class Packshot:
 
     ``generate`` may be called from several threads: instances that share models take turns, picture by picture, and
     a request keeps the product it started with. Threads with different products use :meth:`with_product`.
+    loaded: None where only backgrounds of one colour are asked for.
     """
 
-    models: Models
+    loaded: Models | None
     matte: MatteConfig = field(default_factory=MatteConfig)
     product: Product | None = None
     networks: Mapping[str, str] = field(default_factory=dict)
     _turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @property
+    def models(self) -> Models:
+        """The loaded models. Raises ConfigError: none are."""
+        if self.loaded is None:
+            raise ConfigError("no model is loaded.", "Use Packshot.load, or name a background.color.")
+        return self.loaded
 
     @classmethod
     def load(
@@ -105,7 +123,7 @@ class Packshot:
         """
         known = name or (Path(image).stem if isinstance(image, str | Path) else "product")
         given = {key: picture for key, picture in inputs.items() if picture is not None}
-        read = read_by(self.models.controls)
+        read = read_by(self.loaded.controls) if self.loaded else set()
         networks = {key: path for key, path in self.networks.items() if key in read}
         self.product = prepare(image, mask, self.matte, known, given, networks)
         return self
@@ -164,7 +182,7 @@ class Packshot:
         settings: GenerateSettings | None = None,
         reference: Source | Sequence[Source] | None = None,
         reference_weights: Sequence[int] = (),
-    ) -> Ready | PlainReady:
+    ) -> Ready:
         """All that the pictures of a request share, made once. Arguments and errors as of :meth:`generate`."""
         settings = settings or GenerateSettings()
         validate(settings)
@@ -172,7 +190,7 @@ class Packshot:
         product = self.product
         assert product is not None  # canvas() refuses to go on without one
         if settings.background.color:
-            return PlainReady(product, canvas, settings, plain_request(settings))
+            return Ready(product, canvas, settings, plain_request(settings), None)
         references = usable_references(self.models, reference, reference_weights)
         asked = describe_request(self.models, scene, settings, references)
         height, width = canvas.matte_HW.shape
@@ -180,7 +198,7 @@ class Packshot:
         working = make_working(canvas, frame, self.models.pipe.vae_scale_factor)
         with self._turn:
             conditioning = encode(self.models, asked["prompt"], settings, references, scene_inputs(asked))
-        return Ready(product, canvas, working, conditioning, settings, asked)
+        return Ready(product, canvas, settings, asked, Drawing(working, conditioning))
 
     def drawer(
         self,
@@ -193,29 +211,28 @@ class Packshot:
         ready = self.make_ready(scene, settings, reference, reference_weights)
         return lambda seed, with_layers: self.draw(ready, seed, None, with_layers)
 
-    def draw(
-        self, ready: Ready | PlainReady, seed: int, on_step: OnStep | None = None, with_layers: bool = True
-    ) -> Result:
+    def draw(self, ready: Ready, seed: int, on_step: OnStep | None = None, with_layers: bool = True) -> Result:
         """One picture of a request. Raises PackshotError: the model failed (NaN)."""
-        if isinstance(ready, PlainReady):
-            return draw_plain(ready, seed, with_layers)
+        canvas = ready.canvas
+        settings = ready.settings
+        request = {**ready.asked, "seed": seed}
+        if ready.drawing is None:
+            return draw_plain(ready.product, canvas, settings, request, with_layers)
+        working = ready.drawing.working
+        conditioning = ready.drawing.conditioning
         with self._turn:
-            decoded = denoise(self.models, ready.working, ready.conditioning, ready.settings, seed, on_step)
-            second = Pass(self.models, ready.canvas, ready.conditioning, ready.settings, seed, on_step)
-            drawing = refine(second, ready.working, decoded)
-        stated = {
-            "request": {**ready.asked, "seed": seed},
-            "lost_words": ready.conditioning.lost_words,
-            "model": self.models.manifest,
-        }
-        rgb, fit = drawn_background(ready.canvas, drawing.working, drawing.decoded_HW3)
-        refined = drawing.refined
+            decoded = denoise(self.models, working, conditioning, settings, seed, on_step)
+            second = Pass(self.models, canvas, conditioning, settings, seed, on_step)
+            drawn = refine(second, working, decoded)
+        stated = {"request": request, "lost_words": conditioning.lost_words, "model": self.models.manifest}
+        rgb, fit = drawn_background(canvas, drawn.working, drawn.decoded_HW3)
+        refined = drawn.refined
         if refined["applied"]:
-            before, _ = drawn_background(ready.canvas, ready.working, decoded)
-            refined = {**refined, **compare_sharpness(ready.canvas, before, rgb)}
-        shadow = ground(ready.canvas, rgb, ready.settings, light_of(ready.asked, ready.settings))
-        background = Background(rgb, fit.report, drawing.working, drawing.decoded_HW3, shadow, refined)
-        return finish(ready.product, ready.canvas, background, stated, with_layers)
+            before, _ = drawn_background(canvas, working, decoded)
+            refined = {**refined, **compare_sharpness(canvas, before, rgb)}
+        shadow = ground(canvas, rgb, settings, light_of(request, settings))
+        background = Background(rgb, fit.report, drawn.working, drawn.decoded_HW3, shadow, refined)
+        return finish(ready.product, canvas, background, stated, with_layers)
 
     def manifest(self, settings: GenerateSettings) -> Json:
         """The models that a request with these settings uses, for certificates."""

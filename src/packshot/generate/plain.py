@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
 import numpy as np
 
-from packshot.config.checks import validate
 from packshot.config.schema import GenerateSettings
-from packshot.errors import ConfigError
-from packshot.generate.canvas import Canvas, place
+from packshot.generate.canvas import Canvas
 from packshot.generate.grounding import ground, light_of
 from packshot.generate.json_types import Json
-from packshot.generate.product import Product, Source
+from packshot.generate.product import Product
 from packshot.generate.request import stated_shadow
 from packshot.generate.result import Background, Result, finish
 from packshot.scene import Scene
@@ -21,16 +16,6 @@ from packshot.scene import Scene
 NO_MODELS: Json = {"adapters": []}
 # A background of one colour may be flat, as white as the range goes, and that of the photograph.
 EXPECTED = ("background_flat", "background_clipped", "background_unchanged")
-
-
-@dataclass(frozen=True)
-class PlainReady:
-    """A request made ready. asked: what the certificate states of it, without the seed."""
-
-    product: Product
-    canvas: Canvas
-    settings: GenerateSettings
-    asked: Json
 
 
 def plain_request(settings: GenerateSettings) -> Json:
@@ -47,60 +32,16 @@ def plain_request(settings: GenerateSettings) -> Json:
     }
 
 
-def draw_plain(ready: PlainReady, seed: int, with_layers: bool) -> Result:
-    """The product on its colour."""
-    background = np.full_like(ready.canvas.rgb_HW3, ready.settings.background.color)
+def draw_plain(
+    product: Product, canvas: Canvas, settings: GenerateSettings, request: Json, with_layers: bool
+) -> Result:
+    """The product on its colour. request: what the certificate states as asked for."""
+    background = np.full_like(canvas.rgb_HW3, settings.background.color)
     stated = {
-        "request": {**ready.asked, "seed": seed},
+        "request": request,
         "lost_words": {"prompt": "", "negative_prompt": ""},
         "model": NO_MODELS,
     }
     fit = {"applied": False, "reason": "nothing was drawn"}
-    shadow = ground(ready.canvas, background, ready.settings, light_of(ready.asked, ready.settings))
-    behind = Background(background, fit, shadow=shadow)
-    return finish(ready.product, ready.canvas, behind, stated, with_layers, EXPECTED)
-
-
-@dataclass(frozen=True)
-class PlainPackshot:
-    """Takes the place of a Packshot in runs that draw nothing."""
-
-    product: Product | None = None
-
-    def with_product(self, product: Product) -> PlainPackshot:
-        """Another one, with a prepared product."""
-        return PlainPackshot(product)
-
-    def canvas(self, settings: GenerateSettings) -> Canvas:
-        """The product on the output's pixel grid."""
-        if self.product is None:
-            raise ConfigError("no product is set.", "Call with_product(product) first.")
-        return place(self.product, settings)
-
-    def request(
-        self,
-        scene: Scene | str,
-        settings: GenerateSettings,
-        reference: Source | Sequence[Source] | None = None,
-        reference_weights: Sequence[int] = (),
-    ) -> Json:
-        """See ``Packshot.request``; words and references are refused with a colour."""
-        return plain_request(settings)
-
-    def manifest(self, settings: GenerateSettings) -> Json:
-        """The models, for certificates: none."""
-        return NO_MODELS
-
-    def drawer(
-        self,
-        scene: Scene | str,
-        settings: GenerateSettings,
-        reference: Source | Sequence[Source] | None = None,
-        reference_weights: Sequence[int] = (),
-    ) -> Callable[[int, bool], Result]:
-        """See ``Packshot.drawer``."""
-        validate(settings)
-        canvas = self.canvas(settings)
-        assert self.product is not None  # canvas() refuses to go on without one
-        ready = PlainReady(self.product, canvas, settings, plain_request(settings))
-        return lambda seed, with_layers: draw_plain(ready, seed, with_layers)
+    shadow = ground(canvas, background, settings, light_of(request, settings))
+    return finish(product, canvas, Background(background, fit, shadow=shadow), stated, with_layers, EXPECTED)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -25,7 +24,6 @@ from packshot.generate.json_types import Json
 from packshot.generate.load import check_adapters, load_models
 from packshot.generate.output import asked_output, deliver
 from packshot.generate.packshot import Packshot, Result
-from packshot.generate.plain import PlainPackshot
 from packshot.generate.product import Product, prepare
 from packshot.generate.references import open_references
 from packshot.generate.report import write_report
@@ -39,7 +37,6 @@ from packshot.runs.tracking import open_tracker
 WRITERS = 4  # threads; OpenCV encodes outside the interpreter lock
 RESUME = "run.resume=true makes what is missing."
 MACHINE = ("device", "dtype")  # parts of a certificate's models that another machine may have otherwise
-Tool: TypeAlias = Packshot | PlainPackshot
 
 
 def generate(config: Generate) -> None:
@@ -99,11 +96,10 @@ def without_repeats(jobs: list[Job]) -> list[Job]:
     return kept
 
 
-def load_tool(config: Generate, jobs: list[Job]) -> Tool:
+def load_tool(config: Generate, jobs: list[Job]) -> Packshot:
     """What draws the jobs; models are loaded if any job needs them."""
-    if all(job.config.background.color for job in jobs):
-        return PlainPackshot()
-    models = load_models(config.model, config.adapters, config.inference)
+    needed = not all(job.config.background.color for job in jobs)
+    models = load_models(config.model, config.adapters, config.inference) if needed else None
     return Packshot(models, config.matte, networks=networks(config))
 
 
@@ -123,7 +119,7 @@ class Products:
         return replace(self.last[2], name=job.name)
 
 
-def make_all(run: Run, tool: Tool, jobs: list[Job], products: Products) -> list[tuple[str, PackshotError]]:
+def make_all(run: Run, tool: Packshot, jobs: list[Job], products: Products) -> list[tuple[str, PackshotError]]:
     """The pictures of all jobs; returns those that failed, with the reason of each."""
     failures = []
     copies: dict[Path, Path] = {}
@@ -139,7 +135,7 @@ def make_all(run: Run, tool: Tool, jobs: list[Job], products: Products) -> list[
     return failures
 
 
-def check_made(folder: Path, tool: Tool, jobs: list[Job]) -> None:
+def check_made(folder: Path, tool: Packshot, jobs: list[Job]) -> None:
     """Pictures that a run folder already has must be those that would be made now.
 
     Raises:
@@ -206,7 +202,7 @@ def copy_input(run: Run, job: Job, copies: dict[Path, Path]) -> None:
             shutil.copyfile(job.product, temporary)
 
 
-def make_pictures(run: Run, tool: Tool, job: Job, advance: Callable[..., None]) -> None:
+def make_pictures(run: Run, tool: Packshot, job: Job, advance: Callable[..., None]) -> None:
     """All pictures of one job that the run folder does not have yet.
 
     The files of a picture are written while the next one is drawn.
@@ -233,7 +229,7 @@ def make_pictures(run: Run, tool: Tool, job: Job, advance: Callable[..., None]) 
             previous.result()
 
 
-def missing_pictures(run: Run, tool: Tool, job: Job) -> list[int]:
+def missing_pictures(run: Run, tool: Packshot, job: Job) -> list[int]:
     """The numbers of the pictures of one job that the run folder does not have.
 
     Raises:
