@@ -14,7 +14,7 @@ from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 
-from packshot.config.compose import compose, groups, options, to_yaml
+from packshot.config.compose import chosen_by_default, compose, groups, options, to_yaml
 from packshot.config.keys import describe, fields, nearest
 from packshot.config.schema import SCRIPTS
 from packshot.errors import ConfigError, PackshotError
@@ -83,9 +83,13 @@ def read_flag(line: CommandLine, argument: str, rest: list[str]) -> None:
             raise ConfigError(f"There is no flag {argument}.", f"Known are {', '.join(FLAGS)}.")
 
 
-def default_text(field: dataclasses.Field) -> str:
-    """The default of a key, as it is written in an override."""
-    value = field.default_factory() if callable(field.default_factory) else field.default
+def default_of(field: dataclasses.Field) -> object:
+    """The default of a key in its schema."""
+    return field.default_factory() if callable(field.default_factory) else field.default
+
+
+def as_written(value: object) -> str:
+    """A value as it is written in an override."""
     if isinstance(value, Enum):
         return value.name
     if value is None:
@@ -108,9 +112,11 @@ def help_text(script: str, doc: str) -> str:
         if group in names or (group == "experiment" and script.startswith(("train", "caption"))):
             lines.append(f"  {group}={'|'.join(options(group)) or 'null'}")
     lines += ["", "Keys (default: type: meaning):"]
+    chosen = chosen_by_default(script)
     for key, field, hint in fields(schema):
         text = field.metadata.get("help", "")
-        lines.append(f"  {key}={default_text(field)}\n      {describe(field, hint)}: {text}")
+        default = chosen.get(key, default_of(field))
+        lines.append(f"  {key}={as_written(default)}\n      {describe(field, hint)}: {text}")
     return "\n".join(lines)
 
 

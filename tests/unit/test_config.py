@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import assume, given
 from hypothesis.strategies import text
 
-from packshot.cli import STAGES, Stage, run_stage
+from packshot.cli import STAGES, Stage, help_text, run_stage
 from packshot.config import compose as composing
 from packshot.config.compose import QUOTED, compose, quoted, to_plain, to_yaml
 from packshot.config.keys import fields
@@ -69,6 +69,28 @@ def test_a_typo_inside_an_experiment_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(composing, "CONF", conf)
     with pytest.raises(ConfigError, match="learnign_rate"):
         compose("train_lora", ["experiment=typo"])
+
+
+@pytest.mark.parametrize("value", ["5", "-1", "2.0"])
+def test_a_number_is_neither_true_nor_false(value):
+    with pytest.raises(ConfigError, match=f"run.resume={value} has a value of the wrong type"):
+        compose("train_lora", [f"run.resume={value}"])
+    assert compose("train_lora", ["run.resume=1"]).run.resume is True
+
+
+def test_an_experiment_of_another_script_is_refused():
+    with pytest.raises(ConfigError, match=r"is for train_controlnet\.py, not for train_lora\.py"):
+        compose("train_lora", ["experiment=controlnet_sdxl"])
+
+
+def test_each_shipped_experiment_is_for_one_known_script():
+    starts = (*composing.EXPERIMENTS, "ablation_")
+    assert all(name.startswith(starts) for name in composing.options("experiment"))
+
+
+def test_help_shows_what_the_chosen_files_set():
+    for script, shown in (("train_lora", "tracking.kind=wandb"), ("generate", "tracking.kind=none")):
+        assert f"  {shown}\n" in help_text(script, "")
 
 
 def test_right_overrides_arrive_typed():

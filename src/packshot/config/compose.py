@@ -27,6 +27,13 @@ Settings = TypeVar("Settings")
 CONF = Path(str(files("packshot.conf")))  # the checkout's conf/, or the wheel's copy of it
 HELP = "--help lists the keys."
 LAUNCH = "launch"  # configs of accelerate and Slurm, which are not options of a script
+# By the start of its name, the script that a shipped experiment is for.
+EXPERIMENTS = {
+    "lora_": "train_lora",
+    "ip_adapter_": "train_ip_adapter",
+    "controlnet_": "train_controlnet",
+    "captioner_": "caption_vlm",
+}
 
 
 def groups(config_dir: Path | None = None) -> list[str]:
@@ -43,6 +50,36 @@ def options(group: str, config_dir: Path | None = None) -> list[str]:
     for folder in filter(None, (CONF, config_dir)):
         names.update(path.stem for path in (folder / group).glob("*.yaml"))
     return sorted(names)
+
+
+def chosen_by_default(script: str) -> dict[str, Any]:
+    """What the files that a script takes by default set, by the key; read without Hydra, for ``--help``."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for row in yaml.safe_load((CONF / f"{script}.yaml").read_text(encoding="utf-8"))["defaults"]:
+        for group, option in row.items() if isinstance(row, dict) else ():
+            file = CONF / group / f"{option}.yaml"
+            if file.is_file():
+                values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+                found |= {f"{group}.{key}": value for key, value in values.items()}
+    return found
+
+
+def refuse_another_scripts(experiment: str, script: str) -> None:
+    """Many keys of an experiment stand in other scripts' configs too, where they would be taken without a word.
+
+    Raises:
+        ConfigError: a shipped experiment is for another script.
+    """
+    if not (CONF / "experiment" / f"{experiment}.yaml").is_file():
+        return
+    for start, owner in EXPERIMENTS.items():
+        if experiment.startswith(start) and owner != script:
+            raise ConfigError(
+                f"experiment={experiment} is for {owner}.py, not for {script}.py.",
+                f"Run python {owner}.py experiment={experiment}.",
+            )
 
 
 def parents(keys: Iterable[str]) -> set[str]:
@@ -159,6 +196,18 @@ def with_lists(values: Mapping[str, Any], schema: type) -> dict[str, Any]:
     return whole
 
 
+def refuse_numbers(values: Mapping[str, Any], schema: type) -> None:
+    """A key that takes true or false takes 1 and 0 too, but no other number, which OmegaConf would read as true.
+
+    Raises:
+        ConfigError: it has one.
+    """
+    for key, field, hint in fields(schema):
+        value = find_value(values, key)
+        if hint is bool and value not in (None, True, False) and isinstance(value, (int, float)):
+            raise wrong_value(key, str(value), hint, describe(field, hint))
+
+
 def wrong_value(key: str, value: str, hint: Hint, takes: str) -> ConfigError:
     """The error for a value of the wrong kind."""
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -248,6 +297,8 @@ def compose(script: str, overrides: Sequence[str], config_dir: Path | None = Non
         for override in named:
             if not (own_dir and override.partition("=")[0].lstrip("+") == "experiment"):
                 check_override(override, keys, config_dir)
+            if override.lstrip("+").startswith("experiment="):
+                refuse_another_scripts(override.partition("=")[2], script)
         given = list(map(partial(quoted, texts=texts, lists=lists), named))
         folders = [f"'file://{folder.absolute()}'" for folder in (own_dir, config_dir) if folder]
         if folders:
@@ -259,6 +310,7 @@ def compose(script: str, overrides: Sequence[str], config_dir: Path | None = Non
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 node = hydra_compose(script, given)
             values = cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True))
+            refuse_numbers(values, schema)
             config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), with_lists(values, schema)))
         except (HydraException, OmegaConfBaseException) as error:
             raise explain(error, schema, overrides) from error
@@ -298,6 +350,7 @@ def with_values(settings: Settings, values: Mapping[str, object]) -> Settings:
             raise unknown_key(key, keys)
     plain = map_values(lambda value: list(value) if isinstance(value, tuple) else value, values)
     plain = with_lists(plain, schema)
+    refuse_numbers(plain, schema)
     try:
         changed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings), plain))
     except OmegaConfBaseException as error:
