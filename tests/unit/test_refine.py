@@ -15,7 +15,7 @@ from packshot.config.compose import compose
 from packshot.config.schema import GenerateSettings
 from packshot.diffusion.tiles import OVERLAP, plan_tiles, tile_weight, tiled
 from packshot.errors import ConfigError
-from packshot.generate import Packshot
+from packshot.generate import Packshot, run
 from packshot.generate.product import core_of
 from packshot.imaging.upscale import upscale
 
@@ -162,3 +162,17 @@ def test_keys_without_sense_are_refused(keys, message):
 
 def test_pictures_of_results_have_the_photographs_size(tool, refined):
     assert refined.image.size == Image.fromarray(tool.product.rgb_HW3).size
+
+
+def test_an_upscaler_that_is_none_is_refused_before_models_load(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_models", lambda *_: pytest.fail("models were loaded"))
+    file = tmp_path / "enlarge.onnx"
+    file.write_text("not a network")
+    config = compose(
+        "generate",
+        ["product=data/products/serum.png", "prompt=a table", "background.refine=upscale"]
+        + [f"background.upscaler={file}", f"run.dir={tmp_path / 'run'}"],
+    )
+    with pytest.raises(ConfigError, match=r"background\.upscaler=.* cannot be loaded"):
+        run.generate(config)
+    assert not (tmp_path / "run").exists()

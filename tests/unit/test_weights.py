@@ -14,9 +14,11 @@ from packshot.base.load import load_parts
 from packshot.base.original_names import block_names, original_name
 from packshot.base.places import Place, choose_weights, find_place
 from packshot.base.shapes import meta_parts
+from packshot.config.compose import compose
 from packshot.config.schema import ModelConfig
 from packshot.errors import ConfigError
 from packshot.runs.files import resolve
+from packshot.train.run import train
 
 MINI = "data/models/sdxl"
 
@@ -345,3 +347,18 @@ def test_microsofts_florence_names_the_readable_copy():
 
     with pytest.raises(ConfigError, match="florence-community/Florence-2-large"):
         find("florence2", ModelConfig(florence2="microsoft/Florence-2-large"), CaptionerConfig())
+
+
+@pytest.mark.parametrize(
+    ("script", "key", "value"),
+    [
+        ("train_lora", "method.init", "outputs/none"),
+        ("train_lora", "model.loras", "[outputs/none]"),
+        ("train_controlnet", "method.extra_controlnets", "[outputs/none]"),
+        ("train_ip_adapter", "model.image_encoder", "outputs/none"),
+    ],
+)
+def test_missing_weights_are_refused_before_data_and_models_load(script, key, value, monkeypatch):
+    monkeypatch.setattr("packshot.train.run.load_training", lambda *_, **__: pytest.fail("data was read"))
+    with pytest.raises(ConfigError, match=rf"{key}=outputs/none: there is no such file or folder"):
+        train(compose(script, [f"{key}={value}", "tracking=none"]))

@@ -27,6 +27,7 @@ from packshot.generate.packshot import Packshot, Result
 from packshot.generate.product import Product, prepare
 from packshot.generate.references import open_references
 from packshot.generate.report import write_report
+from packshot.imaging.upscale import open_upscaler
 from packshot.lists import without
 from packshot.runs.files import file_sha256, readable, replacing_file, sha256, writing
 from packshot.runs.folder import Run, log, open_run
@@ -98,6 +99,8 @@ def without_repeats(jobs: list[Job]) -> list[Job]:
 
 def load_tool(config: Generate, jobs: list[Job]) -> Packshot:
     """What draws the jobs; models are loaded if any job needs them."""
+    for upscaler in {job.config.background.upscaler for job in jobs} - {None}:
+        open_upscaler(str(upscaler))  # a file that is none costs no loading of models
     needed = not all(job.config.background.color for job in jobs)
     models = load_models(config.model, config.adapters, config.inference) if needed else None
     return Packshot(models, config.matte, networks=networks(config))

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from packshot.errors import ConfigError
 from packshot.imaging.onnx import load_session
 
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
 KEY = "background.upscaler"
+
+
+def open_upscaler(path: str) -> InferenceSession:
+    """The network that ``background.upscaler`` names. Raises ConfigError: the file is no network."""
+    return load_session(KEY, path)
 
 
 def upscale(picture_HW3: np.ndarray, path: str) -> np.ndarray:
@@ -18,7 +28,7 @@ def upscale(picture_HW3: np.ndarray, path: str) -> np.ndarray:
     Raises:
         ConfigError: the file is no such network.
     """
-    session = load_session(KEY, path)
+    session = open_upscaler(path)
     node = session.get_inputs()[0]
     height, width = picture_HW3.shape[:2]
     for given, wanted in zip((height, width), node.shape[2:], strict=True):

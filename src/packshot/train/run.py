@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from packshot.base.adapter_metadata import objective_metadata
 from packshot.base.inpainting import prepare_unet
 from packshot.base.load import Parts, load_parts
+from packshot.base.places import find_place
 from packshot.config.schema import (
     AttentionKernel,
     MixedPrecision,
@@ -38,7 +39,7 @@ from packshot.errors import ConfigError
 from packshot.methods import build_method, method_class
 from packshot.methods.base import Exported
 from packshot.runs.folder import log
-from packshot.runs.licenses import refuse_weights
+from packshot.runs.licenses import named_weights, refuse_weights
 from packshot.runs.tracking import Input, finishing
 from packshot.train.card import write_card
 from packshot.train.check.findings import small_buckets
@@ -61,6 +62,7 @@ def train(config: TrainScript) -> None:
     if config.mode is Mode.plan:
         plan(config, script)
         return
+    refuse_missing_weights(config)
     read = method_class(config).pictures_of(config.method)
     pictures = ("image", "mask", *read)
     data = load_training(config, pictures, read, validates=config.train.validation_steps > 0)
@@ -77,6 +79,12 @@ def train(config: TrainScript) -> None:
                 check(session, task, examples, config, data.order)
             else:
                 fit_and_export(session, task, examples, data, config)
+
+
+def refuse_missing_weights(config: TrainScript) -> None:
+    """Raises ConfigError for the first weights that are neither on the disk nor named as on the hub."""
+    for key, source in named_weights(config):
+        find_place(key, source)
 
 
 def warn_of_memory(config: TrainScript, samples: int) -> None:
