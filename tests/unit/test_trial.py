@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 from trial_fixtures import EDITS, SIDE, Made, made, write_made, write_pictures
 
 from packshot.config.compose import compose
+from packshot.dataset.rows import load_rows
 from packshot.errors import ConfigError, PackshotError
 from packshot.evaluate import bench
 from packshot.evaluate.alignment import align
@@ -26,6 +28,7 @@ from packshot.evaluate.run import evaluate
 from packshot.evaluate.sets import Seen, clip_text, diversity, product_similarity, reference_choice
 from packshot.imaging.matte import unmix
 from packshot.imaging.outline import segment_near
+from packshot.runs.files import resolve
 
 QUICK = ["tracking=none", "captioner=none", "scores.features=plain"]
 
@@ -406,6 +409,23 @@ def test_clip_and_dino_scores_by_weights_that_are_given(bed, tmp_path):
 
 
 # ---- the benchmark ----
+
+
+def test_the_benchmark_takes_its_rows_as_they_were_published(tmp_path, monkeypatch):
+    rows = load_rows("bench", bench.HELD_OUT)
+    taken = bench.bench_rows(rows)
+    products = [rows.read(index, ())["product_id"] for index in taken]
+    assert (len(taken), set(Counter(products).values())) == (76, {4})
+    table = tmp_path / "heldout.csv"
+    lines = resolve(bench.FROZEN).read_text().splitlines()
+    monkeypatch.setattr(bench, "FROZEN", str(table))
+    sample_id, product_id, digest = lines[1].split(",")
+    table.write_text("\n".join([lines[0], f"{'0' * 64},{product_id},{digest}"]))
+    with pytest.raises(ConfigError, match="lacks 000"):
+        bench.bench_rows(rows)
+    table.write_text("\n".join([lines[0], f"{sample_id},{product_id},{'0' * 64}"]))
+    with pytest.raises(ConfigError, match=f"another picture or mask for {sample_id}"):
+        bench.bench_rows(rows)
 
 
 def test_the_benchmark_prints_a_row_for_a_folder(tmp_path, capsys):

@@ -8,6 +8,7 @@ docs/bench.md.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,11 +24,12 @@ from packshot.evaluate.items import TABLE, Item, Unpacked, by_ids, open_items, w
 from packshot.evaluate.run import evaluate
 from packshot.evaluate.samples import Json
 from packshot.generate.composite import blend
+from packshot.runs.files import resolve
 from packshot.runs.folder import discard_refused
 
 HELD_OUT = "data/rendered/heldout"
 ID_LENGTH = 16  # of an item's id: the beginning of its row's
-PER_PRODUCT = 4  # items of each held-out product: the first ones by id
+FROZEN = "data/bench/heldout.csv"  # the rows by id, with the digest of picture and mask (Rows.digest)
 BACKDROP = (236, 236, 236)  # the studio wall behind the product
 REFERENCE_STEP = 7  # an item's reference is the plate of the item this far on
 # The row of the table, by heading: the measure, how it is printed.
@@ -47,15 +49,22 @@ COLUMNS = {
 
 
 def bench_rows(rows: Rows) -> list[int]:
-    """The rows that the benchmark takes: the first of each held-out product, in the order of their ids."""
-    taken: dict[str, int] = {}
-    found = []
-    for index in sorted(range(len(rows)), key=lambda place: rows.ids[place]):
-        product = rows.read(index, ())["product_id"]
-        taken[product] = taken.get(product, 0) + 1
-        if taken[product] <= PER_PRODUCT:
-            found.append(index)
-    return found
+    """The rows that the benchmark takes, in the order of its table.
+
+    Raises:
+        ConfigError: a row is missing, or has another picture or mask than the benchmark was published with.
+    """
+    places = {sample_id: index for index, sample_id in enumerate(rows.ids)}
+    with resolve(FROZEN).open(encoding="utf-8", newline="") as file:
+        frozen = list(csv.DictReader(file))
+    for row in frozen:
+        index = places.get(row["id"])
+        if index is None or rows.digest(index) != row["sha256"]:
+            raise ConfigError(
+                f"{HELD_OUT} {'lacks' if index is None else 'has another picture or mask for'} {row['id']}.",
+                f"{FROZEN} names the rows of the benchmark; check data/ out as it was released.",
+            )
+    return [places[row["id"]] for row in frozen]
 
 
 def bench_items(rows: Rows) -> Iterator[Unpacked]:
