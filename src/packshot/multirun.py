@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from packshot.config.compose import compose, explain
 from packshot.config.schema import SCRIPTS
 from packshot.errors import ConfigError, PackshotError
-from packshot.runs.folder import default_dir
+from packshot.runs.folder import default_dir, read_metrics
+from packshot.runs.markdown import markdown_table
 
 
 def expand(script: str, overrides: Sequence[str]) -> list[list[str]]:
@@ -55,6 +58,31 @@ def jobs(script: str, overrides: Sequence[str]) -> list[list[str]]:
     return [[*job, f"run.dir={folder / str(index)}"] for index, job in enumerate(expand(script, kept))]
 
 
+def swept(planned: Sequence[Sequence[str]]) -> list[str]:
+    """The keys whose values differ between jobs, but for their run folders."""
+    different = [overrides[0].partition("=")[0] for overrides in zip(*planned, strict=True) if len(set(overrides)) > 1]
+    return list(filter("run.dir".__ne__, different))
+
+
+def compare(finished: Sequence[Sequence[str]], keys: Sequence[str]) -> list[str]:
+    """A table of the last figures of trainings, the one with the lowest loss in validation first.
+
+    finished: the overrides of each job. [] where no job has a loss.
+    """
+    found: list[tuple[float, list[object]]] = []
+    for job in finished:
+        given = dict(override.lstrip("+").split("=", 1) for override in job)
+        last: dict[str, float] = {}
+        for line in read_metrics(Path(given["run.dir"])):
+            last |= line
+        if "loss" in last:
+            validation_loss = last.get("validation_loss", math.inf)
+            figures = [f"{last['loss']:.5f}", f"{validation_loss:.5f}" if "validation_loss" in last else "–"]
+            found.append((validation_loss, [*map(given.get, keys), *figures, given["run.dir"]]))
+    rows = map(itemgetter(1), sorted(found, key=itemgetter(0)))
+    return markdown_table([*keys, "last loss", "validation_loss", "run.dir"], rows) if found else []
+
+
 def multirun(script: str, overrides: Sequence[str], config_dir: Path | None, dry: bool) -> None:
     """Run every job in a fresh process, one after the other; with ``dry`` print the commands instead.
 
@@ -78,11 +106,15 @@ def multirun(script: str, overrides: Sequence[str], config_dir: Path | None, dry
             print(shlex.join(["packshot", script, *folder_flag, *job]))
         return
     failed: list[str] = []
+    finished: list[list[str]] = []
     for index, job in enumerate(planned):
         print(f"job {index + 1} of {len(planned)}: {shlex.join(job)}", file=sys.stderr)
         code = subprocess.run([sys.executable, "-m", "packshot", script, *folder_flag, *job]).returncode
         if code:
             failed.append(f"{shlex.join(job)} (exit code {code})")
+        else:
+            finished.append(job)
+    print("\n".join(compare(finished, swept(planned))), file=sys.stderr)
     if failed:
         raise PackshotError(
             f"{len(failed)} of {len(planned)} jobs failed:\n    " + "\n    ".join(failed),

@@ -1,5 +1,6 @@
 """Composition, refusals and help (a typo is refused everywhere, before a model is loaded)."""
 
+import json
 import shlex
 import subprocess
 import sys
@@ -366,6 +367,27 @@ def test_multirun_prints_its_commands_or_starts_them(tmp_path, monkeypatch, caps
         run_stage("train_lora", arguments)
     assert [command[1:3] for command in started] == [["-m", "packshot"]] * 2
     assert [command[3:] for command in started] == [command[1:] for command in printed]
+
+
+def test_a_sweep_ends_with_its_losses_the_best_one_first(tmp_path, monkeypatch, capsys):
+    def train(command):
+        folder = Path(command[-1].removeprefix("run.dir="))
+        folder.mkdir(parents=True)
+        loss = {"0": 0.5, "1": 0.25, "2": 0.75}[folder.name]
+        lines = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": loss}, {"step": 2, "validation_loss": loss / 2}]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return SimpleNamespace(returncode=int(folder.name == "2"))
+
+    monkeypatch.setattr("subprocess.run", train)
+    with pytest.raises(SystemExit):
+        run_stage("train_lora", ["-m", "method.rank=4,8,16", "train.max_steps=2", f"run.dir={tmp_path}/sweep"])
+    said = capsys.readouterr().err.splitlines()
+    head = said.index("| method.rank | last loss | validation_loss | run.dir |")
+    assert said[head + 2 : head + 4] == [
+        f"| 8 | 0.25000 | 0.12500 | {tmp_path}/sweep/1 |",
+        f"| 4 | 0.50000 | 0.25000 | {tmp_path}/sweep/0 |",
+    ]
+    assert "1 of 3 jobs failed" in "\n".join(said[head + 4 :])
 
 
 def test_a_sweep_with_one_refused_job_starts_none(monkeypatch, capsys):
