@@ -11,6 +11,7 @@ from caption_fixtures import CAPTIONS, caption_vlm, trained_run, write_dataset
 from packshot.caption.data import CaptionedRow, Journal
 from packshot.caption.models.adapter import Caption
 from packshot.caption.models.captioner import Captioner
+from packshot.caption.review import doubtful, write_review
 from packshot.caption.write import Given, caption_shard, judge, summary
 from packshot.dataset.rows import load_rows
 from packshot.errors import ConfigError, PackshotError
@@ -299,6 +300,34 @@ def test_all_captions_are_replaced_on_request_alone(shard, tmp_path):
     assert column(out, "caption_origin") == ["florence2"] * 4
 
 
+def test_a_failure_keeps_the_text_it_would_have_replaced(shard, tmp_path):
+    """With ``captioner.overwrite=true`` a broken row has its error beside the old text; a resume tries it again."""
+    out = tmp_path / shard.name
+    pq.write_table(out_of_order(shard), shard)
+    given = Given("florence2", overwrite=True, corrections={column(shard, "id")[2]: CAPTIONS[1]})
+    replace_image(shard, 0, b"broken")
+    replace_image(shard, 2, b"broken")
+    replace_image(shard, 3, b"broken")
+    caption_shard(shard, out, Scripted(say()), "a", given=given)
+    assert column(out, "text") == [MINE, CAPTIONS[0], CAPTIONS[1], None]
+    assert column(out, "captions") == [[MINE, "another"], None, None, None]
+    assert column(out, "caption_origin") == ["endpoint", "florence2", "source", ""]
+    assert ["not an image" in (error or "") for error in column(out, "caption_error")] == [True, False, True, True]
+    assert Scene.from_dict(column(out, "scene")[0]).surface == "my own table"
+    counts = summary(out.parent, [shard])
+    assert (counts["captioned"], counts["stayed"], sum(counts["errors"].values())) == (3, 2, 3)
+    assert load_rows("data.train", str(out)).texts == [MINE, CAPTIONS[0], CAPTIONS[1]]
+    captioner = Scripted(say())
+    assert caption_shard(shard, out, captioner, "a", given=given)["captioned"] == 3
+
+
+def out_of_order(shard):
+    """The shard with one person's caption of several, a machine's, one that is corrected, and none."""
+    several = pa.array([[MINE, "another"], None, [CAPTIONS[0], "another"], None])
+    with_captions(shard, [MINE, CAPTIONS[1], CAPTIONS[0], ""], caption_origin=["endpoint", "source", "florence2", ""])
+    return pq.read_table(shard).append_column("captions", several)
+
+
 def test_a_correction_counts_as_a_persons_caption(shard, tmp_path):
     with_captions(shard, [CAPTIONS[1], "", "", ""], caption_origin=["florence2", "", "", ""])
     ids = column(shard, "id")
@@ -324,3 +353,23 @@ def test_the_screen_counts_what_is_kept_and_filled(tmp_path):
     out = caption_vlm(tmp_path, "replaced", *settings, "captioner.overwrite=true", task="caption")
     assert "1 captions of the source are replaced (captioner.overwrite=true)" in (out / "log.txt").read_text()
     assert column(out / "part-00000.parquet", "text")[0] == CAPTIONS[0]
+
+
+def test_failures_are_counted_and_reviewed_with_their_text(tmp_path):
+    run = trained_run()
+    data = write_dataset(tmp_path / "data", shards=(3,), captions=False)
+    with_captions(data / "part-00000.parquet", [MINE, MINE, ""])
+    replace_image(data / "part-00000.parquet", 0, b"broken")
+    settings = (f"model.florence2={run.parent / 'base'}", f"captioner.adapter={run / 'export'}", f"data.input={data}")
+    out = caption_vlm(tmp_path, "replaced", *settings, "captioner.overwrite=true", task="caption")
+    screen = (out / "log.txt").read_text()
+    assert "1 captions of the source are replaced (captioner.overwrite=true)" in screen
+    assert "1 captions of the source stay, because the captioner failed on their images" in screen
+    assert "1 rows not captioned: " in screen
+    counts = json.loads((out / "captions.json").read_text())
+    assert (counts["captioned"], counts["kept"], counts["written"]) == (3, 1, 2)
+    samples = doubtful(load_rows("data.input", str(out), captions=False, pictures=("image",)), 1)
+    write_review(tmp_path, samples, str(out))
+    table = (tmp_path / "review.csv").read_text(encoding="utf-8-sig")
+    assert "not an image" in table
+    assert MINE in table

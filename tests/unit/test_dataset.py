@@ -163,7 +163,7 @@ def shards(folder, count=3, rows=20):
         noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(rows)]
         table = {
             "id": [f"{shard}-{i}" for i in range(rows)],
-            "text": [f"a table, {i}" for i in range(rows)],
+            "text": [*(f"a table, {i}" for i in range(rows - 1)), None],
             "image": [{"bytes": stored(image), "path": None} for image in noise],
             "caption_error": [None] * (rows - 1) + ["no text"],
         }

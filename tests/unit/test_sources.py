@@ -23,6 +23,7 @@ from packshot.dataset.text_files import EncodingError, decode_text
 from packshot.errors import ConfigError, PackshotError
 from packshot.make_dataset.run import build
 from packshot.make_dataset.sources import list_items
+from packshot.make_dataset.sources.packing import open_unpacked
 
 CAPTIONS = [f"Professional photo of an object on a {thing}" for thing in ("marble table", "café table", "bed of sand")]
 
@@ -77,16 +78,83 @@ def write_utf16_tsv(path):
     path.with_suffix(".tsv").write_bytes("\r\n".join(lines).encode("utf-16"))
 
 
+def write_json_rows(path):
+    rows = [{"image_path": f"./{n}.png", "caption": text} for n, text in enumerate(CAPTIONS)]
+    path.with_name("labels.json").write_bytes(json.dumps(rows, ensure_ascii=False).encode("utf-16"))
+
+
+def write_json_object(path):
+    path.with_suffix(".json").write_text(json.dumps({f"{n}.png": text for n, text in enumerate(CAPTIONS)}))
+
+
+def write_kohya_json(path):
+    """Absolute names without an ending, and an object for each, as kohya's finetune tools write them."""
+    entries = {str(path.parent / str(n)): {"caption": text, "tags": "x"} for n, text in enumerate(CAPTIONS)}
+    path.with_name("meta_cap.json").write_text(json.dumps(entries))
+
+
+def write_json_lines_named_json(path):
+    write_jsonl(path)
+    path.with_suffix(".jsonl").rename(path.with_suffix(".json"))
+
+
 def write_parquet(path):
     table = pa.table({"file_name": [f"{n}.png" for n in range(3)], "text": CAPTIONS})
     pq.write_table(table, path.with_suffix(".parquet"))
 
 
-@pytest.mark.parametrize("write", [write_jsonl, write_csv, write_excel_csv, write_utf16_tsv, write_parquet])
+TABLES = [write_jsonl, write_csv, write_excel_csv, write_utf16_tsv, write_parquet]
+TABLES += [write_json_rows, write_json_object, write_kohya_json, write_json_lines_named_json]
+
+
+@pytest.mark.parametrize("write", TABLES)
 def test_a_metadata_table_brings_captions(folder, tmp_path, capsys, write):
     write(folder / "metadata")
     assert texts(run(folder, tmp_path / "out")) == CAPTIONS
     assert "3 of 3 images have a caption" in capsys.readouterr().err
+
+
+def test_coco_captions_bring_all_captions_and_the_licence(folder, tmp_path):
+    images = [{"id": n, "file_name": f"{n}.png", "license": 4} for n in range(3)]
+    annotations = [{"image_id": n, "caption": text} for n, text in enumerate(CAPTIONS)]
+    annotations.append({"image_id": 1, "caption": "another one "})
+    document = {"images": images, "annotations": annotations, "licenses": [{"id": 4, "name": "CC-BY-2.0"}]}
+    (folder / "captions_val2017.json").write_text(json.dumps(document))
+    rows = run(folder, tmp_path / "out")
+    assert texts(rows) == CAPTIONS
+    assert rows[1]["captions"] == [CAPTIONS[1], "another one"]
+    assert {row["license"] for row in rows} == {"CC-BY-2.0"}
+
+
+def test_json_that_describes_no_image_is_named(folder, tmp_path, capsys):
+    """What is read is told by the content: settings and statistics are not captions."""
+    (folder / "0.json").write_text(json.dumps({"caption": CAPTIONS[0]}))
+    (folder / "1.json").write_text(json.dumps({"width": 96}))
+    (folder / "settings.json").write_text(json.dumps({"rank": 8, "names": ["a"]}))
+    (folder / "other.json").write_text(json.dumps({"elsewhere.png": "a caption"}))
+    assert texts(run(folder, tmp_path / "out")) == [CAPTIONS[0], "", ""]
+    shown = capsys.readouterr().err
+    assert "1 of 3 images have a caption" in shown
+    assert "1 not read, .json next to an image, without a caption: 1.json" in shown
+    assert "2 not read, .json: neither an image nor its caption: other.json, settings.json" in shown
+
+
+def test_captions_json_must_be_captions(folder, tmp_path):
+    (folder / "captions.json").write_text(json.dumps({"0.png": 3}))
+    with pytest.raises(ConfigError, match=r"captions\.json: 0\.png is neither a caption nor an object"):
+        run(folder, tmp_path / "out")
+
+
+def test_several_captions_of_a_json_are_kept(folder, tmp_path):
+    """Next to the picture or in a tar, a list of captions becomes the column ``captions``."""
+    (folder / "0.json").write_text(json.dumps({"caption": CAPTIONS[:2]}))
+    assert run(folder, tmp_path / "out")[0]["captions"] == CAPTIONS[:2]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(folder / "0.png", "0.png")
+        tar.add(folder / "0.json", "0.json")
+        tar.add(folder / "1.png", "1.png")
+    rows = run(tmp_path / "a.tar", tmp_path / "packed")
+    assert [row["captions"] for row in rows] == [CAPTIONS[:2], None]
 
 
 def test_a_metadata_table_describes_its_own_folder(folder, tmp_path):
@@ -213,6 +281,57 @@ def test_tars_are_read_plain_and_compressed(tmp_path, mode):
     assert texts(run(tmp_path / "a.tar", tmp_path / "out")) == CAPTIONS
 
 
+ZSTD = {"one frame": 1, "two frames": 2, "pzstd": 1}
+
+
+def pack_zstd(path, form):
+    """zstd writes one frame, a parallel packer several, pzstd one after a frame of its own."""
+    pack(path.with_suffix(""))
+    plain = path.with_suffix("").read_bytes()
+    path.with_suffix("").unlink()
+    size = -(-len(plain) // ZSTD[form])
+    packed = [pa.compress(plain[start : start + size], "zstd", asbytes=True) for start in range(0, len(plain), size)]
+    path.write_bytes((b"\x50\x2a\x4d\x18\x04\0\0\0size" if form == "pzstd" else b"") + b"".join(packed))
+
+
+@pytest.mark.parametrize("form", ZSTD)
+def test_zstd_tars_are_read(tmp_path, form):
+    """Two samples in a shard of the build: the shard of the source is read from its start again."""
+    pack_zstd(tmp_path / "a.tar.zst", form)
+    assert texts(run(tmp_path / "a.tar.zst", tmp_path / "out", "shard_size=2")) == CAPTIONS
+
+
+def test_a_zstd_tar_that_is_cut_is_refused(tmp_path):
+    pack_zstd(tmp_path / "a.tar.zst", "one frame")
+    packed = (tmp_path / "a.tar.zst").read_bytes()
+    (tmp_path / "a.tar.zst").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(ConfigError, match="not a whole tar file"):
+        run(tmp_path / "a.tar.zst", tmp_path / "out")
+
+
+def test_zstd_seeks_like_a_plain_file(tmp_path):
+    content = np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8).tobytes()
+    (tmp_path / "a.zst").write_bytes(pa.compress(content, "zstd", asbytes=True))
+    with open_unpacked(str(tmp_path / "a.zst")) as file:
+        for place, size in ((2_500_000, 700_000), (10, 5), (2_999_999, 9), (0, 3_000_000), (1_500_000, 1)):
+            assert file.seek(place) == place
+            assert file.read(size) == content[place : place + size]
+
+
+def test_members_of_a_tar_that_are_not_read_are_counted(tmp_path, capsys):
+    pack(tmp_path / "a.tar")
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        link = tarfile.TarInfo("9.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "000000000.jpg"
+        tar.addfile(link)
+        tar.addfile(tarfile.TarInfo(".thumbs/0.jpg"))
+        tar.addfile(tarfile.TarInfo("000000000.cls"))
+    assert len(run(tmp_path / "a.tar", tmp_path / "out")) == 3
+    shown = capsys.readouterr().err
+    for reason in ("links and devices", "hidden or the system's", "cls"):
+        assert f"1 not read, {reason} in tar shards" in shown
+
+
 def test_a_tar_inside_a_compressed_tar_is_read(tmp_path):
     pack(tmp_path / "00000.tar")
     with tarfile.open(tmp_path / "all.tar.gz", "w:gz") as outer:
@@ -220,7 +339,7 @@ def test_a_tar_inside_a_compressed_tar_is_read(tmp_path):
     assert texts(run(tmp_path / "all.tar.gz", tmp_path / "out")) == CAPTIONS
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "parquet"])
 def test_a_list_names_files(folder, tmp_path, kind):
     rows = [{"path": str(folder / f"{n}.png") if n else "0.png", "caption": text} for n, text in enumerate(CAPTIONS)]
     place = folder / f"list.{kind}"
@@ -228,6 +347,8 @@ def test_a_list_names_files(folder, tmp_path, kind):
         place.write_text("\n".join(["path,caption", *(f"{row['path']},{row['caption']}" for row in rows)]))
     elif kind == "jsonl":
         place.write_text("\n".join(map(json.dumps, rows)))
+    elif kind == "json":
+        place.write_text(json.dumps(rows))
     else:
         pq.write_table(pa.Table.from_pylist(rows), place)
     assert texts(run(place, tmp_path / "out")) == CAPTIONS

@@ -110,8 +110,10 @@ def read_captions(file: Path, key: str) -> list[CaptionedRow] | None:
     table = pq.read_table(file, columns=["text", ERROR_COLUMN, CONFIDENCE_COLUMN])
     rows: list[CaptionedRow] = []
     for row in table.to_pylist():
-        confidence = row[CONFIDENCE_COLUMN] or {}
-        rows.append(CaptionedRow(row["text"], row[ERROR_COLUMN], without_none(confidence)))
+        if row[ERROR_COLUMN] is not None:  # its text, if it has one, is the source's
+            rows.append(CaptionedRow(error=row[ERROR_COLUMN]))
+        else:
+            rows.append(CaptionedRow(row["text"], None, without_none(row[CONFIDENCE_COLUMN] or {})))
     return rows
 
 
@@ -161,14 +163,17 @@ def write_captions(
     """``table`` with its caption columns (:data:`_WRITTEN`) replaced, whole or not at all.
 
     origin: names the captioner. kept: rows whose caption is that of the table, with its scene, confidence and origin.
+    Rows on which the captioner failed keep theirs too, beside the error.
     The features that ``datasets`` and the hub viewer read from the footer are kept and extended.
     """
     features = Features.from_arrow_schema(table.schema)
     features.update(_WRITTEN)
     before = table.select([name for name in _WRITTEN if name in table.column_names]).to_pylist()
     written: dict[str, list[object]] = {name: [] for name in _WRITTEN}
+    given = texts_of(table)
+    stay = {index for index, row in enumerate(rows) if index in kept or (row.error is not None and given[index])}
     for index, row in enumerate(rows):
-        cells = kept_cells(before[index]) if index in kept else new_cells(row, origin)
+        cells = {**kept_cells(before[index]), ERROR_COLUMN: row.error} if index in stay else new_cells(row, origin)
         for name, value in cells.items():
             written[name].append(value)
     arrays: list[pa.Array | pa.ChunkedArray] = []
@@ -176,8 +181,8 @@ def write_captions(
     for column in schema:
         if column.name == "captions":  # several captions of the source go with the one that they belong to
             several = table.column(column.name).to_pylist()
-            stay = [cell if index in kept else None for index, cell in enumerate(several)]
-            arrays.append(pa.array(stay, column.type))
+            left = [cell if index in stay else None for index, cell in enumerate(several)]
+            arrays.append(pa.array(left, column.type))
         elif column.name in written:
             arrays.append(pa.array(written[column.name], column.type))
         else:

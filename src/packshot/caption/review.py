@@ -13,6 +13,7 @@ from packshot.config.schema import CaptionVLM
 from packshot.dataset.rows import Rows, load_rows
 from packshot.engine.processes import start
 from packshot.engine.task import Sample
+from packshot.errors import PackshotError
 from packshot.imaging.data_url import data_url
 from packshot.lists import without_none
 from packshot.runs.files import replacing_file
@@ -66,7 +67,15 @@ def doubtful(rows: Rows, count: int) -> list[tuple[Sample, str]]:
         elif certainty:
             slot = min(certainty, key=certainty.__getitem__)
             found.append((certainty[slot], index, f"{slot} {certainty[slot]:.2f}"))
-    return [(rows.read(index, ("image",)), reason) for _, index, reason in sorted(found)[:count]]
+    return [(shown_row(rows, index), reason) for _, index, reason in sorted(found)[:count]]
+
+
+def shown_row(rows: Rows, index: int) -> Sample:
+    """A row with its picture; without one where that cannot be decoded, which is why captioning failed."""
+    try:
+        return rows.read(index, ("image",))
+    except PackshotError:
+        return {**rows.read(index, ()), "image": None}
 
 
 def write_review(folder: Path, samples: list[tuple[Sample, str]], dataset: str) -> None:
@@ -86,8 +95,9 @@ def write_review(folder: Path, samples: list[tuple[Sample, str]], dataset: str) 
 
 def article(row: Sample, reason: str) -> str:
     """One sample of the page."""
+    source = data_url(row["image"], THUMBNAIL) if row["image"] is not None else ""
     return (
-        f'<article><img alt="" src="{data_url(row["image"], THUMBNAIL)}"><div>'
+        f'<article><img alt="" src="{source}"><div>'
         f'<p class="doubt">{html.escape(reason)}</p>'
         f"<p>{html.escape(row['text'] or '')}</p><code>{html.escape(str(row['id']))}</code></div></article>"
     )

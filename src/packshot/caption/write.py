@@ -35,7 +35,7 @@ from packshot.dataset import corrections
 from packshot.dataset.rows import license_names
 from packshot.engine.processes import Session, start
 from packshot.errors import ConfigError, PackshotError
-from packshot.lists import select
+from packshot.lists import select, without_none
 from packshot.runs.files import replacing_file, sha256
 from packshot.runs.folder import log
 from packshot.runs.licenses import refuse_rows
@@ -45,10 +45,15 @@ from packshot.scene.scores import product_words
 
 
 class Summary(TypedDict):
-    """Counts over a captioned dataset. errors: by their first words."""
+    """Counts over a captioned dataset.
+
+    captioned: rows that have a caption. stayed: rows whose caption stayed because the captioner failed on them. errors:
+    by their first words.
+    """
 
     rows: int
     captioned: int
+    stayed: int
     errors: dict[str, int]
 
 
@@ -94,7 +99,7 @@ def caption(config: CaptionVLM) -> None:
         )
     refuse_rows(config.licenses, "data.input", config.data.input, shard_licenses(files))
     overwrite = config.captioner.overwrite
-    given = Given(config.captioner.kind.name, overwrite, {} if overwrite else corrections.read(files[0].parent))
+    given = Given(config.captioner.kind.name, overwrite, corrections.read(files[0].parent))
     captioner = load_captioner(config.model, config.captioner)
     named = json.dumps(identity(config.model, config.captioner), sort_keys=True)
     # The first process to finish waits for the last, which may need hours more.
@@ -130,19 +135,21 @@ def shard_licenses(files: Sequence[Path]) -> set[str]:
 def report(session: Session, files: Sequence[Path], with_caption: int, given: Given) -> None:
     """``captions.json``, and the counts on the screen. with_caption: rows that came with one."""
     counts = summary(session.path, files)
-    kept = 0 if given.overwrite else with_caption
+    kept = counts["stayed"] if given.overwrite else with_caption
     written = counts["captioned"] - kept
     with replacing_file(session.path / "captions.json") as file:
         file.write_text(json.dumps({**counts, "kept": kept, "written": written}, indent=2) + "\n")
     log.info("%d of %d rows have a caption", counts["captioned"], counts["rows"])
     if given.overwrite:
-        log.warning("%d captions of the source are replaced (captioner.overwrite=true)", with_caption)
+        log.warning("%d captions of the source are replaced (captioner.overwrite=true)", with_caption - kept)
+        if kept:
+            log.warning("%d captions of the source stay, because the captioner failed on their images", kept)
         log.info("%d captions written by %s", written, given.origin)
     else:
         log.info("%d captions of the source kept (captioner.overwrite=true replaces them)", kept)
         log.info("%d empty captions filled by %s", written, given.origin)
     for reason, count in counts["errors"].items():
-        log.warning("%d rows without: %s", count, reason)
+        log.warning("%d rows not captioned: %s", count, reason)
     if counts["errors"]:
         log.info("run.resume=true tries these rows again; their column %s holds the reason", ERROR_COLUMN)
 
@@ -264,15 +271,19 @@ def summary(folder: Path, files: Sequence[Path]) -> Summary:
     Raises:
         PackshotError: not one row has a caption.
     """
-    rows = 0
+    rows = captioned = stayed = 0
     errors: list[str] = []
     for file in files:
-        column = pq.read_table(folder / file.name, columns=[ERROR_COLUMN]).column(0)
-        rows += len(column)
-        errors += column.drop_null().to_pylist()
+        table = pq.read_table(folder / file.name, columns=["text", ERROR_COLUMN])
+        failed = table.column(ERROR_COLUMN).to_pylist()
+        rows += len(failed)
+        errors += without_none(dict(enumerate(failed))).values()
+        for text, error in zip(texts_of(table), failed, strict=True):
+            captioned += text is not None
+            stayed += text is not None and error is not None
     if rows and len(errors) == rows:
         raise PackshotError(
             f"none of {rows} images got a caption; the first: {errors[0]}",
             f"The column {ERROR_COLUMN} of {folder} holds every reason.",
         )
-    return {"rows": rows, "captioned": rows - len(errors), "errors": first_words(errors)}
+    return {"rows": rows, "captioned": captioned, "stayed": stayed, "errors": first_words(errors)}

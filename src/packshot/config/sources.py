@@ -29,11 +29,11 @@ SOURCES: dict[str, SourceKind] = {
         "tar shards, plain or compressed (WebDataset, img2dataset): <key>.jpg, .txt, .json, .mask.png", f"{_ROOM}.tars"
     ),
     "list": SourceKind(
-        "a .csv, .tsv, .jsonl or .parquet list whose rows name files or URLs (downloaded once)", f"{_ROOM}.lists"
+        "a .csv, .tsv, .jsonl, .json or .parquet list whose rows name files or URLs (downloaded once)", f"{_ROOM}.lists"
     ),
     "files": SourceKind(
-        "image files, each with <name>.txt, <name>.caption or a row of metadata.jsonl, .csv or .parquet (file_name); "
-        "folders named <N>_<name> repeat their images N times (kohya)",
+        "image files, each with <name>.txt, <name>.caption or a row of metadata.jsonl, .csv or .parquet (file_name) or "
+        "of any .json that names images; folders named <N>_<name> repeat their images N times (kohya)",
         f"{_ROOM}.files",
     ),
 }

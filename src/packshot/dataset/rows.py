@@ -335,7 +335,7 @@ def accepted_places(table: pa.Table, places: list[int], named: str) -> list[int]
 
 
 def captioned_places(table: pa.Table, places: list[int], named: str) -> list[int]:
-    """Those rows whose captioning did not fail.
+    """Those rows whose captioning did not fail, or that kept the caption they had.
 
     Raises:
         ConfigError: there is none.
@@ -343,7 +343,8 @@ def captioned_places(table: pa.Table, places: list[int], named: str) -> list[int
     if "caption_error" not in table.column_names:
         return places
     errors = table.column("caption_error").to_pylist()
-    kept = [place for place in places if errors[place] is None]
+    texts = table.column("text").to_pylist() if "text" in table.column_names else [None] * len(errors)
+    kept = [place for place in places if errors[place] is None or (texts[place] or "").strip()]
     lost = len(places) - len(kept)
     if lost:
         log.warning("%s: %d samples without a usable caption are left out (caption_error)", named, lost)

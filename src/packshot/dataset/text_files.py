@@ -7,6 +7,8 @@ import csv
 import io
 import json
 import re
+from collections.abc import Iterable
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,67 @@ def json_rows(text: str, where: str) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise ConfigError(f"{where}, line {number} is not an object.", "Each line is one object.")
         rows.append(row)
+    return rows
+
+
+def document_rows(text: str, where: str) -> list[dict[str, Any]]:
+    """The rows of a JSON document; a file's name that the document has as a key stands under ``file_name``.
+
+    It is an array of objects or of file names, an object of file names with a caption, captions or an object each, or
+    COCO's captions (``images`` and ``annotations``). Several documents, one on each line, are JSON lines.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return json_rows(text, where)
+    if isinstance(document, dict) and isinstance(document.get("annotations"), list):
+        return coco_rows(document, where)
+    names: Iterable[str | None] = document if isinstance(document, dict) else repeat(None)
+    values = document.values() if isinstance(document, dict) else document
+    rows: list[dict[str, Any]] = []
+    for name, value in zip(names, values if isinstance(values, Iterable) else [values], strict=False):
+        row = described_file(name, value)
+        if row is None:
+            raise ConfigError(
+                f"{where}: {name or f'entry {len(rows)}'} is neither a caption nor an object.",
+                "A list of captions is an array of objects, or an object of file names and captions.",
+            )
+        rows.append(row)
+    return rows
+
+
+def described_file(name: str | None, value: object) -> dict[str, Any] | None:
+    """An entry of a JSON document as a row; None where it is not one. name: its key, of an object."""
+    if isinstance(value, dict):
+        return {**value, "file_name": name} if name is not None else value
+    if name is None:
+        return {"file_name": value} if isinstance(value, str) else None
+    captions = isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return {"file_name": name, "text": value} if captions or isinstance(value, str) else None
+
+
+def coco_rows(document: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """A row per image of COCO's captions: ``file_name``, ``text`` with all captions of the image, ``license``.
+
+    Raises:
+        ConfigError: an image without ``id`` or ``file_name``.
+    """
+    captions: dict[object, list[str]] = {}
+    for annotation in document["annotations"]:
+        if isinstance(annotation, dict) and isinstance(annotation.get("caption"), str):
+            captions.setdefault(annotation.get("image_id"), []).append(annotation["caption"].strip())
+    licenses: dict[object, object] = {}
+    for known in document.get("licenses") or []:
+        licenses[known["id"]] = known.get("name", "")
+    rows = []
+    for image in document.get("images") or []:
+        if not isinstance(image, dict) or not {"id", "file_name"} <= set(image):
+            raise ConfigError(f"{where}: an image without id or file_name.", "COCO's images have both.")
+        row = {"file_name": image["file_name"], "text": captions.get(image["id"], [])}
+        rows.append({**row, "license": licenses.get(image.get("license"), "")})
     return rows
 
 

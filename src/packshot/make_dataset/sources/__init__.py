@@ -111,7 +111,7 @@ def fingerprints(items: Sequence[Item]) -> list[str]:
     for raw in read_items(items):
         digest = hashlib.sha256()
         texts = (raw.name, raw.text, raw.encoding, raw.license or "", raw.error, str(raw.repeats), raw.origin)
-        for part in (*map(str.encode, texts), raw.data or b"", raw.mask or b""):
+        for part in (*map(str.encode, (*texts, *raw.captions)), raw.data or b"", raw.mask or b""):
             digest.update(len(part).to_bytes(8, "big") + part)
         found.append(digest.hexdigest())
     return found

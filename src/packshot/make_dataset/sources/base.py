@@ -132,7 +132,7 @@ def described_by(values: object, caption_column: str | None) -> dict[str, str]:
     }
 
 
-def described_row(row: Mapping[str, object], caption_column: str | None) -> dict[str, object]:
+def described_row(row: Mapping[str, object], caption_column: str | None) -> dict[str, Any]:
     """:func:`described_by` of a table's row, with all its captions where it has several."""
     cell = row.get(first_of(CAPTION_COLUMNS, row, caption_column) or "")
     return {**described_by(row, caption_column), CAPTIONS: captions_of(cell)}

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
+from typing import Any
 
 from packshot.config.schema import SourceConfig
 from packshot.dataset.rows import CAPTIONS
@@ -21,17 +22,17 @@ from packshot.make_dataset.sources.base import (
     Raw,
     caption_count,
     check_caption_column,
-    described_by,
     described_row,
     first_of,
     read_place,
 )
 from packshot.make_dataset.sources.reviewed import looked_at
-from packshot.make_dataset.sources.tabular import is_table_file, read_rows
+from packshot.make_dataset.sources.tabular import columns_of, is_table_file, read_rows
 from packshot.make_dataset.sources.walk import open_path
 
 CAPTION_SUFFIXES = (".txt", ".caption")
-FILE_COLUMNS = ("file_name", "filename", "file", "image")
+FILE_COLUMNS = ("file_name", "filename", "file", "image", "path", "image_path")
+TABLE_NAMES = ("metadata", "_metadata", "captions")
 _REPEATS = re.compile(r"([1-9]\d{0,2})_.+")  # kohya's folders: "10_sks bottle"; a year has four digits
 
 
@@ -54,14 +55,15 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
     known = set(listing.paths)
     if not listing.whole:  # behind a glob or a lone file, what lies next to the images was not listed
         known |= neighbours(listing, images)
-    tables = metadata_rows(listing, known, source)
+    tables = metadata_rows(listing, known, images, source)
     used: set[str] = {*images, *tables.files}
     items = []
     for path, name in zip(images, names, strict=True):
         item = file_item(listing, path, known, source)
-        described = tables.rows.get(path, {})
-        item["described"] = described
+        item["described"] = tables.rows.get(path, {})
         item["mask"] = masks.get(name)
+        if item["json"] and item["json"].startswith("/"):
+            describe_by_json(listing, item)
         used.update(filter(None, (item.pop("text_path"), item.pop("json_path"))))
         items.append(item)
     if source.folder_repeats:
@@ -89,34 +91,77 @@ class Metadata:
         self.files: list[str] = []
 
 
-def metadata_rows(listing: Listing, known: set[str], source: SourceConfig) -> Metadata:
-    """The rows of every ``metadata.jsonl``, ``.csv`` or ``.parquet``; ``file_name`` is relative to the table's folder.
+def metadata_rows(listing: Listing, known: set[str], images: Sequence[str], source: SourceConfig) -> Metadata:
+    """The rows of the tables that describe images; file names are relative to the table's folder.
+
+    Tables are every ``metadata.jsonl``, ``.csv`` or ``.parquet``, and each .json that names an image and lies next to
+    none of its name. Of an image that several describe, a row of .json counts least.
 
     Raises:
         ConfigError: a table is damaged, or has no column of file names or none named ``source.caption_column``.
     """
     found = Metadata()
+    names = {os.path.splitext(path)[0]: path for path in images}
+    names |= {path: path for path in images}
     for path in sorted(known):
-        if PurePosixPath(path).stem not in ("metadata", "_metadata", "captions") or not is_table_file(path):
-            continue
-        rows = read_rows(listing.place(path))
-        found.files.append(path)
-        if not rows:
-            continue
-        columns = list(rows[0])
-        key = first_of(FILE_COLUMNS, rows[0])
-        if key is None:
-            raise ConfigError(f"source.path: {path} has no column file_name.", f"Its columns: {', '.join(columns)}.")
-        check_caption_column(source.caption_column, columns, listing.named(path))
-        folder = path.rpartition("/")[0]
-        absent = 0
-        for row in rows:
-            image = f"{folder}/{row[key]}".replace("/./", "/")
-            absent += listing.whole and image not in known
-            found.rows[image] = described_row(row, source.caption_column)
-        if absent:
-            listing.notes.append(f"{listing.named(path)}: {absent} of {len(rows)} rows name a file that is not there")
+        if path.lower().endswith(".json") and path[: -len(".json")] not in names:
+            add_document(found, listing, path, names, source)
+    for path in sorted(known):
+        if PurePosixPath(path).stem in TABLE_NAMES and is_table_file(path):
+            add_table(found, listing, path, known, source)
     return found
+
+
+def add_table(found: Metadata, listing: Listing, path: str, known: set[str], source: SourceConfig) -> None:
+    """The rows of one table; those that name no file are counted."""
+    rows = read_rows(listing.place(path))
+    found.files.append(path)
+    if not rows:
+        return
+    key = first_of(FILE_COLUMNS, rows[0])
+    if key is None:
+        raise ConfigError(f"source.path: {path} has no column file_name.", f"Its columns: {', '.join(rows[0])}.")
+    check_caption_column(source.caption_column, list(rows[0]), listing.named(path))
+    folder = path.rpartition("/")[0]
+    absent = 0
+    for row in rows:
+        image = f"{folder}/{row[key]}".replace("/./", "/")
+        absent += listing.whole and image not in known
+        found.rows[image] = described_row(row, source.caption_column)
+    note_absent(listing, path, absent, len(rows))
+
+
+def note_absent(listing: Listing, path: str, absent: int, rows: int) -> None:
+    """A line on the rows of a table whose file is not in the source."""
+    if absent:
+        listing.notes.append(f"{listing.named(path)}: {absent} of {rows} rows name a file that is not there")
+
+
+def add_document(found: Metadata, listing: Listing, path: str, names: dict[str, str], source: SourceConfig) -> None:
+    """The rows of one .json, if it describes images; a name may lack its ending, as kohya's tools write it.
+
+    names: the images by their path and by their path without ending.
+    """
+    meant = PurePosixPath(path).stem in TABLE_NAMES
+    try:
+        rows = read_rows(listing.place(path))
+    except ConfigError:
+        if meant:
+            raise
+        return
+    folder = path.rpartition("/")[0]
+    described: dict[str, dict[str, object]] = {}
+    for row in rows:
+        name = str(row.get(first_of(FILE_COLUMNS, row) or "") or "")
+        place = os.path.normpath(name if name.startswith("/") else f"{folder}/{name}")
+        image = names.get(place)
+        if image:
+            described[image] = described_row(row, source.caption_column)
+    if described or meant:
+        check_caption_column(source.caption_column, columns_of(rows), listing.named(path))
+        found.files.append(path)
+        found.rows |= described
+        note_absent(listing, path, len(rows) - len(described), len(rows))
 
 
 def file_item(listing: Listing, path: str, known: set[str], source: SourceConfig) -> Item:
@@ -150,6 +195,18 @@ def repeat_by_folder(listing: Listing, names: Sequence[str], items: Sequence[Ite
         item["repeats"] = repeats[folder]
     shown = in_words(repeats, "{!r} {} times")
     listing.notes.append(f"training repeats the images of {shown}; source.folder_repeats=false: once")
+
+
+def describe_by_json(listing: Listing, item: Item) -> None:
+    """Read the .json next to an image where nothing else has its caption; without a caption in it, it is not read."""
+    if item["text"] or item["described"].get("text"):
+        return
+    fields = json_fields(item)
+    if fields.get("text"):
+        item["described"] = {**fields, "license": item["described"].get("license") or fields["license"]}
+    elif not fields.get("license"):
+        listing.unread.add(".json next to an image, without a caption", listing.inside(item["json_path"]))
+    item["json"] = None
 
 
 def has_text(item: Item) -> bool:
@@ -194,13 +251,13 @@ def read_item(item: Item) -> Raw:
     )
 
 
-def json_fields(item: Item) -> dict[str, str]:
-    """Caption and licence of the .json next to an image, as img2dataset and booru tools write it."""
+def json_fields(item: Item) -> dict[str, Any]:
+    """Captions and licence of the .json next to an image, as img2dataset and booru tools write it."""
     try:
         values = json.loads(decode_text(read_place(item["json"]))[0] or "{}")
     except (ValueError, RecursionError):  # not a caption's JSON; tools keep all sorts of things there
         return {}
-    return described_by(values, item["caption_column"])
+    return described_row(values, item["caption_column"]) if isinstance(values, dict) else {}
 
 
 # --- masks

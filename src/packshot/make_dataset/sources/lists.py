@@ -1,4 +1,4 @@
-"""Lists of pictures: a CSV, JSON lines or Parquet table whose rows name files or URLs."""
+"""Lists of pictures: a CSV, JSON, JSON lines or Parquet table whose rows name files or URLs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from packshot.make_dataset.sources.base import (
 )
 from packshot.make_dataset.sources.downloads import DownloadError, fetch, forget_failures
 from packshot.make_dataset.sources.tables import refuse_masks
-from packshot.make_dataset.sources.tabular import is_table_file, read_rows
+from packshot.make_dataset.sources.tabular import columns_of, is_table_file, read_rows
 
 FILE_COLUMNS = ("file_name", "filename", "file", "path", "filepath", "image_path", "image", "img", "image_file")
 URL_COLUMNS = ("url", "URL", "image_url", "img_url", "link", "image")
@@ -32,7 +32,7 @@ CHECKSUMS = ("sha256", "md5")
 def claims(listing: Listing) -> list[str]:
     """The one table that the source is, or the tables of a folder without images."""
     tables = list(filter(is_table_file, listing.paths))
-    if listing.root in tables:
+    if listing.root in tables or (listing.root.lower().endswith(".json") and listing.root in listing.paths):
         return [listing.root]
     return [] if any(map(is_image, listing.paths)) else tables
 
@@ -41,6 +41,9 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
     """An item per row. Raises ConfigError for a table without a column of files or URLs, or source.masks."""
     refuse_masks(source)
     items: list[Item] = []
+    for path in listing.paths:
+        if path not in paths:
+            listing.unread.add("next to lists", listing.inside(path))
     for path in paths:
         items += list_rows(listing, path, source)
     if not items:
@@ -56,9 +59,10 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
 def list_rows(listing: Listing, path: str, source: SourceConfig) -> list[Item]:
     """The items of one table."""
     items: list[Item] = []
-    for number, row in enumerate(read_rows(listing.place(path))):
-        if number == 0:
-            check_caption_column(source.caption_column, list(row), listing.named(path))
+    rows = read_rows(listing.place(path))
+    if rows:
+        check_caption_column(source.caption_column, columns_of(rows), listing.named(path))
+    for number, row in enumerate(rows):
         target = target_of(row)
         if target is None:
             raise ConfigError(

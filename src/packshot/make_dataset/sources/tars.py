@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import atexit
-import bz2
-import gzip
 import json
 import lzma
 import tarfile
 import zlib
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from packshot.config.schema import SourceConfig
+from packshot.dataset.rows import CAPTIONS
 from packshot.dataset.text_files import EncodingError, decode_text
 from packshot.dataset.walk import hidden
 from packshot.errors import ConfigError
 from packshot.imaging.files import is_image
-from packshot.make_dataset.sources.base import Item, Listing, Raw, caption_count, described_by, open_place
+from packshot.lists import column
+from packshot.make_dataset.sources.base import Item, Listing, Raw, caption_count, described_row
+from packshot.make_dataset.sources.packing import open_unpacked
 from packshot.make_dataset.sources.tables import refuse_masks
 
-_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-# By the first bytes of a file: how its content is unpacked while it is read.
-_COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip.GzipFile, b"BZh": bz2.BZ2File, b"\xfd7zXZ": lzma.LZMAFile}
+_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 _DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError)
 
 
@@ -35,27 +35,34 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
     """An item per sample of every shard. Raises ConfigError for a shard that cannot be read, or source.masks."""
     refuse_masks(source)
     items: list[Item] = []
+    shards = set(paths)
     for path in listing.paths:
-        if path not in paths:
+        if path not in shards:
             listing.unread.add("next to tar shards", listing.inside(path))
     for path in paths:
         items += tar_items(listing, path, source.caption_column)
-    captioned = 0
-    for item in items:
-        captioned += any(item["spans"].get(kind, (0, 0))[1] > 0 for kind in ("txt", "caption", "json"))
-    listing.notes.append(caption_count(captioned, len(items)))
+    listing.notes.append(caption_count(sum(column(items, "captioned")), len(items)))
     return items
 
 
-def open_shard(place: str) -> Any:
-    """The plain tar behind a file, seekable; compression is recognised by the first bytes."""
-    file = open_place(place)
-    start = file.read(6)
-    file.seek(0)
-    for mark, unpack in _COMPRESSIONS.items():
-        if start.startswith(mark):
-            return unpack(file) if unpack is not gzip.GzipFile else gzip.GzipFile(fileobj=file)
-    return file
+@dataclass(frozen=True)
+class Shard:
+    """A tar that is listed.
+
+    samples: by key, where each file of a sample lies (offset, bytes), by its role. captioned: keys of samples with a
+    caption. several: keys of those with several.
+    """
+
+    listing: Listing
+    path: str
+    caption_column: str | None
+    samples: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    captioned: set[str] = field(default_factory=set)
+    several: set[str] = field(default_factory=set)
+
+    def leave_out(self, reason: str, member: str) -> None:
+        """Count a file of the tar that is not read."""
+        self.listing.unread.add(f"{reason} in tar shards", f"{self.listing.inside(self.path)}#{member}")
 
 
 def tar_items(listing: Listing, path: str, caption_column: str | None) -> list[Item]:
@@ -67,53 +74,80 @@ def tar_items(listing: Listing, path: str, caption_column: str | None) -> list[I
     Raises:
         ConfigError: it is damaged, or a sample has several images.
     """
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    shard = Shard(listing, path, caption_column)
     place = listing.place(path)
     try:
-        with open_shard(place) as file, tarfile.open(fileobj=file, mode="r:") as shard:
-            note_members(samples, shard, path, 0)
+        with open_unpacked(place) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            note_members(shard, tar, 0)
     except _DAMAGED as error:
         raise ConfigError(
             f"source.path: {path} is not a whole tar file ({error}).",
-            "Fetch it again, or pack it again as .tar, .tar.gz, .tar.bz2 or .tar.xz.",
+            "Fetch it again, or pack it again as .tar, .tar.gz, .tar.bz2, .tar.xz or .tar.zst.",
         ) from error
-    held = set().union(*samples.values())
+    held = set().union(*shard.samples.values())
     if "image" not in held:
         named = ", ".join(sorted(held)) or "nothing"
         raise ConfigError(f"source.path: {path} holds no image, only {named}.", "A sample is <key>.jpg with <key>.txt.")
     name = listing.named(path)
     shared = {"place": place, "caption_column": caption_column}
-    for key, spans in samples.items():
+    for key, spans in shard.samples.items():
         for kind in set(spans) - {"image", "mask", "txt", "caption", "json"}:
-            listing.unread.add(f"{kind} in tar shards", f"{listing.inside(path)}#{key}.{kind}")
-    return [{**shared, "name": f"{name}#{key}", "spans": spans} for key, spans in samples.items()]
+            shard.leave_out(kind, f"{key}.{kind}")
+    items = []
+    for key, spans in shard.samples.items():
+        texts = {"captioned": key in shard.captioned, "several": key in shard.several}
+        items.append({**shared, "name": f"{name}#{key}", "spans": spans, **texts})
+    return items
 
 
-def note_members(samples: dict[str, dict[str, tuple[int, int]]], shard: tarfile.TarFile, path: str, start: int) -> None:
+def note_members(shard: Shard, tar: tarfile.TarFile, start: int) -> None:
     """Add the files of a tar, and those of tars inside it. start: where the tar begins in the file."""
-    for member in shard:
+    for member in tar:
         if not member.isfile():
+            if not member.isdir():
+                shard.leave_out("links and devices", member.name)
             continue
-        inner = shard.extractfile(member) if member.name.endswith(".tar") else None
+        inner = tar.extractfile(member) if member.name.endswith(".tar") else None
         if inner is not None:
             with tarfile.open(fileobj=inner, mode="r:") as packed:
-                note_members(samples, packed, path, start + member.offset_data)
+                note_members(shard, packed, start + member.offset_data)
         else:
-            note_member(samples, member, path, start)
+            note_member(shard, tar, member, start)
 
 
-def note_member(samples: dict[str, dict[str, tuple[int, int]]], member: tarfile.TarInfo, path: str, start: int) -> None:
-    """Add a file of the shard to its sample, with its place (offset, bytes)."""
+def note_member(shard: Shard, tar: tarfile.TarFile, member: tarfile.TarInfo, start: int) -> None:
+    """Add a file of the shard to its sample."""
     place = PurePosixPath(member.name)
     if hidden(member.name):
+        if is_image(member.name):
+            shard.leave_out("hidden or the system's", member.name)
         return
     first, _, kind = place.name.partition(".")
     key = str(place.with_name(first))
     role = "mask" if kind.startswith("mask.") else "image" if is_image(f"x.{kind}") else kind
-    spans = samples.setdefault(key, {})
+    spans = shard.samples.setdefault(key, {})
     if role == "image" and role in spans:
-        raise ConfigError(f"source.path: {path} has several images named {key}.", "Leave one, or name masks .mask.png.")
+        raise ConfigError(
+            f"source.path: {shard.path} has several images named {key}.", "Leave one, or name masks .mask.png."
+        )
     spans[role] = (start + member.offset_data, member.size)
+    if role == "json":
+        described = json_fields(tar.extractfile(member), shard.caption_column)
+        if described.get("text"):
+            shard.captioned.add(key)
+        if described.get(CAPTIONS):
+            shard.several.add(key)
+    elif role in ("txt", "caption") and member.size:
+        shard.captioned.add(key)
+
+
+def json_fields(file: IO[bytes] | None, caption_column: str | None) -> dict[str, Any]:
+    """Captions and licence of a sample's .json; nothing for one that is damaged, which is rejected when it is read."""
+    try:
+        values = json.loads(file.read() if file else b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return described_row(values, caption_column) if isinstance(values, dict) else {}
 
 
 # The shard that was read last, open: samples of a compressed one are found by reading on, not from its start.
@@ -136,7 +170,7 @@ def member_bytes(item: Item, role: str) -> bytes | None:
             _open_shard[1].close()
         else:
             atexit.register(close_shard)
-        _open_shard = item["place"], open_shard(item["place"])
+        _open_shard = item["place"], open_unpacked(item["place"])
     offset, size = item["spans"][role]
     _open_shard[1].seek(offset)
     return _open_shard[1].read(size)
@@ -148,7 +182,8 @@ def read_item(item: Item) -> Raw:
         data = member_bytes(item, "image")
         mask = member_bytes(item, "mask")
         written = member_bytes(item, "txt") or member_bytes(item, "caption") or b""
-        described = described_by(json.loads(member_bytes(item, "json") or b"{}"), item["caption_column"])
+        values = json.loads(member_bytes(item, "json") or b"{}")
+        described = described_row(values, item["caption_column"]) if isinstance(values, dict) else {}
         text, encoding = decode_text(written)
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         return Raw(item["name"], None, error=f"the shard is damaged ({error})")
@@ -157,5 +192,7 @@ def read_item(item: Item) -> Raw:
     except (ValueError, RecursionError) as error:
         return Raw(item["name"], None, error=f"its .json is damaged ({error})")
     error = "" if data is not None else f"the shard has no image named {item['name'].rpartition('#')[2]}"
+    captions: tuple[str, ...] = () if text else described.get(CAPTIONS, ())
     text = text or described.get("text", "")
-    return Raw(item["name"], data, text, encoding, mask, described.get("license") or None, error)
+    license_name = described.get("license") or None
+    return Raw(item["name"], data, text, encoding, mask, license_name, error, captions=captions)
