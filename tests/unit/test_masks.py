@@ -182,7 +182,7 @@ def test_evidence_falls_with_the_frame_that_a_mask_touches():
 
 
 def test_each_evidence_falls_with_its_own_flaw():
-    """Contrast without a salient product, agreement with a speckled result, one piece of two equal ones."""
+    """Contrast without a salient product, agreement with a speckled result, two equal pieces against twenty."""
     image, truth = product("white", "navy")
     pixels = np.asarray(image)
     good = evidence(pixels, truth.astype(np.float32), truth, truth)
@@ -192,7 +192,34 @@ def test_each_evidence_falls_with_its_own_flaw():
     assert evidence(pixels, truth.astype(np.float32), speckle, truth)["compact"] == 0
     halves = truth.copy()
     halves[:, truth.any(axis=0).nonzero()[0].mean().astype(int)] = False
-    assert evidence(pixels, truth.astype(np.float32), halves, halves)["single"] < 0.5
+    assert evidence(pixels, truth.astype(np.float32), halves, halves)["single"] == 1
+    many = np.zeros_like(truth)
+    many[4:-4:8, 4:-4:8] = True
+    assert evidence(pixels, truth.astype(np.float32), many, many)["single"] == 0
+
+
+def test_a_product_of_three_pieces_is_a_product():
+    """Three bottles of one height next to each other are found, all of them."""
+    image = Image.new("RGB", (420, 300), (238, 238, 238))
+    truth = Image.new("L", image.size)
+    for left, color in ((60, (30, 80, 160)), (180, (170, 40, 50)), (300, (40, 120, 70))):
+        ImageDraw.Draw(image).rounded_rectangle((left, 70, left + 60, 250), 8, fill=color)
+        ImageDraw.Draw(truth).rounded_rectangle((left, 70, left + 60, 250), 8, fill=255)
+    pixels = np.asarray(image) + np.random.default_rng(1).normal(0, 1.5, (300, 420, 3))
+    mask = find_mask(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), MatteConfig())
+    assert iou(mask.alpha_HW >= 0.5, np.asarray(truth) > 0) > 0.95
+
+
+def test_the_frame_of_glasses_is_a_product():
+    """All of it is thinner than what cleaning takes for speckle."""
+    image = Image.new("RGB", (256, 256), (235, 235, 235))
+    pen = ImageDraw.Draw(image)
+    for left in (40, 136):
+        pen.ellipse((left, 100, left + 80, 160), outline=(20, 20, 20), width=2)
+    pen.line((120, 126, 136, 126), fill=(20, 20, 20), width=2)
+    drawn = np.asarray(image)[..., 0] < 128
+    mask = find_mask(image, MatteConfig(model="grabcut"))
+    assert (mask.alpha_HW >= 0.5)[drawn].mean() > 0.9
 
 
 def test_a_plausible_area_is_neither_speck_nor_picture():

@@ -13,6 +13,7 @@ from packshot.config.conditions import settings_class
 from packshot.config.keys import Names, opt
 from packshot.config.output import OutputConfig
 from packshot.config.schedulers import SCHEDULERS, check_scheduler
+from packshot.config.verify import VerifyConfig
 from packshot.errors import ConfigError
 
 IPAdapterLayers = Names("IPAdapterLayers", ["all", "style", "layout", "style_and_layout"])
@@ -153,6 +154,11 @@ class GenerateSettings(settings_class()):
         Shadow.none,
         "a shadow of the product as a layer of its own: contact adds one, auto where the drawn ground has none",
     )
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+
+    def most_steps(self) -> int:
+        """Denoising steps of one picture if every retry is needed."""
+        return self.num_inference_steps * (1 + self.verify.retries)
 
     def canvas_ratio(self) -> float | None:
         """Width over height of ``aspect_ratio``. Raises ConfigError where it is not a ratio."""
@@ -183,6 +189,12 @@ class GenerateSettings(settings_class()):
                 f"background.refine_strength={self.background.refine_strength:g} of "
                 f"num_inference_steps={self.num_inference_steps} is less than one step.",
                 "Raise one of them.",
+            )
+        if self.background.color and self.verify.retries:
+            raise ConfigError(
+                f"verify.retries={self.verify.retries} has no effect with "
+                f"background.color={self.background.color}: nothing is drawn.",
+                "Leave one of them out.",
             )
         self.check_placement()
 
@@ -291,6 +303,11 @@ class Generate(Script, GenerateSettings):
                 "Add adapters.ip_adapter=<export folder of train_ip_adapter.py>.",
             )
         reference_weights(len(files), self.reference_weights)
+        if self.verify.control and not self.adapters.controlnets:
+            raise ConfigError(
+                f"verify.control={self.verify.control:g} has no effect without a ControlNet.",
+                "Add adapters.controlnets, or leave verify.control out.",
+            )
 
     def check_plain(self) -> None:
         """Raises ConfigError where a background of one colour is asked for, and words or pictures for another."""

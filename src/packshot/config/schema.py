@@ -20,6 +20,7 @@ from packshot.config.methods import TrainControlNet, TrainIPAdapter, TrainLora
 from packshot.config.output import *  # noqa: F403
 from packshot.config.plan import *  # noqa: F403
 from packshot.config.train import *  # noqa: F403
+from packshot.config.verify import *  # noqa: F403
 
 SCRIPTS: dict[str, type] = {
     "build_data": BuildData,

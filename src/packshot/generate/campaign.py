@@ -33,7 +33,7 @@ NOTE = "note."  # columns that begin so are the person's own; the run's campaign
 REPLACED = "replaced"  # folder for pictures that the campaign no longer asks for
 INDEX = "campaign.csv"
 # names of a job's files: a picture or its certificate, one of its layers, or the product's photo
-_MADE = re.compile(r"(?P<name>.+-[0-9a-f]{10})-(?:input|(?P<number>\d+)(?:-[a-z]+)?)")
+_MADE = re.compile(r"(?P<name>.+-[0-9a-f]{10})-(?:input|doubt|(?P<number>\d+)(?:-[a-z]+)?)")
 
 # Short names of columns, besides the config keys themselves.
 _SHORT = {"seed": "run.seed"}

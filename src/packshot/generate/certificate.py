@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 import cv2
@@ -13,13 +13,12 @@ import numpy as np
 
 from packshot.errors import PackshotError
 from packshot.generate.canvas import Canvas
+from packshot.generate.checks import Shown, failed, run_checks
 from packshot.generate.color import delta_e
 from packshot.generate.json_types import Json
 
 VERSION = 1
 LAYERS = "layers"  # folder next to the pictures of a run
-RIM = 3  # px inside the outline where a good matte may be soft
-_SQUARE = np.ones((3, 3), np.uint8)
 
 
 def digest(array: np.ndarray) -> str:
@@ -51,7 +50,8 @@ def read_png(png: bytes) -> np.ndarray:
 def measure(png: bytes, canvas: Canvas) -> Json:
     """Compare an encoded picture with the product on its canvas.
 
-    ``core`` is the product where its alpha is full, less one pixel. Its bytes are hashed in row order. ``edge`` is the
+    ``core`` is the product where its alpha is full, less one pixel, and ``share`` what that is of the product
+    (alpha >= 1/2). Its bytes are hashed in row order. ``edge`` is the
     rest of the product (alpha >= 1/2): CIEDE2000 to the photo, i.e. how much of the visible rim was recoloured when
     the old background was taken out of it.
 
@@ -65,12 +65,15 @@ def measure(png: bytes, canvas: Canvas) -> Json:
     before = canvas.rgb_HW3[core]
     after = picture[core]
     difference = cv2.absdiff(before, after) if core.any() else None
-    edge = (canvas.matte_HW >= 128) & ~core
+    product = canvas.matte_HW >= 128
+    edge = product & ~core
     shift = delta_e(picture[edge], canvas.rgb_HW3[edge]) if edge.any() else np.zeros(1)
     return {
         "core": {
             "definition": "alpha 255, eroded by 1 px (3x3); RGB bytes in row order",
             "pixels": int(core.sum()),
+            "product_pixels": int(product.sum()),
+            "share": round(float(core.sum() / max(1, product.sum())), 4),
             "max_abs_diff": None if difference is None else int(difference.max()),
             "sha256_input": digest(before),
             "sha256_output": digest(after),
@@ -85,58 +88,19 @@ def measure(png: bytes, canvas: Canvas) -> Json:
     }
 
 
-def is_flat(picture_HW3: np.ndarray, canvas: Canvas, measured: Json) -> bool:
-    """Whether the background is one colour."""
-    _, spread = cv2.meanStdDev(picture_HW3, mask=canvas.outside_HW)
-    return bool(canvas.outside_HW.any()) and float(spread.max()) < 2.0
+def judge(
+    picture_HW3: np.ndarray,
+    canvas: Canvas,
+    measured: Json,
+    expected: Collection[str] = (),
+    ignored: Collection[str] = (),
+) -> Json:
+    """``{"status": "accepted" | "needs_review", "reasons": [codes], "checks": {code: what was measured}}``.
 
-
-def is_clipped(picture_HW3: np.ndarray, canvas: Canvas, measured: Json) -> bool:
-    """Whether nearly all of the background is at the ends of the range in every channel."""
-    at_an_end = np.zeros(256, np.uint8)
-    at_an_end[[0, 255]] = 255
-    clipped_HW = canvas.outside_HW
-    for channel_HW in cv2.split(cv2.LUT(picture_HW3, at_an_end)):
-        clipped_HW = cv2.min(clipped_HW, channel_HW)
-    total = cv2.countNonZero(canvas.outside_HW)
-    return total > 0 and cv2.countNonZero(clipped_HW) > 0.9 * total
-
-
-def is_unchanged(picture_HW3: np.ndarray, canvas: Canvas, measured: Json) -> bool:
-    """Whether the background is still the photo's."""
-    change = cv2.mean(cv2.absdiff(canvas.rgb_HW3, picture_HW3), mask=canvas.outside_HW)
-    return bool(canvas.outside_HW.any()) and float(np.mean(change[:3])) < 2.0
-
-
-def is_cut(picture_HW3: np.ndarray, canvas: Canvas, measured: Json) -> bool:
-    return canvas.transform["placement"] != "original" and bool(canvas.transform["touches_frame"])
-
-
-def is_see_through(picture_HW3: np.ndarray, canvas: Canvas, measured: Json) -> bool:
-    """Whether most of the product away from its rim is not quite opaque: the new scene shines through it."""
-    inside = cv2.erode((canvas.matte_HW >= 128).astype(np.uint8), _SQUARE, iterations=RIM) > 0
-    return bool(inside.any()) and float((canvas.matte_HW[inside] == 255).mean()) < 0.5
-
-
-# Reason code -> whether it holds for (picture, canvas, measure(...)). Any of them sends a result to review.
-REASONS: dict[str, Callable[[np.ndarray, Canvas, Json], bool]] = {
-    "core_changed": lambda picture, canvas, measured: bool(measured["core"]["max_abs_diff"]),
-    "no_opaque_core": lambda picture, canvas, measured: measured["core"]["pixels"] == 0,
-    "product_see_through": is_see_through,
-    "background_flat": is_flat,
-    "background_clipped": is_clipped,
-    "background_unchanged": is_unchanged,
-    "product_cut_by_photo_frame": is_cut,
-}
-
-
-def judge(picture_HW3: np.ndarray, canvas: Canvas, measured: Json, expected: Collection[str] = ()) -> Json:
-    """``{"status": "accepted" | "needs_review", "reasons": [codes]}``. expected: codes that are no fault here."""
-    reasons = list(canvas.mask_reasons)
-    for code, holds in REASONS.items():
-        if code not in expected and holds(picture_HW3, canvas, measured):
-            reasons.append(code)
-    return verdict(reasons)
+    expected: codes that are no fault here. ignored: those of ``verify.ignore``.
+    """
+    checks = run_checks(Shown(picture_HW3, canvas, measured), expected, ignored)
+    return {**verdict([*canvas.mask_reasons, *failed(checks)]), "checks": checks}
 
 
 def verdict(reasons: list[str]) -> Json:

@@ -25,6 +25,8 @@ class Part(BaseModel):
 class Core(Part):
     definition: str = Field(description="which pixels are the core")
     pixels: Count
+    product_pixels: Count | None = Field(None, description="with alpha of 1/2 and more; null: of an older version")
+    share: float | None = Field(None, ge=0, le=1, description="of the product's pixels that the core is")
     max_abs_diff: int | None = Field(ge=0, le=255, description="largest difference to the photo; null: no core")
     sha256_input: Sha256 = Field(description="of the core's RGB bytes in the photo, in row order")
     sha256_output: Sha256 = Field(description="of the same pixels in the picture")
@@ -42,10 +44,21 @@ class Input(Part):
     sha256: Sha256 = Field(description="of the photo's file; of its pixels, when it came from memory")
 
 
+class MaskSign(Part):
+    """A number that speaks for or against the mask."""
+
+    about: str
+    measured: float
+    limit: float
+    passed: bool
+
+
 class Mask(Part):
     sha256: Sha256 = Field(description="of the mask's pixels")
     file_sha256: Sha256 | None = Field(description="of the mask's file, if one was given")
     method: str = Field(description="where the mask came from")
+    source: str | None = Field(None, description="the same in words; null: of an older version")
+    evidence: dict[str, MaskSign] = Field({}, description="numbers behind the reasons that begin with mask_")
     confidence: float = Field(ge=0, le=1)
     edge: str
 
@@ -122,6 +135,23 @@ class Shadow(Part):
     threshold: float | None = Field(None, description="from which on `auto` adds nothing")
 
 
+class PictureCheck(Part):
+    """A check of the picture, see ``packshot.config.verify``."""
+
+    measured: float | None = Field(description="null: not defined here, which passes")
+    limit: float
+    passed: bool
+    ignored: bool = Field(description="by verify.ignore: it sends no picture to review")
+
+
+class Try(Part):
+    """One drawing of the picture."""
+
+    seed: Count
+    control: float = Field(description="added to the weights of ControlNets")
+    reasons: list[str]
+
+
 class Certificate(Part):
     """What was asked for, what was used, and what was measured on the finished file."""
 
@@ -141,6 +171,9 @@ class Certificate(Part):
     shadow: Shadow | None = Field(None, description="null: of an older version")
     refined: dict[str, Any] | None = Field(None, description="a second pass over the background, with its sharpness")
     delivery: Delivery | None = Field(None, description="null: only the PNG was made")
+    checks: dict[str, PictureCheck] = Field({}, description="by reason code; empty: of an older version")
+    tries: list[Try] = Field([], description="drawings that it took; empty where nothing was drawn")
+    chosen: Count | None = Field(None, description="which of the tries the picture is, from 0")
 
 
 def json_schema() -> dict[str, Any]:

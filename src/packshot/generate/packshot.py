@@ -24,6 +24,7 @@ from packshot.generate.product import Product, Source, prepare
 from packshot.generate.refine import Pass, compare_sharpness, refine
 from packshot.generate.request import describe_request, usable_references
 from packshot.generate.result import Background, Result, finish
+from packshot.generate.retries import draw_within_budget, refuse_useless_control, with_control
 from packshot.scene import Scene
 
 __all__ = ["Packshot", "Result"]
@@ -191,6 +192,7 @@ class Packshot:
         assert product is not None  # canvas() refuses to go on without one
         if settings.background.color:
             return Ready(product, canvas, settings, plain_request(settings), None)
+        refuse_useless_control(settings.verify, len(self.models.controls))
         references = usable_references(self.models, reference, reference_weights)
         asked = describe_request(self.models, scene, settings, references)
         height, width = canvas.matte_HW.shape
@@ -212,17 +214,35 @@ class Packshot:
         return lambda seed, with_layers: self.draw(ready, seed, None, with_layers)
 
     def draw(self, ready: Ready, seed: int, on_step: OnStep | None = None, with_layers: bool = True) -> Result:
-        """One picture of a request. Raises PackshotError: the model failed (NaN)."""
+        """One picture of a request, drawn again within ``verify.retries``. Raises PackshotError: the model failed."""
+        request = {**ready.asked, "seed": seed}
+        if ready.drawing is None:
+            return draw_plain(ready.product, ready.canvas, ready.settings, request, with_layers)
+        drawing = ready.drawing
+
+        def draw_once(number: int, control: float) -> Result:
+            return self.draw_once(ready, drawing, number, control, on_step, with_layers)
+
+        result = draw_within_budget(draw_once, seed, ready.settings.verify)
+        return replace(result, certificate={**result.certificate, "request": request})
+
+    def draw_once(
+        self, ready: Ready, drawing: Drawing, seed: int, control: float, on_step: OnStep | None, with_layers: bool
+    ) -> Result:
+        """The picture of a seed as it comes. control: is added to the weights of ControlNets.
+
+        Raises:
+            PackshotError: the model failed (NaN).
+        """
         canvas = ready.canvas
         settings = ready.settings
         request = {**ready.asked, "seed": seed}
-        if ready.drawing is None:
-            return draw_plain(ready.product, canvas, settings, request, with_layers)
-        working = ready.drawing.working
-        conditioning = ready.drawing.conditioning
+        models = with_control(self.models, control)
+        working = drawing.working
+        conditioning = drawing.conditioning
         with self._turn:
-            decoded = denoise(self.models, working, conditioning, settings, seed, on_step)
-            second = Pass(self.models, canvas, conditioning, settings, seed, on_step)
+            decoded = denoise(models, working, conditioning, settings, seed, on_step)
+            second = Pass(models, canvas, conditioning, settings, seed, on_step)
             drawn = refine(second, working, decoded)
         stated = {"request": request, "lost_words": conditioning.lost_words, "model": self.models.manifest}
         rgb, fit = drawn_background(canvas, drawn.working, drawn.decoded_HW3)
@@ -232,7 +252,7 @@ class Packshot:
             refined = {**refined, **compare_sharpness(canvas, before, rgb)}
         shadow = ground(canvas, rgb, settings, light_of(request, settings))
         background = Background(rgb, fit.report, drawn.working, drawn.decoded_HW3, shadow, refined)
-        return finish(ready.product, canvas, background, stated, with_layers)
+        return finish(ready.product, canvas, background, stated, with_layers, ignored=settings.verify.ignore)
 
     def manifest(self, settings: GenerateSettings) -> Json:
         """The models that a request with these settings uses, for certificates."""

@@ -9,13 +9,13 @@ from packshot.generate.canvas import Canvas
 from packshot.generate.grounding import ground, light_of
 from packshot.generate.json_types import Json
 from packshot.generate.product import Product
-from packshot.generate.request import stated_shadow
+from packshot.generate.request import stated_shadow, stated_verify
 from packshot.generate.result import Background, Result, finish
 from packshot.scene import Scene
 
 NO_MODELS: Json = {"adapters": []}
-# A background of one colour may be flat, as white as the range goes, and that of the photograph.
-EXPECTED = ("background_flat", "background_clipped", "background_unchanged")
+# A background of one colour may be flat, as white as the range goes, and that of the photograph; it has no ground.
+EXPECTED = ("background_flat", "background_clipped", "background_unchanged", "product_floats")
 
 
 def plain_request(settings: GenerateSettings) -> Json:
@@ -29,6 +29,7 @@ def plain_request(settings: GenerateSettings) -> Json:
         "references": [],
         "background_color": list(settings.background.color),
         "shadow": stated_shadow(settings),
+        "verify": stated_verify(settings.verify),
     }
 
 
@@ -44,4 +45,5 @@ def draw_plain(
     }
     fit = {"applied": False, "reason": "nothing was drawn"}
     shadow = ground(canvas, background, settings, light_of(request, settings))
-    return finish(product, canvas, Background(background, fit, shadow=shadow), stated, with_layers, EXPECTED)
+    behind = Background(background, fit, shadow=shadow)
+    return finish(product, canvas, behind, stated, with_layers, EXPECTED, settings.verify.ignore)

@@ -16,6 +16,7 @@ from packshot.config.conditions import INPUTS
 from packshot.config.schema import MatteConfig
 from packshot.errors import ConfigError, PackshotError
 from packshot.imaging.decode import decode, flatten, normalize
+from packshot.imaging.mask_doubt import Measured
 from packshot.imaging.masks import find_mask
 from packshot.imaging.matte import soften_hard_edge, unmix
 from packshot.imaging.pixels import to_bytes
@@ -48,6 +49,7 @@ class Product:
     foreground_HW3: the product's own colours, uint8; equals the photo wherever matte_HW is 255.
     method, confidence: where the mask came from (``file``, ``alpha``, ``onnx``, ``grabcut``) and how sure that is.
     mask_reasons: codes of what speaks against the mask, see ``imaging.mask_doubt``.
+    mask_signs, mask_ways: the numbers behind them, and other masks that were found, see ``imaging.masks.Mask``.
     sha256, mask_sha256: of the files of the photo and, where one was given, of the mask (see :func:`open_image`).
     decoding: what was done to the file's own pixels before, in words.
     inputs: what else control maps are drawn from, uint8 (H, W), by name (see ``config.conditions.INPUTS``).
@@ -65,6 +67,8 @@ class Product:
     decoding: tuple[str, ...] = ()
     inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
     mask_sha256: str | None = None
+    mask_signs: Mapping[str, Measured] = field(default_factory=dict)
+    mask_ways: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def open_image(key: str, source: Source) -> Photo:
@@ -133,6 +137,8 @@ def prepare(
         method=found.method,
         confidence=float(found.confidence),
         mask_reasons=found.reasons,
+        mask_signs=found.signs,
+        mask_ways=found.ways,
         sha256=opened.sha256,
         mask_sha256=given.sha256 if given else None,
         decoding=opened.decoding,

@@ -10,8 +10,11 @@ from urllib.parse import quote
 from PIL import Image
 
 from packshot.config import conditions
+from packshot.config.verify import CHECKS
 from packshot.generate.certificate import LAYERS, load_certificates
+from packshot.generate.doubt_picture import LEGEND, evidence_text
 from packshot.generate.json_types import Json
+from packshot.generate.retries import effort
 from packshot.imaging.data_url import data_url
 from packshot.runs.files import replacing_file
 
@@ -82,15 +85,31 @@ def report_body(folder: Path, baseline: Path | None) -> Iterator[str]:
     by_product: dict[str, list[str]] = {}
     for stem in certificates:
         by_product.setdefault(stem.rsplit("-", 1)[0], []).append(stem)
-    accepted = sum(certificate["status"] == "accepted" for certificate in certificates.values())
+    found = effort(certificates)
+    review = found["pictures"] - found["accepted"]
     yield (
         "<h1>Packshot</h1>"
-        f'<p class="note">Pictures: {len(certificates)}, accepted: {accepted}, products: {len(by_product)}. '
+        f'<p class="note">Pictures: {len(certificates)}, accepted: {found["accepted"]}, to be reviewed: {review}, '
+        f"products: {len(by_product)}. {cost_text(found)} "
         "Core: product pixels with full alpha, less one pixel; compared with the photo on the written file. "
         "Edge: CIEDE2000 to the photo on the product's rim.</p>"
     )
     for name, stems in by_product.items():
         yield product_section(folder, name, [(stem, certificates[stem]) for stem in stems], baseline)
+
+
+def cost_text(found: Json) -> str:
+    """What the pictures took, and what an accepted one did; without seconds, which no resumed run would repeat.
+
+    found: of ``effort``.
+    """
+    accepted = found["accepted"]
+    if not found["steps"] or not accepted:
+        return f"Tries: {found['tries']}, denoising steps: {found['steps']}, none for an accepted picture."
+    return (
+        f"Tries: {found['tries']}. Cost of an accepted picture, those not accepted included: "
+        f"{found['tries'] / accepted:.2f} tries, {found['steps'] / accepted:.0f} denoising steps."
+    )
 
 
 def product_section(folder: Path, name: str, results: list[tuple[str, Json]], baseline: Path | None) -> str:
@@ -109,6 +128,7 @@ def product_section(folder: Path, name: str, results: list[tuple[str, Json]], ba
         (next((folder / LAYERS).glob(f"{glob_escape(name)}-input.*"), None), "Photo"),
         (folder / LAYERS / f"{stem}-product.png", "Cut-out, un-mixed from the old background"),
         (folder / LAYERS / f"{stem}-mask.png", f"Mask ({mask['method']}, confidence {mask['confidence']:.2f})"),
+        (folder / LAYERS / f"{name}-doubt.png", f"Doubt ({evidence_text(mask.get('evidence') or {})}; {LEGEND})"),
     ]
     figures = ""
     for file, caption in sources:
@@ -155,6 +175,33 @@ def delivered_text(delivery: Json | None) -> str:
     return ", ".join(parts)
 
 
+def core_share(core: Json) -> str:
+    """What the core is of the product, where a certificate states it."""
+    return f", {core['share']:.0%} of the product" if core.get("share") is not None else ""
+
+
+def failed_text(checks: Json) -> str:
+    """What the failed checks measured, with their limits."""
+    parts = []
+    for code, check in checks.items():
+        if not check["passed"]:
+            note = ", ignored" if check["ignored"] else ""
+            parts.append(
+                f"{CHECKS[code].fault} ({CHECKS[code].about}: {check['measured']:g}, limit {check['limit']:g}{note})"
+            )
+    return "; ".join(parts)
+
+
+def seed_text(certificate: Json) -> str:
+    """The seed, and the tries if there were several."""
+    seed = str(certificate["request"]["seed"])
+    tries = certificate.get("tries") or []
+    if len(tries) < 2:
+        return seed
+    chosen = certificate["chosen"]
+    return f"{seed}; {len(tries)} tries, number {chosen + 1} was taken, of seed {tries[chosen]['seed']}"
+
+
 def result_card(folder: Path, stem: str, certificate: Json, baseline: Path | None) -> str:
     core = certificate["core"]
     edge = certificate["edge"]
@@ -167,13 +214,14 @@ def result_card(folder: Path, stem: str, certificate: Json, baseline: Path | Non
     details = {
         "before, after": "left, right" if before is not None and before.exists() else "",
         "reasons": ", ".join(certificate["reasons"]),
-        "core": f"{core['pixels']:,} px, largest difference {core['max_abs_diff']}",
+        "core": f"{core['pixels']:,} px{core_share(core)}, largest difference {core['max_abs_diff']}",
         "edge ΔE": f"median {edge['p50']:.1f}, 95th percentile {edge['p95']:.1f}",
         "colour fit": f"error {fit['error_before']:.3f} → {fit['error_after']:.3f}"
         if fit["applied"]
         else fit["reason"],
         "placement": f"{certificate['transform']['placement']}, resampling {certificate['transform']['resampling']}",
-        "seed": str(certificate["request"]["seed"]),
+        "failed checks": failed_text(certificate.get("checks") or {}),
+        "seed": seed_text(certificate),
         "sharpness": sharpness_text(certificate.get("refined") or {}),
         "shadow": "added" if (certificate.get("shadow") or {}).get("applied") else "",
         "file": delivered_text(certificate.get("delivery")),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from packshot.config.background import BackgroundConfig, Refine
 from packshot.config.schema import GenerateSettings, Shadow
+from packshot.config.verify import VerifyConfig
 from packshot.errors import ConfigError
 from packshot.generate.conditions import asked_inputs
 from packshot.generate.json_types import Json
@@ -43,6 +44,13 @@ def stated_refine(background: BackgroundConfig) -> Json | None:
     }
 
 
+def stated_verify(verify: VerifyConfig) -> Json | None:
+    """What was asked for, in certificates; null for the defaults, as in those of older versions."""
+    if verify == VerifyConfig():
+        return None
+    return {"retries": verify.retries, "control": verify.control, "ignore": sorted(verify.ignore)}
+
+
 def describe_request(
     models: Models, scene: Scene | str, settings: GenerateSettings, references: Sequence[Reference]
 ) -> Json:
@@ -68,5 +76,6 @@ def describe_request(
         "scheduler": settings.scheduler,
         "shadow": stated_shadow(settings),
         "refine": stated_refine(settings.background),
+        "verify": stated_verify(settings.verify),
         "references": [{"sha256": reference.sha256, "weight": reference.weight} for reference in references],
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +18,16 @@ from packshot.generate.json_types import Json
 from packshot.generate.output import with_profile
 from packshot.generate.product import Product
 from packshot.imaging.pixels import to_bytes
+from packshot.lists import map_values
+
+# Where a mask came from, in words, by its method.
+MASK_SOURCES = {
+    "file": "a mask file that was given",
+    "alpha": "the photograph's own alpha channel",
+    "onnx": "the network of matte.model alone",
+    "network": "the shipped network, its outline refined by the colours",
+    "grabcut": "the colours alone, from what stands out of the picture",
+}
 
 
 @dataclass(frozen=True)
@@ -60,11 +70,13 @@ def finish(
     stated: Mapping[str, Any],
     with_layers: bool,
     expected: Collection[str] = (),
+    ignored: Collection[str] = (),
 ) -> Result:
     """Compose, encode and measure one picture.
 
     stated: entries of the certificate that are known already: what was asked for, the words that were lost, and the
     models. with_layers: whether the result has its parts. expected: reason codes that are no fault of this picture.
+    ignored: those that are measured, and send no picture to review.
     """
     picture = blend(canvas.foreground_HW3, canvas.matte_HW, shaded(background.rgb_HW3, background.shadow.layer_HW))
     png = with_profile(certificates.encode_png(picture))
@@ -73,7 +85,7 @@ def finish(
     certificate = {
         "version": certificates.VERSION,
         "packshot": version("packshot"),
-        **certificates.judge(picture, canvas, measured, expected),
+        **certificates.judge(picture, canvas, measured, expected, ignored),
         **measured,
         "input": {"name": product.name, "sha256": product.sha256},
         "mask": describe_mask(product),
@@ -115,6 +127,8 @@ def describe_mask(product: Product) -> Json:
         "sha256": certificates.digest(product.alpha_HW),
         "file_sha256": product.mask_sha256,
         "method": product.method,
+        "source": MASK_SOURCES.get(product.method, product.method),
+        "evidence": map_values(asdict, product.mask_signs),
         "confidence": round(product.confidence, 4),
         "edge": "as given" if product.matte_HW is product.alpha_HW else "hard mask, anti-aliased by 1 px",
     }

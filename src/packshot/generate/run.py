@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from packshot.config.schema import Generate, OutputConfig
 from packshot.errors import ConfigError, PackshotError
 from packshot.generate.campaign import plan_campaign, set_aside, write_index
 from packshot.generate.certificate import LAYERS, digest, encode_png, load_certificates, verdict
+from packshot.generate.doubt_picture import draw_doubt
 from packshot.generate.jobs import Job, product_jobs
 from packshot.generate.json_types import Json
 from packshot.generate.load import check_adapters, load_models
@@ -27,6 +30,7 @@ from packshot.generate.packshot import Packshot, Result
 from packshot.generate.product import Product, prepare
 from packshot.generate.references import open_references
 from packshot.generate.report import write_report
+from packshot.generate.retries import effort
 from packshot.imaging.upscale import open_upscaler
 from packshot.lists import without
 from packshot.runs.files import file_sha256, readable, replacing_file, sha256, writing
@@ -72,12 +76,47 @@ def generate(config: Generate) -> None:
     write_report(run.path, baseline)
     if campaign:
         write_index(run.path, campaign)
-    stems = list(load_certificates(run.path))
+    certificates = load_certificates(run.path)
+    for text in outcome(certificates, drawing_seconds(run.path)):
+        log.info("%s", text)
+    stems = list(certificates)
     pictures = [run.path / f"{stem}.png" for stem in stems]
     tracker.images("pictures", pictures, stems, step=0)
     tracker.finish()
     log.info("%d pictures; report: %s", len(pictures), run.path / "report.html")
     raise_failures(failures, len(jobs))
+
+
+def drawing_seconds(folder: Path) -> float:
+    """Seconds that the run's log has for drawing, those of pictures lost to an interruption included."""
+    seconds = 0.0
+    file = folder / "metrics.jsonl"
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with suppress(ValueError):  # a line that an interruption cut short
+            seconds += json.loads(line).get("seconds", 0.0)
+    return seconds
+
+
+def outcome(certificates: Mapping[str, Json], seconds: float) -> list[str]:
+    """How many pictures are accepted, what that took, and which checks do not count, a line each.
+
+    seconds: that were spent on drawing.
+    """
+    found = effort(certificates)
+    review = found["pictures"] - found["accepted"]
+    lines = [f"{found['accepted']} of {found['pictures']} pictures are accepted, {review} need review"]
+    if found["tries"] > found["pictures"]:
+        each = f"{found['tries'] / found['accepted']:.1f} each" if found["accepted"] else "none of them"
+        lines.append(f"they took {found['tries']} tries, {each} for an accepted picture (verify.retries)")
+    if found["steps"] and found["accepted"]:
+        lines.append(f"an accepted picture took {seconds / found['accepted']:.1f} s of drawing")
+    skipped: Counter[str] = Counter()
+    for certificate in certificates.values():
+        for code, check in (certificate.get("checks") or {}).items():
+            skipped[code] += check["ignored"] and not check["passed"]
+    for code, count in (+skipped).items():
+        lines.append(f"{count} pictures fail {code}, which verify.ignore leaves out")
+    return lines
 
 
 def without_repeats(jobs: list[Job]) -> list[Job]:
@@ -131,6 +170,7 @@ def make_all(run: Run, tool: Packshot, jobs: list[Job], products: Products) -> l
             try:
                 product = products.of(job)
                 copy_input(run, job, copies)
+                write_doubt(run, job, product)
                 make_pictures(run, tool.with_product(product), job, advance)
             except PackshotError as error:
                 log.error("%s: %s", job.where, error)
@@ -205,6 +245,15 @@ def copy_input(run: Run, job: Job, copies: dict[Path, Path]) -> None:
             shutil.copyfile(job.product, temporary)
 
 
+def write_doubt(run: Run, job: Job, product: Product) -> None:
+    """Show where the mask of a product is in doubt, next to the layers; nothing where it is not."""
+    drawn = draw_doubt(product)
+    if drawn is not None:
+        target = run.path / LAYERS / f"{job.name}-doubt.png"
+        with writing(str(target), RESUME):
+            write_layer(target, drawn)
+
+
 def make_pictures(run: Run, tool: Packshot, job: Job, advance: Callable[..., None]) -> None:
     """All pictures of one job that the run folder does not have yet.
 
@@ -225,8 +274,9 @@ def make_pictures(run: Run, tool: Packshot, job: Job, advance: Callable[..., Non
                 previous.result()
             previous = writers.submit(write, run.path, f"{job.name}-{k}", result, writers, config.output)
             seconds = time.monotonic() - started
-            status = result.certificate["status"]
-            run.metrics({"step": k, "picture": f"{job.name}-{k}", "seconds": seconds, "status": status})
+            line = {"step": k, "picture": f"{job.name}-{k}", "seconds": seconds}
+            line |= {"status": result.certificate["status"], "tries": len(result.certificate.get("tries") or [None])}
+            run.metrics(line)
             advance(seconds_each=seconds)
         if previous is not None:
             previous.result()

@@ -53,7 +53,8 @@ def check_core(certificate: Certificate) -> Finding:
         return Finding(False, "The certificate contradicts itself: the core's hashes and its difference disagree.")
     if not unchanged:
         return Finding(False, f"The certificate states that the core differs by up to {core.max_abs_diff} of 255.")
-    return Finding(True, f"The certificate states that {core.pixels:,} px of the product are unchanged.")
+    covered = "" if core.share is None else f", {core.share:.0%} of the product by {certificate.mask.source},"
+    return Finding(True, f"The certificate states that {core.pixels:,} px{covered or ' of the product'} are unchanged.")
 
 
 def find_product(photo: Path, mask: Path | None, certificate: Certificate, matte: MatteConfig) -> Product:
@@ -102,8 +103,8 @@ def check_photo(
         yield Finding(
             False, f"The product's core differs from the photograph's by up to {core['max_abs_diff']} of 255."
         )
-    stated = certificate.core.model_dump(include=set(core))
-    agrees = stated == core
+    stated = certificate.core.model_dump(include=set(core), exclude_unset=True)  # older ones state less
+    agrees = stated == {key: core[key] for key in stated}
     yield Finding(agrees, f"The measures of the core are {'' if agrees else 'not '}those of the certificate.")
 
 

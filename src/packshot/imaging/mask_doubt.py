@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import cv2
@@ -11,6 +12,7 @@ from packshot.imaging.color import to_lab
 from packshot.imaging.pixels import to_bytes
 
 NETWORK_AGREES = 0.85  # IoU of the mask with the network's own from which the two count as one (docs/log.md)
+MOST_PIECES = 6  # of a product: a set of three bottles, a pair of shoes
 PLAIN_FRAME = 5.0  # ΔE; a frame of less spread is a studio's ground, see saliency.frame_spread
 _SQUARE = np.ones((3, 3), np.uint8)
 
@@ -45,24 +47,34 @@ def evidence(rgb_HWC: np.ndarray, saliency_HW: np.ndarray, raw_HW: np.ndarray, m
 
     area: its share of the picture. border: how little of the frame it touches. edges: the colour gradient along its
     outline as a percentile of the whole picture's (0.5 is what chance gives). contrast: mean saliency inside minus
-    outside. start: agreement (IoU) of the first guess, from saliency alone, with the result, from colours. compact:
-    agreement of GrabCut's own result with its cleaned form; noise is speckle. single: share of the largest piece.
+    outside. start: agreement (IoU) of the first guess, from saliency alone, with the result, from colours; saliency
+    fills what a wire encloses, so the result with its holes filled counts as well. compact:
+    agreement of GrabCut's own result with its cleaned form; noise is speckle. single: share of the MOST_PIECES largest
+    pieces: a product may have several, and noise has dozens.
     """
     gradient_HW = colour_gradient(rgb_HWC)
     outline = cv2.morphologyEx(mask_HW.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
     ranks = np.searchsorted(np.sort(gradient_HW, axis=None), gradient_HW[outline], side="left") / gradient_HW.size
     frame = np.concatenate([mask_HW[1], mask_HW[-2], mask_HW[:, 1], mask_HW[:, -2]])
     first_HW, _ = first_guess(saliency_HW)
-    pieces = cv2.connectedComponentsWithStats(mask_HW.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA]
+    pieces = np.sort(cv2.connectedComponentsWithStats(mask_HW.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA])[::-1]
     return {
         "area": plausible_area(float(mask_HW.mean())),
         "border": 1 - ramp(float(frame.mean()), 0.15, 0.6),
         "edges": ramp(float(ranks.mean()), 0.55, 0.85),
         "contrast": ramp(float(saliency_HW[mask_HW].mean() - saliency_HW[~mask_HW].mean()), 0.2, 0.45),
-        "start": ramp(iou(first_HW, mask_HW), 0.25, 0.75),
+        "start": ramp(max(iou(first_HW, mask_HW), iou(first_HW, filled(mask_HW))), 0.25, 0.75),
         "compact": ramp(iou(raw_HW, mask_HW), 0.4, 0.9),
-        "single": ramp(float(pieces.max() / pieces.sum()), 0.4, 0.8),
+        "single": ramp(float(pieces[:MOST_PIECES].sum() / pieces.sum()), 0.4, 0.8),
     }
+
+
+def filled(mask_HW: np.ndarray) -> np.ndarray:
+    """A bool mask without its holes."""
+    contours, _ = cv2.findContours(mask_HW.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    solid_HW = np.zeros(mask_HW.shape, np.uint8)
+    cv2.drawContours(solid_HW, contours, -1, 1, cv2.FILLED)
+    return solid_HW > 0
 
 
 def iou(a_HW: np.ndarray, b_HW: np.ndarray) -> float:
@@ -120,41 +132,110 @@ def network_left(found: Finding) -> float:
     return float(found.network_HW[outside].sum() / max(1, found.mask_HW.sum()))
 
 
-def ways_disagree(found: Finding) -> bool:
-    """Whether the ways to a mask that know nothing of each other lead to different ones."""
-    by_saliency = iou(found.salient_HW, found.mask_HW)
-    if found.network_HW is None:
-        return not found.plain or by_saliency < 0.95
-    return iou(found.network_HW >= 0.5, found.mask_HW) < NETWORK_AGREES
+def network_agreement(found: Finding) -> float | None:
+    """IoU of the mask with the network's own; None without a network."""
+    return None if found.network_HW is None else iou(found.network_HW >= 0.5, found.mask_HW)
 
 
-def incomplete(found: Finding) -> bool:
-    """Whether a part of the product seems to be outside of the mask."""
-    if found.plain and edges_left(found) >= 1.0:
-        return True
-    return network_left(found) > (0.15 if found.plain else 0.3)
+def saliency_agreement(found: Finding) -> float | None:
+    """IoU of the mask with the one from saliency alone; None where a network is the second way."""
+    return iou(found.salient_HW, found.mask_HW) if found.network_HW is None else None
 
 
-def touches_frame(found: Finding) -> bool:
-    """Whether the mask runs along the frame: the product may be cut, or the ground was taken for it."""
+def studio_edges(found: Finding) -> float | None:
+    """:func:`edges_left` before a studio's ground; None elsewhere, where a scene has edges of its own."""
+    return edges_left(found) if found.plain else None
+
+
+def network_share_left(found: Finding) -> float | None:
+    """:func:`network_left`; None without a network."""
+    return None if found.network_HW is None else network_left(found)
+
+
+def frame_share(found: Finding) -> float:
+    """The largest share of a side of the frame that the mask takes."""
     mask = found.mask_HW
-    sides = (mask[0], mask[-1], mask[:, 0], mask[:, -1])
-    return max(float(side.mean()) for side in sides) > 0.05
+    return max(float(side.mean()) for side in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
 
 
-def thin_parts_lost(found: Finding) -> bool:
-    """Whether cleaning took away parts as long as a fifth of the mask's perimeter."""
+def thin_share_lost(found: Finding) -> float:
+    """Thin parts that cleaning took away, in perimeters of the mask."""
     perimeter = cv2.morphologyEx(found.mask_HW.astype(np.uint8), cv2.MORPH_GRADIENT, _SQUARE).sum() / 2
-    return float(found.lost_HW.sum()) > 0.2 * perimeter
+    return float(found.lost_HW.sum() / max(1, perimeter))
 
 
-# Reason code -> whether it holds.
-DOUBTS = {
-    "mask_ways_disagree": ways_disagree,
-    "mask_incomplete": incomplete,
-    "mask_touches_frame": touches_frame,
-    "thin_parts_lost": thin_parts_lost,
+@dataclass(frozen=True)
+class Sign:
+    """Something that is measured of a mask. code: the doubt that it may raise. about: what the number is.
+
+    measure: a number, or None where it does not apply. limit: of that number, for this finding. at_least: the number
+    should not be below its limit, instead of not above it.
+    """
+
+    code: str
+    about: str
+    measure: Callable[[Finding], float | None]
+    limit: Callable[[Finding], float]
+    at_least: bool = False
+
+
+SIGNS = {
+    "network_agreement": Sign(
+        "mask_ways_disagree",
+        "IoU of the mask with the network's own",
+        network_agreement,
+        lambda found: NETWORK_AGREES,
+        at_least=True,
+    ),
+    "saliency_agreement": Sign(
+        "mask_ways_disagree",
+        "IoU of the mask with what stands out; in a scene, above 1, nothing else confirms it",
+        saliency_agreement,
+        lambda found: 0.95 if found.plain else 1.01,
+        at_least=True,
+    ),
+    "edges_outside": Sign(
+        "mask_incomplete",
+        "length of sharp edges outside of the mask, in its perimeters",
+        studio_edges,
+        lambda found: 1.0,
+    ),
+    "network_outside": Sign(
+        "mask_incomplete",
+        "what the network sees of the product outside of the mask, as a share of its area",
+        network_share_left,
+        lambda found: 0.15 if found.plain else 0.3,
+    ),
+    "frame_share": Sign(
+        "mask_touches_frame", "largest share of a side of the frame in the mask", frame_share, lambda found: 0.05
+    ),
+    "thin_share_lost": Sign(
+        "thin_parts_lost", "length of thin parts that were not kept, in perimeters", thin_share_lost, lambda found: 0.2
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number behind a doubt. passed: whether it is on the right side of its limit."""
+
+    about: str
+    measured: float
+    limit: float
+    passed: bool
+
+
+def measure_signs(found: Finding) -> dict[str, Measured]:
+    """What is known of a mask, by the sign's name; signs that do not apply are left out."""
+    signs: dict[str, Measured] = {}
+    for name, sign in SIGNS.items():
+        value = sign.measure(found)
+        if value is None:
+            continue
+        limit = sign.limit(found)
+        passed = value >= limit if sign.at_least else value <= limit
+        signs[name] = Measured(sign.about, round(value, 4), limit, passed)
+    return signs
 
 
 # What each code means to the person who looks at the mask.
@@ -167,13 +248,28 @@ REMEDIES = {
 }
 
 
+def codes_of(signs: Mapping[str, Measured]) -> tuple[str, ...]:
+    """The codes of the signs that speak against a mask, each once; none: it is accepted."""
+    codes: list[str] = []
+    for name, sign in signs.items():
+        if not sign.passed and SIGNS[name].code not in codes:
+            codes.append(SIGNS[name].code)
+    return tuple(codes)
+
+
 def doubts(found: Finding) -> tuple[str, ...]:
     """The codes of what speaks against a mask; none: it is accepted."""
-    return tuple(code for code, holds in DOUBTS.items() if holds(found))
+    return codes_of(measure_signs(found))
+
+
+def full_frame(alpha_HW: np.ndarray) -> Measured:
+    """How much of the frame a mask that a person gave takes: nearly all of it, and it is probably inverted."""
+    solid = alpha_HW >= 0.5
+    frame = np.concatenate([solid[0], solid[-1], solid[:, 0], solid[:, -1]])
+    share = round(float(frame.mean()), 4)
+    return Measured("share of the frame in the mask", share, 0.9, share <= 0.9)
 
 
 def mask_file_doubts(alpha_HW: np.ndarray) -> tuple[str, ...]:
-    """The codes of what speaks against a mask that a person gave: full along the frame, it is probably inverted."""
-    solid = alpha_HW >= 0.5
-    frame = np.concatenate([solid[0], solid[-1], solid[:, 0], solid[:, -1]])
-    return ("mask_inverted",) if frame.mean() > 0.9 else ()
+    """The codes of what speaks against a mask that a person gave."""
+    return () if full_frame(alpha_HW).passed else ("mask_inverted",)

@@ -6,7 +6,8 @@ the product also stands out from the frame, so there both ways are used. ``mask_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -20,10 +21,13 @@ from packshot.imaging.grabcut import grabcut
 from packshot.imaging.mask_doubt import (
     PLAIN_FRAME,
     Finding,
-    doubts,
+    Measured,
+    codes_of,
     evidence,
     first_guess,
+    full_frame,
     mask_file_doubts,
+    measure_signs,
     plausible_area,
     ramp,
 )
@@ -69,13 +73,16 @@ class Mask:
     """A product's mask.
 
     alpha_HW: float32 in [0, 1], 1 = product. method: file, alpha, onnx, network or grabcut. confidence: in [0, 1].
-    reasons: codes of what speaks against it (``mask_doubt``); none: it is accepted.
+    reasons: codes of what speaks against it (``mask_doubt``); none: it is accepted. signs: the numbers behind them.
+    ways: other masks of the same picture, bool and small, by what found them; empty where there was one way only.
     """
 
     alpha_HW: np.ndarray
     method: str
     confidence: float
     reasons: tuple[str, ...] = ()
+    signs: Mapping[str, Measured] = field(default_factory=dict)
+    ways: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def to_image(self) -> Image.Image:
         """8-bit grey picture, white = product."""
@@ -111,6 +118,15 @@ def find_mask(image: Image.Image, matte: MatteConfig, mask: Image.Image | None =
     return found
 
 
+def judged(alpha_HW: np.ndarray, method: str, confidence: float, finding: Finding) -> Mask:
+    """A mask that was found, with what speaks for and against it."""
+    signs = measure_signs(finding)
+    ways = {"what stands out": finding.salient_HW}
+    if finding.network_HW is not None:
+        ways["the colours" if method == "onnx" else "the network"] = finding.network_HW >= 0.5
+    return Mask(alpha_HW, method, confidence, codes_of(signs), signs, ways)
+
+
 def _from_file(image: Image.Image, mask: Image.Image, name: str, invert: bool) -> Mask:
     if mask.size != image.size:
         raise MaskFileError(
@@ -131,7 +147,7 @@ def _from_file(image: Image.Image, mask: Image.Image, name: str, invert: bool) -
         raise MaskFileError(
             f"the mask of {name} marks the whole picture as product.", "Black (0) marks the background."
         )
-    return Mask(alpha_HW, "file", 1.0, mask_file_doubts(alpha_HW))
+    return Mask(alpha_HW, "file", 1.0, mask_file_doubts(alpha_HW), {"frame_full": full_frame(alpha_HW)})
 
 
 def _cutout_alpha(image: Image.Image) -> np.ndarray | None:
@@ -179,7 +195,7 @@ def _from_onnx(image: Image.Image, model: str) -> Mask:
         frame_spread=frame_spread(small_HWC),
         lost_HW=np.zeros(seen_HW.shape, bool),  # the network's own outline is kept
     )
-    return Mask(stretched(alpha_HW, *ONNX_LEVELS), "onnx", confidence, doubts(finding))
+    return judged(stretched(alpha_HW, *ONNX_LEVELS), "onnx", confidence, finding)
 
 
 # --- a network that guides GrabCut, and GrabCut alone -----------------------------------------------------------------
@@ -243,7 +259,7 @@ def _from_grabcut(image: Image.Image, model: str) -> Mask:
     near_HW = cv2.dilate(chosen.clean_HW.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
     lost_HW = chosen.raw_HW & ~near_HW
     finding = Finding(small_HWC, chosen.clean_HW, network_HW, salient.clean_HW, spread, lost_HW)
-    return Mask(refine(rgb_HWC, chosen.clean_HW), method, chosen.evidence, doubts(finding))
+    return judged(refine(rgb_HWC, chosen.clean_HW), method, chosen.evidence, finding)
 
 
 def _object_from(rgb_HWC: np.ndarray, saliency_HW: np.ndarray, iterations: int = 6) -> np.ndarray:
@@ -257,9 +273,20 @@ def _object_from(rgb_HWC: np.ndarray, saliency_HW: np.ndarray, iterations: int =
     return grabcut(rgb_HWC, labels_HW, iterations)
 
 
+def _is_wire(mask_HW: np.ndarray) -> bool:
+    """Whether a mask is mostly one thin piece, such as the frame of glasses, and not speckle."""
+    areas = cv2.connectedComponentsWithStats(mask_HW.astype(np.uint8), connectivity=8)[2][1:, cv2.CC_STAT_AREA]
+    return len(areas) > 0 and float(areas.max() / areas.sum()) > 0.8
+
+
 def _clean(mask_HW: np.ndarray) -> np.ndarray:
-    """The largest component and those at least a tenth of it; holes below 2 % of it (reflections) are filled."""
+    """The largest component and those at least a tenth of it; holes below 2 % of it (reflections) are filled.
+
+    What is thinner than 3 px goes, unless the whole product is a wire.
+    """
     opened = cv2.morphologyEx(mask_HW.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    if opened.sum() < 0.5 * mask_HW.sum() and _is_wire(mask_HW):
+        opened = mask_HW.astype(np.uint8)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(opened, connectivity=8)
     if count < 2:
         return np.zeros_like(mask_HW)

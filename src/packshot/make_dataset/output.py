@@ -77,7 +77,16 @@ def write_extras(
     lost = 0
     for entries in report.entries.values():
         lost += sum(entry.rejected for entry in entries)
-    return {"images": images, "accepted": images - lost, "rejected": lost}
+    review = count_status(parts, "needs_review") if "status" in names else 0
+    return {"images": images, "accepted": images - lost - review, "needs_review": review, "rejected": lost}
+
+
+def count_status(parts: Sequence[Path], status: str) -> int:
+    """How many rows of the shards have a status."""
+    found = 0
+    for file in parts:
+        found += pq.read_table(file, columns=["status"])[0].to_pylist().count(status)
+    return found
 
 
 def picture_and_mask(row: Sample) -> tuple[Image, Image | None]:

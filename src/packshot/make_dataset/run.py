@@ -65,12 +65,15 @@ def build_held(config: BuildData, recipe: Recipe) -> None:
     for note in [*recipe.notes(config, report), *reason_counts(report, steps)]:
         log.info(note)
     log.info("look at %s", page)
-    log.info("%(accepted)d of %(images)d images accepted, %(rejected)d rejected", figures)
+    log.info(
+        "%(accepted)d of %(images)d images accepted, %(needs_review)d kept that need review, %(rejected)d rejected",
+        figures,
+    )
     sheet = run.path / "contact_sheet.png"
     if sheet.exists():
         tracker.images("contact_sheet", [sheet], ["first images"], 0)
     tracker.finish()
-    if not figures["accepted"]:
+    if figures["rejected"] == figures["images"]:
         raise PackshotError(
             f"None of the {len(items)} images {recipe.what(config)} was accepted.",
             f"{run.path / 'rejected.parquet'} names the reason for each.",

@@ -64,8 +64,8 @@ class GenerationRequest:
 
     @property
     def steps(self) -> int:
-        """Denoising steps of all pictures together."""
-        return self.num_images * self.settings.num_inference_steps
+        """Denoising steps of all pictures together, if every retry is needed."""
+        return self.num_images * self.settings.most_steps()
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ class PromptSettings:
 
     @property
     def steps(self) -> int:
-        """Denoising steps of all pictures together."""
-        return self.num_images * self.settings.num_inference_steps
+        """Denoising steps of all pictures together, if every retry is needed."""
+        return self.num_images * self.settings.most_steps()
 
 
 async def refuse_repeated(request: Request) -> None:
@@ -95,6 +95,8 @@ def read_settings(form: SceneForm, config: Serve, reference: bool) -> PromptSett
             given[field.name] = value
     if form.size:
         given["size"] = [int(side) for side in form.size.split("x")]
+    if form.retries is not None:
+        given["verify"] = dataclasses.replace(config.generate.verify, retries=form.retries)
     settings = dataclasses.replace(config.generate, **given)
     if form.size and settings.placement is Placement.original:
         message = f"size={form.size} has no effect with placement=original, which keeps the photo's size."
@@ -132,14 +134,15 @@ def max_steps(config: Serve, settings: GenerateSettings) -> int:
 
 def refuse_work(num_images: int, settings: GenerateSettings, config: Serve) -> None:
     """Raises ApiError 422 if a request would hold a device for too long."""
-    steps = num_images * settings.num_inference_steps
+    steps = num_images * settings.most_steps()
     allowed = max_steps(config, settings)
     if steps > allowed:
+        factors = "num_inference_steps x num_images" + (" x (1 + retries)" if settings.verify.retries else "")
         raise ApiError(
             422,
             "too_much_work",
-            f"num_inference_steps x num_images is {steps}; this server allows {allowed} at this size.",
-            "Ask for fewer steps or pictures, or start the server with a larger serve.max_work.",
+            f"{factors} is {steps}; this server allows {allowed} at this size.",
+            "Ask for fewer steps, pictures or retries, or start the server with a larger serve.max_work.",
         )
 
 

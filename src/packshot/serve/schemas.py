@@ -12,10 +12,12 @@ from packshot.config import conditions
 from packshot.config.generate import POSITIONS
 from packshot.config.keys import nearest
 from packshot.config.schema import GenerateSettings, Placement
+from packshot.config.verify import MOST_RETRIES, VerifyConfig
 from packshot.scene import SLOTS
 from packshot.scene.slots import Slot
 
 MAX_IMAGES = 8
+RETRIES = next(field for field in dataclasses.fields(VerifyConfig) if field.name == "retries")
 Json = dict[str, Any]
 
 
@@ -83,6 +85,12 @@ class SceneForm(RowForm):
     num_inference_steps: int | None = setting("num_inference_steps")
     guidance_scale: float | None = setting("guidance_scale")
     placement: PlacementName | None = setting("placement")
+    retries: int | None = Field(
+        None,
+        ge=0,
+        le=MOST_RETRIES,
+        description=f"{RETRIES.metadata['help']}; default: the server's generate.verify.retries",
+    )
     size: str | None = Field(None, pattern=r"^\d{1,5}x\d{1,5}$", description="width x height in px: 1024x768")
 
 

@@ -1,0 +1,125 @@
+"""How often accepted masks are right: the curve of precision against acceptance of mask doubts.
+
+    OMP_NUM_THREADS=1 python benchmarks/mask_doubts.py
+
+Held-out renders in their scenes, and the same products before white, grey and coloured walls. The signs of a mask
+(``imaging.mask_doubt``) are weighed by a logistic regression on one half, and the curve is that of the other half.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from scipy.optimize import minimize
+
+from packshot.config.schema import MatteConfig
+from packshot.dataset.rows import Rows, load_rows
+from packshot.generate.composite import blend
+from packshot.imaging.mask_doubt import SIGNS, iou
+from packshot.imaging.masks import Mask, NoProductError, find_mask
+
+RIGHT = 0.9  # IoU from which a mask is right
+WALLS = {"white": (255, 255, 255), "grey": (150, 150, 150), "coloured": (196, 150, 120)}
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A mask against the truth. signs: its numbers, 0 where one does not apply. accepted: by the shipped limits."""
+
+    ground: str
+    product: str
+    overlap: float
+    signs: np.ndarray
+    accepted: bool
+
+
+def grounds(rows: Rows, number: int) -> tuple[str, np.ndarray, dict[str, Image.Image]]:
+    """The product's name, its true mask (bool), and pictures of it before each ground."""
+    row = rows.read(number, ("image", "mask", "cutout"))
+    matte_HW = np.asarray(row["mask"])
+    colours_HW3 = np.ascontiguousarray(np.asarray(row["cutout"].convert("RGBA"))[..., :3])
+    pictures = {"scene": row["image"].convert("RGB")}
+    for name, color in WALLS.items():
+        wall_HW3 = np.full_like(colours_HW3, color)
+        pictures[name] = Image.fromarray(blend(colours_HW3, matte_HW, wall_HW3))
+    return row["product_id"], matte_HW >= 128, pictures
+
+
+def signs_of(mask: Mask) -> np.ndarray:
+    """Confidence and signs of a mask, with one column each that says whether a sign applies."""
+    values = [mask.confidence]
+    for name in SIGNS:
+        sign = mask.signs.get(name)
+        values += [sign.measured if sign else 0.0, float(sign is not None)]
+    return np.array(values)
+
+
+def judge_all(rows: Rows, every: int) -> list[Judged]:
+    """Every mask that the default finds."""
+    found = []
+    matte = MatteConfig(min_confidence=0.0)
+    for number in range(0, len(rows), every):
+        product, truth_HW, pictures = grounds(rows, number)
+        for ground, picture in pictures.items():
+            try:
+                mask = find_mask(picture, matte)
+            except NoProductError:
+                continue
+            overlap = iou(mask.alpha_HW >= 0.5, truth_HW)
+            accepted = not mask.reasons and mask.confidence >= MatteConfig().min_confidence
+            found.append(Judged(ground, product, overlap, signs_of(mask), accepted))
+    return found
+
+
+def fitted(masks: list[Judged]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, spread and weights (the last is the offset) of a logistic regression of "right" on the signs."""
+    signs = np.array([mask.signs for mask in masks])
+    kind = np.array([1.0 if mask.overlap >= RIGHT else -1.0 for mask in masks])
+    mean = signs.mean(axis=0)
+    spread = signs.std(axis=0) + 1e-6
+    scaled = (signs - mean) / spread
+
+    def loss(weights: np.ndarray) -> float:
+        margins = kind * (scaled @ weights[:-1] + weights[-1])
+        return float(np.logaddexp(0, -margins).mean() + 0.003 * (weights[:-1] ** 2).sum())
+
+    return mean, spread, minimize(loss, np.zeros(signs.shape[1] + 1)).x
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--renders", default="data/rendered/heldout")
+    parser.add_argument("--every", type=int, default=1, help="take one scene of so many")
+    args = parser.parse_args()
+    masks = judge_all(load_rows("renders", args.renders), args.every)
+    products = sorted({mask.product for mask in masks})
+    # halves by product: one product's masks resemble each other
+    first = set(products[::2])
+    fit_on = [mask for mask in masks if mask.product in first]
+    shown = [mask for mask in masks if mask.product not in first]
+    mean, spread, weights = fitted(fit_on)
+    print("| ground | masks | right (IoU .9) | accepted | right of those | accepted of the right |")
+    print("|---|---|---|---|---|---|")
+    for ground in ["scene", *WALLS, "all"]:
+        chosen = [mask for mask in shown if ground in (mask.ground, "all")]
+        right = np.array([mask.overlap >= RIGHT for mask in chosen])
+        accepted = np.array([mask.accepted for mask in chosen])
+        of_accepted = right[accepted].mean() if accepted.any() else float("nan")
+        of_right = accepted[right].mean() if right.any() else float("nan")
+        shares = (right.mean(), accepted.mean(), of_accepted, of_right)
+        print(f"| {ground} | {len(chosen)} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
+    right = np.array([mask.overlap >= RIGHT for mask in shown])
+    scores = np.array([((mask.signs - mean) / spread) @ weights[:-1] + weights[-1] for mask in shown])
+    order = np.argsort(-scores, kind="stable")
+    print("\n| accepted share | right of those | accepted of the right |\n|---|---|---|")
+    for share in SHARES:
+        taken = order[: max(1, round(share * len(order)))]
+        print(f"| {share:.0%} | {right[taken].mean():.1%} | {right[taken].sum() / right.sum():.1%} |")
+
+
+if __name__ == "__main__":
+    main()
