@@ -35,7 +35,7 @@ def assert_same_result(folder):
 @pytest.mark.parametrize(
     ("script", "keys"),
     [
-        ("train_lora", ["objective.product_conditioning=channels"]),
+        ("train_lora", ["objective.product_conditioning=channels", "data.flip=true"]),
         ("train_ip_adapter", ["method.reference=place", "method.image_dropout=0.3"]),
         ("train_controlnet", ["method.condition=depth", "method.mask_jitter=4"]),
     ],

@@ -17,7 +17,7 @@ COFFEE = "data/products/coffee.png"
 HELDOUT = "data/rendered/heldout"
 COMMON = (
     f"data.train={HELDOUT}", "tracking=none", "train.batch_size=2", "train.validation_steps=0",
-    "train.checkpointing_steps=1",
+    "train.checkpointing_steps=1", "data.flip=true",
 )  # fmt: skip
 
 

@@ -134,5 +134,9 @@ class CaptionVLM(Script):
                 "data.allow_empty_captions=true: a captioner has nothing to learn from a sample without a caption.",
                 "Leave it out; task=caption writes captions.",
             )
+        if self.data.flip:
+            raise ConfigError(
+                "data.flip=true: a captioner learns which side is which from pictures as they are.", "Leave it out."
+            )
         if task.trains:
             self.captioner.check_trainable()

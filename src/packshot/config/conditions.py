@@ -55,13 +55,15 @@ class InputRow:
     """Something that control maps are drawn from, in addition to picture and mask.
 
     column: the picture of a dataset that training reads it from. read: (that picture, the mask), both (H, W) in [0, 1],
-    to what a map is drawn from. where: which datasets have the column. Generation takes it from exactly one of these:
+    to what a map is drawn from. where: which datasets have the column. directed: it tells sides,
+    so pictures are not mirrored. Generation takes it from exactly one of these:
     setting, a number that the user gives; network, which estimates a picture that moves with the product.
     """
 
     column: str
     read: str
     where: str
+    directed: bool = False
     setting: Setting | None = None
     network: Network | None = None
 
@@ -94,6 +96,7 @@ INPUTS: dict[str, InputRow] = {
         column="shadow",
         read="packshot.imaging.light_direction:light_direction",
         where="Rendered sets have it (build_data.py dataset=rendered); photographs do not.",
+        directed=True,
         setting=Setting(
             key="light_angle",
             help="where light comes from, degrees: 0 the right, 90 behind, 180 the left, 270 the front; for "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from packshot.config.common import Quantization
-from packshot.config.conditions import CONDITIONS
+from packshot.config.conditions import CONDITIONS, INPUTS
 from packshot.config.keys import Names, opt
 from packshot.config.train import ExportConfig, TrainScript
 from packshot.errors import ConfigError
@@ -195,3 +195,13 @@ class TrainIPAdapter(TrainScript):
 @dataclass
 class TrainControlNet(TrainScript):
     method: ControlNetMethod = field(default_factory=ControlNetMethod)
+
+    def check(self) -> None:
+        super().check()
+        directed = [name for name in CONDITIONS[self.method.condition.name].inputs if INPUTS[name].directed]
+        if self.data.flip and directed:
+            raise ConfigError(
+                f"data.flip=true with method.condition={self.method.condition}: it reads {', '.join(directed)}, which "
+                "tells a side.",
+                "Leave data.flip out.",
+            )

@@ -82,6 +82,11 @@ class DataConfig:
         min=0,
         max=0.5,
     )
+    flip: bool = opt(
+        False,
+        "show samples mirrored at half of their accesses, except those whose caption has a word for a side or for "
+        "writing; for sets without writing in the pictures",
+    )
     num_workers: int = opt(0, "loader processes per training process; 0: a thread", min=0, max=64)
     buckets: bool = opt(True, "sort samples into aspect-ratio buckets of the base's area; false: only the square")
     cache: bool = opt(True, "encode pictures and captions once; false: at each access, with the same result")

@@ -34,6 +34,11 @@ class Geometry:
         shown[top : top + self.resized[0], left : left + self.resized[1]] = 1
         return shown
 
+    def mirrored(self) -> Geometry:
+        """The geometry of the mirror image: the same resize, cut from the other side."""
+        left = self.resized[1] - self.target[1] - self.crop[1]
+        return Geometry(self.original, self.resized, (self.crop[0], left), self.target)
+
 
 def product_box(mask: Image.Image | None) -> tuple[int, int, int, int] | None:
     """Tight (top, left, bottom, right) of a mask's pixels above half, or None when there are none."""

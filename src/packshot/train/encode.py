@@ -21,6 +21,7 @@ from packshot.base.load import Parts
 from packshot.base.tokens import lost_words
 from packshot.config.schema import DataConfig
 from packshot.dataset import buckets
+from packshot.dataset.flips import flippable
 from packshot.dataset.rows import Row, Rows
 from packshot.diffusion.latents import encode_pixels
 from packshot.diffusion.protocols import Autoencoder
@@ -54,7 +55,7 @@ class Example(TypedDict):
     (6,). product: (5, h, w), if the UNet reads it. prompt, empty: what the network reads of the caption and of the
     empty text, see ``Encoder.text``. bare: there is no caption. prompts: of each caption, where there are several.
     encoded: what the method made of the sample, then of its peers. seen: the framed sample, if the method reads
-    pictures.
+    pictures. mirror: the mirror image as a list of one, where the sample may be flipped.
     """
 
     id: str
@@ -71,6 +72,7 @@ class Example(TypedDict):
     empty: Tensors
     encoded: Sequence[Tensors]
     seen: FramedSample | None
+    mirror: NotRequired[Sequence[Example]]
 
 
 def encode_batch(shape: tuple[int, int]) -> int:
@@ -109,6 +111,15 @@ def framed(sample: Row, target: tuple[int, int]) -> FramedSample:
         pad = "constant" if name == "mask" else "edge"
         seen[name] = Image.fromarray(framing.apply(geometry, np.asarray(picture), pad=pad))
     return cast("FramedSample", seen)
+
+
+def mirrored(sample: FramedSample) -> FramedSample:
+    """The framed sample's mirror image: all its pictures, and the geometry that shows them."""
+    turned: dict[str, object] = {**sample, "geometry": sample["geometry"].mirrored()}
+    for name, picture in turned.items():
+        if isinstance(picture, Image.Image):
+            turned[name] = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return cast("FramedSample", turned)
 
 
 @dataclass(frozen=True)
@@ -270,17 +281,17 @@ def choose_peers(keys: Sequence[Hashable | None], ids: Sequence[str]) -> list[li
     return chosen
 
 
-class Encodings(Sequence[Tensors]):
-    """Results of ``Method.encode`` for some samples, each read or made when it is indexed: one access uses one."""
+class Encodings(Sequence[T]):
+    """What some samples give, each read or made when it is indexed: one access uses one."""
 
-    def __init__(self, indices: Sequence[int], read: Callable[[int], Tensors]) -> None:
+    def __init__(self, indices: Sequence[int], read: Callable[[int], T]) -> None:
         self._indices = indices
         self._read = read
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, number: int) -> Tensors:  # type: ignore[override]  # nothing slices it
+    def __getitem__(self, number: int) -> T:  # type: ignore[override]  # nothing slices it
         return self._read(self._indices[number])
 
 
@@ -288,14 +299,19 @@ class Examples(Sequence[Example]):
     """A dataset as the loop reads it: encoded samples by index.
 
     ``groups`` names the bucket of each sample. folder: of the cache; None: every access encodes. count: use only the
-    first samples of the set.
+    first samples of the set. flip: samples whose captions allow it have a mirror image, whose index is the sample's
+    plus the number of rows.
     """
 
-    def __init__(self, rows: Rows, encoder: Encoder, folder: Path | None, count: int | None = None) -> None:
+    def __init__(
+        self, rows: Rows, encoder: Encoder, folder: Path | None, count: int | None = None, flip: bool = False
+    ) -> None:
         self.rows = rows
+        self.whole = len(rows.ids)
         self.ids = rows.ids[:count]
         self.encoder = encoder
         self._captions: list[list[str] | None] = getattr(rows, "captions", None) or [None] * len(rows.ids)
+        self.flips = flippable(rows.texts, self._captions) if flip else [False] * self.whole
         self._nearest = [buckets.nearest(size, encoder.shapes) for size in rows.sizes]
         self.groups = self._nearest[:count]
         self._folder = folder
@@ -341,24 +357,44 @@ class Examples(Sequence[Example]):
     def seen(self, index: int) -> FramedSample:
         """The framed sample, with image, mask and the further pictures that the method reads."""
         pictures = {"image", "mask", *self.encoder.method.pictures}
-        return framed(self.rows.read(index, sorted(pictures)), self._shape(index))
+        sample = framed(self.rows.read(index % self.whole, sorted(pictures)), self._shape(index))
+        return mirrored(sample) if index >= self.whole else sample
+
+    def _bucket(self, index: int) -> int:
+        return self._nearest[index % self.whole]
 
     def _shape(self, index: int) -> tuple[int, int]:
-        return self.encoder.shapes[self._nearest[index]]
+        return self.encoder.shapes[self._bucket(index)]
 
     def _key(self, index: int) -> str:
-        return content_key(VERSION, self.rows.digest(index), self._shape(index))
+        side = ("mirrored",) if index >= self.whole else ()
+        return content_key(VERSION, self.rows.digest(index % self.whole), self._shape(index), *side)
 
     def _chunks(self, indices: Iterable[int]) -> list[list[Job]]:
         """Samples of one bucket each, as many as go through an encoder together."""
-        ordered = sorted(indices, key=lambda index: (self._nearest[index], index))
+        ordered = sorted(indices, key=lambda index: (self._bucket(index), index))
         chunks = []
-        for _, members in groupby(ordered, key=lambda index: self._nearest[index]):
+        for _, members in groupby(ordered, key=self._bucket):
             bucket = list(members)
             for chunk in chunked(bucket, encode_batch(self._shape(bucket[0]))):
                 # jobs hold an index, not a sample: a large set must not be decoded into memory
-                chunks.append([Job(self._key(index), f"sample {self.rows.ids[index]}", index) for index in chunk])
+                chunks.append(list(map(self._job, chunk)))
         return chunks
+
+    def _job(self, index: int) -> Job:
+        return Job(self._key(index), f"sample {self.rows.ids[index % self.whole]}", index)
+
+    def _with_mirrors(self, chunks: Iterable[list[Job]]) -> list[list[Job]]:
+        """The chunks, and after each with a sample that may be flipped the mirror image of all of it.
+
+        What is encoded together changes the last bits; so it may depend neither on ``flip`` nor on the captions.
+        """
+        made = []
+        for chunk in chunks:
+            made.append(chunk)
+            if any(self.flips[job.item] for job in chunk):
+                made.append([self._job(self.whole + job.item) for job in chunk])
+        return made
 
     def fill(self, accelerator: Accelerator) -> None:
         """Encode what no earlier run has encoded. Without a cache there is nothing to do."""
@@ -367,11 +403,11 @@ class Examples(Sequence[Example]):
             self.encoder.parts.load("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
             return
         encoder = self.encoder
-        chunks = self._chunks(range(len(self)))
+        chunks = self._with_mirrors(self._chunks(range(len(self))))
         self._fill_from_pictures("latents", "encoding pictures", chunks, encoder.latents, accelerator)
         self._fill_from_pictures("product", "encoding products", chunks, encoder.product, accelerator)
         if "method" in self._caches:
-            chunks = self._chunks({*range(len(self)), *chain.from_iterable(self.peers)})
+            chunks = self._with_mirrors(self._chunks({*range(len(self)), *chain.from_iterable(self.peers)}))
             self._fill_from_pictures("method", "encoding references", chunks, encoder.method.encode, accelerator)
         if "text" in self._caches:
             several = chain.from_iterable(captions or () for captions in self._captions[: len(self)])
@@ -393,18 +429,24 @@ class Examples(Sequence[Example]):
             self._caches[name].fill(description, chunks, encode, accelerator, prepare=self.seen)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # nothing slices it
-        if not self._caches:
-            return self.fresh(index)
+        example = self.cached(index) if self._caches else self.fresh(index)
+        if self.flips[index]:
+            read = self.cached if self._caches else self.fresh
+            example["mirror"] = Encodings([self.whole + index], read)
+        return example
+
+    def cached(self, index: int) -> Example:
+        """A sample, or its mirror image, from the cache."""
         key = self._key(index)
         tensors = self._caches["latents"].get(key)
         if "product" in self._caches:
             tensors |= self._caches["product"].get(key)
         seen = self.seen(index) if self.encoder.method.pictures else None
-        encodings = Encodings([index, *self.peers[index]], self._cached_encoding)
+        encodings = Encodings([index, *self.peers[index % self.whole]], self._cached_encoding)
         return self._example(index, tensors, self._text, encodings, seen)
 
     def fresh(self, index: int) -> Example:
-        """The same without the cache."""
+        """The same encoded anew."""
         encoder = self.encoder
         seen = self.seen(index)
 
@@ -414,7 +456,7 @@ class Examples(Sequence[Example]):
         tensors = encoder.latents([seen])[0]
         if encoder.reads_product:
             tensors |= encoder.product([seen])[0]
-        encodings = Encodings([index, *self.peers[index]], encoding)
+        encodings = Encodings([index, *self.peers[index % self.whole]], encoding)
         shown = seen if encoder.method.pictures else None
         return self._example(index, tensors, lambda text: encoder.text([text])[0], encodings, shown)
 
@@ -426,6 +468,7 @@ class Examples(Sequence[Example]):
         encoded: Sequence[Tensors],
         seen: FramedSample | None,
     ) -> Example:
+        index %= self.whole
         text = self.rows.texts[index]
         captions = self._captions[index] or [text]
         example = {

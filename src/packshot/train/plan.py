@@ -98,24 +98,30 @@ def make_plan(config: TrainScript, samples: int, processes: int = 1, shown: int 
         samples_per_step=per_step,
         epochs=train.max_steps * per_step / (shown or samples),
         cache_gib=samples * cached_bytes(parts, method, config) / GIB if config.data.cache else 0.0,
-        encoding_tflop=samples * encoding_tflop,
+        encoding_tflop=samples * sides(config) * encoding_tflop,
     )
 
 
 def cached_bytes(parts: Parts, method: Method, config: TrainScript) -> int:
-    """Bytes of one sample in the cache, everything in fp32.
+    """Bytes of one sample in the cache, everything in fp32; with ``data.flip`` its pictures count twice.
 
     Mean and deviation of four latent channels, the product's share, the held cells and those inside the frame; the
     embeddings of the caption; what the method encodes.
     """
     cells = latent_side(parts, config.model.resolution) ** 2
     values = (2 * 4 + 3) * cells + 6
-    if not method.trains_text:
-        values += 77 * parts.unet.config.cross_attention_dim + parts.text_encoder_2.config.projection_dim
     if method.encoders:
         for shape in method.condition_shapes(config.model.resolution).values():
             values += torch.Size(shape).numel()
+    values *= sides(config)
+    if not method.trains_text:
+        values += 77 * parts.unet.config.cross_attention_dim + parts.text_encoder_2.config.projection_dim
     return 4 * values
+
+
+def sides(config: TrainScript) -> int:
+    """How many pictures of a sample are encoded."""
+    return 2 if config.data.flip else 1
 
 
 def planned_gpu(config: TrainScript) -> Gpu | None:

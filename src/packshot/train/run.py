@@ -21,6 +21,7 @@ from packshot.config.schema import (
     TrainScript,
     script_of,
 )
+from packshot.dataset.flips import flip_note
 from packshot.dataset.rows import Rows
 from packshot.dataset.sets import TrainingData, load_training
 from packshot.engine.batches import listed
@@ -74,6 +75,8 @@ def train(config: TrainScript) -> None:
         for note in data.notes if session.run else ():
             log.info("%s", note)
         task, examples = build_task(config, parts, data.rows, data.validation, session.accelerator)
+        if config.data.flip and session.run:
+            log.info("%s", flip_note(examples.flips))
         with translate_lost_process(session.accelerator):
             if config.mode is Mode.check:
                 check(session, task, examples, config, data.order)
@@ -129,7 +132,7 @@ def build_task(
         enable_checkpointing(method)
     encoder = Encoder(parts, method, config.model.resolution, config.data)
     folder = Path(config.data.cache_dir) if config.data.cache else None
-    examples = Examples(rows, encoder, folder)
+    examples = Examples(rows, encoder, folder, flip=config.data.flip)
     held_out = Examples(validation, encoder, folder, max(LOSS_SAMPLES, config.train.validation_samples))
     task = DiffusionTask(method, parts, config, held_out)
     place(task, parts, accelerator, config.train)

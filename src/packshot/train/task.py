@@ -32,6 +32,12 @@ def drawn_prompt(sample: Example, key: SampleKey) -> Tensors:
     return prompts[int(key.uniform("caption") * len(prompts))]
 
 
+def drawn_side(sample: Example, key: SampleKey) -> Example:
+    """The sample of one access; where it may be flipped, its mirror image at half of the accesses."""
+    mirror = sample.get("mirror")
+    return mirror[0] if mirror is not None and key.uniform("flip") < 0.5 else sample
+
+
 class DiffusionTask(Task):
     """Loss of a Method (see ``methods.base``) on encoded samples (see ``train.encode``); the loop's Task."""
 
@@ -85,6 +91,7 @@ class DiffusionTask(Task):
     def _drawn(self, sample: Example, key: SampleKey) -> Tensors:
         """Every random draw of one access, and the other things that a step reads."""
         objective = self.config.objective
+        sample = drawn_side(sample, key)
         shape = sample["mean"].shape
         latents = sample["mean"] + sample["std"] * torch.randn(shape, generator=key.generator("posterior"))
         noise = torch.randn(shape, generator=key.generator("noise"))
