@@ -173,6 +173,7 @@ def test_rejected_samples_keep_reason_and_measure(photos, tmp_path):
         "soft.png": "blurred",
     }
     assert found["narrow.png"]["measure"] == "40x300"
+    assert "for a set of styles or scenes set dataset=background" in (out / "log.txt").read_text()
     assert found["noise.png"]["measure"].startswith("confidence 0.")
     assert found["copy.png"]["measure"] == rows(out)[0]["id"]
     assert all(len(row["id"]) == 64 for row in found.values())

@@ -65,6 +65,33 @@ class QualityConfig:
 
 
 @dataclass
+class CurationConfig:
+    max_foreground: float | None = opt(
+        None,
+        "dataset=background: reject pictures of which matte.model sees more than this share as an object in front; "
+        "null: do not look",
+        min=0,
+        max=1,
+    )
+    max_text: float | None = opt(
+        None,
+        "reject pictures with more than this share under lines of text or a watermark; 0: with any; null: do not look",
+        min=0,
+        max=1,
+    )
+    max_similarity: float | None = opt(
+        None,
+        "reject pictures whose embedding has this cosine with an earlier one, or a larger one; null: do not compare",
+        min=0,
+        max=1,
+    )
+    encoder: str | None = opt(
+        None,
+        "image encoder of curation.max_similarity: a folder with CLIP's image tower, or an ONNX file; null: mini's",
+    )
+
+
+@dataclass
 class ExecutorConfig:
     kind: ExecutorKind = opt(
         ExecutorKind.local,
@@ -121,7 +148,17 @@ class BuildData(Script):
     depth: DepthConfig = field(default_factory=DepthConfig)
     review: ReviewConfig = field(default_factory=ReviewConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
+    curation: CurationConfig = field(default_factory=CurationConfig)
     render: RenderConfig = field(default_factory=RenderConfig)
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     shard_size: int = opt(256, "input images per shard", min=1)
+
+    def check(self) -> None:
+        """Raises ConfigError where a limit for empty backgrounds meets a set of products."""
+        if self.curation.max_foreground is not None and self.dataset is not DatasetKind.background:
+            raise ConfigError(
+                f"curation.max_foreground={self.curation.max_foreground:g} would reject the products of dataset="
+                f"{self.dataset}.",
+                "Set dataset=background, or leave it out.",
+            )

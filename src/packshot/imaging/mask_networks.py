@@ -91,6 +91,17 @@ def seen_by_family(rgb_HWC: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return cv2.resize(alpha_HW, shape[::-1], interpolation=cv2.INTER_LINEAR)
 
 
+def foreground_share(image: Image.Image, model: str) -> float:
+    """Share of an RGB picture that a network sees as an object in front, in [0, 1]; GrabCut counts as the family's."""
+    if reads_onnx(model):
+        alpha_HW = seen_by_onnx(image, model)
+    else:
+        from packshot.imaging.matting_network import load_matting, predict_alpha
+
+        alpha_HW = predict_alpha(load_matting(MINI), np.asarray(image))
+    return float((alpha_HW > 0.5).mean())
+
+
 def seen_by_onnx(image: Image.Image, model: str) -> np.ndarray:
     """A salient-object network: alpha in [0, 1] as it gives it, at the size of its input.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import starmap
 from operator import attrgetter
 
@@ -69,9 +69,14 @@ def count(values: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(values).items(), key=lambda pair: (-pair[1], pair[0])))
 
 
-def contact_sheet(pairs: Sequence[tuple[Image.Image, Image.Image | None]]) -> Image.Image:
-    """Tiles of (image | image with everything but the product tinted), or of images alone where there is no mask."""
+def contact_sheet(pairs: Iterable[tuple[Image.Image, Image.Image | None]]) -> Image.Image | None:
+    """Tiles of (image | image with everything but the product tinted), or of images alone where there is no mask.
+
+    None without any pair. One pair is held at a time.
+    """
     tiles = list(starmap(_tile, pairs))
+    if not tiles:
+        return None
     width = max(map(attrgetter("width"), tiles))
     columns = min(_COLUMNS if width == _TILE else _COLUMNS // 2, len(tiles))
     sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * _TILE), "white")
@@ -81,15 +86,16 @@ def contact_sheet(pairs: Sequence[tuple[Image.Image, Image.Image | None]]) -> Im
 
 
 def _tile(image: Image.Image, mask: Image.Image | None) -> Image.Image:
-    views = [image.convert("RGB")]
+    image.draft("RGB", (2 * _TILE, 2 * _TILE))  # large JPEGs are decoded at a fraction of their size
+    views = [ImageOps.contain(ImageOps.exif_transpose(image).convert("RGB"), (_TILE - 4, _TILE - 4))]
     if mask is not None:
-        alpha_HW1 = np.asarray(mask.convert("L"), np.float32)[..., None] / 255
+        small = mask.convert("L").resize(views[0].size, Image.Resampling.BOX)
+        alpha_HW1 = np.asarray(small, np.float32)[..., None] / 255
         pixels_HWC = np.asarray(views[0], np.float32)
         tinted_HWC = 0.3 * pixels_HWC + 0.7 * np.array([255, 0, 255], np.float32)
         mixed_HWC = alpha_HW1 * pixels_HWC + (1 - alpha_HW1) * tinted_HWC
         views.append(Image.fromarray(np.round(mixed_HWC).astype(np.uint8)))
     tile = Image.new("RGB", (_TILE * len(views), _TILE), "white")
     for number, view in enumerate(views):
-        view = ImageOps.contain(view, (_TILE - 4, _TILE - 4))
         tile.paste(view, (number * _TILE + (_TILE - view.width) // 2, (_TILE - view.height) // 2))
     return tile

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path, PurePath
 
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from packshot.config.schema import BuildData, CaptionerKind, DatasetKind
 from packshot.imaging.mask_networks import load_network
 from packshot.imaging.onnx import load_session
 from packshot.lists import column, select
-from packshot.make_dataset import sources, steps
+from packshot.make_dataset import curation, sources, steps
 from packshot.pipeline import Report, Step
 from packshot.pipeline.shards import read_outcomes
 from packshot.pipeline.step import Outcome, Sample
@@ -26,11 +27,22 @@ from packshot.render import blender_pool
 # Paths, of which a card that is published names the last part only: the rest is the layout of a disk or a bucket.
 _PLACES = (
     ("source", "path"), ("source", "masks"), ("matte", "model"), ("depth", "onnx"),
-    ("captioner", "adapter"),
+    ("captioner", "adapter"), ("curation", "encoder"),
 )  # fmt: skip
 # Keys of the source that decide how it is reached.
 _NOT_SHAPING = ("downloads", "download_seconds", "download_mib", "download_retries")
-_PHOTO_SETTINGS = ("dataset", "source", "captions", "data", "matte", "depth", "quality", "captioner", "shard_size")
+_PHOTO_SETTINGS = (
+    "dataset",
+    "source",
+    "captions",
+    "data",
+    "matte",
+    "depth",
+    "quality",
+    "curation",
+    "captioner",
+    "shard_size",
+)
 _COLUMNS = ("text", "id", "scene", "source", "license", "width", "height")
 
 
@@ -63,8 +75,10 @@ class Recipe:
 def photo_steps(config: BuildData, folder: Path, items: Sequence[Sample], masked: bool) -> list[Step]:
     """From photographs to rows. masked: the product is found in each. items: of the source."""
     made = [steps.ingest_step(config), steps.naming_step(config), steps.dedup_step(config)]
+    made += curation.curation_steps(config)
     pictures = ["image"]
-    added = ["caption_origin"]
+    measures = curation.curation_columns(config)
+    added = ["caption_origin", *measures]
     if masked:
         made.append(steps.mask_step(config))
         pictures.append("mask")
@@ -80,7 +94,7 @@ def photo_steps(config: BuildData, folder: Path, items: Sequence[Sample], masked
         added.append("captions")
     columns = (*pictures, *_COLUMNS, *added)
     settings = {"dataset": config.dataset.name, "columns": list(columns)}
-    return [*made, steps.final_step(columns, partial(steps.finish, columns=columns), settings)]
+    return [*made, steps.final_step(columns, partial(steps.finish, columns=columns), settings, measures)]
 
 
 def has_several_captions(item: Sample) -> bool:
@@ -135,8 +149,26 @@ def photo_notes(config: BuildData, report: Report) -> list[str]:
     return [*naming_notes(config, report), *caption_notes(config, report)]
 
 
+def mask_notes(config: BuildData, report: Report) -> list[str]:
+    """How many pictures have no product that could be found, and what to do where none is meant."""
+    rows = column(chain.from_iterable(read_outcomes(file, []) for file in report.files("mask")), "reason")
+    lost = rows.count("no_product")
+    if not lost:
+        return []
+    return [
+        f"no product was found in {lost} of {len(rows)} images (matte.min_confidence={config.matte.min_confidence:g}); "
+        "for a set of styles or scenes set dataset=background"
+    ]
+
+
+def product_notes(config: BuildData, report: Report) -> list[str]:
+    """What the screen says of captions and masks."""
+    return [*photo_notes(config, report), *mask_notes(config, report)]
+
+
 def refuse_networks(config: BuildData) -> None:
-    """Load what finds products and depth once."""
+    """Load what finds products, depth and pictures to leave out once."""
+    curation.refuse_models(config)
     load_network(config.matte.model)
     if config.depth.onnx:
         load_session("depth.onnx", config.depth.onnx)
@@ -185,7 +217,7 @@ RECIPES: dict[DatasetKind, Recipe] = {
     DatasetKind.background: Recipe(
         source_name,
         24,
-        lambda config: None,
+        curation.refuse_models,
         photo_items,
         sources.fingerprints,
         partial(photo_steps, masked=False),
@@ -200,7 +232,7 @@ RECIPES: dict[DatasetKind, Recipe] = {
         sources.fingerprints,
         partial(photo_steps, masked=True),
         photo_settings,
-        photo_notes,
+        product_notes,
     ),
     DatasetKind.rendered: Recipe(
         lambda config: "rendered",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +12,7 @@ from PIL.Image import Image
 
 from packshot.lists import in_words, select
 from packshot.make_dataset import card as cards
+from packshot.make_dataset import curation
 from packshot.make_dataset.pictures import open_png, png
 from packshot.pipeline import Report, Step
 from packshot.pipeline.run import rejections
@@ -20,6 +20,7 @@ from packshot.pipeline.step import Sample
 from packshot.runs.files import replacing_file
 
 _REJECTED = pa.schema({**dict.fromkeys(("id", "reason", "measure", "source"), pa.string()), "kept": pa.bool_()})
+_HELD = 4  # rows in memory, of those that are shown
 MEANING = {
     "image": "photograph; transparent ones over white",
     "mask": "white = product",
@@ -63,7 +64,7 @@ def write_extras(
         cards.count(licenses),
         count_reasons(rejected, kept=False),
         count_reasons(rejected, kept=True),
-        select(MEANING, names),
+        select({**MEANING, **curation.MEANING}, names),
         settings,
     )
     buffer = io.BytesIO()
@@ -71,9 +72,9 @@ def write_extras(
     write_if_changed(report.folder / "rejected.parquet", buffer.getvalue())
     write_if_changed(report.folder / "README.md", text.encode())
     columns = ["image", "mask"] if "mask" in names and kind != "rendered" else ["image"]
-    first = list(map(picture_and_mask, first_rows(parts, sheet, columns)))
-    if first:
-        write_if_changed(report.folder / "contact_sheet.png", png(cards.contact_sheet(first))["bytes"])
+    first = cards.contact_sheet(map(picture_and_mask, first_rows(parts, sheet, columns)))
+    if first is not None:
+        write_if_changed(report.folder / "contact_sheet.png", png(first)["bytes"])
     lost = 0
     for entries in report.entries.values():
         lost += sum(entry.rejected for entry in entries)
@@ -123,16 +124,17 @@ def rejected_rows(report: Report, steps: Sequence[Step]) -> list[Sample]:
     return rows
 
 
-def first_rows(parts: Sequence[Path], count: int, columns: list[str]) -> list[Sample]:
-    """The first rows of a dataset, read no further than they need."""
-
-    def rows() -> Iterator[Sample]:
-        for part in parts:
-            with pq.ParquetFile(part) as parquet:
-                for batch in parquet.iter_batches(count, columns=columns):
-                    yield from batch.to_pylist()
-
-    return list(islice(rows(), count))
+def first_rows(parts: Sequence[Path], count: int, columns: list[str]) -> Iterator[Sample]:
+    """The first rows of a dataset, read no further than they need, a few at a time."""
+    left = count
+    for part in parts:
+        with pq.ParquetFile(part) as parquet:
+            for batch in parquet.iter_batches(_HELD, columns=columns):
+                for row in batch.slice(0, left).to_pylist():
+                    left -= 1
+                    yield row
+                if left == 0:
+                    return
 
 
 def write_if_changed(path: Path, content: bytes) -> None:

@@ -14,6 +14,7 @@ from packshot.errors import PackshotError
 from packshot.imaging.data_url import data_url
 from packshot.imaging.decode import DecodeError, decode_image, flatten
 from packshot.make_dataset.card import count
+from packshot.make_dataset.curation import MEANING
 from packshot.make_dataset.pictures import open_png
 from packshot.make_dataset.sources import read_items
 from packshot.pipeline import Report
@@ -27,7 +28,7 @@ TOKENS = 77  # that SDXL's text encoders read, with start and end
 BASE = (1024, 64)  # resolution and step of SDXL's buckets
 TOKENIZER = "data/models/sdxl/tokenizer"  # CLIP's own vocabulary
 # Columns of numbers that are shown as histograms where a set has them, with their titles.
-MEASURES = {"mask_confidence": "Confidence of the mask", "repeats": "Repeats in an epoch"}
+MEASURES = {"mask_confidence": "Confidence of the mask", "repeats": "Repeats in an epoch", **MEANING}
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
@@ -91,6 +92,13 @@ def thumbnail(item: Sample | None) -> str:
         return ""  # what could not be decoded has its reason under it
 
 
+def shown_picture(stored: Sample) -> str:
+    """A picture of the set as a data URL; a large JPEG is decoded at a fraction of its size."""
+    picture = open_png(stored)
+    picture.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
+    return data_url(picture, THUMBNAIL)
+
+
 def rejected_section(rejected: Sequence[Sample], items: Sequence[Sample]) -> str:
     """A grid of samples for each reason, those left out first."""
     by_name = {item.get("name"): item for item in items}
@@ -152,7 +160,7 @@ def accepted_section(parts: Sequence[Path]) -> str:
         return "<p>Nothing was accepted.</p>"
     with pq.ParquetFile(parts[0]) as first:
         shown = next(first.iter_batches(SHOWN, columns=["image", "text"])).to_pylist()
-    pictures = [figure(data_url(open_png(row["image"]), THUMBNAIL), row["text"] or "no caption") for row in shown]
+    pictures = [figure(shown_picture(row["image"]), row["text"] or "no caption") for row in shown]
     sections = [
         f"<h2>Accepted ({len(rows)})</h2>{''.join(pictures)}",
         "<h2>Licences</h2>" + table(("licence", "images"), count(row["license"] or "unknown" for row in rows).items()),

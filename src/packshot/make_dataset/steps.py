@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from itertools import starmap
 from typing import TYPE_CHECKING
@@ -206,11 +206,15 @@ def added_features() -> dict[str, object]:
 
 
 def final_step(
-    columns: Sequence[str], function: Callable[[list[Sample]], list[Outcome]], config: dict[str, object]
+    columns: Sequence[str],
+    function: Callable[[list[Sample]], list[Outcome]],
+    config: dict[str, object],
+    measures: Iterable[str] = (),
 ) -> Step:
-    from datasets import Features
+    """Writes the rows. measures: columns of numbers."""
+    from datasets import Features, Value
 
-    known = {**rows.features(), **added_features()}
+    known = {**rows.features(), **added_features(), **dict.fromkeys(measures, Value("float32"))}
     schema = Features(select(known, columns)).arrow_schema
     return Step("part", 2, config, schema, function, final=True)
 

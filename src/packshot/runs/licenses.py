@@ -25,6 +25,7 @@ COMMERCIAL = re.compile(
 WEIGHT_KEYS = (
     "matte.model", "depth.onnx", "captioner.adapter", "model.loras", "method.init", "method.extra_controlnets",
     "adapters.lora", "adapters.loras", "adapters.controlnets", "adapters.ip_adapter",
+    "curation.encoder",
 )  # fmt: skip
 
 

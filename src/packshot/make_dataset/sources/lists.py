@@ -41,9 +41,8 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
     """An item per row. Raises ConfigError for a table without a column of files or URLs, or source.masks."""
     refuse_masks(source)
     items: list[Item] = []
-    for path in listing.paths:
-        if path not in paths:
-            listing.unread.add("next to lists", listing.inside(path))
+    for path in sorted(set(listing.paths) - set(paths)):
+        listing.unread.add("next to lists", listing.inside(path))
     for path in paths:
         items += list_rows(listing, path, source)
     if not items:

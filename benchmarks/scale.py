@@ -1,0 +1,107 @@
+"""What building a dataset costs: memory, CPU time and disk, from sets that are made here.
+
+    python benchmarks/scale.py rows 1000 10000      # tiny pictures: what grows with their number
+    python benchmarks/scale.py photos 24            # 12 megapixels each: the cheap steps
+
+Each build runs in a process of its own. CPU time is the process's own, so other work on the machine disturbs it little.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+TINY = (64, 64)
+PHOTO = (4000, 3000)
+
+
+def tiny(folder: Path, count: int) -> None:
+    """Pictures of noise on a wall, all of them different, a thousand in a folder, with captions."""
+    for number in range(count):
+        place = folder / f"{number // 1000:04d}"
+        place.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(number)
+        pixels = rng.integers(0, 256, (8, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        Image.fromarray(pixels).save(place / f"{number:07d}.jpg", quality=90)
+        (place / f"{number:07d}.txt").write_text(f"an object on a table, number {number}")
+
+
+def photos(folder: Path, count: int) -> None:
+    """Soft shapes with grain, as JPEGs of quality 92: 3 to 5 MB each, as cameras write them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        coarse = rng.integers(0, 256, (30, 40, 3), np.uint8)
+        smooth = cv2.resize(coarse, PHOTO, interpolation=cv2.INTER_CUBIC).astype(np.int16)
+        grain = rng.integers(-9, 10, (PHOTO[1], PHOTO[0], 1), np.int16)
+        pixels = np.clip(smooth + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:04d}.jpg", quality=92)
+
+
+def tree_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; a file with several links counts once."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            state = path.stat()
+            sizes[state.st_ino] = state.st_size
+    return sum(sizes.values())
+
+
+def measure(source: str, out: str, *overrides: str) -> None:
+    """Build in this process and print what it cost as JSON."""
+    from packshot.config.compose import compose
+    from packshot.make_dataset.run import build
+
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    keys = [f"source.path={source}", f"run.dir={out}", "dataset=background", "tracking=none", *overrides]
+    build(compose("build_data", keys))
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(json.dumps({"cpu_seconds": round(cpu, 2), "peak_mib": round(after.ru_maxrss / 1024, 1)}))
+
+
+def built(source: Path, out: Path, *overrides: str) -> dict[str, float]:
+    """:func:`measure` in a process of its own."""
+    command = [sys.executable, __file__, "measure", str(source), str(out), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(kind: str, counts: list[int]) -> None:
+    """One line for each number of pictures, then one for a second build that finds everything done."""
+    make = {"rows": tiny, "photos": photos}[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        for count in counts:
+            source, out = Path(folder) / f"source{count}", Path(folder) / f"out{count}"
+            make(source, count)
+            figures = built(source, out)
+            again = built(source, out, "run.resume=true")
+            figures["ms_a_picture"] = round(1000 * figures["cpu_seconds"] / count, 2)
+            figures["again_cpu_seconds"] = again["cpu_seconds"]
+            figures["again_peak_mib"] = again["peak_mib"]
+            figures["source_mb"] = round(tree_bytes(source) / 1e6, 1)
+            figures["set_mb"] = round(tree_bytes(out) / 1e6, 1)
+            print(f"{kind} {count}: {json.dumps(figures)}", flush=True)
+
+
+def main() -> None:
+    kind, *rest = sys.argv[1:]
+    if kind == "measure":
+        measure(*rest)
+    else:
+        report(kind, list(map(int, rest)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Curation: backgrounds that are not empty, text, near-duplicates by embedding; each leaves out that and no more."""
+
+import io
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont
+
+from packshot.config.compose import compose
+from packshot.dataset.near_duplicates import hamming, perceptual_hash
+from packshot.dataset.similar import find_similar, to_levels
+from packshot.errors import ConfigError
+from packshot.imaging.text_share import text_share
+from packshot.make_dataset.curation import MEASURES
+from packshot.make_dataset.run import build
+
+RENDERS = "data/rendered/heldout/part-00000.parquet"
+
+
+def renders(name, count):
+    cells = pq.read_table(RENDERS, columns=[name]).column(0)[:count].to_pylist()
+    return [Image.open(io.BytesIO(cell["bytes"])).convert("RGB") for cell in cells]
+
+
+def run(source, out, *overrides):
+    keys = [f"source.path={source}", f"run.dir={out}", "dataset=background", "quality.duplicate_distance=-1"]
+    build(compose("build_data", [*keys, *overrides]))
+    rows = [row for part in sorted(out.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
+    left = pq.read_table(out / "rejected.parquet").to_pylist()
+    return {row["source"][4:]: row for row in rows}, {row["source"][4:]: row for row in left if not row["kept"]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "set").mkdir()
+    return tmp_path / "set"
+
+
+def wall(seed, size=(320, 240)):
+    """A plain wall with a soft light and grain."""
+    rng = np.random.default_rng(seed)
+    light_HW = np.linspace(0, 60, size[0])[None] + np.linspace(0, 30, size[1])[:, None]
+    pixels = rng.integers(90, 150, 3) + light_HW[..., None] + rng.normal(0, 4, (size[1], size[0], 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def written(image, text, height, tone):
+    image = image.copy()
+    font = ImageFont.load_default(height)
+    ImageDraw.Draw(image).text((20, 60), text, font=font, fill=(tone, tone, tone))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("text", "height", "tone"), [("preview", 24, 255), ("SALE 49.99", 40, 10), ("www.shop.eu", 16, 0)]
+)
+def test_text_is_found_and_a_wall_has_none(text, height, tone):
+    plain = wall(3)
+    assert text_share(plain) == 0
+    found = text_share(written(plain, text, height, tone))
+    left, top, right, bottom = ImageDraw.Draw(plain).textbbox((20, 60), text, font=ImageFont.load_default(height))
+    assert 0.4 < found / ((right - left) * (bottom - top) / (320 * 240)) < 1.5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2000), (64, 64)])
+def test_pictures_of_any_shape_are_measured(size):
+    assert text_share(Image.new("RGB", size, "white")) == 0
+
+
+def test_text_and_products_are_left_out_of_backgrounds(folder, tmp_path):
+    """Each measure is a column, and the reason names it with its value."""
+    for number in range(2):
+        wall(number).save(folder / f"empty{number}.png")
+    written(wall(5), "copyright", 40, 255).save(folder / "text.png")
+    for number, image in enumerate(renders("image", 3)):
+        image.save(folder / f"product{number}.png")
+    keys = ["curation.max_foreground=0.04", "curation.max_text=0", "quality.min_sharpness=0", "shard_size=4"]
+    rows, left = run(folder, tmp_path / "out", *keys)
+    assert set(rows) == {"empty0.png", "empty1.png"}
+    assert {row["text_share"] for row in rows.values()} == {0}
+    assert all(0 <= row["foreground_share"] <= 0.04 for row in rows.values())
+    assert left["text.png"]["reason"] == "text"
+    assert left["text.png"]["measure"].startswith("text_share 0.")
+    assert [left[f"product{n}.png"]["reason"] for n in range(3)] == ["not_empty"] * 3
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| text_share | " in card
+    assert MEASURES["foreground"].about in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_products_are_not_asked_to_be_empty():
+    with pytest.raises(
+        ConfigError, match=r"curation\.max_foreground=0\.1 would reject the products of dataset=product"
+    ):
+        compose("build_data", ["curation.max_foreground=0.1"])
+
+
+def test_near_duplicates_are_found_by_embedding(folder, tmp_path):
+    """A brightened crop of a scene, turned by two degrees, has another hash and nearly the same vector."""
+    scenes = renders("image", 3)
+    for number, image in enumerate(scenes):
+        image.save(folder / f"{number}.png")
+    changed = scenes[1].rotate(2).crop((5, 5, 123, 123)).resize((160, 160))
+    changed = ImageEnhance.Brightness(changed).enhance(1.1)
+    changed.save(folder / "9.jpg")
+    assert hamming(perceptual_hash(changed), perceptual_hash(scenes[1])) > 4
+    rows, left = run(folder, tmp_path / "out", "curation.max_similarity=0.9", "shard_size=2")
+    assert set(rows) == {"0.png", "1.png", "2.png"}
+    assert left["9.jpg"]["reason"] == "similar"
+    value, twin = left["9.jpg"]["measure"].split()
+    assert float(value) >= 0.9
+    assert twin == rows["1.png"]["id"]
+    assert rows["0.png"]["nearest_similarity"] == 0
+    assert 0 < rows["2.png"]["nearest_similarity"] < 0.9
+
+
+def test_a_changed_limit_keeps_the_vectors(folder, tmp_path):
+    for number, image in enumerate(renders("image", 3)):
+        image.save(folder / f"{number}.png")
+    out = tmp_path / "out"
+    run(folder, out, "curation.max_similarity=0.99")
+    before = (out / "steps" / "embedding" / "00000.parquet").stat().st_mtime_ns
+    rows, _ = run(folder, out, "curation.max_similarity=0.01", "run.resume=true")
+    assert list(rows) == ["0.png"]
+    assert (out / "steps" / "embedding" / "00000.parquet").stat().st_mtime_ns == before
+
+
+def test_an_encoder_that_is_none_is_refused(folder, tmp_path):
+    wall(0).save(folder / "0.png")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"curation\.encoder"):
+        run(folder, tmp_path / "out", "curation.max_similarity=0.9", f"curation.encoder={tmp_path / 'empty'}")
+    assert not (tmp_path / "out").exists()
+
+
+def by_hand(vectors, limit):
+    """The same pass, pair by pair."""
+    kept, found = [], []
+    for vector in vectors:
+        best, place = 0.0, None
+        for other in kept:
+            cosine = int(vector @ vectors[other]) / np.linalg.norm(vector) / np.linalg.norm(vectors[other])
+            if place is None or cosine > best:
+                best, place = cosine, other
+        found.append((place, best))
+        if place is None or best < limit:
+            kept.append(len(found) - 1)
+    return found
+
+
+@pytest.mark.parametrize("width", [8, 1500])
+def test_similarity_is_that_of_all_pairs(monkeypatch, width):
+    """In blocks smaller than the set, and for vectors too long for exact sums in 32 bits."""
+    from packshot.dataset import similar
+
+    monkeypatch.setattr(similar, "_BLOCK", 16)
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(9, width))
+    vectors = [centres[rng.integers(9)] + rng.normal(0, 0.15, width) for _ in range(70)]
+    levels = [to_levels(vector) for vector in vectors]
+    integers = [np.frombuffer(value, np.int8).astype(np.int64) for value in levels]
+    expected = by_hand(integers, 0.9)
+    found = find_similar(levels, 0.9)
+    assert [place for place, _ in found] == [place for place, _ in expected]
+    np.testing.assert_allclose([value for _, value in found], [value for _, value in expected], atol=1e-12)
+    assert sum(value >= 0.9 for _, value in found) > 40
+    assert find_similar([], 0.9) == []
+    assert to_levels(np.zeros(3)) == b"\0\0\0"
