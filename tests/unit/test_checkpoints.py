@@ -376,8 +376,8 @@ def test_a_text_encoder_lora_resumes_and_exports_again(tmp_path, root, monkeypat
 
     save = checkpoints.TrainState.save
 
-    def killed(state, folder, made):
-        save(state, folder, made)
+    def killed(state, *given):
+        save(state, *given)
         raise Killed
 
     with monkeypatch.context() as patched:

@@ -9,6 +9,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from packshot.config.compose import CONF, compose, groups
+from packshot.engine.sharding import refuse_settings
 from packshot.errors import ConfigError
 
 LAUNCH = CONF / "launch"
@@ -20,6 +21,13 @@ def test_accelerate_reads_its_files(name, processes):
     assert config.num_processes == processes
     assert config.distributed_type == "MULTI_GPU"
     assert config.mixed_precision == "bf16"
+
+
+def test_accelerate_reads_the_file_for_sharded_training():
+    config = load_config_from_file(str(LAUNCH / "fsdp.yaml"))
+    assert config.distributed_type == "FSDP"
+    settings = {name.upper(): str(value) for name, value in config.fsdp_config.items()}
+    refuse_settings(settings)
 
 
 def test_launch_files_are_no_options_of_a_script():

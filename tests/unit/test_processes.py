@@ -22,11 +22,12 @@ from packshot.engine.processes import (
     resolve_precision,
     start,
 )
+from packshot.engine.sharding import SWITCH, Sharding, blocks_of, read_sharding
 from packshot.errors import ConfigError, Interrupted
 from packshot.runs.folder import Run, log
 from packshot.runs.tracking import NullTracker
 
-LAUNCHER = ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS", *UNSUPPORTED)
+LAUNCHER = ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS", SWITCH, *UNSUPPORTED)
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +94,86 @@ def test_an_unsupported_distributed_type_is_refused(monkeypatch, variable):
     with pytest.raises(ConfigError, match=UNSUPPORTED[variable]) as caught:
         refuse_launcher()
     assert "--multi_gpu" in caught.value.hint
+
+
+def ask_for_fsdp(monkeypatch, **settings):
+    monkeypatch.setenv(SWITCH, "true")
+    for name, value in {"FSDP_VERSION": "2", **settings}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_launchers_fsdp_settings_are_read_once(monkeypatch):
+    """The switch is taken away: accelerate and transformers would act on it."""
+    config = compose("train_lora", [])
+    assert read_sharding(config) is None
+    ask_for_fsdp(
+        monkeypatch,
+        FSDP_RESHARD_AFTER_FORWARD="false",
+        FSDP_TRANSFORMER_CLS_TO_WRAP="A, B",
+        FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
+    )
+    found = read_sharding(config)
+    assert found == Sharding(reshard=False, blocks=("A", "B"))
+    assert "without effect here: FSDP_STATE_DICT_TYPE" in found.words()
+    assert read_sharding(config) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "hint"),
+    [
+        ({"FSDP_VERSION": "1"}, "version 1 of FSDP", "fsdp_version: 2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS=true", "fsdp_offload_params: false"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "ACTIVATION_CHECK", "train.gradient_checkpointing=true"),
+        ({"FSDP_IGNORED_MODULES": "unet"}, "FSDP_IGNORED_MODULES=unet", "everything is sharded"),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "SIZE_BASED_WRAP is not known", "TRANSFORMER_BASED_WRAP"),
+        ({"FSDP_RESHARD_AFTER_FORWARD": "4"}, "RESHARD_AFTER_FORWARD=4", "fsdp_reshard_after_forward: true"),
+    ],
+)
+def test_fsdp_settings_that_are_not_followed_are_refused(monkeypatch, settings, message, hint):
+    ask_for_fsdp(monkeypatch, **settings)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_sharding(compose("train_lora", []))
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("keys", "remedy"),
+    [
+        (["model.quantization=nf4"], "model.quantization=none"),
+        (["train.mixed_precision=fp16"], "train.mixed_precision=bf16"),
+        (["train.compile=true"], "train.compile=false"),
+        (["data.cache=false"], "data.cache=true"),
+        (["optim=adam8bit"], "optim=adamw or optim=lion"),
+    ],
+)
+def test_settings_that_shards_cannot_have_are_refused(monkeypatch, keys, remedy):
+    ask_for_fsdp(monkeypatch)
+    with pytest.raises(ConfigError, match="does not go with sharded training") as caught:
+        read_sharding(compose("train_lora", keys))
+    assert f"Set {remedy}," in caught.value.hint
+
+
+def test_networks_name_the_blocks_that_are_gathered_one_at_a_time():
+    class Block(torch.nn.Linear):
+        pass
+
+    class Network(torch.nn.Sequential):
+        _no_split_modules = ("Block",)
+
+    network = torch.nn.Sequential(Network(Block(2, 2), torch.nn.Linear(2, 2)))
+    assert blocks_of(network, Sharding()) == [network[0][0]]
+    assert blocks_of(network, Sharding(whole=True)) == []
+    assert blocks_of(network, Sharding(blocks=("Linear",))) == [network[0][1]]
+    with pytest.raises(ConfigError, match="names Missing"):
+        blocks_of(network, Sharding(blocks=("Missing", "Block")))
+
+
+def test_one_process_has_nothing_to_shard(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(log, "propagate", True)
+    config = compose("train_lora", [f"run.dir={tmp_path / 'run'}", "tracking=none"])
+    session = start("train_lora", config, config.train, sharding=Sharding())
+    assert session.sharding is None
+    assert "one process: nothing is sharded" in caplog.text
 
 
 @pytest.mark.parametrize(

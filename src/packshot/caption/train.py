@@ -18,6 +18,7 @@ from packshot.engine.batches import listed
 from packshot.engine.checkpoints import EMA, exported_step, exporting, weights_line
 from packshot.engine.loop import fit
 from packshot.engine.processes import announce, refuse_launcher, start, translate_lost_process
+from packshot.engine.sharding import read_sharding
 from packshot.errors import ConfigError
 from packshot.lists import map_values
 from packshot.runs.folder import log, read_metrics
@@ -28,12 +29,13 @@ from packshot.runs.provenance import provenance_lines, write_provenance
 def train(config: CaptionVLM) -> None:
     """Fine-tune the captioner on ``data.train``; writes ``export/``."""
     refuse_launcher()
+    sharding = read_sharding(config)
     data = load_training(config, PICTURES, validates=config.train.validation_steps > 0)
     rows = data.rows
     torch.manual_seed(config.run.seed)  # the start of a LoRA's weights
     adapter = load_adapter(config.model, config.captioner, trainable=True)
     refuse_long_captions(adapter, rows, config.captioner.max_new_tokens)
-    session = start("caption_vlm", config, config.train, resumable=False)
+    session = start("caption_vlm", config, config.train, resumable=False, sharding=sharding)
     announce(session, config.train)
     for note in data.notes if session.run else ():
         log.info("%s", note)

@@ -41,6 +41,7 @@ class OptimizerRow:
     finds_step_size: the learning rate only multiplies a step size that the optimizer finds, so it should be 1.
     stepwise: treats every parameter by itself, which train.fused_backward needs; the step size of the others depends
         on all parameters at once.
+    elementwise: treats every value of a parameter by itself, which sharded training needs.
     """
 
     name: str
@@ -50,6 +51,7 @@ class OptimizerRow:
     usual_rates: tuple[float, float] = (1e-6, 2e-3)
     finds_step_size: bool = False
     stepwise: bool = True
+    elementwise: bool = False
     conflicts: tuple[Conflict, ...] = ()
 
 
@@ -144,7 +146,7 @@ def register(row: OptimizerRow) -> None:
     OPTIMIZERS[row.name] = row
 
 
-register(OptimizerRow("adamw", adamw, ADAM_KEYS, state_bytes=8))
+register(OptimizerRow("adamw", adamw, ADAM_KEYS, state_bytes=8, elementwise=True))
 register(OptimizerRow("adam8bit", adam8bit, ADAM_KEYS, state_bytes=2))
 # Its state is one row and one column of each matrix: next to nothing. It keeps no average of the gradient, and the
 # decay of its second moment is not an option.
@@ -173,4 +175,13 @@ register(
     )
 )
 # It takes the sign of the momentum and does not divide by a root, so it has no eps.
-register(OptimizerRow("lion", lion, ("beta1", "beta2", "weight_decay"), state_bytes=4, usual_rates=(1e-7, 3e-4)))
+register(
+    OptimizerRow(
+        "lion",
+        lion,
+        ("beta1", "beta2", "weight_decay"),
+        state_bytes=4,
+        usual_rates=(1e-7, 3e-4),
+        elementwise=True,
+    )
+)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +23,7 @@ from torch.amp.grad_scaler import GradScaler
 from packshot.config.schema import KeepBest, TrainConfig
 from packshot.engine.compatibility import MadeWith, check
 from packshot.engine.optimizers import load_optimizer
+from packshot.engine.sharding import shard_like, whole, whole_state
 from packshot.errors import PackshotError
 from packshot.lists import map_values
 from packshot.runs.files import file_sha256, replacing_file, replacing_folder, writing
@@ -81,6 +82,15 @@ class Progress:
     samples_seen: int = 0
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """What a checkpoint holds besides numbers: trained weights and their average by name, state of the optimizer."""
+
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor] | None
+    optimizer: dict[str, Any]
+
+
 @dataclass
 class TrainState:
     """All that training changes, and so all that a checkpoint holds.
@@ -95,13 +105,27 @@ class TrainState:
     scaler: GradScaler | None = None
     progress: Progress = field(default_factory=Progress)
 
-    def save(self, folder: Path, made_with: MadeWith) -> None:
+    def gather(self, keep: bool) -> Gathered:
+        """The weights, their average and the optimizer's state as whole tensors.
+
+        Where they are sharded, every process has to call it. keep: whether this process wants the result.
+        """
+        weights = map_values(lambda tensor: whole(tensor.detach(), keep), trainable(self.module))
+        average = None
+        if self.average:
+            average = map_values(lambda tensor: whole(tensor, keep), self.average.shadow)
+        return Gathered(weights, average, whole_state(self.optimizer.state_dict(), keep))
+
+    def save(self, folder: Path, made_with: MadeWith, tensors: Gathered | None = None) -> None:
         """Write ``<folder>/<step>`` (see docs/checkpoints.md); it gets this name only when every file is whole.
+
+        tensors: as :meth:`gather` returned them; it is called here if they are not given.
 
         Raises:
             PackshotError: it cannot be written. Older checkpoints stay as they are.
         """
         path = folder / str(self.progress.step)
+        tensors = tensors or self.gather(keep=True)
         with (
             writing(f"checkpoint {path}", resume_hint(folder)),
             replacing_folder(path) as temporary,
@@ -110,15 +134,15 @@ class TrainState:
             # Each file is hashed while the next one is written, the largest one while it is written itself.
             digests: dict[str, Future[str]] = {}
 
-            def save_tensors(tensors: dict[str, nn.Parameter] | dict[str, Tensor], name: str) -> None:
-                save_file(on_cpu(tensors), temporary / name)
+            def save_tensors(named: dict[str, Tensor], name: str) -> None:
+                save_file(on_cpu(named), temporary / name)
                 digests[name] = pool.submit(file_sha256, temporary / name)
 
-            save_tensors(trainable(self.module), "trainable.safetensors")
-            if self.average:
-                save_tensors(self.average.shadow, "ema.safetensors")
+            save_tensors(tensors.weights, "trainable.safetensors")
+            if tensors.average is not None:
+                save_tensors(tensors.average, "ema.safetensors")
             with HashedFile(temporary / "optimizer.pt") as file:
-                torch.save(self.optimizer.state_dict(), file)
+                torch.save(tensors.optimizer, file)
             state = {
                 "version": VERSION,
                 "progress": asdict(self.progress),
@@ -205,7 +229,7 @@ def copy_into(targets: dict[str, nn.Parameter] | dict[str, Tensor], tensors: dic
             "Resume with the configuration in the run's config.yaml.",
         )
     for name, target in targets.items():
-        target.copy_(tensors[name])
+        target.copy_(shard_like(tensors[name], target))
 
 
 # ---- the folder of checkpoints ----

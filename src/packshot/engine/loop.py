@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
 
 from packshot.config.schema import TrainConfig
 from packshot.engine.batches import RankBatches, SampleOrder, Stream, batches
@@ -20,11 +22,12 @@ from packshot.engine.memory import refuse_unavailable, uncompiled
 from packshot.engine.meter import Meter
 from packshot.engine.optimizers import build_optimizer, evaluation_mode, set_learning_rate, training_mode
 from packshot.engine.processes import Session, broadcast_from_main
+from packshot.engine.sharding import gathered, make_whole, shard, whole
 from packshot.engine.signals import SignalWatch
 from packshot.engine.step import OptimizerStep
 from packshot.engine.task import Samples, Task, TrainingConfig
 from packshot.errors import ConfigError, Interrupted
-from packshot.lists import in_words
+from packshot.lists import in_words, map_values
 from packshot.runs.files import writing
 from packshot.runs.folder import log
 from packshot.runs.progress import progress as progress_bar
@@ -41,11 +44,7 @@ def fit(task: Task, rows: Samples, config: TrainingConfig, session: Session) -> 
     """
     train, accelerator = config.train, session.accelerator
     refuse_unavailable(train, accelerator)
-    parameters = trainable(task)
-    average = EMA(task, train.ema_decay) if train.ema_decay else None
-    wrapped, optimizer = accelerator.prepare(task, build_optimizer(parameters, config.optim, train.learning_rate))
-    if average:
-        average.to(accelerator.device)
+    wrapped, optimizer, average = prepare(task, config, session)
     state = TrainState(task, optimizer.optimizer, average, accelerator.scaler)
     made = made_with(config, rows, accelerator.num_processes)
     resume(state, made, train, session)
@@ -59,7 +58,16 @@ def fit(task: Task, rows: Samples, config: TrainingConfig, session: Session) -> 
     mine = RankBatches(order, state.progress.step, train.batch_size, accelerator)
     stream = batches(Stream(rows, config.run.seed), task.collate, mine, config.data.num_workers)
     signals = SignalWatch()
-    step = OptimizerStep(wrapped, optimizer, list(parameters.values()), train, config.run.seed, accelerator, signals)
+    step = OptimizerStep(
+        wrapped,
+        optimizer,
+        list(trainable(task).values()),
+        train,
+        config.run.seed,
+        accelerator,
+        signals,
+        sharded=session.sharding is not None,
+    )
     wrapped.train()
     records.before_first_step()
 
@@ -86,7 +94,26 @@ def fit(task: Task, rows: Samples, config: TrainingConfig, session: Session) -> 
     accelerator.wait_for_everyone()
     if train.export_best:
         records.load_best()
+    if session.sharding:
+        make_whole(task, keep=session.run is not None)
+        if average:
+            average.shadow = map_values(whole, average.shadow)
     return average
+
+
+def prepare(task: Task, config: TrainingConfig, session: Session) -> tuple[nn.Module, AcceleratedOptimizer, EMA | None]:
+    """The task as it is called, its optimizer, and the moving average if one is kept; sharded if that is asked for."""
+    train, accelerator = config.train, session.accelerator
+    if session.sharding:
+        shard(task, session.sharding, accelerator.device, accelerator.num_processes)
+    average = EMA(task, train.ema_decay) if train.ema_decay else None
+    optimizer = build_optimizer(trainable(task), config.optim, train.learning_rate)
+    if session.sharding:
+        return task, accelerator.prepare(optimizer), average
+    wrapped, optimizer = accelerator.prepare(task, optimizer)
+    if average:
+        average.to(accelerator.device)
+    return wrapped, optimizer, average
 
 
 def is_due(every: int, step: int, last: int) -> bool:
@@ -128,7 +155,7 @@ def validate(state: TrainState, session: Session) -> dict[str, float]:
     if state.average:
         state.average.swap(task)
     try:
-        with torch.no_grad(), uncompiled():
+        with torch.no_grad(), uncompiled(), gathered(task, session.sharding):
             found = task.validate(folder, session.accelerator)
     finally:
         if state.average:
@@ -193,7 +220,7 @@ class Records:
             Interrupted: stop is set.
         """
         step = self.state.progress.step
-        if not (self.folder / str(step)).exists():
+        if self.is_missing():
             self.save()
         self.session.accelerator.wait_for_everyone()
         self.prune()
@@ -205,9 +232,19 @@ class Records:
             )
 
     def save(self) -> None:
-        """Write the checkpoint of this step, on the main process."""
+        """Write the checkpoint of this step, on the main process; what is sharded is gathered by all of them."""
+        if not self.session.sharding:
+            if self.session.run:
+                self.state.save(self.folder, self.made)
+            return
+        tensors = self.state.gather(keep=self.session.run is not None)
         if self.session.run:
-            self.state.save(self.folder, self.made)
+            self.state.save(self.folder, self.made, tensors)
+
+    def is_missing(self) -> bool:
+        """Whether this step has no checkpoint, as the main process sees the disk."""
+        path = self.folder / str(self.state.progress.step)
+        return broadcast_from_main(self.session.accelerator, lambda: not path.exists())
 
     def validate(self) -> None:
         """Validate; if it is the best validation so far, make sure that its step has a checkpoint."""
@@ -216,7 +253,7 @@ class Records:
             return
         step = self.state.progress.step
         better = self.best.consider(figures, step, self.train.keep_best)
-        if better and not (self.folder / str(step)).exists():
+        if better and self.is_missing():
             self.save()
         if self.session.run:
             self.best.write(self.folder)

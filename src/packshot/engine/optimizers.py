@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from packshot.config.optimizers import OPTIMIZERS
 from packshot.config.schema import LRSchedule, OptimConfig, TrainConfig, group_rates
+from packshot.engine.sharding import shard_like
 from packshot.errors import ConfigError, PackshotError
 from packshot.lists import column
 from packshot.runs.folder import log
@@ -73,6 +74,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> 
             f"{', '.join(expected)}.",
             "Resume with the version and the settings of the run that wrote it, or start a new run.",
         )
+    sharded = column(stored["param_groups"], "params"), column(optimizer.param_groups, "params")
+    for numbers, parameters in zip(*sharded, strict=True):
+        for number, parameter in zip(numbers, parameters, strict=True):
+            state = stored["state"].get(number, {})
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    state[name] = shard_like(value, parameter)
     optimizer.load_state_dict(stored)
 
 

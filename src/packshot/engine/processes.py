@@ -23,6 +23,7 @@ from accelerate.utils import (
 )
 
 from packshot.config.train import MixedPrecision, TrainConfig, check_steps
+from packshot.engine.sharding import Sharding, refuse_config
 from packshot.engine.task import TrainingConfig
 from packshot.errors import ConfigError, PackshotError
 from packshot.runs.folder import Run, log, open_run
@@ -32,9 +33,9 @@ T = TypeVar("T")
 
 
 # Distributed types that accelerate would switch on by these variables, and that checkpoints and exports do not support.
+# FSDP has a module of its own (engine/sharding.py).
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
 
@@ -49,7 +50,8 @@ def refuse_launcher() -> None:
         if os.environ.get(variable, "false").lower() in ("1", "true"):
             raise ConfigError(
                 f"The launcher asks for {name} ({variable}), which packshot does not support.",
-                "Use data-parallel training: accelerate launch --multi_gpu --num_processes N train_lora.py …",
+                "Use data-parallel training: accelerate launch --multi_gpu --num_processes N train_lora.py …, or FSDP2 "
+                "with --config_file conf/launch/fsdp.yaml.",
             )
 
 
@@ -134,12 +136,16 @@ def translate_lost_process(accelerator: Accelerator) -> Iterator[None]:
 
 @dataclass
 class Session:
-    """One run over one or many processes. ``run`` and ``tracker`` exist on the main process only."""
+    """One run over one or many processes. ``run`` and ``tracker`` exist on the main process only.
+
+    sharding: None where every process holds all weights.
+    """
 
     accelerator: Accelerator
     path: Path
     run: Run | None
     tracker: Tracker | None
+    sharding: Sharding | None = None
 
     def report(self, step: int, figures: dict[str, float], space: str = "train") -> None:
         """A line of metrics and the tracker's figures; nothing on the other processes.
@@ -156,8 +162,16 @@ class Session:
             self.tracker.finish()
 
 
-def start(script: str, config: TrainingConfig, train: TrainConfig, resumable: bool = True) -> Session:
+def start(
+    script: str,
+    config: TrainingConfig,
+    train: TrainConfig,
+    resumable: bool = True,
+    sharding: Sharding | None = None,
+) -> Session:
     """Open the run on the main process and tell the others where it is; ``resumable`` as in :func:`open_run`.
+
+    sharding: what the launcher asks for. One process has nothing to shard.
 
     Raises:
         PackshotError: on every process, when the main one cannot open the folder.
@@ -166,6 +180,8 @@ def start(script: str, config: TrainingConfig, train: TrainConfig, resumable: bo
     train.mixed_precision = resolve_precision(train.mixed_precision)
     config.train.mixed_precision = train.mixed_precision  # ``train`` may be a copy with other settings
     check_steps(config.train, config.optim)  # once more: the launcher may have chosen fp16
+    if sharding:
+        refuse_config(config)
     accelerator = make_accelerator(train)
     run: Run | None = None
     tracker: Tracker | None = None
@@ -181,7 +197,10 @@ def start(script: str, config: TrainingConfig, train: TrainConfig, resumable: bo
     if isinstance(opened, PackshotError):
         raise opened
     refuse_unshared(opened, accelerator)
-    return Session(accelerator, opened, run, tracker)
+    if sharding and accelerator.num_processes == 1:
+        log.warning("the launcher asks for FSDP and started one process: nothing is sharded")
+        sharding = None
+    return Session(accelerator, opened, run, tracker, sharding)
 
 
 def announce(session: Session, train: TrainConfig) -> None:
@@ -198,6 +217,8 @@ def announce(session: Session, train: TrainConfig) -> None:
         world, "es" if world > 1 else "", name, train.mixed_precision, samples, world,
         train.gradient_accumulation_steps, train.batch_size,
     )  # fmt: skip
+    if session.sharding:
+        log.info("%s", session.sharding.words())
     missing = missing_processes(world)
     if missing:
         log.warning("%s", missing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from packshot.engine.checkpoints import Progress
 from packshot.engine.memory import attention_kernel
 from packshot.engine.meter import Meter
 from packshot.engine.optimizers import StepInBackward
+from packshot.engine.sharding import whole
 from packshot.engine.signals import SignalWatch
 from packshot.engine.task import Batch
 from packshot.errors import PackshotError
@@ -44,7 +46,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 class OptimizerStep:
     """Takes the optimizer steps of a run.
 
-    task, optimizer: as ``accelerator.prepare`` returned them. parameters: the trained ones.
+    task, optimizer: as ``accelerator.prepare`` returned them, but the task itself where it is sharded. parameters: the
+    trained ones.
     """
 
     task: nn.Module
@@ -54,6 +57,7 @@ class OptimizerStep:
     seed: int
     accelerator: Accelerator
     signals: SignalWatch
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         self.save_requested = False  # by a signal to any process
@@ -93,7 +97,8 @@ class OptimizerStep:
             # masks depend on the split of a step: a run with dropout is not resumed on another split.
             position = (self.seed, progress.samples_seen, self.accelerator.process_index)
             torch.manual_seed(hash(position) & 0x7FFFFFFF)
-            with self.kernel():
+            # accelerate has wrapped the forward pass of a task that it prepared, and not that of a sharded one
+            with self.kernel(), self.accelerator.autocast() if self.sharded else nullcontext():
                 loss: Tensor = self.task(batch).mean()
                 self.accelerator.backward(loss)
         return loss.detach()
@@ -104,7 +109,7 @@ class OptimizerStep:
             return self.in_backward.norm()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.train.max_grad_norm or math.inf)
         assert norm is not None
-        return norm
+        return whole(norm).to(self.accelerator.device)
 
     def agree(self, lost: Tensor) -> bool:
         """Whether any process lost its loss in this step; also takes up the signals that any of them has received.

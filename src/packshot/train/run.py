@@ -36,6 +36,7 @@ from packshot.engine.processes import (
     start,
     translate_lost_process,
 )
+from packshot.engine.sharding import read_sharding
 from packshot.errors import ConfigError
 from packshot.methods import build_method, method_class
 from packshot.methods.base import Exported
@@ -59,6 +60,7 @@ def train(config: TrainScript) -> None:
     """Entry point of the training scripts: load data and models, build the task, run the mode."""
     refuse_weights(config)
     refuse_launcher()
+    sharding = read_sharding(config)
     script = script_of(config)
     if config.mode is Mode.plan:
         plan(config, script)
@@ -69,7 +71,7 @@ def train(config: TrainScript) -> None:
     data = load_training(config, pictures, read, validates=config.train.validation_steps > 0)
     warn_of_memory(config, len(data.rows))
     parts = load_parts(config.model, loading_dtype(config))
-    session = start(script, config, config.train, resumable=False)
+    session = start(script, config, config.train, resumable=False, sharding=sharding)
     with finishing(session.tracker):
         announce(session, config.train)
         for note in data.notes if session.run else ():
