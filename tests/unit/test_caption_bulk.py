@@ -1,6 +1,7 @@
 """Bulk captioning: broken rows are recorded and passed over, finished work is kept, columns survive."""
 
 import json
+import threading
 
 import datasets
 import pyarrow as pa
@@ -8,11 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from caption_fixtures import CAPTIONS, caption_vlm, trained_run, write_dataset
 
+from packshot.caption import stream
 from packshot.caption.data import CaptionedRow, Journal
 from packshot.caption.models.adapter import Caption
 from packshot.caption.models.captioner import Captioner
 from packshot.caption.review import doubtful, write_review
-from packshot.caption.write import Given, caption_shard, judge, summary
+from packshot.caption.stream import Given, caption_shard, judge
+from packshot.caption.write import summary
 from packshot.dataset.rows import load_rows
 from packshot.errors import ConfigError, PackshotError
 from packshot.scene import Scene
@@ -173,6 +176,27 @@ def test_a_kill_costs_one_batch_and_changes_no_byte(tmp_path):
     assert told == [3, 2, 2]
     assert parts.read_bytes() == whole.read_bytes()
     assert not journal.exists()
+
+
+def test_pictures_are_decoded_while_the_captioner_works(tmp_path, monkeypatch):
+    """Also those of the next shard."""
+    folder = write_dataset(tmp_path / "data", shards=(2, 2), captions=False)
+    decoded, decode_row, count = threading.Event(), stream.decode_row, []
+
+    def decode(table, index):
+        count.append(index)
+        if len(count) == 4:
+            decoded.set()
+        return decode_row(table, index)
+
+    def answer(image):
+        assert decoded.wait(timeout=30), "all four are decoded before the first is answered"
+        return sure(image)
+
+    monkeypatch.setattr(stream, "decode_row", decode)
+    files = [(folder / name, tmp_path / name) for name in ("part-00000.parquet", "part-00001.parquet")]
+    counts = stream.caption_shards(files, Scripted(answer, batch_size=2), "a")
+    assert [count["captioned"] for _, count in counts] == [2, 2]
 
 
 def test_a_journal_of_another_captioner_is_not_read(shard, tmp_path):

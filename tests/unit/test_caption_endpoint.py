@@ -3,9 +3,12 @@
 import base64
 import io
 import json
+import re
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from caption_fixtures import CAPTIONS, SCENES, caption_vlm, picture, write_dataset
@@ -15,6 +18,8 @@ from packshot.caption.models.load import load_captioner
 from packshot.config.compose import compose
 from packshot.config.schema import CaptionerConfig, CaptionerKind, Constraint, ModelConfig, ProductTarget
 from packshot.errors import ConfigError, PackshotError
+from packshot.runs.folder import log
+from packshot.scene import SLOTS
 
 
 class Server(ThreadingHTTPServer):
@@ -84,7 +89,7 @@ def test_captions_come_back_in_the_order_of_the_pictures(server):
     assert connect(server).caption(IMAGES, NO_MASKS) == CAPTIONS * 2
     body, image, _ = server.requests[0]
     assert body["model"] == "small-vl"
-    assert body["max_tokens"] == 96
+    assert body["max_tokens"] == 96 + 64  # the names of the fields
     assert body["temperature"] == 0
     assert "Describe the scene around the object." in body["messages"][0]["content"][0]["text"]
     assert image.size == (32, 32)
@@ -93,6 +98,76 @@ def test_captions_come_back_in_the_order_of_the_pictures(server):
 def test_requests_are_under_way_together(server):
     server.waiting = threading.Barrier(4)  # no answer before four have come
     assert connect(server, endpoint_requests=4).caption(IMAGES, NO_MASKS) == CAPTIONS * 2
+
+
+def test_a_server_always_has_all_requests_it_may_have(server, tmp_path):
+    """Over the ends of shards, and whichever request is answered first: the server answers none before it has four."""
+    write_dataset(tmp_path / "data", shards=(3, 2, 5, 1, 3), captions=False)
+    full, early = threading.Condition(), []
+    state = {"here": 0, "left": 14}
+
+    def answer(number, red):
+        with full:
+            state["here"] += 1
+            full.notify_all()
+            if not full.wait_for(lambda: state["here"] >= min(4, state["left"]), timeout=30):
+                early.append(number)
+            state["here"] -= 1
+            state["left"] -= 1
+            full.notify_all()
+        return 200, CAPTIONS[0 if red else 1]
+
+    server.script = answer
+    run = caption_vlm(
+        tmp_path, "run", "captioner=endpoint", f"captioner.endpoint={server.address}", "captioner.endpoint_requests=4",
+        "captioner.endpoint_model=small-vl", f"data.input={tmp_path / 'data'}", task="caption",
+    )  # fmt: skip
+    assert early == []
+    shards = list(map(pq.read_table, sorted(run.glob("part-*.parquet"))))
+    assert [shard.num_rows for shard in shards] == [3, 2, 5, 1, 3]
+    assert pa.concat_tables(shards).column("text").to_pylist() == CAPTIONS * 7
+
+
+def fields_of(scene):
+    return json.dumps({**scene.to_dict(), "lighting": None, "style": []})
+
+
+def test_the_scenes_fields_go_along_as_a_schema(server):
+    server.script = lambda number, red: (200, fields_of(SCENES[0 if red else 1]))
+    expected = [replace(scene, lighting=None).render() for scene in SCENES]
+    assert connect(server).caption(IMAGES[:2], NO_MASKS[:2]) == expected
+    asked = server.requests[0][0]["response_format"]
+    assert asked["type"] == "json_schema"
+    schema = asked["json_schema"]["schema"]
+    assert set(schema["required"]) == set(schema["properties"]) == set(SLOTS)
+    assert re.fullmatch(schema["properties"]["surface"]["pattern"], "a child's blue-grey table")
+    assert "a white marble table" in server.requests[0][0]["messages"][0]["content"][0]["text"]
+
+
+def test_a_schema_is_only_sent_where_it_is_wanted(server):
+    connect(server, endpoint_guided=False).caption(IMAGES[:1], [None])
+    connect(server).unconstrained().caption(IMAGES[:1], [None])
+    for body, _, _ in server.requests:
+        assert "response_format" not in body
+        assert "Answer with one line" in body["messages"][0]["content"][0]["text"]
+
+
+def test_a_server_without_schemas_is_asked_without(server, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+
+    def refuse(number, red):
+        if "response_format" in server.requests[number - 1][0]:
+            return 400, "unknown field response_format"
+        return 200, CAPTIONS[0 if red else 1]
+
+    server.script = refuse
+    captioner = connect(server, endpoint_requests=1)
+    assert captioner.caption(IMAGES, NO_MASKS) == CAPTIONS * 2
+    assert caplog.text.count("takes no JSON schema") == 1
+    assert "unknown field response_format" in caplog.text
+    asked = ["response_format" in body for body, _, _ in server.requests]
+    assert sum(asked) <= captioner.at_once
+    assert not any(asked[-2:])
 
 
 def test_what_the_server_says_is_written_in_the_grammar(server):
@@ -162,7 +237,8 @@ def test_a_refused_key_writes_no_shard_of_errors(server, tmp_path):
 def test_a_picture_that_the_server_refuses_is_not_scored(server, tmp_path):
     server.script = lambda number, red: (400, "too odd") if number == 1 else (200, CAPTIONS[0 if red else 1])
     write_dataset(tmp_path / "data")
-    keys = (f"captioner.endpoint={server.address}", "captioner.endpoint_model=small-vl", "captioner.batch_size=1")
+    keys = (f"captioner.endpoint={server.address}", "captioner.endpoint_model=small-vl")
+    keys += ("captioner.endpoint_guided=false",)  # otherwise the refusal may be meant for the schema
     run = caption_vlm(tmp_path, "run", "captioner=endpoint", *keys, task="evaluate")
     scores = json.loads((run / "scores.json").read_text())
     assert (scores["samples"], scores["captioner"]["captions"], scores["unconstrained"]["captions"]) == (4, 3, 4)

@@ -54,6 +54,11 @@ class CaptionerConfig:
     endpoint: str | None = opt(None, "captioner=endpoint: address of an OpenAI-compatible server, up to and with /v1")
     endpoint_model: str | None = opt(None, "captioner=endpoint: name of the model on that server")
     endpoint_requests: int = opt(8, "captioner=endpoint: number of concurrent requests", min=1, max=256)
+    endpoint_guided: bool = opt(
+        True,
+        "captioner=endpoint: send the scene's fields as a JSON schema that the server decodes under (response_format); "
+        "one that refuses it is asked without",
+    )
 
     def check(self) -> None:
         if self.quantization is Quantization.int8:

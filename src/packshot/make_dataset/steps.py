@@ -315,7 +315,7 @@ def write_captions(
 
     A caption of the source also stays where the captioner fails.
     """
-    from packshot.caption.write import write_rows
+    from packshot.caption.stream import write_rows
 
     pictures = {}
     for index, sample in enumerate(samples):
