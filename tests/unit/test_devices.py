@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from packshot.caption.models.load import own_device
+from packshot.base import quantize
+from packshot.base.device import own_device
+from packshot.config.schema import Quantization
 
 
 @pytest.mark.parametrize("what", ["generate", "train", "caption"])
@@ -26,3 +29,21 @@ def test_every_process_captions_on_its_own_gpu(monkeypatch):
     for rank, device in (("3", "cuda:3"), ("5", "cuda:1")):
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert own_device() == device
+
+
+def test_layers_are_quantised_one_at_a_time_on_the_processs_gpu(monkeypatch):
+    """The whole weights of a layer are gone before the next is taken: a model of 22 GB must not be there twice."""
+    network = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
+    whole = [weakref.ref(layer.weight) for layer in network]
+    seen = []
+
+    def take(linear, device):
+        seen.append((device, sum(weight() is not None for weight in whole)))
+        return torch.nn.Linear(4, 4, device="meta")
+
+    monkeypatch.setattr(quantize, "own_device", lambda: "cuda:3")
+    monkeypatch.setitem(quantize.QUANTIZERS, Quantization.nf4, take)
+    biases = [layer.bias for layer in network]
+    quantize.quantize(network, Quantization.nf4, "model.quantization", lambda name: True)
+    assert seen == [("cuda:3", count) for count in (4, 3, 2, 1)]
+    assert all(layer.bias is bias for layer, bias in zip(network, biases, strict=True))

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from packshot.base.device import own_device
 from packshot.config.schema import Quantization
 from packshot.errors import ConfigError
 
 
-def nf4(linear: torch.nn.Linear) -> torch.nn.Module:
+def nf4(linear: torch.nn.Linear, device: str) -> torch.nn.Module:
     """Four-bit normal floats in blocks of 64 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -20,14 +21,14 @@ def nf4(linear: torch.nn.Linear) -> torch.nn.Module:
     with torch.device("meta"):
         layer = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, quant_type="nf4")
     weight = make(linear.weight.data, requires_grad=False, quant_type="nf4", module=layer)
-    layer.weight = weight.to(linear.weight.device)
+    layer.weight = weight.to(device)
     # On CPUs with AVX-512 BF16 it would repack its weights at the first evaluation, for a kernel without a gradient,
     # and fail where the length of a row is not a multiple of the block.
     layer.support_avx512bf16_for_cpu = False
     return layer
 
 
-def int8(linear: torch.nn.Linear) -> torch.nn.Module:
+def int8(linear: torch.nn.Linear, device: str) -> torch.nn.Module:
     """A byte per weight; activations beyond 6 stay whole (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339)."""
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
@@ -37,18 +38,29 @@ def int8(linear: torch.nn.Linear) -> torch.nn.Module:
             linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=6.0
         )
     weight = make(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-    layer.weight = weight.to(linear.weight.device)
+    layer.weight = weight.to(device)
     return layer
 
 
-QUANTIZERS: dict[Quantization, Callable[[torch.nn.Linear], torch.nn.Module]] = {
+QUANTIZERS: dict[Quantization, Callable[[torch.nn.Linear, str], torch.nn.Module]] = {
     Quantization.nf4: nf4,
     Quantization.int8: int8,
 }
 
 
+def quantized(linear: torch.nn.Module, quantization: Quantization, device: str) -> torch.nn.Module:
+    """One layer, quantised on a device; tensors without values stay without."""
+    assert isinstance(linear, torch.nn.Linear)
+    layer = QUANTIZERS[quantization](linear, "meta" if linear.weight.is_meta else device)
+    layer.bias = linear.bias
+    return layer
+
+
 def quantize(network: torch.nn.Module, quantization: Quantization, key: str, chosen: Callable[[str], bool]) -> None:
-    """Replace those linear layers of a frozen network whose names are ``chosen``, where they stand.
+    """Replace those linear layers of a frozen network whose names are ``chosen``.
+
+    One layer at a time goes to the GPU of this process, is quantised there, and stays; the whole one is freed. A CPU
+    would need an hour for the largest captioner. Without a GPU the layers stay where they are.
 
     diffusers' ``BitsAndBytesConfig`` would do it while loading, but refuses machines without a GPU.
 
@@ -57,15 +69,14 @@ def quantize(network: torch.nn.Module, quantization: Quantization, key: str, cho
     """
     # It logs at every layer and step that inputs are cast.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    linears: dict[str, torch.nn.Linear] = {}
+    names = []  # not the layers themselves, which would then stay in memory
     for name, module in network.named_modules():
         if isinstance(module, torch.nn.Linear) and chosen(name):
-            linears[name] = module
+            names.append(name)
+    device = own_device()
     try:
-        for name, linear in linears.items():
-            layer = QUANTIZERS[quantization](linear)
-            layer.bias = linear.bias
-            network.set_submodule(name, layer)
+        for name in names:
+            network.set_submodule(name, quantized(network.get_submodule(name), quantization, device))
     except (ImportError, RuntimeError, NotImplementedError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(

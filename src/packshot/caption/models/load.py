@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import pkgutil
 from functools import partial
 from typing import TYPE_CHECKING
 
+from packshot.base.device import own_device
 from packshot.caption.models.captioner import Captioner
 from packshot.config.captioners import CAPTIONERS
 from packshot.config.schema import CaptionerConfig, ModelConfig
@@ -57,19 +57,6 @@ def writing(adapter: Adapter, captioner: CaptionerConfig) -> Captioner:
     from packshot.caption.decoding import write
 
     return Captioner(partial(write, adapter), captioner.batch_size, captioner.constraint)
-
-
-def own_device() -> str:
-    """The GPU that the launcher gave to this process, or the CPU.
-
-    Captioners are loaded before the processes of a run know each other, so the current device is not set yet: a bare
-    "cuda" would put all of them on the first GPU.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 def base_of(model: ModelConfig, captioner: CaptionerConfig) -> str:
