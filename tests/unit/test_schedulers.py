@@ -89,6 +89,36 @@ def test_unknown_samplers_and_too_many_steps_are_refused():
         compose("generate", ["scheduler=lcm", "num_inference_steps=51"])
 
 
+FEW_STEPS = ("lcm", "lightning", "hyper")
+
+
+@pytest.mark.parametrize("name", FEW_STEPS)
+def test_presets_for_few_steps_begin_at_pure_noise_without_guidance(name):
+    """Also over a base that spaces its steps from below, as SDXL does, and begins beside pure noise."""
+    config = compose("generate", [f"preset={name}"])
+    assert config.guidance_scale == 1
+    assert config.num_inference_steps <= 8
+    leading = base(timestep_spacing="leading", steps_offset=1)
+    leading.set_timesteps(config.num_inference_steps)
+    assert leading.timesteps[0] < 900
+    scheduler = make_scheduler(config.scheduler, leading)
+    scheduler.set_timesteps(config.num_inference_steps)
+    assert scheduler.timesteps[0] == 999
+    assert len(scheduler.timesteps) == config.num_inference_steps
+
+
+def test_without_guidance_the_network_sees_each_step_once():
+    config = compose("generate", ["preset=lightning"])
+    tool = Packshot.load().set_product(*product_pair())
+    batches = []
+    tool.models.pipe.unet.register_forward_pre_hook(lambda module, given: batches.append(len(given[0])))
+    settings = GenerateSettings(
+        num_inference_steps=config.num_inference_steps, guidance_scale=1, scheduler=config.scheduler
+    )
+    tool.generate("a table", 1, settings=settings)
+    assert batches == [1] * 4
+
+
 def test_samplers_draw_and_leave_the_base_as_it_was():
     tool = Packshot.load().set_product(*product_pair())
     settings = GenerateSettings(num_inference_steps=3, guidance_scale=2.0)
@@ -100,7 +130,7 @@ def test_samplers_draw_and_leave_the_base_as_it_was():
         assert result.certificate["request"]["scheduler"] == name
         assert np.isfinite(np.asarray(result.layers["raw"])).all()
         pictures.add(result.png)
-    # Euler is the base's own, and DDIM takes the same steps in other words
-    assert len(pictures) >= len(SCHEDULERS) - 1
+    # Euler is the base's own, and DDIM takes the same steps in other words, with either spacing
+    assert len(pictures) >= len(SCHEDULERS) - 2
     [after] = tool.generate("a table", 1, settings=settings)
     assert after.png == before.png

@@ -23,7 +23,17 @@ class SchedulerRow:
 SCHEDULERS = {
     "euler": SchedulerRow("Euler", "EulerDiscreteScheduler"),
     "euler_ancestral": SchedulerRow("Euler with fresh noise at each step", "EulerAncestralDiscreteScheduler"),
+    "euler_trailing": SchedulerRow(
+        "Euler from pure noise, for LoRAs of few steps (Lightning)",
+        "EulerDiscreteScheduler",
+        {"timestep_spacing": "trailing"},
+    ),
     "ddim": SchedulerRow("DDIM", "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}),
+    "ddim_trailing": SchedulerRow(
+        "DDIM from pure noise, for LoRAs of few steps (Hyper-SD)",
+        "DDIMScheduler",
+        {"clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"},
+    ),
     "dpmpp_2m": SchedulerRow("DPM++ 2M", "DPMSolverMultistepScheduler"),
     "dpmpp_2m_sde": SchedulerRow("DPM++ 2M SDE", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": SchedulerRow("UniPC", "UniPCMultistepScheduler"),
