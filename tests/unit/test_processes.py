@@ -168,12 +168,11 @@ def test_networks_name_the_blocks_that_are_gathered_one_at_a_time():
         blocks_of(network, Sharding(blocks=("Missing", "Block")))
 
 
-def test_one_process_has_nothing_to_shard(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(log, "propagate", True)
+def test_one_process_has_nothing_to_shard(tmp_path, capsys):
     config = compose("train_lora", [f"run.dir={tmp_path / 'run'}", "tracking=none"])
     session = start("train_lora", config, config.train, sharding=Sharding())
     assert session.sharding is None
-    assert "one process: nothing is sharded" in caplog.text
+    assert "one process: nothing is sharded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
