@@ -46,7 +46,7 @@ from packshot.generate.load import check_adapters, load_models
 from packshot.generate.product import prepare
 from packshot.imaging.matte import held_cells
 from packshot.methods import METHODS
-from packshot.train.encode import Encoder, framed
+from packshot.train.encode import Encoder, framed, widened
 from packshot.train.run import build_task
 
 SCHEDULERS = (
@@ -165,7 +165,7 @@ def test_training_holds_the_cells_that_generation_holds(rows, parts):
         row = rows.read(index, ("image", "mask"))
         canvas = place(prepare(row["image"], row["mask"]), SETTINGS)
         working = make_working(canvas, plan_frame(128, 128, 128, 32), 8)
-        held = encoder.latents([framed(row, (128, 128))])[0]["held"]
+        held = widened(encoder.latents([framed(row, (128, 128))])[0])["held"]
         assert working.held_hw.any()
         assert np.array_equal(held[0].numpy() > 0, working.held_hw)
 

@@ -162,7 +162,7 @@ def test_a_sample_is_its_own_reference_if_that_is_asked_for(alike):
 def test_cached_references_equal_those_encoded_on_the_fly(alike, tmp_path):
     task, cached = make_task(alike, tmp_path)
     _, fresh = make_task(alike)
-    assert len(cached._caches["method"]._places) == len(alike)
+    assert len(cached._caches["method"]) == len(alike)
     for index in range(len(alike)):
         for epoch in range(3):
             key = SampleKey(0, epoch, alike.ids[index])
@@ -179,7 +179,7 @@ def test_the_first_samples_find_peers_in_the_whole_set(alike, tmp_path):
     first.fill(Accelerator(cpu=True))
     assert first.peers == examples.peers[:1]
     assert sorted(first.peers[0]) == [1, 2]
-    assert len(first._caches["latents"]._places) == 1
+    assert len(first._caches["latents"]) == 1
     key = SampleKey(0, -1, alike.ids[0])
     a, b = (task.collate([of[0]], [key])["reference"] for of in (first, examples))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)

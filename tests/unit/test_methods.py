@@ -29,7 +29,7 @@ from packshot.engine.tensor_cache import TensorCache
 from packshot.errors import PackshotError
 from packshot.methods import METHODS
 from packshot.runs.files import resolve
-from packshot.train.encode import Encoder, Examples, encode_batch, framed
+from packshot.train.encode import Encoder, Examples, encode_batch, framed, widened
 from packshot.train.run import build_task
 from packshot.train.task import DiffusionTask
 
@@ -277,10 +277,15 @@ def test_a_filled_cache_is_kept_and_damage_is_encoded_again(rows, tmp_path, monk
     monkeypatch.setattr(Encoder, "latents", counting)
     make_task(few, tmp_path)
     assert not encoded
-    shard = next(tmp_path.glob("latents-*/*.safetensors"))
+    shard = next(tmp_path.glob("latents-*/*.packed"))
     data = bytearray(shard.read_bytes())
-    data[-5] ^= 1  # one bit of one value
+    data[5] ^= 1  # one bit of one value, which is noticed when it is used
     shard.write_bytes(data)
+    _, damaged = make_task(few, tmp_path)
+    assert not encoded
+    with pytest.raises(PackshotError, match=r"is damaged \(checksum of the entry at byte 0\)") as caught:
+        _ = [damaged[index] for index in range(3)]
+    assert "run.resume=true" in caught.value.hint
     _, healed = make_task(few, tmp_path)
     assert sorted(encoded) == sorted(few.ids)
     assert all(torch.equal(before[name], healed[1][name]) for name in ("mean", "std"))
@@ -295,7 +300,7 @@ def test_cached_bits_depend_on_the_dataset_alone(rows, tmp_path):
     few = Few(rows, 11)  # one whole chunk and the rest
     _, whole = make_task(few, tmp_path / "whole")
     _, healed = make_task(few, tmp_path / "healed")
-    shards = list((tmp_path / "healed").glob("latents-*/*.safetensors"))
+    shards = list((tmp_path / "healed").glob("latents-*/*.packed"))
     cache = TensorCache(shards[0].parent)
     cache.open()
     kept = {key: cache.get(key) for key in (healed._key(index) for index in range(10))}
@@ -450,7 +455,7 @@ def test_cells_of_letterbox_bars_are_outside(rows):
     _, examples = make_task(Few(rows, 1))
     photo = rows[0]["image"].resize((128, 64))
     sample = {"id": "wide", "text": "", "image": photo, "mask": Image.new("L", photo.size, 255)}
-    inside = examples.encoder.latents([framed(sample, (128, 128))])[0]["inside"]
+    inside = widened(examples.encoder.latents([framed(sample, (128, 128))])[0])["inside"]
     assert not inside[:, :4].any()
     assert not inside[:, 12:].any()
     assert bool((inside[:, 4:12] == 1).all())

@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from packshot.base.cost import planned_gpu
 from packshot.base.load import load_parts
 from packshot.config.compose import compose
 from packshot.config.gpus import GPUS, find_gpu
@@ -16,7 +17,7 @@ from packshot.engine.memory import enable_checkpointing
 from packshot.errors import ConfigError
 from packshot.methods import METHODS
 from packshot.train.decide import decide
-from packshot.train.plan import GIB, make_plan, plan, planned_gpu
+from packshot.train.plan import GIB, make_plan, plan
 
 SCRIPTS = {"train_lora": 23_224_320, "train_controlnet": 1_251_014_160}
 
@@ -216,7 +217,7 @@ def test_encoding_is_planned_for_a_whole_vae_batch(parts):
 def decided(*overrides, processes=1, script="train_lora"):
     config = compose(script, ["plan.gpu=rtx4090", "plan.images=100", *overrides])
     result = make_plan(config, config.plan.images, processes)
-    return result, decide(config, result, planned_gpu(config), processes)
+    return result, decide(config, result, planned_gpu(config.plan), processes)
 
 
 def test_the_largest_batch_is_the_last_that_fits():

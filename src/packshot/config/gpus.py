@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from packshot.lists import by_name
 
+TIGHT = 0.9  # share of the memory above which fragmentation and workspaces may no longer fit
+USABLE = 0.95
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -47,3 +50,15 @@ def find_gpu(reported: str) -> Gpu | None:
         if re.search(gpu.pattern, reported):
             return gpu
     return None
+
+
+def verdict_of(needed_gib: float, gpu: Gpu) -> str:
+    """Whether so much memory "fits" a GPU, is "tight" on it, or "does not fit"."""
+    if needed_gib > USABLE * gpu.memory_gib:
+        return "does not fit"
+    return "fits" if needed_gib <= TIGHT * gpu.memory_gib else "tight"
+
+
+def span(tflop: float, peak: float, fast: float, slow: float) -> tuple[float, float]:
+    """Seconds for so many TFLOP at the higher and at the lower utilisation; zeros where the peak is not known."""
+    return (tflop / peak / fast, tflop / peak / slow) if peak else (0.0, 0.0)

@@ -1,38 +1,40 @@
-"""Encoded samples on disk: content-addressed shards, memory-mapped, shared by every run that needs the same tensors."""
+"""Encoded samples on disk: content-addressed entries in large files, shared by every run that needs the same tensors.
+
+What is in memory is an index of some 60 bytes an entry; an entry is read, and verified, when it is asked for.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import threading
 import time
-import zlib
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from packshot.engine.packed import ROW, SUFFIX, DamagedError, Packed, Tensors, halves, open_packed, write_packed
 from packshot.engine.processes import broadcast_from_main
 from packshot.errors import PackshotError
-from packshot.lists import pick, select
+from packshot.lists import pick
 from packshot.runs.files import replacing_file, writing
 from packshot.runs.folder import log
 from packshot.runs.progress import progress
 
-Tensors = dict[str, Tensor]
 Item = Any  # only the encoder looks into it
-# Tensors per file. A kill costs one file at most; every file is mapped, and a process may have 65,530 maps.
-SHARD_BYTES = 128 * 2**20
+SHARD_BYTES = 128 * 2**20  # of tensors in a file: a kill costs one file at most
+MOST_OPEN = 128  # files that are kept open to read from
+OLD_FILES = "*.safetensors"  # what versions before 8 wrote
 MOST_DECODERS = 8  # threads that prepare items while the encoder works; more than a GPU's VAE can keep up with
 
 
@@ -55,9 +57,44 @@ def content_key(*parts: object) -> str:
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
 
 
-def checksum(tensor: Tensor) -> int:
-    """CRC-32 of a tensor's bytes."""
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data)
+class Index:
+    """Where each key is: the file, by its number, and the row in it. Of several copies the first file's counts."""
+
+    def __init__(self, packs: Sequence[Packed]) -> None:
+        rows = np.concatenate([np.empty(0, ROW), *(pack.rows for pack in packs)])
+        counts = [len(pack.rows) for pack in packs]
+        files = np.repeat(np.arange(len(packs), dtype=np.uint32), counts)
+        # the number of a row in its file
+        numbers = np.concatenate([np.empty(0, np.uint32), *(np.arange(count, dtype=np.uint32) for count in counts)])
+        order = np.lexsort((files, rows["low"], rows["high"]))
+        self.high = rows["high"][order].astype(np.uint64)
+        self.low = rows["low"][order].astype(np.uint64)
+        self.files = files[order]
+        self.numbers = numbers[order]
+
+    def __len__(self) -> int:
+        """How many keys there are."""
+        if not len(self.high):
+            return 0
+        again = (self.high[1:] == self.high[:-1]) & (self.low[1:] == self.low[:-1])
+        return len(self.high) - int(again.sum())
+
+    def find(self, keys: Sequence[str]) -> np.ndarray:
+        """The place of each key in this index, int64; -1 where it is absent."""
+        found = np.full(len(keys), -1, np.int64)
+        if not len(self.high):
+            return found
+        pairs = np.array(list(map(halves, keys)), np.uint64).reshape(-1, 2)
+        places = np.searchsorted(self.high, pairs[:, 0])
+        first = np.minimum(places, len(self.high) - 1)
+        alike = self.high[first] == pairs[:, 0]
+        same = alike & (self.low[first] == pairs[:, 1])
+        found[same] = first[same]
+        for number in np.flatnonzero(alike & ~same):  # another key begins with the same eight bytes: next to never
+            last = np.searchsorted(self.high, pairs[number, 0], side="right")
+            matching = first[number] + np.flatnonzero(self.low[first[number] : last] == pairs[number, 1])
+            found[number] = matching[0] if len(matching) else -1
+        return found
 
 
 class TensorCache:
@@ -65,108 +102,131 @@ class TensorCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[Path, safe_open] = {}  # open and mapped
-        self._places: dict[str, Path] = {}  # the file of each key
-        self._names: dict[str, list[str]] = {}  # the tensors of each key
+        self._packs: dict[Path, Packed] = {}
+        self._listed: list[Packed] = []  # in the order of the index
+        self._index = Index([])
+        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return bool(self._index.find([key])[0] >= 0)
+
+    def __len__(self) -> int:
+        return len(self._index)
 
     def __getstate__(self) -> dict[str, Path]:
         return {"folder": self.folder}
 
     def __setstate__(self, state: dict[str, Path]) -> None:
         self.__init__(state["folder"])
-        self.open()  # a loader process maps the files itself
+        self.open()  # a loader process opens the files itself
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
 
     def open(self) -> None:
-        """Add the files that have appeared since the last call. A damaged file is removed and an unreadable one is
-        skipped, each with a warning.
+        """Take in the files that have appeared since the last call, and forget those that are gone. A damaged file is
+        set aside and an unreadable one is skipped, each with a warning.
 
         If two runs wrote the same entry, the older copy wins, in every process and at every call.
         """
-        for path in self.oldest_first():
-            if path not in self._files:
-                self._add(path)
+        ordered = self.oldest_first()
+        known = self._packs
+        self._packs = {}
+        for path in ordered:
+            pack = known.get(path) or self._opened(path)
+            if pack:
+                self._packs[path] = pack
+        self._listed = list(self._packs.values())
+        self._index = Index(self._listed)
 
-    def _add(self, path: Path) -> None:
+    def _opened(self, path: Path) -> Packed | None:
         try:
-            file = safe_open(path, framework="pt")
-            names = list(file.keys())
-        except SafetensorError as error:
-            self._drop(path, str(error))
-            return
+            return open_packed(path)
+        except DamagedError as error:
+            self._set_aside(path, str(error))
+        except FileNotFoundError:  # another process has just set it aside
+            pass
         except OSError as error:  # another user's file, or the storage is away for a moment: it must not be removed
             log.warning("cache file %s cannot be read (%s): its samples are encoded again", path, error)
-            return
-        self._files[path] = file
-        for name in names:
-            key, _, short = name.partition("/")
-            if self._places.setdefault(key, path) != path:
-                continue
-            known = self._names.setdefault(key, [])
-            if short not in known:
-                known.append(short)
+        return None
 
     def oldest_first(self) -> list[Path]:
         """The files of the folder by the time they were written."""
         written: dict[Path, int] = {}
-        for path in self.folder.glob("*.safetensors"):
-            with suppress(FileNotFoundError):  # another process has just removed it
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            with suppress(FileNotFoundError):  # another process has just set it aside
                 written[path] = path.stat().st_mtime_ns
         return sorted(written, key=lambda path: (written[path], path))
 
-    def _drop(self, path: Path, reason: str) -> None:
-        log.warning("cache file %s is damaged (%s): removed, its samples are encoded again", path, reason)
-        self._forget(path)
+    def _set_aside(self, path: Path, reason: str) -> None:
+        """Rename a damaged file, so that it is no longer read; its entries are missing from now on."""
+        log.warning("cache file %s is damaged (%s): it is set aside, its samples are encoded again", path, reason)
         with suppress(FileNotFoundError):  # another process was faster
-            path.unlink()
-
-    def _forget(self, path: Path) -> None:
-        self._files.pop(path, None)
-        for key, place in list(self._places.items()):
-            if place == path:
-                del self._places[key]
-                del self._names[key]
+            path.rename(path.with_name(f"{path.name}.damaged"))
 
     def get(self, key: str) -> Tensors:
         """The tensors of an entry.
 
         Raises:
-            PackshotError: there is none.
+            PackshotError: there is none, or it is damaged; then its file is set aside.
         """
-        if key not in self._places:
+        (place,) = self._index.find([key])
+        if place < 0:
             raise PackshotError(f"{self.folder} has no entry {key}.", "Start again: missing entries are encoded first.")
-        file = self._files[self._places[key]]
-        return {name: file.get_tensor(f"{key}/{name}") for name in self._names[key]}
+        pack = self._listed[self._index.files[place]]
+        try:
+            with self._lock:  # closing a file must not meet a reader
+                return pack.read(self._descriptor(pack.path), int(self._index.numbers[place]))
+        except (DamagedError, FileNotFoundError) as error:
+            self._set_aside(pack.path, str(error))
+            raise PackshotError(
+                f"cache file {pack.path} is damaged ({error}) and was set aside.",
+                "Start again, with run.resume=true to continue: its samples are encoded first.",
+            ) from error
+
+    def _descriptor(self, path: Path) -> int:
+        """The opened file; those that were used last stay open."""
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
+        self._descriptors.move_to_end(path)
+        if len(self._descriptors) > MOST_OPEN:
+            _, oldest = self._descriptors.popitem(last=False)
+            os.close(oldest)
+        return self._descriptors[path]
 
     def put(self, entries: dict[str, Tensors]) -> None:
         """Write a file of entries, whose values must all be finite. Raises PackshotError if it cannot be written."""
-        flat: Tensors = {}
-        sums: dict[str, int] = {}
-        for key, tensors in entries.items():
-            for name, tensor in tensors.items():
-                flat[f"{key}/{name}"] = tensor.contiguous()
-                sums[f"{key}/{name}"] = checksum(tensor)
-        path = self.folder / f"{content_key(*sorted(entries))[:24]}.safetensors"
+        path = self.folder / f"{content_key(*sorted(entries))[:24]}{SUFFIX}"
         hint = "Finished files are kept; data.cache_dir names another folder."
+        self.folder.mkdir(parents=True, exist_ok=True)
         with writing(f"{self.folder}", hint), replacing_file(path) as file:
-            save_file(flat, file, metadata={"crc32": json.dumps(sums)})
+            write_packed(file, entries)
 
-    def verify(self, path: Path) -> None:
-        """Compare every tensor of a file with its stored checksum; a damaged file is removed with a warning."""
-        try:
-            with safe_open(path, framework="pt") as file:  # its own mapping, whose memory is freed at the end
-                sums = json.loads(file.metadata()["crc32"])
-                wrong = [name for name, expected in sums.items() if checksum(file.get_tensor(name)) != expected]
-        except OSError as error:
-            self._forget(path)
-            log.warning("cache file %s cannot be read (%s): its samples are encoded again", path, error)
-            return
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
-            wrong = [str(error)]
-        if wrong:
-            self._drop(path, f"checksum of {wrong[0]}")
+    def missing(self, chunks: Sequence[Sequence[Job]]) -> list[bool]:
+        """For each chunk, whether an entry of it is absent."""
+        keys: list[str] = []
+        for chunk in chunks:
+            keys += map(attrgetter("key"), chunk)
+        absent = self._index.find(keys) < 0
+        starts = np.cumsum([0, *map(len, chunks)])
+        return [bool(absent[first:last].any()) for first, last in pairwise(starts)]
+
+    def size_of(self, keys: Sequence[str]) -> int:
+        """Bytes of the files that hold any of these entries."""
+        places = self._index.find(keys)
+        numbers = np.unique(self._index.files[places[places >= 0]])
+        return sum(self._listed[number].path.stat().st_size for number in numbers)
+
+    def count_old(self) -> None:
+        """Log how many files of an older format are in the folder: nothing reads them any more."""
+        old = list(self.folder.glob(OLD_FILES))
+        if old:
+            size = sum(path.stat().st_size for path in old) / 2**20
+            log.info(
+                "%s holds %d files (%.1f MiB) of an older version, which may be deleted", self.folder, len(old), size
+            )
 
     def fill(
         self,
@@ -176,92 +236,122 @@ class TensorCache:
         accelerator: Accelerator,
         prepare: Callable[[Item], Item] | None = None,
     ) -> None:
-        """Verify existing entries and encode missing ones. Every process takes its share and waits for the others.
+        """:func:`fill` for this cache alone."""
+        fill(description, [Filling(self, description, encode)], chunks, accelerator, prepare)
 
-        chunks: the jobs that go through the encoder together. A chunk with a missing entry is encoded whole, so that no
-            bit of an entry depends on earlier contents or on the number of processes. Existing entries stay.
-        encode: makes the tensors of the items of a chunk.
-        prepare: is done to each item before, in threads that work ahead of the encoder: reading and decoding pictures.
 
-        Raises:
-            PackshotError: a value is not finite, or the tensors cannot be written.
-        """
-        wanted = set().union(*map(keys_of, chunks))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.open()
-        self._verify_share(wanted, accelerator)
+@dataclass
+class Filling:
+    """A cache that is being filled.
 
-        def missing_chunks() -> list[int]:
-            return [number for number, chunk in enumerate(chunks) if not keys_of(chunk) <= self._places.keys()]
+    encode: makes the tensors of the items of a chunk. name: of what it makes, for the log.
+    """
 
-        # The main process decides, because other runs write here too and each process may see other files.
-        todo = broadcast_from_main(accelerator, missing_chunks)
-        mine = todo[accelerator.process_index :: accelerator.num_processes]
-        self._encode(description, pick(chunks, mine), encode, accelerator, prepare)
-        accelerator.wait_for_everyone()
-        self.open()
-        self._refuse_absent(wanted)
-        if accelerator.is_main_process:
-            size = sum(path.stat().st_size for path in self.files_of(wanted)) / 2**20
-            encoded = sum(map(len, pick(chunks, todo)))
-            cached = 100 * (1 - encoded / max(1, sum(map(len, chunks))))
-            log.info("%s: %d entries, %.1f MiB, %.0f %% were cached", description, len(wanted), size, cached)
+    cache: TensorCache
+    name: str
+    encode: Callable[[list[Item]], list[Tensors]]
+    entries: dict[str, Tensors] = field(default_factory=dict)
+    size: int = 0
 
-    def _refuse_absent(self, wanted: set[str]) -> None:
-        """Raises PackshotError when entries that the processes have written are not here."""
-        absent = len(wanted - self._places.keys())
-        if absent:
-            raise PackshotError(
-                f"{self.folder} lacks {absent} of {len(wanted)} entries that the processes have just written.",
-                "data.cache_dir must be a folder that all of them see and may read.",
-            )
+    def add(self, chunk: Sequence[Job], items: list[Item]) -> None:
+        """Encode the items of a chunk, unless all their entries are there. Existing entries stay."""
+        if all(job.key in self.cache for job in chunk):
+            return
+        for job, tensors in zip(chunk, self.encode(items), strict=True):
+            if job.key not in self.cache:
+                refuse_non_finite(tensors, f"{self.name}, {job.name}")
+                self.entries[job.key] = tensors
+                self.size += sum(map(attrgetter("nbytes"), tensors.values()))
 
-    def files_of(self, keys: Iterable[str]) -> list[Path]:
-        """The files that hold any of these entries, sorted."""
-        return sorted(set(select(self._places, self._places.keys() & keys).values()))
+    def write(self, at_least: int = 1) -> None:
+        """Write a file, if there is enough for one."""
+        if self.entries and self.size >= at_least:
+            self.cache.put(self.entries)
+            self.entries = {}
+            self.size = 0
 
-    def _verify_share(self, keys: set[str], accelerator: Accelerator) -> None:
-        """Verify this process's share of the files, and forget those that another process removes."""
-        for path in self.files_of(keys):
-            # By name, not by place in a list: other runs write here too, so each process may see other files.
-            if int(path.stem[:8], 16) % accelerator.num_processes == accelerator.process_index:
-                self.verify(path)
-        accelerator.wait_for_everyone()
-        for path in list(self._files):
-            if not path.exists():
-                self._drop(path, "removed by another process")
 
-    def _encode(
-        self,
-        description: str,
-        chunks: Sequence[Sequence[Job]],
-        encode: Callable[[list[Item]], list[Tensors]],
-        accelerator: Accelerator,
-        prepare: Callable[[Item], Item] | None,
-    ) -> None:
-        """Encode chunks and write their new entries, a file whenever there is enough for one; log the speed."""
-        started = time.monotonic()
-        entries: dict[str, Tensors] = {}
-        size = 0
-        total = sum(map(len, chunks))
-        shown = bool(chunks) and accelerator.is_main_process
-        ready = prepared_ahead(chunks, prepare)
-        with progress(description, total, show=shown) as advance, closing(ready):
-            for number, (chunk, items) in enumerate(ready, 1):
-                results = encode(items)
-                for job, tensors in zip(chunk, results, strict=True):
-                    if job.key not in self:
-                        refuse_non_finite(tensors, f"{description}, {job.name}")
-                        entries[job.key] = tensors
-                        size += sum(map(attrgetter("nbytes"), tensors.values()))
-                # there may be none: another run may have written them since the main process looked
-                if entries and (size >= SHARD_BYTES or number == len(chunks)):
-                    self.put(entries)
-                    entries = {}
-                    size = 0
-                advance(len(chunk))
-        if total:
-            log.info("%s: %.3g per second and process", description, total / (time.monotonic() - started))
+def fill(
+    description: str,
+    fillings: Sequence[Filling],
+    chunks: Sequence[Sequence[Job]],
+    accelerator: Accelerator,
+    prepare: Callable[[Item], Item] | None = None,
+) -> None:
+    """Encode the entries that are missing from some caches, in one pass over the items. Every process takes its share
+    and waits for the others.
+
+    chunks: the jobs that go through an encoder together. A chunk with a missing entry is encoded whole, so that no bit
+        of an entry depends on earlier contents or on the number of processes.
+    prepare: is done to each item before, in threads that work ahead of the encoders: reading and decoding pictures.
+
+    Raises:
+        PackshotError: a value is not finite, or the tensors cannot be written.
+    """
+    for filling in fillings:
+        filling.cache.folder.mkdir(parents=True, exist_ok=True)
+        filling.cache.open()
+
+    def missing_chunks() -> list[int]:
+        missing = [filling.cache.missing(chunks) for filling in fillings]
+        return [number for number, of_caches in enumerate(zip(*missing, strict=True)) if any(of_caches)]
+
+    # The main process decides, because other runs write here too and each process may see other files.
+    todo = broadcast_from_main(accelerator, missing_chunks)
+    mine = todo[accelerator.process_index :: accelerator.num_processes]
+    encode_chunks(description, fillings, pick(chunks, mine), accelerator, prepare)
+    accelerator.wait_for_everyone()
+    encoded = sum(map(len, pick(chunks, todo)))
+    keys: list[str] = []
+    for chunk in chunks:
+        keys += map(attrgetter("key"), chunk)
+    for filling in fillings:
+        finish_filling(filling, keys, encoded, accelerator.is_main_process)
+
+
+def finish_filling(filling: Filling, keys: list[str], encoded: int, shown: bool) -> None:
+    """Make sure that all entries are here. encoded: how many were to be made; shown: log the size of the cache.
+
+    Raises:
+        PackshotError: entries that the processes have written are not here.
+    """
+    cache = filling.cache
+    cache.open()
+    distinct = sorted(set(keys))
+    absent = int((cache._index.find(distinct) < 0).sum())
+    if absent:
+        raise PackshotError(
+            f"{cache.folder} lacks {absent} of {len(distinct)} entries that the processes have just written.",
+            "data.cache_dir must be a folder that all of them see and may read.",
+        )
+    if shown:
+        cached = 100 * (1 - encoded / max(1, len(keys)))
+        size = cache.size_of(distinct) / 2**20
+        log.info("%s: %d entries, %.1f MiB, %.0f %% were cached", filling.name, len(distinct), size, cached)
+        cache.count_old()
+
+
+def encode_chunks(
+    description: str,
+    fillings: Sequence[Filling],
+    chunks: Sequence[Sequence[Job]],
+    accelerator: Accelerator,
+    prepare: Callable[[Item], Item] | None,
+) -> None:
+    """Encode chunks and write their new entries, a file whenever there is enough for one; log the speed."""
+    started = time.monotonic()
+    total = sum(map(len, chunks))
+    ready = prepared_ahead(chunks, prepare)
+    with progress(description, total, show=bool(chunks) and accelerator.is_main_process) as advance, closing(ready):
+        for chunk, items in ready:
+            for filling in fillings:
+                filling.add(chunk, items)
+                filling.write(at_least=SHARD_BYTES)
+            advance(len(chunk))
+    for filling in fillings:
+        filling.write()
+    if total:
+        log.info("%s: %.3g per second and process", description, total / (time.monotonic() - started))
 
 
 def prepared_ahead(

@@ -44,10 +44,13 @@ def product_box(mask: Image.Image | None) -> tuple[int, int, int, int] | None:
     """Tight (top, left, bottom, right) of a mask's pixels above half, or None when there are none."""
     if mask is None:
         return None
-    rows, columns = np.nonzero(np.asarray(mask.convert("L")) >= 128)
-    if rows.size == 0:
+    shown = np.asarray(mask.convert("L")) >= 128
+    # the places of all pixels would take 200 MB at 12 megapixels
+    rows = np.flatnonzero(shown.any(1))
+    columns = np.flatnonzero(shown.any(0))
+    if not len(rows):
         return None
-    return int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1
+    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
 
 def location_tokens(mask: Image.Image) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ PeerKey = Callable[[Row], Hashable | None]
 class FramedSample(TypedDict):
     """A sample as the network sees it: all its pictures went through one ``geometry``. mask: white = product.
 
-    Further picture columns, such as depth and shadow, are there if the method reads them.
+    Further picture columns, such as depth and shadow, are there if the method reads them. What is made ahead of the
+    encoder: pixels_HW3, which the VAE reads, and planes, which follow from the mask alone.
     """
 
     id: str
@@ -38,6 +40,8 @@ class FramedSample(TypedDict):
     mask: Image.Image | None
     depth: NotRequired[Image.Image | None]
     shadow: NotRequired[Image.Image | None]
+    pixels_HW3: NotRequired[np.ndarray]
+    planes: NotRequired[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)

@@ -87,13 +87,13 @@ class IPAdapter(Method):
             states = encoder(pixels_BCHW).image_embeds
         else:
             states = encoder(pixels_BCHW, output_hidden_states=True).hidden_states[-2]
-        return states.float() if states.is_meta else states.float().cpu()  # a plan has no values to move
+        return states if states.is_meta else states.cpu()  # a plan has no values to move
 
     @torch.no_grad()
     def _null_reference(self) -> Tensor:
         """What "no reference" is at inference: zeros (base), the encoding of a zero image (plus)."""
         size = self.image_encoder.config.image_size
-        states = self._states(torch.zeros(1, 3, size, size))[0]  # type: ignore[arg-type]
+        states = self._states(torch.zeros(1, 3, size, size))[0].float()  # type: ignore[arg-type]
         return torch.zeros_like(states) if self.config.variant is IPAdapterVariant.base else states
 
     def cache_key(self) -> str:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
-from torch.utils.weak import WeakIdKeyDictionary
 
+from packshot.base.cost import GIB, Cost, fused_attention
 from packshot.base.inpainting import prepare_unet
 from packshot.base.load import Parts
 from packshot.config.schema import AttentionKernel, MixedPrecision, Quantization, TrainScript
@@ -33,7 +27,6 @@ QUANTIZED_BYTES: dict[Quantization, Callable[[Tensor], float]] = {
     Quantization.nf4: lambda weight: weight.numel() * (1 / 2 + 1 / 64 + 4 / (64 * 256)),
     Quantization.int8: lambda weight: weight.numel() + 4 * weight.shape[0],
 }
-GIB = 2**30
 
 
 def meta_batch(parts: Parts, method: Method, resolution: int, size: int) -> tuple[Tensor, Tensor, Tensors]:
@@ -56,55 +49,6 @@ def meta_batch(parts: Parts, method: Method, resolution: int, size: int) -> tupl
 def latent_side(parts: Parts, resolution: int) -> int:
     """Latent cells along a side of ``resolution`` px."""
     return resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1)
-
-
-class Cost(TorchDispatchMode):
-    """FLOPs of operations, and bytes of what they have made and nobody has dropped yet, with their peak.
-
-    PyTorch's FlopCounterMode keeps what checkpointing recomputes alive (its hooks on modules hold the graph).
-    """
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.flops = 0
-        self.bytes = 0
-        self.peak = 0
-        self._counted = WeakIdKeyDictionary({tensor.untyped_storage(): 0 for tensor in known})
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        made = func(*args, **kwargs)
-        if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=made)
-        tree_map_only(Tensor, self._count, made)
-        return made
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage not in self._counted:
-            self._counted[storage] = size = storage.nbytes()
-            self._change(size)
-            weakref.finalize(storage, self._change, -size)
-
-    def _change(self, size: int) -> None:
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-
-
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """Count attention as a fused kernel does it: for tensors without values PyTorch would keep every score."""
-    ordinary = F.scaled_dot_product_attention
-
-    def fused(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-
-    # replaced, not intercepted by a mode: modes are suspended in a backward pass, and recomputation is part of that
-    F.scaled_dot_product_attention = fused  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = ordinary
 
 
 def lower(method: Method, dtype: torch.dtype) -> None:

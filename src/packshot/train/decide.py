@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from packshot.config.gpus import Gpu
+from packshot.base.cost import GIB
+from packshot.config.gpus import USABLE, Gpu, span, verdict_of
 from packshot.config.schema import MixedPrecision, Quantization, TrainScript
-from packshot.train.cost import GIB, measure_step, meta_method
+from packshot.train.cost import measure_step, meta_method
 
 if TYPE_CHECKING:
     from packshot.train.plan import Plan
-
-TIGHT = 0.9  # share of the memory above which fragmentation and workspaces may no longer fit
-USABLE = 0.95
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,7 @@ class Decision:
 def decide(config: TrainScript, result: Plan, gpu: Gpu, processes: int) -> Decision:
     """What a plan means on a GPU."""
     needed = max(result.total_gib, result.encoding_gib)
-    verdict = "fits" if needed <= TIGHT * gpu.memory_gib else "tight"
-    if needed > USABLE * gpu.memory_gib:
-        verdict = "does not fit"
+    verdict = verdict_of(needed, gpu)
     slow, fast = config.plan.utilisation_low, config.plan.utilisation_high
     steps = config.train.max_steps
     seconds = span(result.tflop_per_step, gpu.tflops, fast, slow)
@@ -78,11 +74,6 @@ def decide(config: TrainScript, result: Plan, gpu: Gpu, processes: int) -> Decis
         price=price,
         change=first_change(config) if verdict != "fits" else "",
     )
-
-
-def span(tflop: float, peak: float, fast: float, slow: float) -> tuple[float, float]:
-    """Seconds for so many TFLOP at the higher and at the lower utilisation; zeros where the peak is not known."""
-    return (tflop / peak / fast, tflop / peak / slow) if peak else (0.0, 0.0)
 
 
 def largest_batch(config: TrainScript, result: Plan, limit: float) -> int:

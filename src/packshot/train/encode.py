@@ -26,7 +26,8 @@ from packshot.dataset.rows import Row, Rows
 from packshot.diffusion.latents import encode_pixels
 from packshot.diffusion.protocols import Autoencoder
 from packshot.engine.memory import return_freed_memory
-from packshot.engine.tensor_cache import Job, TensorCache, Tensors, content_key
+from packshot.engine.packed import Tensors
+from packshot.engine.tensor_cache import Filling, Job, TensorCache, content_key, fill
 from packshot.errors import ConfigError, PackshotError
 from packshot.imaging import framing
 from packshot.imaging.matte import held_by_mask
@@ -37,12 +38,14 @@ from packshot.runs.folder import log
 if TYPE_CHECKING:  # imported where they are built
     from diffusers import StableDiffusionXLPipeline
 
-VERSION = 7  # raise it when the same sample gives other tensors
+VERSION = 8  # raise it when the same sample gives other tensors
 # Pictures that go through an encoder together: so many at most, and so many pixels, which is one picture of SDXL's. The
 # VAE takes 2.5 GiB for that in fp32; eight of them would fill a card, next to the network.
 ENCODE_BATCH = 8
 ENCODE_PIXELS = 1024 * 1024
 TEXT_BATCH = 32
+# What is cached of a picture, in the log's words.
+KINDS = {"latents": "pictures", "product": "products", "method": "references"}
 MAX_PEERS = 8  # other samples whose encodings a sample may be conditioned on
 T = TypeVar("T")
 
@@ -50,12 +53,13 @@ T = TypeVar("T")
 class Example(TypedDict):
     """An encoded sample, without batch dimension.
 
-    mean, std: of the VAE's posterior, (C, h, w). alpha: the product's share of each latent cell, (1, h, w). held: 1 in
-    the cells that are held to the product, else 0. inside: 0 in cells that a letterbox bar touches, else 1. time_ids:
-    (6,). product: (5, h, w), if the UNet reads it. prompt, empty: what the network reads of the caption and of the
-    empty text, see ``Encoder.text``. bare: there is no caption. prompts: of each caption, where there are several.
-    encoded: what the method made of the sample, then of its peers. seen: the framed sample, if the method reads
-    pictures. mirror: the mirror image as a list of one, where the sample may be flipped.
+    mean, std: of the VAE's posterior, (C, h, w). alpha: the product's share of each latent cell in steps of 1/255,
+    (1, h, w). held: 1 in the cells that are held to the product, else 0. inside: 0 in cells that a letterbox bar
+    touches, else 1. time_ids: (6,). product: (5, h, w), if the UNet reads it. All are fp32, whatever the cache holds.
+    prompt, empty: what the network reads of the caption and of the empty text, see ``Encoder.text``. bare: there is no
+    caption. prompts: of each caption, where there are several. encoded: what the method made of the sample, then of its
+    peers. seen: the framed sample, if the method reads pictures. mirror: the mirror image as a list of one, where the
+    sample may be flipped.
     """
 
     id: str
@@ -190,23 +194,19 @@ class Encoder:
 
     @torch.no_grad()
     def latents(self, seen: Sequence[FramedSample]) -> list[Tensors]:
-        """``mean`` to ``time_ids`` of an Example, for framed samples of one size."""
+        """``mean`` to ``time_ids`` of an Example, for framed samples of one size; planes are bytes."""
         posterior = self._vae.encode(vae_pixels(seen).to(self._vae.device)).latent_dist
-        size = (posterior.mean.shape[-2], posterior.mean.shape[-1])
         entries = []
         for mean, std, sample in zip(posterior.mean.cpu(), posterior.std.cpu(), seen, strict=True):
-            inside_HW = sample["geometry"].inside()
-            held_HW = held_by_mask(product_mask(sample), self.vae_scale)
-            entry = {
-                "mean": mean,
-                "std": std,
-                "alpha": cell_means(to_unit(product_mask(sample)), size),
-                "held": torch.from_numpy(held_HW.astype(np.float32))[None],
-                "inside": cell_means(inside_HW, size).floor(),
-                "time_ids": torch.tensor(sample["geometry"].time_ids()),
-            }
-            entries.append(entry)
+            planes = sample.get("planes") or mask_planes(sample, self.vae_scale)
+            time_ids = torch.tensor(sample["geometry"].time_ids())
+            entries.append({"mean": mean, "std": std, **planes, "time_ids": time_ids})
         return entries
+
+    def ready(self, sample: FramedSample) -> FramedSample:
+        """The sample with all that needs no encoder: to be done in other threads, ahead of the encoders."""
+        made = {"pixels_HW3": network_pixels(sample), "planes": mask_planes(sample, self.vae_scale)}
+        return cast("FramedSample", {**sample, **made})
 
     @torch.no_grad()
     def product(self, seen: Sequence[FramedSample]) -> list[Tensors]:
@@ -218,7 +218,7 @@ class Encoder:
 
     @torch.no_grad()
     def text(self, texts: Sequence[str]) -> list[Tensors]:
-        """``prompt_embeds`` (77, D) and ``pooled_prompt_embeds`` (P,), as the stock pipeline makes them; fp32.
+        """``prompt_embeds`` (77, D) and ``pooled_prompt_embeds`` (P,), as the stock pipeline makes them, in its dtype.
 
         If the text encoders are trained: what they read, ``input_ids`` and ``input_ids_2``, (77,) each.
         """
@@ -230,7 +230,7 @@ class Encoder:
             return list(map(self._token_ids, texts))
         prompts = cast("str", list(texts))  # it takes several, unlike its annotation
         prompt_embeds, _, pooled, _ = self._pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
-        rows = zip(prompt_embeds.float().cpu(), pooled.float().cpu(), strict=True)
+        rows = zip(prompt_embeds.cpu(), pooled.cpu(), strict=True)
         return [{"prompt_embeds": embeds, "pooled_prompt_embeds": one} for embeds, one in rows]
 
     def _token_ids(self, text: str) -> Tensors:
@@ -243,8 +243,28 @@ class Encoder:
 
 
 def vae_pixels(seen: Sequence[FramedSample]) -> Tensor:
-    """What the VAE reads of framed samples of one size: (B, 3, H, W) in [-1, 1]."""
-    return to_network(np.stack([np.asarray(sample["image"]) for sample in seen]))
+    """What the VAE reads of framed samples of one size: (B, 3, H, W) in [-1, 1], with the channels last in memory."""
+    pixels = []
+    for sample in seen:
+        pixels.append(sample["pixels_HW3"] if "pixels_HW3" in sample else network_pixels(sample))
+    return torch.from_numpy(np.stack(pixels)).movedim(-1, -3)
+
+
+def network_pixels(sample: FramedSample) -> np.ndarray:
+    """A framed picture as float32 (H, W, 3) in [-1, 1]."""
+    return to_network(np.asarray(sample["image"])).movedim(-3, -1).numpy()
+
+
+def mask_planes(sample: FramedSample, cell: int) -> Tensors:
+    """``alpha``, ``held`` and ``inside`` of an Example as bytes, (1, h, w). cell: side of a latent cell, px."""
+    mask_HW = product_mask(sample)
+    size = (mask_HW.shape[0] // cell, mask_HW.shape[1] // cell)
+    held_HW = held_by_mask(mask_HW, cell)
+    return {
+        "alpha": plane(cell_means(to_unit(mask_HW), size)),
+        "held": plane(torch.from_numpy(held_HW.astype(np.float32))[None]),
+        "inside": plane(cell_means(sample["geometry"].inside(), size).floor()),
+    }
 
 
 def product_mask(sample: FramedSample) -> np.ndarray:
@@ -257,6 +277,23 @@ def product_mask(sample: FramedSample) -> np.ndarray:
 def cell_means(values_HW: np.ndarray, size: tuple[int, int]) -> Tensor:
     """Mean over each latent cell, shape (1, h, w), fp32."""
     return F.adaptive_avg_pool2d(torch.from_numpy(values_HW)[None], size)
+
+
+def plane(values: Tensor) -> Tensor:
+    """Values in [0, 1] as bytes, rounded to steps of 1/255."""
+    return (values * 255).round().to(torch.uint8)
+
+
+def widened(tensors: Tensors) -> Tensors:
+    """An entry as the network's batches take it: bytes are planes in [0, 1] again, lower precisions fp32; token ids
+    stay."""
+    wide = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype is torch.uint8:
+            wide[name] = tensor.float() / 255
+        else:
+            wide[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return wide
 
 
 def choose_peers(keys: Sequence[Hashable | None], ids: Sequence[str]) -> list[list[int]]:
@@ -363,6 +400,9 @@ class Examples(Sequence[Example]):
     def _bucket(self, index: int) -> int:
         return self._nearest[index % self.whole]
 
+    def _ready(self, index: int) -> FramedSample:
+        return self.encoder.ready(self.seen(index))
+
     def _shape(self, index: int) -> tuple[int, int]:
         return self.encoder.shapes[self._bucket(index)]
 
@@ -403,30 +443,23 @@ class Examples(Sequence[Example]):
             self.encoder.parts.load("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
             return
         encoder = self.encoder
-        chunks = self._with_mirrors(self._chunks(range(len(self))))
-        self._fill_from_pictures("latents", "encoding pictures", chunks, encoder.latents, accelerator)
-        self._fill_from_pictures("product", "encoding products", chunks, encoder.product, accelerator)
-        if "method" in self._caches:
-            chunks = self._with_mirrors(self._chunks({*range(len(self)), *chain.from_iterable(self.peers)}))
-            self._fill_from_pictures("method", "encoding references", chunks, encoder.method.encode, accelerator)
+        own = range(len(self))
+        encoders = {"latents": encoder.latents, "product": encoder.product, "method": encoder.method.encode}
+        fillings = []
+        for name, encode in encoders.items():
+            if name in self._caches:
+                fillings.append(Filling(self._caches[name], f"encoding {KINDS[name]}", encode))
+        fill("encoding pictures", fillings, self._with_mirrors(self._chunks(own)), accelerator, prepare=self._ready)
+        others = {*chain.from_iterable(self.peers)} - {*own}
+        if "method" in self._caches and others:  # where only the first samples of a set are used
+            chunks = self._with_mirrors(self._chunks(others))
+            self._caches["method"].fill("encoding peers", chunks, encoder.method.encode, accelerator, prepare=self.seen)
         if "text" in self._caches:
             several = chain.from_iterable(captions or () for captions in self._captions[: len(self)])
             texts = sorted({*self.rows.texts[: len(self)], *several, ""})
             jobs = [Job(content_key(text), f"caption {text!r}", text) for text in texts]
             chunked_jobs = list(chunked(jobs, TEXT_BATCH))
             self._caches["text"].fill("encoding captions", chunked_jobs, encoder.text, accelerator)
-
-    def _fill_from_pictures(
-        self,
-        name: str,
-        description: str,
-        chunks: Sequence[Sequence[Job]],
-        encode: Callable[[Sequence[FramedSample]], list[Tensors]],
-        accelerator: Accelerator,
-    ) -> None:
-        """Fill one cache, if there is one of that name, from framed samples."""
-        if name in self._caches:
-            self._caches[name].fill(description, chunks, encode, accelerator, prepare=self.seen)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # nothing slices it
         example = self.cached(index) if self._caches else self.fresh(index)
@@ -451,7 +484,7 @@ class Examples(Sequence[Example]):
         seen = self.seen(index)
 
         def encoding(other: int) -> Tensors:
-            return encoder.method.encode([seen if other == index else self.seen(other)])[0]
+            return widened(encoder.method.encode([seen if other == index else self.seen(other)])[0])
 
         tensors = encoder.latents([seen])[0]
         if encoder.reads_product:
@@ -472,19 +505,19 @@ class Examples(Sequence[Example]):
         text = self.rows.texts[index]
         captions = self._captions[index] or [text]
         example = {
-            **tensors,
+            **widened(tensors),
             "id": self.ids[index],
             "bare": not text,
-            "prompts": Encodings(range(len(captions)), lambda number: encode_text(captions[number])),
-            "prompt": encode_text(text),
-            "empty": encode_text(""),
+            "prompts": Encodings(range(len(captions)), lambda number: widened(encode_text(captions[number]))),
+            "prompt": widened(encode_text(text)),
+            "empty": widened(encode_text("")),
             "encoded": encoded,
             "seen": seen,
         }
         return cast("Example", example)
 
     def _cached_encoding(self, index: int) -> Tensors:
-        return self._caches["method"].get(self._key(index)) if "method" in self._caches else {}
+        return widened(self._caches["method"].get(self._key(index))) if "method" in self._caches else {}
 
     def _text(self, text: str) -> Tensors:
         return self._caches["text"].get(content_key(text)) if "text" in self._caches else self.encoder.text([text])[0]

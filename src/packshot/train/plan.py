@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from packshot.base.cost import GIB, planned_gpu
+from packshot.base.inpainting import ProductConv
 from packshot.base.load import Parts
-from packshot.config.gpus import GPUS, Gpu, find_gpu
 from packshot.config.optimizers import OPTIMIZERS
 from packshot.config.schema import TrainScript
 from packshot.dataset.sets import load_training
 from packshot.engine.checkpoints import trainable
+from packshot.engine.packed import ROW
 from packshot.methods import Method
 from packshot.runs.files import replacing_file
 from packshot.runs.folder import log, open_run
 from packshot.train.cost import (
     DTYPES,
-    GIB,
     count_parameters,
     frozen_bytes,
     latent_side,
@@ -68,7 +69,7 @@ def make_plan(config: TrainScript, samples: int, processes: int = 1, shown: int 
     """
     parts, method = meta_method(config)
     train = config.train
-    on_cuda = planned_gpu(config) is not None
+    on_cuda = planned_gpu(config.plan) is not None
     width = DTYPES[planned_precision(config, on_cuda)].itemsize
     frozen = frozen_bytes(parts, method, config, width)
     cost = measure_step(parts, method, config, train.batch_size, on_cuda)
@@ -103,36 +104,29 @@ def make_plan(config: TrainScript, samples: int, processes: int = 1, shown: int 
 
 
 def cached_bytes(parts: Parts, method: Method, config: TrainScript) -> int:
-    """Bytes of one sample in the cache, everything in fp32; with ``data.flip`` its pictures count twice.
+    """Bytes of one sample in the cache; with ``data.flip`` its pictures count twice.
 
-    Mean and deviation of four latent channels, the product's share, the held cells and those inside the frame; the
-    embeddings of the caption; what the method encodes.
+    Mean and deviation of four latent channels in fp32, as the VAE makes them; the product's share, the held cells and
+    those inside the frame as bytes; in the dtype of the frozen encoders the embeddings of the caption, and what the
+    method encodes. Where the UNet reads the product, five channels of fp32.
     """
     cells = latent_side(parts, config.model.resolution) ** 2
-    values = (2 * 4 + 3) * cells + 6
+    width = DTYPES[planned_precision(config, planned_gpu(config.plan) is not None)].itemsize
+    total = (4 * 2 * 4 + 3) * cells + 4 * 6 + ROW.itemsize
+    if isinstance(parts.unet.conv_in, ProductConv):
+        total += 4 * 5 * cells
     if method.encoders:
         for shape in method.condition_shapes(config.model.resolution).values():
-            values += torch.Size(shape).numel()
-    values *= sides(config)
+            total += width * torch.Size(shape).numel()
+    total *= sides(config)
     if not method.trains_text:
-        values += 77 * parts.unet.config.cross_attention_dim + parts.text_encoder_2.config.projection_dim
-    return 4 * values
+        total += width * (77 * parts.unet.config.cross_attention_dim + parts.text_encoder_2.config.projection_dim)
+    return total
 
 
 def sides(config: TrainScript) -> int:
     """How many pictures of a sample are encoded."""
     return 2 if config.data.flip else 1
-
-
-def planned_gpu(config: TrainScript) -> Gpu | None:
-    """The GPU that is planned for: ``plan.gpu``, else that of this machine; None for a CPU."""
-    if config.plan.gpu is not None:
-        return GPUS[config.plan.gpu.name]
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    free = torch.cuda.get_device_properties(0).total_memory / GIB
-    return replace(find_gpu(name) or Gpu(name, name, free, 0.0, ""), memory_gib=free)
 
 
 def plan(config: TrainScript, script: str) -> None:
@@ -153,7 +147,7 @@ def plan(config: TrainScript, script: str) -> None:
     processes = config.plan.gpus or int(os.environ.get("WORLD_SIZE", 1))
     result = make_plan(config, samples, processes, shown)
     written = asdict(result) | {"samples": samples, "samples_per_epoch": shown, "processes": processes}
-    gpu = planned_gpu(config)
+    gpu = planned_gpu(config.plan)
     decided = decide(config, result, gpu, processes) if gpu else None
     if decided:
         written |= asdict(decided)

@@ -9,9 +9,11 @@ import torch
 from accelerate import Accelerator
 
 from packshot.base.adapter_metadata import objective_metadata
+from packshot.base.cost import GIB
 from packshot.base.inpainting import prepare_unet
 from packshot.base.load import Parts, load_parts
 from packshot.base.places import find_place
+from packshot.config.gpus import USABLE
 from packshot.config.schema import (
     AttentionKernel,
     MixedPrecision,
@@ -46,8 +48,7 @@ from packshot.runs.tracking import Input, finishing
 from packshot.train.card import write_card
 from packshot.train.check.findings import small_buckets
 from packshot.train.check.run import check
-from packshot.train.cost import GIB
-from packshot.train.decide import USABLE, first_change
+from packshot.train.decide import first_change
 from packshot.train.encode import Encoder, Examples
 from packshot.train.plan import make_plan, plan
 from packshot.train.task import DiffusionTask

@@ -15,8 +15,8 @@ from packshot.base.load import Parts, trained_scheduler
 from packshot.config.schema import PredictionType, ProductConditioning, TrainScript, Unconditional, check_objective
 from packshot.diffusion import hold_product, schedule
 from packshot.engine.keyed_random import SampleKey
+from packshot.engine.packed import Tensors
 from packshot.engine.task import Task, Validated
-from packshot.engine.tensor_cache import Tensors
 from packshot.errors import PackshotError
 from packshot.lists import column, map_values
 from packshot.methods.base import Method

@@ -35,7 +35,7 @@ from packshot.imaging.pixels import from_network, to_bytes
 from packshot.lists import column, map_values
 from packshot.methods.base import FramedSample
 from packshot.runs.files import replacing_file
-from packshot.train.encode import Example, Examples
+from packshot.train.encode import Example, Examples, widened
 
 if TYPE_CHECKING:  # it validates with what stands here
     from packshot.train.task import DiffusionTask
@@ -131,7 +131,7 @@ class Validator:
 
     def _text(self, prompt: str) -> dict[str, Tensor]:
         if prompt not in self._texts:
-            self._texts[prompt] = self.examples.encoder.text([prompt])[0]
+            self._texts[prompt] = widened(self.examples.encoder.text([prompt])[0])
         return self._texts[prompt]
 
     @torch.no_grad()
