@@ -28,8 +28,10 @@ PLANE = torch.zeros(1, 8, 8)
 
 def entry(item: int) -> dict[str, torch.Tensor]:
     """The tensors of an encoded picture."""
-    mean = LATENTS + item
-    return {"mean": mean, "std": LATENTS, "alpha": PLANE, "held": PLANE, "inside": PLANE, "time_ids": torch.zeros(6)}
+    entry = {"mean": LATENTS + item, "std": LATENTS.clone(), "time_ids": torch.zeros(6)}
+    for name in ("alpha", "held", "inside"):
+        entry[name] = PLANE.clone()
+    return entry
 
 
 def chunks(entries: int) -> list[list[Job]]:
@@ -38,21 +40,21 @@ def chunks(entries: int) -> list[list[Job]]:
     return [jobs[first : first + CHUNK] for first in range(0, entries, CHUNK)]
 
 
-def peak_mib() -> float:
-    """The process's largest resident set."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def resident_mib() -> float:
+    """The process's memory now, files that it has mapped included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def start(folder: Path, entries: int) -> None:
     """Open a full cache as a run does, and read from it."""
     jobs = chunks(entries)
     accelerator = Accelerator(cpu=True)
-    before = peak_mib()
+    before = resident_mib()
     cache = TensorCache(folder)
     began = time.monotonic()
     cache.fill("encoding", jobs, lambda items: list(map(entry, items)), accelerator)
     opened = time.monotonic() - began
-    memory = peak_mib() - before
+    memory = resident_mib() - before
     generator = torch.Generator().manual_seed(0)
     places = torch.randint(entries, (5000,), generator=generator).tolist()
     began = time.monotonic()

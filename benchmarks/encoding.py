@@ -46,7 +46,7 @@ class WaitingVae:
         time.sleep(self.seconds * len(pixels_BCHW))
         height, width = pixels_BCHW.shape[-2:]
         zeros = torch.zeros(len(pixels_BCHW), 4, height // self.cell, width // self.cell)
-        return SimpleNamespace(latent_dist=SimpleNamespace(mean=zeros, std=zeros))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=zeros, std=zeros.clone()))
 
 
 def picture(number: int, size: tuple[int, int]) -> dict[str, object]:

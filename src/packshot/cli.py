@@ -221,11 +221,11 @@ def exiting() -> Iterator[None]:
 
 
 def plan(arguments: Sequence[str]) -> None:
-    """``packshot plan <training stage> [key=value ...]``: the stage with ``mode=plan``."""
-    trainings = list(filter(lambda script: "mode" in SCRIPTS[script].__dataclass_fields__, SCRIPTS))
+    """``packshot plan <stage> [key=value ...]``: the stage with ``mode=plan``."""
+    planned = list(filter(lambda script: "mode" in SCRIPTS[script].__dataclass_fields__, SCRIPTS))
     name, *overrides = arguments or ["train_lora"]
-    if name not in trainings:
-        raise ConfigError(f"There is nothing to plan for {name!r}.", f"Name one of {', '.join(trainings)}.")
+    if name not in planned:
+        raise ConfigError(f"There is nothing to plan for {name!r}.", f"Name one of {', '.join(planned)}.")
     run_stage(name, [*overrides, "mode=plan"])
 
 
@@ -254,7 +254,11 @@ COMMANDS: dict[str, Command] = {
         "DATASET [ROW] [show.id=ID | show.index=N] [show.out=FOLDER]",
         "packshot.dataset.show:main",
     ),
-    "plan": Command("Print what a training will need, before it starts.", "STAGE [key=value ...]", "packshot.cli:plan"),
+    "plan": Command(
+        "Print what a training, or generation, will need before it starts.",
+        "STAGE [key=value ...]",
+        "packshot.cli:plan",
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from packshot.config.common import DepthConfig, LicenseConfig, MatteConfig, Scen
 from packshot.config.conditions import settings_class
 from packshot.config.keys import Names, opt
 from packshot.config.output import OutputConfig
+from packshot.config.plan import PlanConfig
 from packshot.config.schedulers import SCHEDULERS, check_scheduler
 from packshot.config.verify import VerifyConfig
 from packshot.errors import ConfigError
@@ -32,6 +33,7 @@ POSITIONS = {
 PLACEMENTS = ["original", *POSITIONS, "coordinates"]
 Placement = Names("Placement", list(PLACEMENTS))
 InferenceDtype = Names("InferenceDtype", ["auto", "float32", "float16", "bfloat16"])
+GenerateMode = Names("GenerateMode", ["generate", "plan"])
 Shadow = Names("Shadow", ["auto", "none", "contact"])
 Suite = Names("Suite", ["full", "preservation", "scene"])
 
@@ -257,6 +259,8 @@ class InferenceConfig:
 
 @dataclass
 class Generate(Script, GenerateSettings):
+    mode: GenerateMode = opt(GenerateMode.generate, "generate; plan: print what plan.images pictures cost on plan.gpu")
+    plan: PlanConfig = field(default_factory=PlanConfig)
     licenses: LicenseConfig = field(default_factory=LicenseConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     campaign: str | None = opt(

@@ -1,4 +1,4 @@
-"""Keys of ``mode=plan``: the machine that a training is planned for."""
+"""Keys of ``mode=plan``: the machine that a training, or generation, is planned for."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ class PlanConfig:
         + "; null: the one of this machine, if there is one",
     )
     gpus: int | None = opt(None, "number of GPUs, one process each; null: the launcher's processes", min=1, max=4096)
-    images: int | None = opt(None, "number of samples; no dataset is then needed", min=1)
+    images: int | None = opt(
+        None, "number of samples, so that no dataset is needed; in generation the number of pictures (1000)", min=1
+    )
     gpu_hour_price: float | None = opt(None, "price of a GPU for an hour, in any currency", min=0)
     utilisation_low: float = opt(
-        0.15, "share of the GPU's peak that a slow training reaches; make gpu-check measures it", min=0.01, max=1
+        0.15, "share of the GPU's peak that slow work reaches; make gpu-check measures it", min=0.01, max=1
     )
-    utilisation_high: float = opt(0.4, "share of the GPU's peak that a fast training reaches", min=0.01, max=1)
+    utilisation_high: float = opt(0.4, "share of the GPU's peak that fast work reaches", min=0.01, max=1)
 
     def check(self) -> None:
         if self.utilisation_low > self.utilisation_high:

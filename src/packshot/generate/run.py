@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from packshot.config.conditions import networks
-from packshot.config.schema import Generate, OutputConfig
+from packshot.config.schema import Generate, GenerateMode, OutputConfig
 from packshot.errors import ConfigError, PackshotError
 from packshot.generate.campaign import plan_campaign, set_aside, write_index
 from packshot.generate.certificate import LAYERS, digest, encode_png, load_certificates, verdict
@@ -27,6 +27,7 @@ from packshot.generate.json_types import Json
 from packshot.generate.load import check_adapters, load_models
 from packshot.generate.output import asked_output, deliver
 from packshot.generate.packshot import Packshot, Result
+from packshot.generate.plan import plan
 from packshot.generate.product import Product, prepare
 from packshot.generate.references import open_references
 from packshot.generate.report import write_report
@@ -55,6 +56,9 @@ def generate(config: Generate) -> None:
         PackshotError: a product failed.
     """
     refuse_weights(config)
+    if config.mode is GenerateMode.plan:
+        plan(config)
+        return
     campaign = plan_campaign(config) if config.campaign else None
     jobs = without_repeats(campaign.jobs if campaign else product_jobs(config))
     baseline = open_folder("baseline", config.baseline)
