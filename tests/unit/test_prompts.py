@@ -1,15 +1,28 @@
 """Prompts of more than 77 tokens, and words with weights."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from serving_fixtures import product_pair
 
+from packshot.base.load import load_parts
 from packshot.base.prompts import Piece, count_chunks, embed, split_weights
-from packshot.config.schema import GenerateSettings
+from packshot.base.tokens import lost_words
+from packshot.config.compose import compose
+from packshot.config.schema import DataConfig, GenerateSettings, LoraMethod, ModelConfig
+from packshot.errors import ConfigError
 from packshot.generate import Packshot
 from packshot.generate.denoise import encode
+from packshot.methods.lora import Lora
+from packshot.train.encode import Encoder
+from packshot.train.run import train
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SETTINGS = GenerateSettings(num_inference_steps=1, guidance_scale=2.0)
 LONG = ", ".join(f"a wall of stone number {number}" for number in range(30))
@@ -22,6 +35,72 @@ def tool():
 
 def encoded(tool, prompt, **values):
     return encode(tool.models, prompt, replace(SETTINGS, **values))
+
+
+def captioned(folder):
+    """Two held-out rows as a dataset whose captions need three chunks, and none."""
+    table = pq.read_table(ROOT / "data/rendered/heldout/part-00000.parquet").slice(0, 2)
+    place = table.column_names.index("text")
+    folder.mkdir()
+    pq.write_table(table.set_column(place, "text", pa.array([LONG, ""])), folder / "part-00000.parquet")
+    return folder
+
+
+def test_training_reads_as_many_chunks_as_drawing_then_does(tmp_path):
+    """The whole way: captions in chunks, a few steps, the export, and a short prompt in as many chunks."""
+    data = captioned(tmp_path / "set")
+    run = tmp_path / "run"
+    overrides = ["objective.prompt_chunks=3", "train.max_steps=2", "train.batch_size=2", "train.warmup_steps=0"]
+    overrides += [
+        "tracking=none",
+        "data.allow_empty_captions=true",
+        "data.holdout_share=0",
+        "train.validation_samples=1",
+    ]
+    train(
+        compose("train_lora", [*overrides, f"data.train={data}", f"run.dir={run}", f"data.cache_dir={tmp_path / 'c'}"])
+    )
+    assert json.loads((run / "export" / "packshot.json").read_text())["prompt_chunks"] == 3
+    tool = Packshot.load(lora=run / "export").set_product(*product_pair())
+    assert tool.models.prompt_chunks == 3
+    short = encoded(tool, "a marble table")
+    assert short.arguments["prompt_embeds"].shape[1] == short.arguments["negative_prompt_embeds"].shape[1] == 3 * 77
+    [result] = tool.generate("a marble table", 1, settings=SETTINGS)
+    assert result.certificate["core"]["max_abs_diff"] == 0
+
+
+def test_captions_and_prompts_have_the_same_encoding(tool):
+    parts = load_parts(ModelConfig())
+    method = Lora(parts, LoraMethod())
+    for chunks in (1, 3):
+        encoder = Encoder(parts, method, 128, DataConfig(), chunks)
+        for text in (LONG, "a marble table"):
+            trained = encoder.text([text])[0]
+            models = replace(tool.models, prompt_chunks=chunks)
+            drawn = encode(models, text, SETTINGS).arguments
+            torch.testing.assert_close(trained["prompt_embeds"][None], drawn["prompt_embeds"], rtol=0, atol=1e-5)
+            torch.testing.assert_close(trained["pooled_prompt_embeds"][None], drawn["pooled_prompt_embeds"])
+
+
+def test_chunks_have_a_cache_of_their_own():
+    parts = load_parts(ModelConfig())
+    method = Lora(parts, LoraMethod())
+    names = {Encoder(parts, method, 128, DataConfig(), chunks).identity.text for chunks in (1, 2, 3)}
+    assert len(names) == 3
+
+
+def test_a_lora_on_the_text_encoders_has_one_chunk():
+    with pytest.raises(ConfigError, match="trained on one chunk"):
+        compose("train_lora", ["objective.prompt_chunks=2", "method.text_encoder=true"])
+
+
+@pytest.mark.parametrize(("chunks", "lost"), [(1, True), (2, True), (8, False)])
+def test_lost_words_begin_where_the_last_chunk_ends(tool, chunks, lost):
+    tokenizer = tool.models.pipe.tokenizer
+    words = lost_words(tokenizer, LONG, chunks)
+    assert bool(words) is lost
+    ids = tokenizer(LONG, add_special_tokens=False, verbose=False).input_ids
+    assert tokenizer(words, add_special_tokens=False).input_ids == ids[75 * chunks :]
 
 
 @pytest.mark.parametrize("negative", [None, "blurry"])

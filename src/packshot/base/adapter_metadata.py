@@ -26,24 +26,27 @@ class AdapterMetadata:
 
     product_conditioning, unconditional: names of ``ProductConditioning`` and ``Unconditional``. prediction_type:
     epsilon or v_prediction, None for the base's own. zero_terminal_snr: whether the noise schedule was rescaled to end
-    in pure noise.
+    in pure noise. prompt_chunks: how many chunks of 75 tokens each caption filled.
     """
 
     product_conditioning: str = ProductConditioning.noised.name
     prediction_type: str | None = None
     zero_terminal_snr: bool = False
     unconditional: str = Unconditional.zeros.name
+    prompt_chunks: int = 1
 
 
-def objective_metadata(objective: ObjectiveConfig) -> dict[str, str | bool]:
+def objective_metadata(objective: ObjectiveConfig) -> dict[str, str | bool | int]:
     """The entries of ``packshot.json`` that follow from the objective; entries that equal the base are left out."""
-    entries: dict[str, str | bool] = {"product_conditioning": objective.product_conditioning.name}
+    entries: dict[str, str | bool | int] = {"product_conditioning": objective.product_conditioning.name}
     if objective.prediction_type is not PredictionType.base:
         entries["prediction_type"] = objective.prediction_type.name
     if objective.zero_terminal_snr:
         entries["zero_terminal_snr"] = True
     if objective.unconditional is not Unconditional.zeros:
         entries["unconditional"] = objective.unconditional.name
+    if objective.prompt_chunks > 1:
+        entries["prompt_chunks"] = objective.prompt_chunks
     return entries
 
 
@@ -83,6 +86,7 @@ def read_metadata(key: str, folder: Path) -> AdapterMetadata | None:
             PredictionType[prediction_type].name if prediction_type else None,
             bool(entries.get("zero_terminal_snr", False)),
             Unconditional[unconditional].name,
+            int(entries.get("prompt_chunks", 1)),
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -119,7 +123,8 @@ def common_metadata(folders: Mapping[str, Sequence[Path]]) -> AdapterMetadata:
                 "Use adapters that were trained with the same value.",
             )
     first = next(iter(known.values()), AdapterMetadata())
-    return AdapterMetadata(conditioning, first.prediction_type, first.zero_terminal_snr, first.unconditional)
+    chunks = max(map(attrgetter("prompt_chunks"), known.values()), default=1)
+    return AdapterMetadata(conditioning, first.prediction_type, first.zero_terminal_snr, first.unconditional, chunks)
 
 
 def _common_conditioning(found: Mapping[Path, AdapterMetadata | None]) -> str:

@@ -8,8 +8,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def lost_words(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The end of a text that lies beyond a CLIP tokenizer's 77 tokens, in its spelling; "" if all of it is read."""
-    ids = tokenizer(text, verbose=False).input_ids
-    limit = tokenizer.model_max_length
-    return tokenizer.decode(ids[limit - 1 : -1]).strip() if len(ids) > limit else ""
+def lost_words(tokenizer: PreTrainedTokenizerBase, text: str, chunks: int = 1) -> str:
+    """The end of a text that is not read, in the tokenizer's spelling; "" if all of it is.
+
+    chunks: how many chunks of 77 tokens, begin and end counted, are read.
+    """
+    ids = tokenizer(text, verbose=False).input_ids[1:-1]
+    read = chunks * (tokenizer.model_max_length - 2)
+    return tokenizer.decode(ids[read:]).strip()

@@ -134,7 +134,11 @@ class GenerateSettings(settings_class()):
     guidance_scale: float = opt(5.0, "classifier-free guidance; 1 switches it off", min=1, max=50)
     negative_prompt: str | None = opt(None, "what the picture should not show")
     prompt_chunks: int = opt(
-        1, "chunks of 75 tokens that are read of a prompt; 1 is what bases and adapters are trained on", min=1, max=8
+        1,
+        "chunks of 75 tokens that are read of a prompt, as many as it needs; adapters that were trained with more "
+        "(objective.prompt_chunks) always get theirs",
+        min=1,
+        max=8,
     )
     prompt_weights: bool = opt(False, "read (word:1.3) as a word that counts more, 0.7 less; false: as it stands")
     placement: Placement = opt(

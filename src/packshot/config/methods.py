@@ -178,6 +178,12 @@ class TrainLora(TrainScript):
                     f"{key}=true with method.kind={kind}: no file format holds that so that all stock loaders agree.",
                     f"Use method.kind=lora or rslora, or set {key}=false.",
                 )
+        if self.method.text_encoder and self.objective.prompt_chunks > 1:
+            raise ConfigError(
+                f"objective.prompt_chunks={self.objective.prompt_chunks} with method.text_encoder=true: a LoRA on the "
+                "text encoders is trained on one chunk.",
+                "Set objective.prompt_chunks=1, or method.text_encoder=false.",
+            )
         quantization = self.model.quantization
         supported = [name for name, row in LORA_KINDS.items() if quantization in row.quantizations]
         if kind.name not in supported:

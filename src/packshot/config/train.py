@@ -303,6 +303,13 @@ class ObjectiveConfig:
     unconditional: Unconditional = opt(
         Unconditional.zeros, "what replaces a dropped prompt: zeros, or the encoding of the empty prompt"
     )
+    prompt_chunks: int = opt(
+        1,
+        "chunks of 75 tokens that are read of a caption; every caption fills as many, an empty one too, and pictures "
+        "are drawn with as many",
+        min=1,
+        max=8,
+    )
     background_weight: float = opt(1.0, "loss weight of background pixels where a product mask exists", min=0)
     product_weight: float = opt(1.0, "loss weight of product pixels where a product mask exists", min=0)
     boundary_weight: float = opt(

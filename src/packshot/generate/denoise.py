@@ -59,12 +59,13 @@ def encode(
     prompts = {"prompt": prompt, "negative_prompt": settings.negative_prompt or ""}
     pieces = {key: split_weights(text) if settings.prompt_weights else [Piece(text)] for key, text in prompts.items()}
     needed = max(count_chunks(pipe.tokenizer, parts) for parts in pieces.values())
-    chunks = min(needed, settings.prompt_chunks)
+    chunks = max(models.prompt_chunks, min(needed, settings.prompt_chunks))
     lost = {}
     for key, text in prompts.items():
-        lost[key] = lost_words(pipe.tokenizer, text) if chunks < count_chunks(pipe.tokenizer, pieces[key]) else ""
+        cut = count_chunks(pipe.tokenizer, pieces[key]) > chunks
+        lost[key] = lost_words(pipe.tokenizer, text, chunks) if cut else ""
         if lost[key]:
-            log.warning("%s is longer than prompt_chunks=%d reads, lost: %r", key, settings.prompt_chunks, lost[key])
+            log.warning("%s is longer than prompt_chunks=%d reads, lost: %r", key, chunks, lost[key])
     weighted = any(piece.weight != 1 for parts in pieces.values() for piece in parts)
     if chunks > 1 or weighted:
         embeds = embed_chunks(pipe, pieces, chunks, guided, settings.negative_prompt is None)

@@ -59,6 +59,7 @@ class Models:
     product_conditioning: how the network sees the product during denoising; a name of ``ProductConditioning``.
     unit: sides of the working copy are multiples of this, px.
     resolution: side of the square the base was trained on, px.
+    prompt_chunks: how many chunks of a prompt the adapters were trained with.
     manifest: names and SHA-256 of everything that was loaded, for certificates.
     """
 
@@ -71,6 +72,7 @@ class Models:
     product_conditioning: str
     unit: int
     resolution: int
+    prompt_chunks: int
     manifest: Json
 
 
@@ -119,6 +121,7 @@ def load_models(
         product_conditioning=shown,
         unit=pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1),
         resolution=model.resolution,
+        prompt_chunks=metadata.prompt_chunks,
         manifest={
             **describe_models(model, entries),
             "device": device.type,

@@ -29,12 +29,14 @@ QUANTIZED_BYTES: dict[Quantization, Callable[[Tensor], float]] = {
 }
 
 
-def meta_batch(parts: Parts, method: Method, resolution: int, size: int) -> tuple[Tensor, Tensor, Tensors]:
+def meta_batch(
+    parts: Parts, method: Method, resolution: int, size: int, prompt_chunks: int = 1
+) -> tuple[Tensor, Tensor, Tensors]:
     """noisy_BCHW, timesteps_B and the conditioning of a micro-batch, on the meta device."""
     unet = parts.unet.config
     side = latent_side(parts, resolution)
     shapes = {
-        "prompt_embeds": (77, unet.cross_attention_dim),
+        "prompt_embeds": (77 * prompt_chunks, unet.cross_attention_dim),
         "pooled_prompt_embeds": (parts.text_encoder_2.config.projection_dim,),
         "time_ids": (6,),
         **method.condition_shapes(resolution),
@@ -66,7 +68,9 @@ def measure_step(parts: Parts, method: Method, config: TrainScript, batch_size: 
     train = config.train
     dtype = DTYPES[planned_precision(config, on_cuda)]
     lower(method, dtype)
-    noisy, timesteps, batch = meta_batch(parts, method, config.model.resolution, batch_size)
+    noisy, timesteps, batch = meta_batch(
+        parts, method, config.model.resolution, batch_size, config.objective.prompt_chunks
+    )
     kernel = nullcontext() if train.attention is AttentionKernel.math else fused_attention()
     hooks = []
     for parameter in method.parameters():

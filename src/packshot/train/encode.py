@@ -18,6 +18,7 @@ from torch import Tensor
 
 from packshot.base.inpainting import ProductConv, product_channels
 from packshot.base.load import Parts
+from packshot.base.prompts import Piece, embed
 from packshot.base.tokens import lost_words
 from packshot.config.schema import DataConfig
 from packshot.dataset import buckets
@@ -136,15 +137,18 @@ class Identity:
 
 
 class Encoder:
-    """The frozen encoders of a run. ``resolution`` is the side of the square bucket, px.
+    """The frozen encoders of a run.
+
+    resolution: side of the square bucket, px. prompt_chunks: how many chunks of 75 tokens every caption fills.
 
     Raises:
         ConfigError: the base cannot draw squares of that side.
     """
 
-    def __init__(self, parts: Parts, method: Method, resolution: int, data: DataConfig) -> None:
+    def __init__(self, parts: Parts, method: Method, resolution: int, data: DataConfig, prompt_chunks: int = 1) -> None:
         self.parts = parts
         self.method = method
+        self.prompt_chunks = prompt_chunks
         self.reads_product = isinstance(parts.unet.conv_in, ProductConv)
         cell = 2 ** (len(parts.unet.config.block_out_channels) - 1) * self.vae_scale
         try:
@@ -160,9 +164,10 @@ class Encoder:
     @cached_property
     def identity(self) -> Identity:
         """Read when encoding starts: by then the encoders have the dtype they encode in, which is part of it."""
+        text = self.parts.identity("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         return Identity(
             vae=self.parts.identity("vae"),
-            text=self.parts.identity("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+            text=content_key(text, self.prompt_chunks) if self.prompt_chunks > 1 else text,
             method=self.method.cache_key(),
         )
 
@@ -218,20 +223,30 @@ class Encoder:
 
     @torch.no_grad()
     def text(self, texts: Sequence[str]) -> list[Tensors]:
-        """``prompt_embeds`` (77, D) and ``pooled_prompt_embeds`` (P,), as the stock pipeline makes them, in its dtype.
+        """``prompt_embeds`` (77 x chunks, D) and ``pooled_prompt_embeds`` (P,), in the encoders' dtype.
+
+        With one chunk they are what the stock pipeline makes.
 
         If the text encoders are trained: what they read, ``input_ids`` and ``input_ids_2``, (77,) each.
         """
         for text in texts:
-            lost = lost_words(self.parts.tokenizer, text)
+            lost = lost_words(self.parts.tokenizer, text, self.prompt_chunks)
             if lost:
-                log.warning("a caption is longer than the %d tokens the model reads; lost: %r", 77, lost)
+                log.warning(
+                    "a caption is longer than objective.prompt_chunks=%d reads; lost: %r", self.prompt_chunks, lost
+                )
         if self.method.trains_text:
             return list(map(self._token_ids, texts))
+        if self.prompt_chunks > 1:
+            return list(map(self._chunks_of_text, texts))
         prompts = cast("str", list(texts))  # it takes several, unlike its annotation
         prompt_embeds, _, pooled, _ = self._pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
         rows = zip(prompt_embeds.cpu(), pooled.cpu(), strict=True)
         return [{"prompt_embeds": embeds, "pooled_prompt_embeds": one} for embeds, one in rows]
+
+    def _chunks_of_text(self, text: str) -> Tensors:
+        whole = embed(self._pipeline, [Piece(text)], self.prompt_chunks)
+        return {"prompt_embeds": whole.prompt_embeds_1LD[0].cpu(), "pooled_prompt_embeds": whole.pooled_1D[0].cpu()}
 
     def _token_ids(self, text: str) -> Tensors:
         ids = {}

@@ -120,7 +120,8 @@ def cached_bytes(parts: Parts, method: Method, config: TrainScript) -> int:
             total += width * torch.Size(shape).numel()
     total *= sides(config)
     if not method.trains_text:
-        total += width * (77 * parts.unet.config.cross_attention_dim + parts.text_encoder_2.config.projection_dim)
+        tokens = 77 * config.objective.prompt_chunks
+        total += width * (tokens * parts.unet.config.cross_attention_dim + parts.text_encoder_2.config.projection_dim)
     return total
 
 

@@ -133,7 +133,7 @@ def build_task(
     prepare_unet(parts.unet, config.objective.product_conditioning)
     if config.train.gradient_checkpointing:
         enable_checkpointing(method)
-    encoder = Encoder(parts, method, config.model.resolution, config.data)
+    encoder = Encoder(parts, method, config.model.resolution, config.data, config.objective.prompt_chunks)
     folder = Path(config.data.cache_dir) if config.data.cache else None
     examples = Examples(rows, encoder, folder, flip=config.data.flip)
     held_out = Examples(validation, encoder, folder, max(LOSS_SAMPLES, config.train.validation_samples))

@@ -66,10 +66,11 @@ def _captions(examples: Examples) -> Iterator[Finding]:
     twice = [id for id, text in texts if counts[text] > 1]
     yield from _of("captions_duplicate", twice, total, f"captions occur more than once ({len(counts)} different ones)")
     tokenizer = examples.encoder.parts.tokenizer
-    lost = {text: lost_words(tokenizer, text) for text in counts if text}
+    chunks = examples.encoder.prompt_chunks
+    lost = {text: lost_words(tokenizer, text, chunks) for text in counts if text}
     cut = [id for id, text in texts if lost.get(text)]
-    longest = kept_words(tokenizer, max(lost, key=lambda text: len(lost[text]), default=""))[1]
-    limit = tokenizer.model_max_length
+    longest = kept_words(tokenizer, max(lost, key=lambda text: len(lost[text]), default=""), chunks)[1]
+    limit = chunks * (tokenizer.model_max_length - 2)
     yield from _of(
         "captions_too_long", cut, total, f"captions exceed the {limit} tokens that are read; lost: {longest!r}"
     )
@@ -152,13 +153,14 @@ def _settings(config: TrainScript, count: int, per_step: int) -> Iterator[Findin
         yield Finding("not_all_seen", says, [])
 
 
-def kept_words(tokenizer: PreTrainedTokenizerBase, caption: str) -> tuple[str, str]:
-    """A caption cut in two: the words that the text encoders read to their end, and the rest."""
+def kept_words(tokenizer: PreTrainedTokenizerBase, caption: str, chunks: int = 1) -> tuple[str, str]:
+    """A caption cut in two: the words that the text encoders read to their end in so many chunks, and the rest."""
     words = caption.split()
     low, high = 0, len(words)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (low, middle - 1) if lost_words(tokenizer, " ".join(words[:middle])) else (middle, high)
+        read = not lost_words(tokenizer, " ".join(words[:middle]), chunks)
+        low, high = (middle, high) if read else (low, middle - 1)
     return " ".join(words[:low]), " ".join(words[low:])
 
 

@@ -128,7 +128,7 @@ def sample_line(examples: Examples, seen: FramedSample, access: Tensors, conditi
     weight = access["weight"].squeeze()
     if bool(weight.min() != weight.max()):
         panels.append((f"loss weight {weight.min():.2g} to {weight.max():.2g}", from_weight(weight)))
-    read, lost = kept_words(parts.tokenizer, seen["text"])
+    read, lost = kept_words(parts.tokenizer, seen["text"], examples.encoder.prompt_chunks)
     geometry = seen["geometry"]
     letterboxed = "; letterboxed" if min(geometry.crop) < 0 else ""
     notes += [
