@@ -1,6 +1,7 @@
-"""docs/rules.md names tests that exist."""
+"""docs/rules.md names tests that exist, and pytest finds all of them."""
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,3 +16,13 @@ def test_every_rule_names_tests_that_exist():
         named = re.findall(r"`(test_\w+)`", row)
         assert named, row
         assert not set(named) - defined
+
+
+def test_pytest_looks_into_every_folder_of_tests(pytestconfig):
+    """Its own list of folders to leave out has "dist", and hid the tests of several processes."""
+    left_out = pytestconfig.getini("norecursedirs")
+    folders = {path.parent.relative_to(ROOT) for path in ROOT.glob("tests/**/test_*.py")}
+    assert Path("tests/dist") in folders
+    for folder in folders:
+        hidden = [name for name in folder.parts for pattern in left_out if fnmatch(name, pattern)]
+        assert not hidden, folder
