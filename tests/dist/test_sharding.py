@@ -63,6 +63,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_shards_of_a_method_give_the_single_process_result(name, tmp_path):
     script, exported, keys = METHODS[name]
@@ -86,6 +87,7 @@ def test_shards_of_a_method_give_the_single_process_result(name, tmp_path):
     assert_resumes(script, two, 4, *sharded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SAVES)
 def test_shards_of_a_captioner_give_the_single_process_result(kind, tmp_path):
     SAVES[kind](tmp_path / "base")

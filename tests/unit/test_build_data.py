@@ -518,6 +518,7 @@ def die(number):
     os._exit(9)
 
 
+@pytest.mark.slow
 def test_ray_builds_the_same_bytes(photos, tmp_path, monkeypatch):
     """An error in a task is raised by the build."""
     from ray import cloudpickle

@@ -13,6 +13,7 @@ from packshot.base.device import own_device
 from packshot.config.schema import Quantization
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["generate", "train", "caption"])
 def test_nothing_is_computed_from_tensors_of_two_devices(what):
     program = Path(__file__).with_name("elsewhere.py")

@@ -38,6 +38,7 @@ def test_trainer_and_reference_loop_are_compared(tmp_path):
     assert "| train_lora | tflop per step |" in written
 
 
+@pytest.mark.slow
 def test_a_failed_piece_is_reported_and_the_others_run(tmp_path):
     """The photograph is a folder without pictures: generation fails, encoding does not."""
     (tmp_path / "photo.png").mkdir()

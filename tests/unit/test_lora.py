@@ -456,7 +456,7 @@ def test_gradients_over_a_quantised_base_follow_its_values(quantization, parts):
 def test_a_machine_that_cannot_quantise_is_told_so(monkeypatch):
     from packshot.base.quantize import QUANTIZERS
 
-    def fails(linear):
+    def fails(linear, device):
         raise RuntimeError("no kernel")
 
     monkeypatch.setitem(QUANTIZERS, Quantization.nf4, fails)
