@@ -84,7 +84,7 @@ def scene(side=128):
     return picture, matte
 
 
-def test_a_second_product_is_found_and_the_first_is_not_taken_for_it():
+def test_a_second_product_is_found_and_not_the_first():
     picture, matte = scene()
     alone = strongest_repeat(picture, matte)
     second = picture.copy()

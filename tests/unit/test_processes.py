@@ -153,7 +153,7 @@ def test_settings_that_shards_cannot_have_are_refused(monkeypatch, keys, remedy)
     assert f"Set {remedy}," in caught.value.hint
 
 
-def test_networks_name_the_blocks_that_are_gathered_one_at_a_time():
+def test_networks_name_the_blocks_gathered_one_at_a_time():
     class Block(torch.nn.Linear):
         pass
 

@@ -93,7 +93,7 @@ FEW_STEPS = ("lcm", "lightning", "hyper")
 
 
 @pytest.mark.parametrize("name", FEW_STEPS)
-def test_presets_for_few_steps_begin_at_pure_noise_without_guidance(name):
+def test_presets_for_few_steps_begin_at_pure_noise(name):
     """Also over a base that spaces its steps from below, as SDXL does, and begins beside pure noise."""
     config = compose("generate", [f"preset={name}"])
     assert config.guidance_scale == 1

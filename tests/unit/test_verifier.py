@@ -81,7 +81,7 @@ def test_a_certificate_states_what_every_check_measured(tool):
     assert Certificate.model_json_schema()["properties"]["checks"]
 
 
-def test_an_ignored_check_is_measured_and_sends_nothing_to_review(tool, monkeypatch):
+def test_an_ignored_check_sends_nothing_to_review(tool, monkeypatch):
     limited(monkeypatch, background_flat=1000.0)
     settings = replace(QUICK, verify=VerifyConfig(ignore=["background_flat"]))
     [strict] = tool.generate("a table", 1, settings=QUICK)
