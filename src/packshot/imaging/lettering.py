@@ -21,15 +21,13 @@ LONGEST = 12  # letters of a line that count
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A piece of a stroke map. contrast: mean difference from its ground. weight: its area as a share of its box."""
+class Box:
+    """A place in a picture, px."""
 
     left: int
     top: int
     width: int
     height: int
-    contrast: float
-    weight: float
 
     @property
     def right(self) -> int:
@@ -38,6 +36,14 @@ class Mark:
     @property
     def bottom(self) -> int:
         return self.top + self.height
+
+
+@dataclass(frozen=True)
+class Mark(Box):
+    """A piece of a stroke map. contrast: mean difference from its ground. weight: its area as a share of its box."""
+
+    contrast: float
+    weight: float
 
 
 def marks_in(strokes_HW: np.ndarray, contrast: int) -> list[Mark]:

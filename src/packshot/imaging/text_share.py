@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from packshot.imaging.lettering import Box
+
 SIDE = 640  # px, longer side at which text is looked for
 FEWEST = 4  # letters in a line
 # px, sides of the squares that tell a stroke from what surrounds it: thin strokes and thick ones.
@@ -24,24 +26,12 @@ FILL = (0.12, 0.95)  # share of a letter's box under its strokes
 
 
 @dataclass(frozen=True)
-class Letter:
-    """A shape that can be a letter: its box in px, its grey value, and thickness and area of its strokes in px."""
+class Letter(Box):
+    """A shape that can be a letter. tone: its grey value. stroke, area: thickness and area of its strokes, px."""
 
-    left: int
-    top: int
-    width: int
-    height: int
     tone: float
     stroke: float
     area: int
-
-    @property
-    def right(self) -> int:
-        return self.left + self.width
-
-    @property
-    def bottom(self) -> int:
-        return self.top + self.height
 
 
 def text_share(image: Image.Image) -> float:
