@@ -83,6 +83,31 @@ def test_the_old_background_at_the_edge_is_a_halo(bed, tmp_path):
     assert measured(items[0], picture, tmp_path)["halo"] > 0.3
 
 
+def test_the_strength_of_a_shadow_has_a_sign(bed, tmp_path):
+    """None, half of it, all, and twice as strong in the logarithm of light."""
+    items, several, _ = bed
+    strengths = []
+    for times in (0, 0.5, 1, 2):
+        darker_HW = np.rint(255 * (several[0].shadow_HW / 255.0) ** times).astype(np.uint8)
+        found = measured(items[0], replace(several[0], shadow_HW=darker_HW).compose(), tmp_path)
+        assert found["shadow_error"] == abs(1 - found["shadow_strength"])
+        strengths.append(found["shadow_strength"])
+    assert strengths[:3] == pytest.approx([0, 0.5, 1], abs=0.2)
+    assert strengths[3] > 1.25  # black cannot be darker
+
+
+def test_a_measure_without_a_direction_ranks_nothing(bed, tmp_path):
+    items, several, folder = bed
+    pictures = {item.id: one.compose() for item, one in zip(items, several, strict=True)}
+    runs = ",".join(str(write_pictures(tmp_path / name, pictures)) for name in ("one", "two"))
+    evaluate(compose("evaluate", [f"items={folder}", f"runs=[{runs}]", f"run.dir={tmp_path}/run", *QUICK]))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["lower_is_better"]["shadow_strength"] is None
+    assert report["systems"]["one"]["measures"]["shadow_strength"]["items"] == 3
+    assert "shadow_strength" not in report["comparisons"]["one against two"]
+    assert "shadow_error" in report["comparisons"]["one against two"]
+
+
 @pytest.mark.slow
 def test_planted_edits_on_held_out_renders(tmp_path):
     """The same on real renders, by the mean over items; prints the table of docs/bench.md."""
@@ -416,6 +441,7 @@ def test_the_benchmark_takes_its_rows_as_they_were_published(tmp_path, monkeypat
     taken = bench.bench_rows(rows)
     products = [rows.read(index, ())["product_id"] for index in taken]
     assert (len(taken), set(Counter(products).values())) == (76, {4})
+    assert rows.ids == load_rows("held out", "data/rendered/heldout").ids
     table = tmp_path / "heldout.csv"
     lines = resolve(bench.FROZEN).read_text().splitlines()
     monkeypatch.setattr(bench, "FROZEN", str(table))

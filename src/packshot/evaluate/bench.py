@@ -27,7 +27,7 @@ from packshot.generate.composite import blend
 from packshot.runs.files import resolve
 from packshot.runs.folder import discard_refused
 
-HELD_OUT = "data/rendered/heldout"
+HELD_OUT = "data/bench"  # its parquet files are links to data/rendered/heldout
 ID_LENGTH = 16  # of an item's id: the beginning of its row's
 FROZEN = "data/bench/heldout.csv"  # the rows by id, with the digest of picture and mask (Rows.digest)
 BACKDROP = (236, 236, 236)  # the studio wall behind the product
@@ -40,6 +40,7 @@ COLUMNS = {
     "halo": ("halo", "{:.3f}"),
     "extended": ("extended", "{:.1%}"),
     "moved": ("shift", "{:.3f}"),
+    "shadow strength": ("shadow_strength", "{:.2f}"),
     "shadow error": ("shadow_error", "{:.3f}"),
     "slots": ("slot_adherence", "{:.2f}"),
     "CMMD, plain": ("cmmd, plain", "{:.3f}"),

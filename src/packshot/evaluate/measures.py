@@ -68,6 +68,16 @@ class Trial:
             self.picture_HW3, self.matte_HW, self.segment, compare_size(*self.picture_HW3.shape[:2])
         )
 
+    @cached_property
+    def shadow(self) -> float:
+        """The strength of the true shadow in the picture; nan where no shadow is known, or it is too faint."""
+        shadow_HW = true_shadow(self.item)
+        if shadow_HW is None or not (self.matte_HW >= 128).any():
+            return nan
+        size = (self.picture_HW3.shape[1], self.picture_HW3.shape[0])
+        placed_HW = self.alignment.place(shadow_HW, size)
+        return shadow_strength(linear_light(self.picture_HW3), placed_HW, ground_near(self.matte_HW))
+
 
 def open_trial(item: Item, picture: Picture, segment: Segment, floor: float) -> Trial:
     """Read a picture and find the product in it.
@@ -230,23 +240,24 @@ def shadow_strength(light_HW: np.ndarray, shadow_HW: np.ndarray, ground_HW: np.n
     return float(shadow_N @ light_N / (shadow_N @ shadow_N))
 
 
+def shadow(trial: Trial) -> float:
+    return trial.shadow
+
+
 def shadow_error(trial: Trial) -> float:
-    shadow_HW = true_shadow(trial.item)
-    if shadow_HW is None or not (trial.matte_HW >= 128).any():
-        return nan
-    size = (trial.picture_HW3.shape[1], trial.picture_HW3.shape[0])
-    placed_HW = trial.alignment.place(shadow_HW, size)
-    strength = shadow_strength(linear_light(trial.picture_HW3), placed_HW, ground_near(trial.matte_HW))
-    return abs(1 - strength)
+    return abs(1 - trial.shadow)
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A row of the tables. lower_is_better: the direction; about: what it measures, with its unit."""
+    """A row of the tables. about: what it measures, with its unit.
+
+    lower_is_better: the direction; None where a value in the middle is right, so that systems are not ranked by it.
+    """
 
     about: str
     function: Callable[[Trial], float]
-    lower_is_better: bool = True
+    lower_is_better: bool | None = True
 
 
 MEASURES: dict[str, Measure] = {
@@ -279,9 +290,14 @@ MEASURES: dict[str, Measure] = {
         "is recognised.",
         shift,
     ),
+    "shadow_strength": Measure(
+        "How much of the true shadow lies on the ground near the product: 1 the same, 0 none, above 1 a "
+        "stronger one, below 0 a light instead; undefined where the true shadow is faint.",
+        shadow,
+        lower_is_better=None,
+    ),
     "shadow_error": Measure(
-        "|1 - strength| of the shadow on the ground near the product, where a strength of 1 is the true shadow at its "
-        "place and 0 is none; undefined where the true shadow is faint.",
+        "|1 - shadow strength|, undefined where the true shadow is faint.",
         shadow_error,
     ),
 }

@@ -136,8 +136,8 @@ def score_scene(config: Evaluate, scored: Scored, seen: list[Seen]) -> None:
         scored.by_item["slot_adherence"] = map_values(mean_or_nan, values)
 
 
-def is_lower_better(measure: str) -> bool:
-    """The direction of a measure, of one picture or of a set."""
+def is_lower_better(measure: str) -> bool | None:
+    """The direction of a measure, of one picture or of a set; None where it has none."""
     if measure in MEASURES:
         return MEASURES[measure].lower_is_better
     return not measure.startswith(LARGER_IS_BETTER)
@@ -183,7 +183,10 @@ def comparisons(scored: list[Scored]) -> Json:
     for other in scored[1:]:
         rows: dict[str, Comparison] = {}
         for measure, values in scored[0].by_item.items():
-            compared = compare(values, other.by_item.get(measure, {}), is_lower_better(measure))
+            direction = is_lower_better(measure)
+            if direction is None:
+                continue
+            compared = compare(values, other.by_item.get(measure, {}), direction)
             if compared:
                 rows[measure] = compared
         found[f"{scored[0].system.name} against {other.system.name}"] = map_values(asdict, rows)

@@ -15,6 +15,7 @@ from packshot.generate.report import picture, write_page
 from packshot.lists import column
 
 WORST = 4  # pictures shown for each measure
+BETTER = {True: "lower", False: "higher", None: "–"}
 
 
 def write_trial_report(folder: Path, report: Json, items: list[Item], systems: list[System]) -> None:
@@ -44,7 +45,7 @@ def measures_table(report: Json) -> str:
     parts = ["<table>", row("th", ["measure", "better", *systems])]
     for name in report["definitions"]:
         cells = [cell(found, name) for found in systems.values()]
-        parts.append(row('td class="n"', [name, "lower" if report["lower_is_better"][name] else "higher", *cells]))
+        parts.append(row('td class="n"', [name, BETTER[report["lower_is_better"][name]], *cells]))
     missing = map(len, column(systems.values(), "missing"))
     parts.append(row('td class="n"', ["items without a picture", "lower", *map(str, missing)]))
     return "".join([*parts, "</table>"])
@@ -74,8 +75,11 @@ def comparison_table(title: str, compared: Json) -> str:
 def worst_cases(folder: Path, report: Json, items: Mapping[str, Item], system: System) -> Iterator[str]:
     """For every measure of one picture, the items that are worst, each beside its photograph and, if known, truth."""
     for name, values in report["systems"][system.name]["by_item"].items():
+        direction = report["lower_is_better"][name]
+        if direction is None:
+            continue
         figures = ""
-        for item in worst(values, report["lower_is_better"][name], WORST):
+        for item in worst(values, direction, WORST):
             figures += figure(folder, system.pictures[item][0].file, f"{item}: {number(values[item])}")
             for beside in ("photo", "truth"):
                 if beside in items[item].pictures:
