@@ -1,10 +1,12 @@
 """Curation: backgrounds that are not empty, text, near-duplicates by embedding; each leaves out that and no more."""
 
+import importlib.util
 import io
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from onnx_fixtures import coarse_colours, colour_detector
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 from packshot.config.compose import compose
@@ -166,3 +168,99 @@ def test_similarity_is_that_of_all_pairs(monkeypatch, width):
     assert sum(value >= 0.9 for _, value in found) > 40
     assert find_similar([], 0.9) == []
     assert to_levels(np.zeros(3)) == b"\0\0\0"
+
+
+CLASSES = ["FACE_FEMALE", "FEMALE_BREAST_EXPOSED", "CAT"]  # as sure as a picture is red, green and blue
+
+
+def of_colour(folder, name, colour, share):
+    """A wall with a patch of a colour over a share of its height."""
+    image = wall(sum(colour))
+    image.paste(colour, (0, 0, image.width, round(share * image.height)))
+    image.save(folder / f"{name}.png")
+
+
+def test_faces_and_nudity_are_left_out_each_by_its_key(folder, tmp_path, capsys):
+    """The letterbox of a wide picture is black, so a mean counts by the share of the square."""
+    of_colour(folder, "red", (255, 0, 0), 0.9)
+    of_colour(folder, "green", (0, 255, 0), 0.9)
+    of_colour(folder, "blue", (0, 0, 255), 0.9)
+    detector = colour_detector(tmp_path / "d.onnx", CLASSES)
+    keys = ["quality.min_sharpness=0", f"curation.detector={detector}", "curation.max_face=0.5"]
+    rows, left = run(folder, tmp_path / "faces", *keys)
+    assert set(rows) == {"green.png", "blue.png"}
+    assert left["red.png"]["reason"] == "face"
+    assert float(left["red.png"]["measure"].split()[1]) == pytest.approx(0.75 * 0.95, abs=0.03)
+    assert "curation.max_face=0.5" in capsys.readouterr().err
+    rows, left = run(folder, tmp_path / "both", *keys, "curation.max_nudity=0.5")
+    assert {name: row["reason"] for name, row in left.items()} == {"red.png": "face", "green.png": "nudity"}
+    assert rows["blue.png"]["face_confidence"] < 0.1
+    assert rows["blue.png"]["nudity_confidence"] < 0.1
+    page = (tmp_path / "both" / "report.html").read_text()
+    for reason in ("face", "nudity"):
+        heading = page.index(f"<h2>Left out: {reason} (1)</h2>")
+        assert page.index('<img alt="" src="data:image/', heading) < page.index("</figure>", heading)
+    assert MEASURES["nudity"].about in page
+
+
+@pytest.mark.parametrize(
+    ("names", "key", "words"),
+    [
+        (["CAT", "DOG", "CUP"], "max_face", "needs a detector of face, and curation.detector=.* knows CAT, DOG, CUP"),
+        (["FACE", "CAT", "DOG"], "max_nudity", "needs a detector of nudity, and .* knows FACE, CAT, DOG"),
+        (["FACE", "CAT"], "max_face", r"names 2 classes and gives an output of shape \(1, 7, 1\)"),
+        ([], "max_face", "names 0 classes"),
+    ],
+)
+def test_a_detector_of_other_things_is_refused(folder, tmp_path, names, key, words):
+    wall(0).save(folder / "0.png")
+    detector = colour_detector(tmp_path / "d.onnx", names)
+    with pytest.raises(ConfigError, match=words):
+        run(folder, tmp_path / "out", f"curation.{key}=0.5", f"curation.detector={detector}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_licence_in_a_detector_counts(folder, tmp_path):
+    wall(0).save(folder / "0.png")
+    keys = [f"curation.detector={colour_detector(tmp_path / 'd.onnx', CLASSES)}", "curation.max_face=0.9"]
+    commercial = ["licenses.commercial=true", "source.license=CC0-1.0"]
+    with pytest.raises(ConfigError, match=r"curation\.detector=.* is under 'GPL-9'"):
+        run(folder, tmp_path / "out", *keys, *commercial)
+    rows, _ = run(folder, tmp_path / "out", *keys, *commercial, 'licenses.allowed=["GPL-9"]')
+    assert list(rows) == ["0.png"]
+
+
+def test_a_missing_detector_names_the_extra(folder, tmp_path, monkeypatch):
+    wall(0).save(folder / "0.png")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"packshot\[safety\]"):
+        run(folder, tmp_path / "out", "curation.max_face=0.5")
+
+
+def test_nudenet_sees_the_astronaut_and_no_cup(folder, tmp_path):
+    if importlib.util.find_spec("nudenet") is None:
+        pytest.skip("the extra safety is not installed: pip install 'packshot[safety]'")
+    data = pytest.importorskip("skimage.data")
+    for name in ("astronaut", "coffee", "rocket", "chelsea"):
+        Image.fromarray(getattr(data, name)()).save(folder / f"{name}.png")
+    rows, left = run(folder, tmp_path / "out", "curation.max_face=0.4", "curation.max_nudity=0.4")
+    assert {name: row["reason"] for name, row in left.items()} == {"astronaut.png": "face"}
+    assert set(rows) == {"coffee.png", "rocket.png", "chelsea.png"}
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_an_onnx_file_can_be_the_encoder(folder, tmp_path, tokens):
+    """A turned crop of a scene has nearly its colours; of a sequence of tokens the first counts."""
+    scenes = renders("image", 3)
+    for number, image in enumerate(scenes):
+        image.save(folder / f"{number}.png")
+    scenes[1].rotate(2).crop((4, 4, 124, 124)).save(folder / "9.png")
+    encoder = coarse_colours(tmp_path / "encoder.onnx", tokens=tokens)
+    keys = ["curation.max_similarity=0.97", f"curation.encoder={encoder}"]
+    rows, left = run(folder, tmp_path / "out", *keys)
+    assert set(rows) == {"0.png", "1.png", "2.png"}
+    assert left["9.png"]["measure"].split()[1] == rows["1.png"]["id"]
+    before = (tmp_path / "out" / "steps" / "embedding" / "00000.parquet").stat().st_mtime_ns
+    again = coarse_colours(tmp_path / "moved.onnx", tokens=tokens)
+    run(folder, tmp_path / "out", keys[0], f"curation.encoder={again}", "run.resume=true")
+    assert (tmp_path / "out" / "steps" / "embedding" / "00000.parquet").stat().st_mtime_ns == before

@@ -37,7 +37,7 @@ def read_corrections(path: Path, known: set[str]) -> dict[str, str]:
     """
     try:
         text, encoding = decode_text(path.read_bytes())
-        lines = csv_rows(text)
+        lines = csv_rows(text, ["corrected"])
     except (OSError, EncodingError, csv.Error) as error:
         raise ConfigError(
             f"data.corrections={path} cannot be read ({error}).", "Save it as CSV UTF-8; task=review writes it."

@@ -79,6 +79,23 @@ class CurationConfig:
         min=0,
         max=1,
     )
+    max_face: float | None = opt(
+        None,
+        "reject pictures in which curation.detector sees a face with more than this confidence; null: do not look",
+        min=0,
+        max=1,
+    )
+    max_nudity: float | None = opt(
+        None,
+        "reject pictures in which curation.detector sees nudity with more than this confidence; null: do not look",
+        min=0,
+        max=1,
+    )
+    detector: str | None = opt(
+        None,
+        "detector of curation.max_face and max_nudity: an ONNX file of Ultralytics' YOLO; null: NudeNet's, which the "
+        "extra safety installs",
+    )
     max_similarity: float | None = opt(
         None,
         "reject pictures whose embedding has this cosine with an earlier one, or a larger one; null: do not compare",

@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ _MARKS = (
 )
 
 
+# Columns and keys in which people keep captions, in any case; the first that is there counts.
+CAPTION_COLUMNS = ("text", "caption", "prompt", "description", "captions", "txt", "alt", "alt_text")
 _CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1f]")
 
 
@@ -51,7 +53,10 @@ def decode_text(data: bytes) -> tuple[str, str]:
     except UnicodeDecodeError:
         if _CONTROL.search(data):
             raise EncodingError("not text: it has control characters") from None
-        return decoded(data, "windows-1252"), "windows-1252"
+        text = decoded(data, "windows-1252")
+        if len(re.findall(r"[^\x00-\x7f]", text)) > max(8, 0.4 * len(text)):  # of Western text a tenth at most
+            raise EncodingError("in an encoding that cannot be told; save it as UTF-8") from None
+        return text, "windows-1252"
 
 
 def decoded(data: bytes, encoding: str) -> str:
@@ -82,16 +87,31 @@ def clean(text: str) -> str:
     return text.replace("\0", "").replace("\r\n", "\n").strip()
 
 
-def csv_rows(text: str) -> list[dict[str, str]]:
-    """Rows under the names of the first line; the separator is the one that the first line has most of."""
+def csv_rows(text: str, texts: Sequence[str] = CAPTION_COLUMNS) -> list[dict[str, str]]:
+    """Rows under the names of the first line; the separator is the one that the first line has most of.
+
+    What a row has beyond the last column belongs to that one if it is one of ``texts``: people write commas in captions
+    without quotes.
+
+    Raises:
+        csv.Error: a row has more cells than columns, and the last column is another one.
+    """
     if text.lower().startswith("sep="):  # a hint that Excel writes
         text = text.partition("\n")[2]
     header = text.partition("\n")[0]
     separator = max(",;\t|", key=header.count)
     rows = []
-    for row in csv.DictReader(io.StringIO(text, newline=None), delimiter=separator):
-        row.pop(None, None)  # type: ignore[call-overload]  # cells beyond the header
-        rows.append({name.strip(): value for name, value in row.items() if name})
+    reader = csv.DictReader(io.StringIO(text, newline=None), restkey="", delimiter=separator)
+    for row in reader:
+        beyond = row.pop("", None) or []
+        cells = {name.strip(): value for name, value in row.items() if name}
+        if isinstance(beyond, list) and any(map(str.strip, beyond)):
+            last = list(cells)[-1]
+            if last.lower() not in texts:
+                quoted = f"put a cell that holds {separator!r} in quotes"
+                raise csv.Error(f"line {reader.line_num} has more cells than the {len(cells)} columns; {quoted}")
+            cells[last] = separator.join([cells[last], *beyond])
+        rows.append(cells)
     return rows
 
 
@@ -184,6 +204,6 @@ def read_records(path: Path, key: str) -> list[dict[str, Any]]:
     """
     try:
         text, _ = decode_text(path.read_bytes())
-    except (OSError, EncodingError) as error:
+        return json_rows(text, f"{key}={path}") if path.suffix in (".jsonl", ".ndjson") else csv_rows(text)
+    except (OSError, EncodingError, csv.Error) as error:
         raise ConfigError(f"{key}={path} cannot be read ({error}).", "Expected a table, .csv or .jsonl.") from error
-    return json_rows(text, f"{key}={path}") if path.suffix in (".jsonl", ".ndjson") else csv_rows(text)

@@ -5,6 +5,7 @@ A measure is a row of :data:`MEASURES`: its step, its column, its key and its re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from PIL import Image
 from packshot.config.make_dataset import BuildData
 from packshot.dataset.similar import find_similar, to_levels
 from packshot.imaging.decode import flatten
+from packshot.imaging.detector import FACES, KEY, NUDITY, detector_file, require_classes, surest
 from packshot.imaging.embedding import MINI_ENCODER, embed, load_encoder
 from packshot.imaging.mask_networks import foreground_share, load_network
 from packshot.imaging.text_share import text_share
@@ -25,6 +27,7 @@ from packshot.make_dataset.steps import PICTURE, network_identity
 from packshot.pipeline import Outcome, Step
 from packshot.pipeline.step import Sample
 from packshot.runs.files import file_sha256, folder_hash, readable
+from packshot.runs.licenses import refuse_source
 
 SIMILARITY = "nearest_similarity"
 
@@ -53,6 +56,26 @@ class MeasureRow:
         return getattr(config.curation, self.key)
 
 
+def detected(name: str, key: str, reason: str, wanted: re.Pattern[str], what: str) -> MeasureRow:
+    """The measure of a class of things that ``curation.detector`` finds. wanted: of the names of its classes."""
+
+    def load(config: BuildData) -> None:
+        file = detector_file(config.curation.detector)
+        refuse_source(config.licenses, KEY, str(file))
+        require_classes(file, wanted, f"curation.{key}")
+
+    return MeasureRow(
+        name,
+        key,
+        f"{name}_confidence",
+        reason,
+        f"confidence of a detector that the picture shows {what}",
+        lambda image, config: surest(image, detector_file(config.curation.detector), wanted),
+        load,
+        lambda config: {"detector": file_sha256(detector_file(config.curation.detector))},
+    )
+
+
 _ROWS = (
     MeasureRow(
         "foreground",
@@ -72,6 +95,8 @@ _ROWS = (
         "share of the picture under boxes around lines of text",
         lambda image, config: text_share(image),
     ),
+    detected("face", "max_face", "face", FACES, "a face"),
+    detected("nudity", "max_nudity", "nudity", NUDITY, "nudity"),
 )
 MEASURES: dict[str, MeasureRow] = by_name(_ROWS)
 # The columns of all measures in words.

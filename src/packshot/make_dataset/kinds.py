@@ -27,7 +27,7 @@ from packshot.render import blender_pool
 # Paths, of which a card that is published names the last part only: the rest is the layout of a disk or a bucket.
 _PLACES = (
     ("source", "path"), ("source", "masks"), ("matte", "model"), ("depth", "onnx"),
-    ("captioner", "adapter"), ("curation", "encoder"),
+    ("captioner", "adapter"), ("curation", "encoder"), ("curation", "detector"),
 )  # fmt: skip
 # Keys of the source that decide how it is reached.
 _NOT_SHAPING = ("downloads", "download_seconds", "download_mib", "download_retries")

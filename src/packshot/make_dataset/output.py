@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL.Image import Image
 
+from packshot.config.make_dataset import BuildData
 from packshot.lists import in_words, select
 from packshot.make_dataset import card as cards
 from packshot.make_dataset import curation
@@ -43,6 +45,22 @@ MEANING = {
     "caption_origin": "source: a person's caption; else the captioner that wrote it; empty when there is none",
     "captions": "all captions, where there are several; text is the first, and training draws one at each access",
     "repeats": "how often training should see the image in an epoch",
+}
+
+# The keys that decide about reasons, those of curation aside.
+DECIDED_BY = {
+    "too_small": "quality.min_side",
+    "too_many_pixels": "quality.max_pixels",
+    "blurred": "quality.min_sharpness",
+    "near_duplicate": "quality.duplicate_distance",
+    "duplicate": "quality.duplicate_distance",
+    "similar": "curation.max_similarity",
+    "license": "licenses.commercial",
+    "caption_names_product": "captions.product",
+    "no_mask": "source.without_mask",
+    "no_product": "matte.min_confidence",
+    "needs_review": "matte.strict",
+    "mask_in_doubt": "matte.strict",
 }
 
 
@@ -100,14 +118,18 @@ def count_reasons(rows: Sequence[Sample], kept: bool) -> dict[str, int]:
     return cards.count(row["reason"] for row in rows if row["kept"] is kept)
 
 
-def reason_counts(report: Report, steps: Sequence[Step]) -> list[str]:
-    """A line on what was left out and one on remarks, by reason, each only where there are any."""
+def reason_counts(report: Report, steps: Sequence[Step], config: BuildData) -> list[str]:
+    """A line on what was left out and one on remarks, by reason with the key that decides, only where there are any."""
     rows = rejected_rows(report, steps)
+    keys = {**DECIDED_BY, **{row.reason: f"curation.{row.key}" for row in curation.MEASURES.values()}}
     lines = []
     for kept, what in ((False, "left out"), (True, "kept with a remark")):
-        counts = count_reasons(rows, kept)
+        counts = {}
+        for reason, number in count_reasons(rows, kept).items():
+            key = keys.get(reason)
+            counts[f"{reason} ({key}={attrgetter(key)(config)})" if key else reason] = number
         if counts:
-            lines.append(f"{what}: {in_words(counts)} (rejected.parquet has each with its measure)")
+            lines.append(f"{what}: {in_words(counts)}; rejected.parquet has each with its measure")
     return lines
 
 

@@ -62,7 +62,7 @@ def build_held(config: BuildData, recipe: Recipe) -> None:
         tracker.log(map_values(float, line), 0)
     else:
         log.info("everything was done already")
-    for note in [*recipe.notes(config, report), *reason_counts(report, steps)]:
+    for note in [*recipe.notes(config, report), *reason_counts(report, steps, config)]:
         log.info(note)
     log.info("look at %s", page)
     log.info(

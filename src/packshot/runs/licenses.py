@@ -45,20 +45,23 @@ def allows(licenses: LicenseConfig, name: str | None) -> bool:
 
 def refuse_weights(config: Licensed) -> None:
     """Raises ConfigError for the first weights in a config whose licence the profile does not accept."""
-    licenses = config.licenses
-    if not licenses.commercial:
+    if config.licenses.commercial:
+        for key, source in named_weights(config):
+            refuse_source(config.licenses, key, source)
+
+
+def refuse_source(licenses: LicenseConfig, key: str, source: str) -> None:
+    """Raises ConfigError where the profile does not accept the licence of the weights that ``key`` names."""
+    if not licenses.commercial or source in licenses.allowed:
         return
-    for key, source in named_weights(config):
-        if source in licenses.allowed:
+    for name in weights_licenses(source) or [None]:
+        if allows(licenses, name):
             continue
-        for name in weights_licenses(source) or [None]:
-            if allows(licenses, name):
-                continue
-            problem = f"is under {name!r}, which is not known to allow commercial use" if name else "names no licence"
-            raise ConfigError(
-                f"{key}={source} {problem} (licenses.commercial=true).",
-                f"If you know that it does: 'licenses.allowed=[\"{name or source}\"]'. Otherwise name other weights.",
-            )
+        problem = f"is under {name!r}, which is not known to allow commercial use" if name else "names no licence"
+        raise ConfigError(
+            f"{key}={source} {problem} (licenses.commercial=true).",
+            f"If you know that it does: 'licenses.allowed=[\"{name or source}\"]'. Otherwise name other weights.",
+        )
 
 
 def refuse_rows(licenses: LicenseConfig, key: str, path: str, names: Iterable[str]) -> None:
@@ -83,6 +86,8 @@ def weights_licenses(source: str) -> list[str]:
     path = resolve(source)
     if not path.exists():
         return licenses_of_card("/".join(source.partition("@")[0].split("/")[:2]))  # the card is the repository's
+    if path.suffix == ".onnx" and (own := license_of_onnx(path)):
+        return [own]
     folder = path if path.is_dir() else path.parent
     for place in (folder, folder.parent):  # the card of a part of a model, or of one of several ControlNets, is above
         if (place / "data.json").is_file():
@@ -90,6 +95,17 @@ def weights_licenses(source: str) -> list[str]:
         if (place / "README.md").is_file():
             return licenses_of_card(place / "README.md")
     return []
+
+
+def license_of_onnx(file: Path) -> str | None:
+    """The licence that an ONNX file's metadata names; None without one, or where the file is no ONNX model."""
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    except Exception:  # onnxruntime has no common base for its errors; whoever needs the model refuses it
+        return None
+    return session.get_modelmeta().custom_metadata_map.get("license")
 
 
 def licenses_of_export(file: Path) -> list[str]:

@@ -15,6 +15,7 @@ from packshot.config.schema import SourceConfig
 from packshot.config.sources import SOURCES, conventions
 from packshot.errors import ConfigError, PackshotError
 from packshot.make_dataset.sources.base import Item, Listing, Raw, by_extension
+from packshot.make_dataset.sources.files import is_archive, unread_reason
 from packshot.make_dataset.sources.walk import list_files
 
 _TRIES = 4  # with 1, 2 and 4 seconds between them
@@ -66,6 +67,9 @@ def list_items(source: SourceConfig, cache: str = "") -> tuple[list[Item], list[
             f"source.path={source.path} cannot be read: {type(error).__name__}: {str(error)[:200]}.",
             "Check the address, the network and your rights there.",
         ) from error
+    for path in listing.paths:
+        if is_archive(path):
+            listing.unread.add(unread_reason(path), listing.inside(path))
     kinds = by_extension(listing.paths) or "none that can be read"
     raise ConfigError(
         f"source.path={source.path} holds no image ({len(listing.paths)} files: {kinds}).",

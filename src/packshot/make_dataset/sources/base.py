@@ -11,14 +11,18 @@ from typing import Any
 import fsspec
 
 from packshot.dataset.rows import CAPTIONS
+from packshot.dataset.text_files import CAPTION_COLUMNS
 from packshot.dataset.walk import Unread
 from packshot.errors import ConfigError
 from packshot.lists import in_words
 
 Item = dict[str, Any]
-# Columns and keys in which people keep captions, the first that is there counts; source.caption_column comes before.
-CAPTION_COLUMNS = ("text", "caption", "prompt", "description", "captions", "TEXT", "alt")
-LICENSE_COLUMNS = ("license", "licence", "LICENSE")
+LICENSE_COLUMNS = ("license", "licence")
+# Columns of tables that name files.
+FILE_COLUMNS = (
+    "file_name", "filename", "file", "path", "filepath", "file_path", "image_path", "img_path", "image", "img",
+    "image_file", "image_name", "img_name",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,12 @@ def read_place(place: str) -> bytes:
 
 
 def first_of(names: tuple[str, ...], values: Mapping[str, object], chosen: str | None = None) -> str | None:
-    """The first of the names that the values have; ``chosen`` comes before them."""
+    """The first of the names that the values have, in lower case or any; ``chosen`` comes before them."""
     for name in (chosen, *names) if chosen else names:
         if name in values:
             return name
-    return None
+    lowered = {str(name).strip().lower(): name for name in values}
+    return next(filter(None, map(lowered.get, names)), None)
 
 
 def text_of(value: object) -> str:
@@ -144,6 +149,25 @@ def check_caption_column(key: str | None, columns: list[str], where: str) -> Non
         raise ConfigError(
             f"source.caption_column={key}: {where} has no such column.", f"Its columns: {', '.join(columns)}."
         )
+
+
+def no_captions(where: str, columns: list[str], chosen: str | None) -> list[str]:
+    """A line for the screen on a table without a column of captions, where it has columns that might be one."""
+    other = [name for name in columns if str(name).lower() not in (*FILE_COLUMNS, *LICENSE_COLUMNS)]
+    if not other or chosen or first_of(CAPTION_COLUMNS, dict.fromkeys(columns)):
+        return []
+    return [
+        f"{where} has no column of captions, but {', '.join(map(str, other))}: source.caption_column=<name> reads one"
+    ]
+
+
+def with_captions(known: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """A described row with the captions of a further row on the same picture."""
+    texts: list[str] = []
+    for described in (known, row):
+        texts += described[CAPTIONS] or filter(None, [described["text"]])
+    texts = list(dict.fromkeys(texts))
+    return {**known, "text": texts[0] if texts else "", CAPTIONS: tuple(texts) if len(texts) > 1 else ()}
 
 
 def caption_count(captioned: int, images: int) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -17,6 +18,7 @@ from packshot.errors import ConfigError
 from packshot.imaging.files import IMAGE_SUFFIXES, is_image, pair_masks
 from packshot.lists import in_words, map_values
 from packshot.make_dataset.sources.base import (
+    FILE_COLUMNS,
     Item,
     Listing,
     Raw,
@@ -24,15 +26,18 @@ from packshot.make_dataset.sources.base import (
     check_caption_column,
     described_row,
     first_of,
+    no_captions,
     read_place,
+    with_captions,
 )
+from packshot.make_dataset.sources.names import Names, fold
 from packshot.make_dataset.sources.reviewed import looked_at
 from packshot.make_dataset.sources.tabular import columns_of, is_table_file, read_rows
 from packshot.make_dataset.sources.walk import open_path
 
 CAPTION_SUFFIXES = (".txt", ".caption")
-FILE_COLUMNS = ("file_name", "filename", "file", "image", "path", "image_path")
 TABLE_NAMES = ("metadata", "_metadata", "captions")
+_BY_CONTENT = (".json", ".csv", ".tsv", ".jsonl", ".ndjson")  # tables under any other name
 _REPEATS = re.compile(r"([1-9]\d{0,2})_.+")  # kohya's folders: "10_sks bottle"; a year has four digits
 
 
@@ -56,10 +61,11 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
     if not listing.whole:  # behind a glob or a lone file, what lies next to the images was not listed
         known |= neighbours(listing, images)
     tables = metadata_rows(listing, known, images, source)
+    texts = CaptionFiles(known, images)
     used: set[str] = {*images, *tables.files}
     items = []
     for path, name in zip(images, names, strict=True):
-        item = file_item(listing, path, known, source)
+        item = file_item(listing, path, known, texts.of(path), source)
         item["described"] = tables.rows.get(path, {})
         item["mask"] = masks.get(name)
         if item["json"] and item["json"].startswith("/"):
@@ -94,41 +100,63 @@ class Metadata:
 def metadata_rows(listing: Listing, known: set[str], images: Sequence[str], source: SourceConfig) -> Metadata:
     """The rows of the tables that describe images; file names are relative to the table's folder.
 
-    Tables are every ``metadata.jsonl``, ``.csv`` or ``.parquet``, and each .json that names an image and lies next to
-    none of its name. Of an image that several describe, a row of .json counts least.
+    Tables are every ``metadata.jsonl``, ``.csv`` or ``.parquet`` (:data:`TABLE_NAMES`), and each .json, .csv, .tsv or
+    .jsonl that names an image and lies next to none of its name. Of an image that several describe, a row of
+    ``metadata`` counts most.
 
     Raises:
         ConfigError: a table is damaged, or has no column of file names or none named ``source.caption_column``.
     """
     found = Metadata()
-    names = {os.path.splitext(path)[0]: path for path in images}
-    names |= {path: path for path in images}
+    names = Names(images)
+    stems = {os.path.splitext(path)[0] for path in images}
+    tables = []
     for path in sorted(known):
-        if path.lower().endswith(".json") and path[: -len(".json")] not in names:
+        stem, suffix = os.path.splitext(path)
+        meant = PurePosixPath(stem).name in TABLE_NAMES
+        if (meant and is_table_file(path)) or (meant and suffix == ".txt" and stem not in stems):
+            tables.append(path)
+        elif stem not in stems and suffix.lower() in _BY_CONTENT:
             add_document(found, listing, path, names, source)
-    for path in sorted(known):
-        if PurePosixPath(path).stem in TABLE_NAMES and is_table_file(path):
-            add_table(found, listing, path, known, source)
+    for path in tables:
+        add_table(found, listing, path, names, source)
     return found
 
 
-def add_table(found: Metadata, listing: Listing, path: str, known: set[str], source: SourceConfig) -> None:
-    """The rows of one table; those that name no file are counted."""
-    rows = read_rows(listing.place(path))
+def add_table(found: Metadata, listing: Listing, path: str, names: Names, source: SourceConfig) -> None:
+    """The rows of one table; those that name no image are counted. A .txt without a column of files is none."""
+    rows, notes = read_rows(listing.place(path))
+    key = first_of(FILE_COLUMNS, rows[0]) if rows else None
+    if path.endswith(".txt") and key is None:
+        return
     found.files.append(path)
+    listing.notes.extend(notes)
     if not rows:
         return
-    key = first_of(FILE_COLUMNS, rows[0])
     if key is None:
         raise ConfigError(f"source.path: {path} has no column file_name.", f"Its columns: {', '.join(rows[0])}.")
     check_caption_column(source.caption_column, list(rows[0]), listing.named(path))
+    listing.notes.extend(no_captions(listing.named(path), list(rows[0]), source.caption_column))
+    described, absent = described_images(rows, path, names, source)
+    found.rows |= described
+    note_absent(listing, path, absent if listing.whole else 0, len(rows))
+
+
+def described_images(
+    rows: Sequence[Mapping[str, object]], path: str, names: Names, source: SourceConfig
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """What the rows of a table say, by image, and how many name none; several rows of an image join their captions."""
     folder = path.rpartition("/")[0]
+    described: dict[str, dict[str, Any]] = {}
     absent = 0
     for row in rows:
-        image = f"{folder}/{row[key]}".replace("/./", "/")
-        absent += listing.whole and image not in known
-        found.rows[image] = described_row(row, source.caption_column)
-    note_absent(listing, path, absent, len(rows))
+        image = names.find(folder, str(row.get(first_of(FILE_COLUMNS, row) or "") or ""))
+        if image is None:
+            absent += 1
+            continue
+        told = described_row(row, source.caption_column)
+        described[image] = with_captions(described[image], told) if image in described else told
+    return described, absent
 
 
 def note_absent(listing: Listing, path: str, absent: int, rows: int) -> None:
@@ -137,38 +165,46 @@ def note_absent(listing: Listing, path: str, absent: int, rows: int) -> None:
         listing.notes.append(f"{listing.named(path)}: {absent} of {rows} rows name a file that is not there")
 
 
-def add_document(found: Metadata, listing: Listing, path: str, names: dict[str, str], source: SourceConfig) -> None:
-    """The rows of one .json, if it describes images; a name may lack its ending, as kohya's tools write it.
-
-    names: the images by their path and by their path without ending.
-    """
+def add_document(found: Metadata, listing: Listing, path: str, names: Names, source: SourceConfig) -> None:
+    """The rows of one .json, .csv, .tsv or .jsonl of any name, if it describes images."""
     meant = PurePosixPath(path).stem in TABLE_NAMES
     try:
-        rows = read_rows(listing.place(path))
+        rows, notes = read_rows(listing.place(path))
     except ConfigError:
         if meant:
             raise
         return
-    folder = path.rpartition("/")[0]
-    described: dict[str, dict[str, object]] = {}
-    for row in rows:
-        name = str(row.get(first_of(FILE_COLUMNS, row) or "") or "")
-        place = os.path.normpath(name if name.startswith("/") else f"{folder}/{name}")
-        image = names.get(place)
-        if image:
-            described[image] = described_row(row, source.caption_column)
+    described, absent = described_images(rows, path, names, source)
     if described or meant:
         check_caption_column(source.caption_column, columns_of(rows), listing.named(path))
+        notes += no_captions(listing.named(path), columns_of(rows), source.caption_column)
+        listing.notes.extend(notes)
         found.files.append(path)
         found.rows |= described
-        note_absent(listing, path, len(rows) - len(described), len(rows))
+        note_absent(listing, path, absent, len(rows))
 
 
-def file_item(listing: Listing, path: str, known: set[str], source: SourceConfig) -> Item:
-    """Where the parts of one image's sample lie."""
+class CaptionFiles:
+    """The text files next to images: of the same name, or where no other image claims it of the same but for case."""
+
+    def __init__(self, known: set[str], images: Sequence[str]) -> None:
+        self._known = known
+        self._folded = {fold(path): path for path in known if path.lower().endswith(CAPTION_SUFFIXES)}
+        self._images = Counter(fold(os.path.splitext(path)[0]) for path in images)
+
+    def of(self, image: str) -> str | None:
+        """The caption file of an image."""
+        stem = os.path.splitext(image)[0]
+        candidates = [f"{name}{suffix}" for suffix in CAPTION_SUFFIXES for name in (image, stem)]
+        exact = next(filter(self._known.__contains__, candidates), None)
+        if exact or self._images[fold(stem)] > 1:
+            return exact
+        return next(filter(None, map(self._folded.get, map(fold, candidates))), None)
+
+
+def file_item(listing: Listing, path: str, known: set[str], text: str | None, source: SourceConfig) -> Item:
+    """Where the parts of one image's sample lie. text: its caption file."""
     stem = str(PurePosixPath(path).with_suffix(""))
-    candidates = [f"{name}{suffix}" for suffix in CAPTION_SUFFIXES for name in (path, stem)]
-    text = next(filter(known.__contains__, candidates), None)
     described = f"{stem}.json" if f"{stem}.json" in known else None
     return {
         "name": listing.named(path),
@@ -218,11 +254,18 @@ def has_text(item: Item) -> bool:
     return bool(item["json"])
 
 
+def is_archive(path: str) -> bool:
+    """Whether a file has the name of an archive that is not read."""
+    return path.lower().endswith((".zip", ".rar", ".7z"))
+
+
 def unread_reason(path: str) -> str:
     """Why nothing reads a file of the folder."""
     suffix = PurePosixPath(path).suffix.lower()
     if suffix in (".jxl", ".psd", ".svg", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".exr", ".eps", ".pdf"):
         return f"{suffix} is a format that is not supported"
+    if is_archive(path):
+        return f"{suffix} is an archive: unpack it"
     if suffix in CAPTION_SUFFIXES:
         return "captions without an image of their name"
     return f"{suffix or 'no ending'}: neither an image nor its caption"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,20 +13,23 @@ from packshot.errors import ConfigError
 from packshot.imaging.files import is_image
 from packshot.lists import column
 from packshot.make_dataset.sources.base import (
+    FILE_COLUMNS,
     Item,
     Listing,
     Raw,
     caption_count,
     check_caption_column,
     described_row,
+    first_of,
+    no_captions,
     read_place,
+    with_captions,
 )
 from packshot.make_dataset.sources.downloads import DownloadError, fetch, forget_failures
 from packshot.make_dataset.sources.tables import refuse_masks
 from packshot.make_dataset.sources.tabular import columns_of, is_table_file, read_rows
 
-FILE_COLUMNS = ("file_name", "filename", "file", "path", "filepath", "image_path", "image", "img", "image_file")
-URL_COLUMNS = ("url", "URL", "image_url", "img_url", "link", "image")
+URL_COLUMNS = ("url", "image_url", "img_url", "link")
 CHECKSUMS = ("sha256", "md5")
 
 
@@ -57,10 +61,12 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
 
 def list_rows(listing: Listing, path: str, source: SourceConfig) -> list[Item]:
     """The items of one table."""
-    items: list[Item] = []
-    rows = read_rows(listing.place(path))
+    items: dict[tuple[str, ...], Item] = {}
+    rows, notes = read_rows(listing.place(path))
     if rows:
         check_caption_column(source.caption_column, columns_of(rows), listing.named(path))
+        columns = [name for name in columns_of(rows) if name.lower() not in (*URL_COLUMNS, *CHECKSUMS)]
+        notes += no_captions(listing.named(path), columns, source.caption_column)
     for number, row in enumerate(rows):
         target = target_of(row)
         if target is None:
@@ -69,33 +75,51 @@ def list_rows(listing: Listing, path: str, source: SourceConfig) -> list[Item]:
                 f"{URL_COLUMNS[0]}.",
                 f"Its columns: {', '.join(row)}.",
             )
-        url = target.startswith(("http://", "https://"))
-        place = target if "://" in target else str(PurePosixPath(listing.place(path)).parent / target)
-        if "://" in listing.place(path) and "://" not in target:  # relative to a list on a remote store
-            place = f"{listing.place(path).rpartition('/')[0]}/{target}"
+        described = described_row(row, source.caption_column)
+        place = place_of(listing.place(path), target)
         checksums = {name: str(row[name]).lower() for name in CHECKSUMS if row.get(name)}
-        items.append(
-            {
-                "name": f"{listing.named(path)}#{number}",
-                "place": place,
-                "url": url,
-                **described_row(row, source.caption_column),
-                "checksums": checksums,
-                "cache": listing.cache,
-                "limits": {
-                    "seconds": source.download_seconds,
-                    "mebibytes": source.download_mib,
-                    "retries": source.download_retries,
-                },
-            }
+        key = (place, *checksums.values())
+        if key in items:  # lists with a row for each caption
+            items[key] |= with_captions(items[key], described)
+            continue
+        items[key] = {
+            "name": f"{listing.named(path)}#{number}",
+            "place": place,
+            "url": target.startswith(("http://", "https://")),
+            **described,
+            "checksums": checksums,
+            "cache": listing.cache,
+            "limits": {
+                "seconds": source.download_seconds,
+                "mebibytes": source.download_mib,
+                "retries": source.download_retries,
+            },
+        }
+    if len(items) < len(rows):
+        again = len(rows) - len(items)
+        notes.append(
+            f"{listing.named(path)}: {again} of {len(rows)} rows name a picture again; its captions are joined"
         )
-    return items
+    listing.notes.extend(notes)
+    return list(items.values())
+
+
+def place_of(table: str, target: str) -> str:
+    """Where the picture lies that a row names: a URL, or a path relative to its table, also with Windows' slashes."""
+    if "://" in target:
+        return target
+    if "://" in table:  # on a remote store
+        return f"{table.rpartition('/')[0]}/{target}"
+    place = PurePosixPath(table).parent / target
+    if "\\" in target and not os.path.exists(place):
+        place = PurePosixPath(table).parent / target.replace("\\", "/")
+    return str(place)
 
 
 def target_of(row: dict[str, Any]) -> str | None:
     """The file or URL that a row names; a file comes before a URL."""
     for name in (*FILE_COLUMNS, *URL_COLUMNS):
-        value = row.get(name)
+        value = row.get(first_of((name,), row) or "")
         if isinstance(value, str) and value.strip():
             return value.strip()
     return None

@@ -8,7 +8,14 @@ from packshot.config.schema import SourceConfig
 from packshot.errors import ConfigError
 from packshot.lists import ending
 from packshot.make_dataset.sources.base import Item, Listing, Raw, open_place, text_of
-from packshot.make_dataset.sources.tables import column_map, has_several, image_bytes, refuse_masks, row_captions
+from packshot.make_dataset.sources.tables import (
+    column_map,
+    has_several,
+    image_bytes,
+    refuse_masks,
+    row_captions,
+    table_notes,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,7 +54,8 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
         columns = column_map(folder, data.features.arrow_schema, source)
         if not columns["image"]:
             raise ConfigError(f"source.path: {folder} has no column 'image'.", f"Its columns: {data.column_names}.")
-        listing.notes.append(f"{folder}: {len(data)} rows{'' if columns['text'] else ', no column of captions'}")
+        written = list(data[columns["text"]]) if columns["text"] else []
+        listing.notes.extend(table_notes(folder, columns, data.column_names, written, len(data)))
         name = listing.named(path.rpartition("/")[0]).rstrip("/")
         shared = {"place": folder, "columns": columns, "several": has_several(columns, data.features.arrow_schema)}
         for row in range(len(data)):

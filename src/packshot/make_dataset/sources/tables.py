@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,16 +13,18 @@ import pyarrow.parquet as pq
 from packshot.config.schema import SourceConfig
 from packshot.dataset import corrections
 from packshot.dataset.rows import CAPTIONS, is_list
+from packshot.dataset.text_files import CAPTION_COLUMNS
 from packshot.errors import ConfigError
 from packshot.make_dataset.sources.base import (
-    CAPTION_COLUMNS,
     LICENSE_COLUMNS,
     Item,
     Listing,
     Raw,
+    caption_count,
     captions_of,
     check_caption_column,
     first_of,
+    no_captions,
     open_place,
     text_of,
 )
@@ -92,10 +94,20 @@ def table_items(listing: Listing, path: str, source: SourceConfig) -> list[Item]
         columns = column_map(path, parquet.schema_arrow, source)
         count = parquet.metadata.num_rows
         texts = corrected(listing, path, parquet)
-    listing.notes.append(f"{path}: {count} rows{'' if columns['text'] else ', no column of captions'}")
+        written = parquet.read(columns=[columns["text"]])[0].to_pylist() if columns["text"] else []
+    listing.notes.extend(table_notes(path, columns, parquet.schema_arrow.names, written, count))
     shared = {"place": listing.place(path), "columns": columns, "several": has_several(columns, parquet.schema_arrow)}
     name = listing.named(path)
     return [{**shared, "name": f"{name}#{row}", "row": row, "text": texts.get(row)} for row in range(count)]
+
+
+def table_notes(
+    path: str, columns: dict[str, str], names: list[str], written: Sequence[object], rows: int
+) -> list[str]:
+    """Lines for the screen on the captions of a table. columns: that are read. names: of all. written: the captions."""
+    other = [name for name in names if name not in columns.values()]
+    line = caption_count(sum(map(bool, map(text_of, written))), rows)
+    return [f"{path}: {line}", *no_captions(path, [*other, *filter(None, [columns["text"]])], None)]
 
 
 def column_map(path: str, schema: pa.Schema, source: SourceConfig) -> dict[str, str]:

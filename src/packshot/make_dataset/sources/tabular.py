@@ -28,8 +28,8 @@ def columns_of(rows: Sequence[Mapping[str, object]]) -> list[str]:
     return list(dict.fromkeys(chain.from_iterable(rows)))
 
 
-def read_rows(place: str) -> list[dict[str, Any]]:
-    """The rows of a table.
+def read_rows(place: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a table, and a line for the screen where it is not UTF-8.
 
     Raises:
         ConfigError: it is damaged, or in an encoding that cannot be recognised.
@@ -38,10 +38,12 @@ def read_rows(place: str) -> list[dict[str, Any]]:
     try:
         if suffix == ".parquet":
             with open_place(place) as file:
-                return pq.read_table(file).to_pylist()
-        text, _ = decode_text(read_place(place))
+                return pq.read_table(file).to_pylist(), []
+        text, encoding = decode_text(read_place(place))
+        notes = [f"{PurePosixPath(place).name} is not UTF-8: read as {encoding}"] if encoding else []
         if suffix == ".json":
-            return document_rows(text, f"source.path: {place}")
-        return json_rows(text, f"source.path: {place}") if suffix in (".jsonl", ".ndjson") else csv_rows(text)
+            return document_rows(text, f"source.path: {place}"), notes
+        lines = suffix in (".jsonl", ".ndjson")
+        return json_rows(text, f"source.path: {place}") if lines else csv_rows(text), notes
     except (OSError, pa.ArrowException, EncodingError, csv.Error) as error:
         raise ConfigError(f"source.path: {place} cannot be read ({error}).", "Export it again, as UTF-8.") from error

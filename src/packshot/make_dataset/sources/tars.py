@@ -23,6 +23,7 @@ from packshot.make_dataset.sources.packing import open_unpacked
 from packshot.make_dataset.sources.tables import refuse_masks
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+_ROLES = {"image", "mask", "txt", "caption", "json"}  # files of a sample that are read
 _DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError)
 
 
@@ -90,11 +91,12 @@ def tar_items(listing: Listing, path: str, caption_column: str | None) -> list[I
         raise ConfigError(f"source.path: {path} holds no image, only {named}.", "A sample is <key>.jpg with <key>.txt.")
     name = listing.named(path)
     shared = {"place": place, "caption_column": caption_column}
-    for key, spans in shard.samples.items():
-        for kind in set(spans) - {"image", "mask", "txt", "caption", "json"}:
-            shard.leave_out(kind, f"{key}.{kind}")
     items = []
     for key, spans in shard.samples.items():
+        for kind in set(spans) - _ROLES:
+            shard.leave_out(kind, f"{key}.{kind}")
+        if not _ROLES & set(spans):  # a file of the whole shard, such as a table
+            continue
         texts = {"captioned": key in shard.captioned, "several": key in shard.several}
         items.append({**shared, "name": f"{name}#{key}", "spans": spans, **texts})
     return items
@@ -123,6 +125,7 @@ def note_member(shard: Shard, tar: tarfile.TarFile, member: tarfile.TarInfo, sta
             shard.leave_out("hidden or the system's", member.name)
         return
     first, _, kind = place.name.partition(".")
+    kind = kind.lower()
     key = str(place.with_name(first))
     role = "mask" if kind.startswith("mask.") else "image" if is_image(f"x.{kind}") else kind
     spans = shard.samples.setdefault(key, {})
