@@ -58,7 +58,8 @@ def test_a_true_picture_has_no_fault(bed, tmp_path):
     items, several, _ = bed
     found = measured(items[0], several[0].compose(), tmp_path)
     assert found["core_identical_share"] == 1
-    assert found["core_delta_e"] == found["shift"] == found["extended"] == 0
+    assert found["core_delta_e"] == found["shift"] == found["extension"] == 0
+    assert found["growth"] < 0.3
     assert found["halo"] < 0.05
     assert found["shadow_error"] < 0.3
 

@@ -91,7 +91,7 @@ def moved(item):
 # Edit -> (the picture, the measure that is its own)
 EDITS = {
     "recoloured label": (with_label, "core_delta_e"),
-    "grown handle": (with_handle, "extension"),
+    "grown handle": (with_handle, "growth"),
     "moved product": (moved, "shift"),
     "removed shadow": (lambda item: item.compose(shadow=False), "shadow_error"),
 }

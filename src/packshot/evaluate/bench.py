@@ -38,7 +38,7 @@ COLUMNS = {
     "core ΔE": ("core_delta_e", "{:.2f}"),
     "edge ΔE": ("edge_delta_e", "{:.2f}"),
     "halo": ("halo", "{:.3f}"),
-    "extended": ("extended", "{:.1%}"),
+    "growth": ("growth", "{:.3f}"),
     "moved": ("shift", "{:.3f}"),
     "shadow strength": ("shadow_strength", "{:.2f}"),
     "shadow error": ("shadow_error", "{:.3f}"),

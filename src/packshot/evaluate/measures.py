@@ -17,8 +17,9 @@ from packshot.evaluate.results import Picture
 from packshot.generate.color import delta_e
 from packshot.generate.composite import blend
 from packshot.generate.product import core_of
+from packshot.imaging.growth import extends
 from packshot.imaging.matte import unmix
-from packshot.imaging.outline import Segment, compare_size, is_extended, measure_extension
+from packshot.imaging.outline import Segment, compare_size, measure_extension
 
 LOST = 20.0  # mean CIEDE2000 on the core from which a product is taken for another thing
 FEW_PIXELS = 12  # a mean over fewer says nothing
@@ -134,8 +135,9 @@ def extension(trial: Trial) -> float:
     return max(0.0, trial.outline["extension"] - trial.floor)
 
 
-def extended(trial: Trial) -> float:
-    return is_extended(trial.outline["extension"], trial.floor)
+def growth(trial: Trial) -> float:
+    probability = extends(trial.picture_HW3, trial.matte_HW)
+    return nan if probability is None else probability
 
 
 def loss(trial: Trial) -> float:
@@ -283,7 +285,10 @@ MEASURES: dict[str, Measure] = {
         "itself.",
         extension,
     ),
-    "extended": Measure("Share of pictures in which the product is extended (tolerance .05).", extended),
+    "growth": Measure(
+        "Probability, 0 to 1, that the product goes on beyond its mask, by the look of what GrabCut proposes there.",
+        growth,
+    ),
     "loss": Measure("Product area where no object is found, relative to the product.", loss),
     "shift": Measure(
         "How far the product was moved, relative to its height; only for pictures of the photograph's size in which it "
