@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pkgutil import resolve_name
 
@@ -13,12 +13,9 @@ import numpy as np
 from packshot.config.verify import CHECKS
 from packshot.generate.canvas import Canvas
 from packshot.generate.json_types import Json
-from packshot.imaging.footing import floats
-from packshot.imaging.growth import extends
+from packshot.imaging import footing, growth, lettering, repeats
 from packshot.imaging.halo import old_background_left
-from packshot.imaging.lettering import writing
 from packshot.imaging.mask_edge import shrink
-from packshot.imaging.repeats import strongest_repeat
 
 RIM = 3  # px inside the outline where a good matte may be soft
 SMALL_SIDE = 256  # px, longer side at which the background as a whole is judged
@@ -29,17 +26,24 @@ _SQUARE = np.ones((3, 3), np.uint8)
 class Shown:
     """A finished picture and the product in it, on one pixel grid.
 
-    picture_HW3: uint8. measured: what ``certificate.measure`` found on the encoded file.
+    picture_HW3: uint8. measured: what ``certificate.measure`` found on the encoded file. sizes: see :meth:`at`.
     """
 
     picture_HW3: np.ndarray
     canvas: Canvas
     measured: Json
+    sizes: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
+
+    def at(self, side: int) -> tuple[np.ndarray, np.ndarray]:
+        """The picture and the matte with their longer side at most ``side`` px; several checks share each size."""
+        if side not in self.sizes:
+            self.sizes[side] = shrink(self.picture_HW3, side), shrink(self.canvas.matte_HW, side)
+        return self.sizes[side]
 
     @cached_property
-    def small_HW3(self) -> np.ndarray:
+    def even_HW3(self) -> np.ndarray:
         """The picture, small and without the noise of single pixels."""
-        return cv2.blur(shrink(self.picture_HW3, SMALL_SIDE), (3, 3))
+        return cv2.blur(self.at(SMALL_SIDE)[0], (3, 3))
 
     @cached_property
     def small_outside_HW(self) -> np.ndarray:
@@ -72,7 +76,7 @@ def background_spread(shown: Shown) -> float | None:
     """None where the product leaves no background."""
     if not shown.small_outside_HW.any():
         return None
-    _, spread = cv2.meanStdDev(shown.small_HW3, mask=shown.small_outside_HW)
+    _, spread = cv2.meanStdDev(shown.even_HW3, mask=shown.small_outside_HW)
     return float(spread.max())
 
 
@@ -104,19 +108,19 @@ def old_background(shown: Shown) -> float | None:
 
 
 def extension(shown: Shown) -> float | None:
-    return extends(shown.picture_HW3, shown.canvas.matte_HW)
+    return growth.extends(*shown.at(growth.SIDE))
 
 
 def floating(shown: Shown) -> float | None:
-    return floats(shown.picture_HW3, shown.canvas.matte_HW)
+    return footing.floats(*shown.at(footing.SIDE))
 
 
 def repeat(shown: Shown) -> float | None:
-    return strongest_repeat(shown.picture_HW3, shown.canvas.matte_HW)
+    return repeats.strongest_repeat(*shown.at(repeats.SIDE))
 
 
 def writing_outside(shown: Shown) -> float | None:
-    return writing(shown.picture_HW3, shown.canvas.matte_HW)
+    return lettering.writing(*shown.at(lettering.SIDE))
 
 
 def run_checks(shown: Shown, expected: Collection[str] = (), ignored: Collection[str] = ()) -> Json:

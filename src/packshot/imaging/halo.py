@@ -8,6 +8,7 @@ import numpy as np
 DEPTHS = (0, 1)  # px outside of the last pixel of the soft edge: where an old background would be left
 CLEAR = 5  # px outside, where the picture shows its background alone
 CONTRAST = 24.0  # 8-bit distance between old and new background below which nothing can be seen
+AROUND = 32  # px around the matte that are looked at; the blur of its outline and CLEAR need less
 FEWEST = 24  # points of the outline; a median over fewer says nothing
 MOST = 4000  # points of the outline that are looked at
 
@@ -52,6 +53,17 @@ def room(matte_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return points_N2[inside], away_N2[inside], far_N2[inside]
 
 
+def neighbourhood(matte_HW: np.ndarray) -> tuple[slice, slice] | None:
+    """The rows and columns of a matte and of all that is looked at around it; None where it is empty."""
+    left, top, width, height = cv2.boundingRect(matte_HW)
+    if width == 0:
+        return None
+    return (
+        slice(max(0, top - AROUND), top + height + AROUND),
+        slice(max(0, left - AROUND), left + width + AROUND),
+    )
+
+
 def old_background_left(
     picture_HW3: np.ndarray, photo_HW3: np.ndarray, foreground_HW3: np.ndarray, matte_HW: np.ndarray
 ) -> float | None:
@@ -61,6 +73,13 @@ def old_background_left(
     points of the outline where both backgrounds differ enough, the worst of DEPTHS; all uint8, on one grid. None where
     they do not differ, or the frame leaves no room.
     """
+    near = neighbourhood(matte_HW)
+    if near is None:
+        return None
+    matte_HW = np.ascontiguousarray(matte_HW[near])
+    picture_HW3 = np.ascontiguousarray(picture_HW3[near])
+    photo_HW3 = np.ascontiguousarray(photo_HW3[near])
+    foreground_HW3 = np.ascontiguousarray(foreground_HW3[near])
     points_N2, away_N2, far_N2 = room(matte_HW)
     if len(points_N2) < FEWEST:
         return None
