@@ -14,7 +14,7 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt
 
 from packshot.imaging.color import to_lab
-from packshot.imaging.mask_edge import shrink
+from packshot.imaging.mask_edge import narrowed, shrink, widened
 from packshot.imaging.outline import segment_near, touching
 
 SIDE = 128  # px, longer side at which pictures are compared
@@ -26,7 +26,6 @@ LOW = 0.25  # of the product's height: what lies lower is rather a shadow
 # A logistic fit on rendered training scenes and the same with products that grow in three ways (tools/fit_checks.py).
 WEIGHTS = (0.6292, 0.5837, -0.7475, 0.0158, 0.0515, -2.4292, -0.1312, 0.0809, 0.3891, 10.2676, -5.1114)
 OFFSET = 1.4572
-_SQUARE = np.ones((3, 3), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -40,16 +39,6 @@ class Proposal:
     keep_HW: np.ndarray
     grown_HW: np.ndarray
     object_HW: np.ndarray
-
-
-def widened(mask_HW: np.ndarray, steps: int = 1) -> np.ndarray:
-    """A bool mask and its neighbours within ``steps`` px."""
-    return cv2.dilate(mask_HW.astype(np.uint8), _SQUARE, iterations=steps) > 0
-
-
-def narrowed(mask_HW: np.ndarray, steps: int = 1) -> np.ndarray:
-    """A bool mask without its outermost ``steps`` px."""
-    return cv2.erode(mask_HW.astype(np.uint8), _SQUARE, iterations=steps) > 0
 
 
 def propose(picture_HW3: np.ndarray, matte_HW: np.ndarray) -> Proposal | None:

@@ -13,7 +13,7 @@ from packshot.imaging.pixels import to_bytes
 
 NETWORK_AGREES = 0.85  # IoU of the mask with the network's own from which the two count as one (docs/log.md)
 MOST_PIECES = 6  # of a product: a set of three bottles, a pair of shoes
-PLAIN_FRAME = 5.0  # ΔE; a frame of less spread is a studio's ground, see saliency.frame_spread
+PLAIN_FRAME = 5.0  # ΔE; a frame of less spread is a studio's ground, see saliency.Ground
 _SQUARE = np.ones((3, 3), np.uint8)
 
 

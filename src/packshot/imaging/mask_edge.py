@@ -8,6 +8,7 @@ import numpy as np
 from packshot.imaging.framing import scaled_size
 from packshot.imaging.pixels import to_unit
 
+_SQUARE = np.ones((3, 3), np.uint8)
 REFINE_SIDE = 1024  # px, longer side at which the edge filter is fitted
 
 
@@ -16,6 +17,16 @@ def shrink(array: np.ndarray, side: int) -> np.ndarray:
     scale = min(1.0, side / max(array.shape[:2]))
     height, width = scaled_size((array.shape[0], array.shape[1]), scale)
     return cv2.resize(array, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def widened(mask_HW: np.ndarray, steps: int = 1) -> np.ndarray:
+    """A bool mask and its neighbours within ``steps`` px."""
+    return cv2.dilate(mask_HW.astype(np.uint8), _SQUARE, iterations=steps) > 0
+
+
+def narrowed(mask_HW: np.ndarray, steps: int = 1) -> np.ndarray:
+    """A bool mask without its outermost ``steps`` px."""
+    return cv2.erode(mask_HW.astype(np.uint8), _SQUARE, iterations=steps) > 0
 
 
 def stretched(alpha_HW: np.ndarray, black: float, white: float) -> np.ndarray:

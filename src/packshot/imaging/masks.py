@@ -31,10 +31,11 @@ from packshot.imaging.mask_doubt import (
     plausible_area,
     ramp,
 )
-from packshot.imaging.mask_edge import refine, shrink, stretched
+from packshot.imaging.mask_edge import refine, shrink, stretched, widened
 from packshot.imaging.mask_networks import seen_by_family, seen_by_onnx, uses_family
+from packshot.imaging.mask_repair import repair
 from packshot.imaging.pixels import to_bytes, to_unit
-from packshot.imaging.saliency import frame_spread, saliency
+from packshot.imaging.saliency import fit_ground, saliency
 
 WORK_SIDE = 400  # px, longer side at which GrabCut works: seconds at 12 megapixels, and its result is no better
 CLEAR_SHARE = 0.05  # of a cut-out's pixels are fully transparent, at least
@@ -192,7 +193,7 @@ def _from_onnx(image: Image.Image, model: str) -> Mask:
         mask_HW=seen_HW >= 0.5,
         network_HW=by_colour.clean_HW.astype(np.float32),
         salient_HW=salient.clean_HW,
-        frame_spread=frame_spread(small_HWC),
+        frame_spread=fit_ground(small_HWC).spread,
         lost_HW=np.zeros(seen_HW.shape, bool),  # the network's own outline is kept
     )
     return judged(stretched(alpha_HW, *ONNX_LEVELS), "onnx", confidence, finding)
@@ -245,7 +246,8 @@ def _from_grabcut(image: Image.Image, model: str) -> Mask:
     small_HWC = shrink(rgb_HWC, WORK_SIDE)
     salient_HW = saliency(small_HWC)
     salient = _candidate(small_HWC, salient_HW)
-    spread = frame_spread(small_HWC)
+    ground = fit_ground(small_HWC)
+    spread = ground.spread
     method, network_HW, chosen = "grabcut", None, salient
     if uses_family(model):
         method = "network"
@@ -256,10 +258,10 @@ def _from_grabcut(image: Image.Image, model: str) -> Mask:
             chosen = salient
     if not chosen.clean_HW.any():
         return Mask(np.zeros(rgb_HWC.shape[:2], np.float32), method, 0.0)
-    near_HW = cv2.dilate(chosen.clean_HW.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
-    lost_HW = chosen.raw_HW & ~near_HW
-    finding = Finding(small_HWC, chosen.clean_HW, network_HW, salient.clean_HW, spread, lost_HW)
-    return judged(refine(rgb_HWC, chosen.clean_HW), method, chosen.evidence, finding)
+    repaired = repair(small_HWC, chosen.clean_HW, ground)
+    lost_HW = chosen.raw_HW & ~chosen.clean_HW & ~widened(repaired.mask_HW)
+    finding = Finding(small_HWC, repaired.mask_HW, network_HW, salient.clean_HW, spread, lost_HW)
+    return judged(refine(rgb_HWC, repaired.mask_HW), method, chosen.evidence, finding)
 
 
 def _object_from(rgb_HWC: np.ndarray, saliency_HW: np.ndarray, iterations: int = 6) -> np.ndarray:

@@ -7,6 +7,8 @@ the border, which knows colours. Each alone fails on textured tables and on obje
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -70,12 +72,20 @@ def _distance_to_border_colours(lab_HWC: np.ndarray, clusters: int = 5) -> np.nd
     return np.sqrt(nearest)
 
 
-def frame_spread(rgb_HWC: np.ndarray) -> float:
-    """How far the frame of a picture is from one smoothly shaded colour, ΔE at the 90th percentile.
+@dataclass(frozen=True)
+class Ground:
+    """The ground of a picture as one smoothly shaded colour, fitted along the frame.
 
-    A studio's ground stays under 5; most scenes have 15 and more. The colours along the frame are fitted by a surface
-    of second order, robustly, because a product may touch the frame.
+    lab_HW3: the fit, also under the product. spread: how far the frame is from it, ΔE at the 90th percentile. A
+    studio's ground stays under 5; most scenes have 15 and more.
     """
+
+    lab_HW3: np.ndarray
+    spread: float
+
+
+def fit_ground(rgb_HWC: np.ndarray) -> Ground:
+    """A surface of second order through the colours along the frame, robust because a product may touch the frame."""
     lab_HWC = to_lab(cv2.GaussianBlur(rgb_HWC, (0, 0), 1.0))
     height, width = lab_HWC.shape[:2]
     rows, columns = np.mgrid[0:height, 0:width]
@@ -88,10 +98,11 @@ def frame_spread(rgb_HWC: np.ndarray) -> float:
     frame = np.flatnonzero(~inner)
     colors = lab_HWC.reshape(-1, 3)[frame]
     weights = np.ones(len(frame))
+    fit = np.zeros((6, 3))
     residuals = np.zeros(len(frame))
     for _ in range(8):  # Cauchy weights; they have settled by then
         fit = np.linalg.lstsq(terms[frame] * weights[:, None], colors * weights[:, None], rcond=None)[0]
         residuals = np.linalg.norm(colors - terms[frame] @ fit, axis=1)
         scale = max(0.5, 1.4826 * float(np.median(residuals)))
         weights = 1 / np.sqrt(1 + (residuals / (2 * scale)) ** 2)
-    return float(np.percentile(residuals, 90))
+    return Ground((terms @ fit).reshape(height, width, 3), float(np.percentile(residuals, 90)))
