@@ -103,12 +103,13 @@ def test_a_hard_shadow_is_no_piece(color, kept):
     assert added[252:268, 204:276].mean() == pytest.approx(kept, abs=0.02)
 
 
-@pytest.mark.parametrize(("floor", "cut"), [((24, 20, 18), True), ((190, 180, 170), False)], ids=["shadow", "sole"])
-def test_a_dark_piece_is_cut_where_it_melts_into_the_ground(floor, cut):
+@pytest.mark.parametrize(("around", "cut"), [((24, 20, 18), True), ((150, 125, 105), False)], ids=["shadow", "sole"])
+def test_a_dark_piece_is_cut_where_it_melts_into_the_ground(around, cut):
     """Where it ends sharply it is a part of the product, such as a black sole."""
     image = Image.new("RGB", (360, 360), (190, 180, 170))
     pen = ImageDraw.Draw(image)
-    pen.rectangle((0, 250, 360, 360), fill=floor)
+    pen.rectangle((0, 200, 360, 360), fill=(150, 125, 105))
+    pen.rectangle((120, 251, 240, 290), fill=around)
     pen.rectangle((100, 80, 260, 250), fill=(200, 60, 40))
     pen.rectangle((140, 251, 220, 275), fill=(22, 18, 16))
     mask = np.zeros((360, 360), bool)

@@ -22,15 +22,16 @@ SHADOW_LEVELS = (8.0, 14.0, 20.0, 28.0)  # L* below which pieces at the foot may
 SHADOW_MOST = 0.1  # of the mask, that is taken for a shadow
 SEAM = 8.0  # ΔE per px, mean slope between a shadow and the product that throws it
 SHADOW_OPEN = 0.35  # slope between a shadow and the ground, by that of the seam; a product ends more sharply
+SHADOW_DEPTH = 12.0  # L* by which a shadow is darker than the ground farther away
 SHADOW_RIM = 4  # px around a shadow in which dark pixels belong to it
 SLIVER = 0.005  # of the mask
 MIRROR_SIDE = 160  # px, longer side at which a mirror image is looked for
 MIRROR_LIKENESS = 0.9  # correlation of a mirror image with what it mirrors
-MIRROR_CONTRAST = (0.08, 0.85)  # of a mirror image to what it mirrors
+MIRROR_CONTRAST = (0.08, 0.72)  # of a mirror image to what it mirrors
 MIRROR_HEIGHTS = (0.2, 0.25, 0.32, 0.4, 0.5, 0.63, 0.8, 1.0)  # of a mirror image to what it mirrors
 MIRROR_SPREAD = 8.0  # 8-bit steps, of what is mirrored: in less there is nothing to recognise
 MIRROR_SHIFT = 0.03  # of the product's height, by which the line found may be off
-MIRROR_REST = 40.0  # 8-bit steps: what the mirror image lacks of full contrast has the ground's colour, to this
+MIRROR_REST = 22.0  # 8-bit steps: what the mirror image lacks of full contrast has the ground's colour, to this
 _SQUARE = np.ones((3, 3), np.uint8)
 
 
@@ -87,7 +88,10 @@ def shadow_at_foot(rgb_HW3: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
     low_HW = mask_HW.copy()
     low_HW[: rows[0] + (rows[-1] - rows[0]) // 2] = False
     found_HW = np.zeros_like(mask_HW)
+    ground = ground_light(light_HW, mask_HW)
     for darkness in SHADOW_LEVELS:
+        if darkness > ground - SHADOW_DEPTH:  # the ground itself is dark
+            break
         dark_HW = low_HW & (light_HW < darkness)
         opened = cv2.morphologyEx(dark_HW.astype(np.uint8), cv2.MORPH_OPEN, _SQUARE)
         count, labels_HW, stats, _ = cv2.connectedComponentsWithStats(opened, connectivity=4)
@@ -107,6 +111,15 @@ def shadow_at_foot(rgb_HW3: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
         return found_HW
     found_HW |= widened(found_HW, SHADOW_RIM) & low_HW & (light_HW < SHADOW_LEVELS[-1])
     return found_HW | cut_loose(mask_HW & ~found_HW)
+
+
+def ground_light(light_HW: np.ndarray, mask_HW: np.ndarray) -> float:
+    """Median L* of the ground beside and below the lower half of a mask; 0 where the frame leaves none."""
+    rows = np.flatnonzero(mask_HW.any(axis=1))
+    reach = max(3, round(0.15 * len(rows)))
+    around_HW = widened(mask_HW, reach) & ~widened(mask_HW, 2)
+    around_HW[: rows[0] + (rows[-1] - rows[0]) // 2] = False
+    return float(np.median(light_HW[around_HW])) if around_HW.any() else 0.0
 
 
 def cut_loose(mask_HW: np.ndarray) -> np.ndarray:
