@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py rows 1000 10000      # tiny pictures: what grows with their number
     python benchmarks/scale.py photos 24            # 12 megapixels each: the cheap steps
+    python benchmarks/scale.py workers 160          # the same with one worker and with two: wall times, on a quiet machine
 
 Each build runs in a process of its own. CPU time is the process's own, so other work on the machine disturbs it little.
 """
@@ -10,9 +11,11 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import cv2
@@ -62,11 +65,15 @@ def measure(source: str, out: str, *overrides: str) -> None:
     from packshot.make_dataset.run import build
 
     before = resource.getrusage(resource.RUSAGE_SELF)
+    started = time.monotonic()
     keys = [f"source.path={source}", f"run.dir={out}", "dataset=background", "tracking=none", *overrides]
     build(compose("build_data", keys))
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(json.dumps({"cpu_seconds": round(cpu, 2), "peak_mib": round(after.ru_maxrss / 1024, 1)}))
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN)
+    figures = {"cpu_seconds": cpu, "workers_cpu_seconds": workers.ru_utime + workers.ru_stime}
+    figures |= {"wall_seconds": time.monotonic() - started, "peak_mib": after.ru_maxrss / 1024}
+    print(json.dumps({name: round(value, 2) for name, value in figures.items()}))
 
 
 def built(source: Path, out: Path, *overrides: str) -> dict[str, float]:
@@ -95,10 +102,37 @@ def report(kind: str, counts: list[int]) -> None:
             print(f"{kind} {count}: {json.dumps(figures)}", flush=True)
 
 
+def copies(folder: Path, count: int) -> None:
+    """Twelve :func:`photos`, then the same again with other bytes at their end."""
+    photos(folder, min(count, 12))
+    for number in range(12, count):
+        original = folder / f"{number % 12:04d}.jpg"
+        (folder / f"{number:04d}.jpg").write_bytes(original.read_bytes() + b"copy %d" % number)
+
+
+def compare_workers(count: int) -> None:
+    """The same photographs with one worker and with two, in shards of an eighth of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+        copies(source, count)
+        keys = [f"shard_size={max(1, count // 8)}", "quality.duplicate_distance=-1"]
+        walls = {}
+        for workers in (1, 2, 1, 2):
+            out = Path(folder) / f"out{workers}-{len(walls)}"
+            figures = built(source, out, *keys, f"executor.workers={workers}")
+            wall = figures["wall_seconds"]
+            walls[workers] = min(wall, walls.get(workers, wall))
+            shutil.rmtree(out)
+            print(f"workers {workers}: {json.dumps(figures)}", flush=True)
+        print(f"{count / walls[1]:.1f} and {count / walls[2]:.1f} pictures/s, {walls[1] / walls[2]:.2f} times")
+
+
 def main() -> None:
     kind, *rest = sys.argv[1:]
     if kind == "measure":
         measure(*rest)
+    elif kind == "workers":
+        compare_workers(int(rest[0]))
     else:
         report(kind, list(map(int, rest)))
 

@@ -130,6 +130,9 @@ def test_an_error_that_concerns_every_row_ends_the_run(shard, tmp_path):
     assert not (tmp_path / "out.parquet").exists()
 
 
+LOOPS = "repeats itself, as an untuned captioner does (captioner.adapter names a tuned one)"
+
+
 @pytest.mark.parametrize(
     ("caption", "reason"),
     [
@@ -139,6 +142,8 @@ def test_an_error_that_concerns_every_row_ends_the_run(shard, tmp_path):
             "names the product (perfume, bottle)",
         ),
         (Caption("Professional photo of an object on a tab", truncated=True), "was cut at captioner.max_new_tokens"),
+        (Caption("an object on the right side side side side", truncated=True), LOOPS),
+        (Caption("a table and white flowers and white flowers and white flowers", truncated=False), LOOPS),
         (Caption("", truncated=False), "describes no scene"),
     ],
 )

@@ -13,6 +13,7 @@ from packshot.config.compose import compose
 from packshot.dataset.near_duplicates import hamming, perceptual_hash
 from packshot.dataset.similar import find_similar, to_levels
 from packshot.errors import ConfigError
+from packshot.imaging.emptiness import product_confidence
 from packshot.imaging.text_share import text_share
 from packshot.make_dataset.curation import MEASURES
 from packshot.make_dataset.run import build
@@ -90,11 +91,26 @@ def test_text_and_products_are_left_out_of_backgrounds(folder, tmp_path):
     assert MEASURES["foreground"].about in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_products_are_not_asked_to_be_empty():
-    with pytest.raises(
-        ConfigError, match=r"curation\.max_foreground=0\.1 would reject the products of dataset=product"
-    ):
-        compose("build_data", ["curation.max_foreground=0.1"])
+@pytest.mark.parametrize("key", ["max_foreground", "max_product"])
+def test_products_are_not_asked_to_be_empty(key):
+    with pytest.raises(ConfigError, match=rf"curation\.{key}=0\.1 would reject the products of dataset=product"):
+        compose("build_data", [f"curation.{key}=0.1"])
+
+
+def test_products_are_told_from_plants_and_stones(folder, tmp_path):
+    """Scenes with and without their product: what lies around it stays."""
+    for number, (scene, plate) in enumerate(zip(renders("image", 24), renders("plate", 24), strict=True)):
+        scene.save(folder / f"scene{number:02d}.png")
+        plate.save(folder / f"plate{number:02d}.png")
+    rows, left = run(folder, tmp_path / "out", "curation.max_product=0.27", "quality.min_sharpness=0")
+    assert {row["reason"] for row in left.values()} == {"shows_product"}
+    assert sum(name.startswith("scene") for name in left) >= 22
+    assert sum(name.startswith("plate") for name in rows) >= 22
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2000), (128, 128)])
+def test_an_even_picture_shows_no_product(size):
+    assert product_confidence(Image.new("RGB", size, "grey")) < 0.1
 
 
 def test_near_duplicates_are_found_by_embedding(folder, tmp_path):

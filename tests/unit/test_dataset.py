@@ -7,6 +7,7 @@ import os
 import resource
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from packshot.caption.data import shard_files
 from packshot.dataset import arrow_copy
 from packshot.dataset.rows import load_rows
 from packshot.errors import ConfigError, PackshotError
@@ -142,7 +144,7 @@ def test_missing_folder_empty_folder_and_damaged_file(tmp_path):
     with pytest.raises(ConfigError, match=r"no part-\*\.parquet"):
         load_rows("data.train", str(tmp_path))
     (tmp_path / "part-00000.parquet").write_bytes(b"not parquet")
-    with pytest.raises(ConfigError, match="cannot be read as Parquet"):
+    with pytest.raises(ConfigError, match="is not a whole Parquet file"):
         load_rows("data.train", str(tmp_path))
 
 
@@ -261,6 +263,17 @@ def test_a_damaged_copy_of_the_pictures_is_written_again(tmp_path, caplog, damag
     assert rows[1]["image"].getpixel((0, 0)) == load_rows("data.train", path)[1]["image"].getpixel((0, 0))
     assert copy.read_bytes() == whole
     assert "is damaged" in caplog.text
+
+
+def test_a_cut_shard_is_named_with_the_way_out(tmp_path):
+    path = Path(write(tmp_path))
+    shard = path if path.is_file() else next(path.glob("*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    reads = {"data.train": load_rows, "data.input": shard_files}
+    for key, read in reads.items():
+        with pytest.raises(ConfigError, match=f"{shard.name} is not a whole Parquet file") as caught:
+            read(key, str(shard.parent))
+        assert "Copy it again" in str(caught.value)
 
 
 # --- what people bring

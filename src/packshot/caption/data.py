@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from datasets import Features, Value
 from PIL.Image import Image
 
+from packshot.dataset.arrow_copy import REPAIR, first_damaged
 from packshot.errors import ConfigError, PackshotError
 from packshot.imaging.decode import decode_image, flatten
 from packshot.lists import without_none
@@ -57,12 +58,15 @@ def shard_files(key: str, path: str) -> list[Path]:
     """The Parquet files of a dataset folder that the config names under ``key``, in order.
 
     Raises:
-        ConfigError: no folder, or no shard in it.
+        ConfigError: no folder, no shard in it, or a shard that is not a whole Parquet file.
     """
     folder = readable(key, path)
     files = sorted({*folder.glob("*.parquet")} - {folder / "rejected.parquet"})
     if not files:
         raise ConfigError(f"{key}={path} holds no *.parquet.", "build_data.py writes such folders.")
+    damaged = first_damaged(files)
+    if damaged:
+        raise ConfigError(f"{key}={path}: {damaged.name} is not a whole Parquet file.", REPAIR)
     return files
 
 
@@ -76,7 +80,7 @@ def read_shard(file: Path) -> pa.Table:
         table = pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
-        raise PackshotError(f"{file} cannot be read as Parquet ({reason}).", "Build the dataset again.") from error
+        raise PackshotError(f"{file} cannot be read as Parquet ({reason}).", REPAIR) from error
     if "image" not in table.column_names:
         raise PackshotError(f"{file} has no column image.", "build_data.py writes the columns that are needed.")
     return table

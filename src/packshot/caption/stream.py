@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 Pictures = tuple[Image, Image | None]  # an RGB image, and the mask of its product
 MOST_DECODERS = 8  # threads
+_LOOP = re.compile(r"\b(\w+(?:\W+\w+){0,5})(?:\W+\1\b){2,}")  # one to six words, three times in a row
 
 
 @dataclass(frozen=True)
@@ -325,6 +327,10 @@ def judge(caption: Caption) -> CaptionedRow:
     """A caption as a row, or the reason why it may not become training data, with its wording."""
     if caption.error:
         return CaptionedRow(error=caption.error)
+    if _LOOP.search(caption.text):
+        return CaptionedRow(
+            error=f"repeats itself, as an untuned captioner does (captioner.adapter names a tuned one): {caption.text}"
+        )
     if caption.truncated:
         return CaptionedRow(error=f"was cut at captioner.max_new_tokens: {caption.text}")
     words = product_words(caption.text)

@@ -73,6 +73,13 @@ class CurationConfig:
         min=0,
         max=1,
     )
+    max_product: float | None = opt(
+        None,
+        "dataset=background: reject pictures that show a product with more than this confidence, judged by what the "
+        "mini family's network sees; null: do not look",
+        min=0,
+        max=1,
+    )
     max_text: float | None = opt(
         None,
         "reject pictures with more than this share under lines of text or a watermark; 0: with any; null: do not look",
@@ -173,9 +180,12 @@ class BuildData(Script):
 
     def check(self) -> None:
         """Raises ConfigError where a limit for empty backgrounds meets a set of products."""
-        if self.curation.max_foreground is not None and self.dataset is not DatasetKind.background:
-            raise ConfigError(
-                f"curation.max_foreground={self.curation.max_foreground:g} would reject the products of dataset="
-                f"{self.dataset}.",
-                "Set dataset=background, or leave it out.",
-            )
+        if self.dataset is DatasetKind.background:
+            return
+        limits = {"max_foreground": self.curation.max_foreground, "max_product": self.curation.max_product}
+        for key, limit in limits.items():
+            if limit is not None:
+                raise ConfigError(
+                    f"curation.{key}={limit:g} would reject the products of dataset={self.dataset}.",
+                    "Set dataset=background, or leave it out.",
+                )

@@ -21,6 +21,18 @@ from packshot.runs.progress import progress
 
 BATCH = 16  # rows copied at a time
 
+REPAIR = "Copy it again, or delete it and build the dataset again: run.resume=true makes what is missing."
+
+
+def first_damaged(files: Sequence[Path]) -> Path | None:
+    """The first of Parquet files whose end, which lists its columns, cannot be read."""
+    for file in files:
+        try:
+            pq.read_metadata(file)
+        except (OSError, pa.ArrowException):
+            return file
+    return None
+
 
 def read_tables(files: Sequence[Path], pictures: Sequence[str] | None, cache: str | None) -> tuple[pa.Table, pa.Table]:
     """(all but pictures, pictures) of Parquet files, as two tables of as many rows.

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from packshot.config.conditions import column_hint, picture_columns
 from packshot.config.schema import LicenseConfig
 from packshot.dataset import corrections
-from packshot.dataset.arrow_copy import read_tables
+from packshot.dataset.arrow_copy import REPAIR, first_damaged, read_tables
 from packshot.errors import ConfigError, PackshotError
 from packshot.imaging.decode import DecodeError, flatten, high_depth_to_uint8, is_high_depth
 from packshot.runs.files import readable
@@ -195,6 +195,9 @@ def read_whole(
         table, shown = read_tables(files, pictures, cache)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
+        damaged = first_damaged(files)
+        if damaged and damaged.suffix == ".parquet":
+            raise ConfigError(f"{named}: {damaged.name} is not a whole Parquet file ({reason}).", REPAIR) from error
         raise ConfigError(f"{named} cannot be read as Parquet ({reason}).", way_out) from error
     missing = needed - {*table.column_names, *shown.column_names}
     if missing:

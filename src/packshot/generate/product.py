@@ -81,7 +81,7 @@ def open_image(key: str, source: Source) -> Photo:
         return source
     try:
         if isinstance(source, Image.Image):
-            image, steps = normalize(source, "the picture")
+            image, steps = normalize(source.copy(), "the picture")  # the caller's own is theirs to change
             return Photo(image, hashlib.sha256(np.ascontiguousarray(source).tobytes()).hexdigest(), tuple(steps))
         path = readable(key, source)
         if path.is_dir():

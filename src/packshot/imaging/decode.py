@@ -88,7 +88,11 @@ def normalize(image: Image.Image, name: str, data: bytes = b"") -> tuple[Image.I
     if frames > 1 and image.format != "MPO":
         steps.append(f"the first of {frames} frames")
     encoding = profiles.own_encoding(image, data)
-    return _to_eight_bit(ImageOps.exif_transpose(image), name, steps, encoding), steps
+    plain = frames == 1 and orientation not in range(
+        2, 9
+    )  # a copy of 12 megapixels takes as long as a tenth of decoding
+    upright = image if plain else ImageOps.exif_transpose(image)
+    return _to_eight_bit(upright, name, steps, encoding), steps
 
 
 def open_up_to(max_pixels: int | None, data: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
@@ -102,10 +106,15 @@ def open_up_to(max_pixels: int | None, data: bytes, formats: tuple[str, ...] | N
             Image.MAX_IMAGE_PIXELS = usual
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB: itself where it is, which ``convert`` would copy."""
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def flatten(image: Image.Image) -> Image.Image:
     """RGB over white. Opaque pixels keep their bytes; colours hidden under alpha 0 vanish."""
     if image.mode != "RGBA":
-        return image.convert("RGB")
+        return as_rgb(image)
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB")
 
@@ -173,7 +182,7 @@ def _to_eight_bit(
             return colour
         colour.putalpha(alpha)
         return colour
-    return _to_srgb(image if image.mode in ("CMYK", "L") else image.convert("RGB"), profile, name, steps, encoding)
+    return _to_srgb(image if image.mode in ("CMYK", "L") else as_rgb(image), profile, name, steps, encoding)
 
 
 def is_high_depth(image: Image.Image) -> bool:
@@ -209,10 +218,10 @@ def _to_srgb(
     """
     if isinstance(encoding, str):
         steps.append(encoding)
-        return image.convert("RGB")
+        return as_rgb(image)
     if encoding is not None:
         steps.append(f"from {encoding.name} to sRGB")
-        return profiles.from_encoding(image.convert("RGB"), encoding)
+        return profiles.from_encoding(as_rgb(image), encoding)
     try:
         if profile and profiles.profile_mode(profile) == image.mode and profiles.changes_colors(profile, image.mode):
             converted = profiles.through_profile(image, profile)
@@ -221,7 +230,7 @@ def _to_srgb(
     except (OSError, ImageCms.PyCMSError) as error:
         steps.append(f"colour profile damaged, {profiles.READ_AS_SRGB}")
         log.warning("%s: its colour profile is damaged (%s); read as sRGB", name, error)
-        return image.convert("RGB")
+        return as_rgb(image)
     if image.mode == "CMYK":
         steps.append("CMYK to RGB without a colour profile")
-    return image.convert("RGB")
+    return as_rgb(image)

@@ -14,11 +14,13 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from packshot.config.common import MatteConfig
 from packshot.config.make_dataset import BuildData
 from packshot.dataset.similar import find_similar, to_levels
 from packshot.imaging.decode import flatten
 from packshot.imaging.detector import FACES, KEY, NUDITY, detector_file, require_classes, surest
 from packshot.imaging.embedding import MINI_ENCODER, embed, load_encoder
+from packshot.imaging.emptiness import product_confidence
 from packshot.imaging.mask_networks import foreground_share, load_network
 from packshot.imaging.text_share import text_share
 from packshot.lists import by_name, column
@@ -56,6 +58,9 @@ class MeasureRow:
         return getattr(config.curation, self.key)
 
 
+_FAMILY = MatteConfig(model="mini")  # whose network max_product was fitted for
+
+
 def detected(name: str, key: str, reason: str, wanted: re.Pattern[str], what: str) -> MeasureRow:
     """The measure of a class of things that ``curation.detector`` finds. wanted: of the names of its classes."""
 
@@ -86,6 +91,16 @@ _ROWS = (
         lambda image, config: foreground_share(image, config.matte.model),
         lambda config: load_network(config.matte.model),
         lambda config: network_identity(config.matte),
+    ),
+    MeasureRow(
+        "product",
+        "max_product",
+        "product_confidence",
+        "shows_product",
+        "how sure it is that the family's network sees a product, and not plants or stones around an empty place",
+        lambda image, config: product_confidence(image),
+        lambda config: load_network(_FAMILY.model),
+        lambda config: network_identity(_FAMILY),
     ),
     MeasureRow(
         "text",

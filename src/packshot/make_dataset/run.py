@@ -52,6 +52,13 @@ def build_held(config: BuildData, recipe: Recipe) -> None:
     tracker = open_tracker(run, config, "build_data")
     started = time.monotonic()
     shards = split(items, config.shard_size)
+    if len(shards) < config.executor.workers:
+        log.info(
+            "shard_size=%d makes %d shards: no more of executor.workers=%d have work",
+            config.shard_size,
+            len(shards),
+            config.executor.workers,
+        )
     report = run_steps(run.path, shards, recipe.fingerprints, steps, config.executor)
     recipe.finish(config, run.path)
     figures = write_extras(report, steps, config.dataset.name, recipe.settings(config), recipe.sheet, len(items))
