@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py rows 1000 10000      # tiny pictures: what grows with their number
     python benchmarks/scale.py photos 24            # 12 megapixels each: the cheap steps
-    python benchmarks/scale.py workers 160          # the same with one worker and with two: wall times, on a quiet machine
+    python benchmarks/scale.py workers 160          # the same with one worker and two: wall times
 
 Each build runs in a process of its own. CPU time is the process's own, so other work on the machine disturbs it little.
 """

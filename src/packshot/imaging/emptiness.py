@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from packshot.config.mask_models import MINI
+from packshot.imaging.color import to_lab
 
 RASTER = 128  # px, the square on which shapes are measured
 SIGNS = (
@@ -73,7 +74,7 @@ def signs_of(alpha_HW: np.ndarray, pixels_HWC: np.ndarray) -> np.ndarray:
         height / RASTER,
         area / (width * height),
     ]
-    looks = looks_of(shape_HW, area, cv2.cvtColor(small_HWC.astype(np.float32) / 255, cv2.COLOR_RGB2LAB))
+    looks = looks_of(shape_HW, area, to_lab(small_HWC))
     columns_HW = shape_HW[:, left : left + width]
     symmetry = float((columns_HW & columns_HW[:, ::-1]).sum()) / area
     ends = [float(alpha_HW[shape_HW].mean()), top / RASTER, (top + height) / RASTER, symmetry]
