@@ -90,6 +90,13 @@ def test_help_imports_no_library_of_models():
 # ---- parts ----
 
 
+def test_a_worker_of_a_build_imports_no_torch():
+    """Its import is two thirds of a worker's start, and decoding and comparing pictures needs no network."""
+    code = "import sys, packshot.make_dataset.steps, packshot.make_dataset.run\nprint('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False"]
+
+
 def test_only_an_ip_adapter_loads_the_image_encoder():
     for config, loaded in ((LoraMethod(rank=2), False), (IPAdapterMethod(), True)):
         parts = load_parts(ModelConfig())

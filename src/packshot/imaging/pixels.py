@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def to_network(images: np.ndarray) -> Tensor:
@@ -12,6 +15,8 @@ def to_network(images: np.ndarray) -> Tensor:
 
     The channels stay last in memory, as the picture has them: that is the fast layout of convolutions.
     """
+    import torch  # two thirds of the start of a process that builds datasets, which may need no network
+
     return torch.from_numpy(np.asarray(images, np.float32) / 127.5 - 1).movedim(-1, -3)
 
 

@@ -139,30 +139,34 @@ def add_table(found: Metadata, listing: Listing, path: str, names: Names, source
     listing.notes.extend(no_captions(listing.named(path), list(rows[0]), source.caption_column))
     described, absent = described_images(rows, path, names, source)
     found.rows |= described
-    note_absent(listing, path, absent if listing.whole else 0, len(rows))
+    note_absent(listing, path, absent if listing.whole else [], len(rows))
 
 
 def described_images(
     rows: Sequence[Mapping[str, object]], path: str, names: Names, source: SourceConfig
-) -> tuple[dict[str, dict[str, Any]], int]:
-    """What the rows of a table say, by image, and how many name none; several rows of an image join their captions."""
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What a table says, by image, and the names that no image has. Rows of one image join their captions."""
     folder = path.rpartition("/")[0]
     described: dict[str, dict[str, Any]] = {}
-    absent = 0
+    absent: list[str] = []
     for row in rows:
-        image = names.find(folder, str(row.get(first_of(FILE_COLUMNS, row) or "") or ""))
+        name = str(row.get(first_of(FILE_COLUMNS, row) or "") or "")
+        image = names.find(folder, name)
         if image is None:
-            absent += 1
+            absent.append(name)
             continue
         told = described_row(row, source.caption_column)
         described[image] = with_captions(described[image], told) if image in described else told
     return described, absent
 
 
-def note_absent(listing: Listing, path: str, absent: int, rows: int) -> None:
-    """A line on the rows of a table whose file is not in the source."""
+def note_absent(listing: Listing, path: str, absent: Sequence[str], rows: int) -> None:
+    """A line on the rows of a table whose file is not in the source. absent: their names."""
     if absent:
-        listing.notes.append(f"{listing.named(path)}: {absent} of {rows} rows name a file that is not there")
+        first = f"{absent[0]!r}{' and the like' if len(absent) > 1 else ''}"
+        listing.notes.append(
+            f"{listing.named(path)}: {len(absent)} of {rows} rows name a file that is not there: {first}"
+        )
 
 
 def add_document(found: Metadata, listing: Listing, path: str, names: Names, source: SourceConfig) -> None:
