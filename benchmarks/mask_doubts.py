@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/mask_doubts.py
 
-Held-out renders in their scenes, and the same products before white, grey and coloured walls. The signs of a mask
-(``imaging.mask_doubt``) are weighed by a logistic regression on one half, and the curve is that of the other half.
+Held-out renders in their scenes, and the same products before white, grey and coloured walls. The traits of a mask
+(``imaging.mask_doubt``) are weighed by a logistic regression on half of the products, whose weights it prints, and both
+tables are of the other half.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from scipy.optimize import minimize
 from packshot.config.schema import MatteConfig
 from packshot.dataset.rows import Rows, load_rows
 from packshot.generate.composite import blend
-from packshot.imaging.mask_doubt import SIGNS, iou
-from packshot.imaging.masks import Mask, NoProductError, find_mask
+from packshot.imaging.mask_doubt import iou
+from packshot.imaging.masks import NoProductError, find_mask
 
 RIGHT = 0.9  # IoU from which a mask is right
 WALLS = {"white": (255, 255, 255), "grey": (150, 150, 150), "coloured": (196, 150, 120)}
@@ -28,12 +29,12 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 @dataclass(frozen=True)
 class Judged:
-    """A mask against the truth. signs: its numbers, 0 where one does not apply. accepted: by the shipped limits."""
+    """A mask against the truth. traits: see ``mask_doubt.traits``. accepted: by the shipped limits."""
 
     ground: str
     product: str
     overlap: float
-    signs: np.ndarray
+    traits: np.ndarray
     accepted: bool
 
 
@@ -49,15 +50,6 @@ def grounds(rows: Rows, number: int) -> tuple[str, np.ndarray, dict[str, Image.I
     return row["product_id"], matte_HW >= 128, pictures
 
 
-def signs_of(mask: Mask) -> np.ndarray:
-    """Confidence and signs of a mask, with one column each that says whether a sign applies."""
-    values = [mask.confidence]
-    for name in SIGNS:
-        sign = mask.signs.get(name)
-        values += [sign.measured if sign else 0.0, float(sign is not None)]
-    return np.array(values)
-
-
 def judge_all(rows: Rows, every: int) -> list[Judged]:
     """Every mask that the default finds."""
     found = []
@@ -69,25 +61,27 @@ def judge_all(rows: Rows, every: int) -> list[Judged]:
                 mask = find_mask(picture, matte)
             except NoProductError:
                 continue
+            if mask.traits is None:
+                continue
             overlap = iou(mask.alpha_HW >= 0.5, truth_HW)
             accepted = not mask.reasons and mask.confidence >= MatteConfig().min_confidence
-            found.append(Judged(ground, product, overlap, signs_of(mask), accepted))
+            found.append(Judged(ground, product, overlap, mask.traits, accepted))
     return found
 
 
 def fitted(masks: list[Judged]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, spread and weights (the last is the offset) of a logistic regression of "right" on the signs."""
-    signs = np.array([mask.signs for mask in masks])
+    """Mean, spread and weights (the last is the offset) of a logistic regression of "right" on the traits."""
+    measured = np.array([mask.traits for mask in masks])
     kind = np.array([1.0 if mask.overlap >= RIGHT else -1.0 for mask in masks])
-    mean = signs.mean(axis=0)
-    spread = signs.std(axis=0) + 1e-6
-    scaled = (signs - mean) / spread
+    mean = measured.mean(axis=0)
+    spread = measured.std(axis=0) + 1e-6
+    scaled = (measured - mean) / spread
 
     def loss(weights: np.ndarray) -> float:
         margins = kind * (scaled @ weights[:-1] + weights[-1])
         return float(np.logaddexp(0, -margins).mean() + 0.003 * (weights[:-1] ** 2).sum())
 
-    return mean, spread, minimize(loss, np.zeros(signs.shape[1] + 1)).x
+    return mean, spread, minimize(loss, np.zeros(measured.shape[1] + 1)).x
 
 
 def main() -> None:
@@ -102,6 +96,8 @@ def main() -> None:
     fit_on = [mask for mask in masks if mask.product in first]
     shown = [mask for mask in masks if mask.product not in first]
     mean, spread, weights = fitted(fit_on)
+    raw = weights[:-1] / spread
+    print("WEIGHTS =", tuple(np.round(raw, 3).tolist()), "OFFSET =", round(float(weights[-1] - raw @ mean), 3))
     print("| ground | masks | right (IoU .9) | accepted | right of those | accepted of the right |")
     print("|---|---|---|---|---|---|")
     for ground in ["scene", *WALLS, "all"]:
@@ -113,7 +109,7 @@ def main() -> None:
         shares = (right.mean(), accepted.mean(), of_accepted, of_right)
         print(f"| {ground} | {len(chosen)} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
     right = np.array([mask.overlap >= RIGHT for mask in shown])
-    scores = np.array([((mask.signs - mean) / spread) @ weights[:-1] + weights[-1] for mask in shown])
+    scores = np.array([((mask.traits - mean) / spread) @ weights[:-1] + weights[-1] for mask in shown])
     order = np.argsort(-scores, kind="stable")
     print("\n| accepted share | right of those | accepted of the right |\n|---|---|---|")
     for share in SHARES:

@@ -117,7 +117,7 @@ CHECKS = {
     ),
     "background_has_writing": CheckRow(
         f"{_MEASURES}:writing_outside",
-        3.3,
+        2.8,
         "letters of the background's most regular line, weighed by how regular it is",
         "something like writing stands in the background",
     ),

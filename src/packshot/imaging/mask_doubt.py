@@ -14,6 +14,10 @@ from packshot.imaging.pixels import to_bytes
 NETWORK_AGREES = 0.85  # IoU of the mask with the network's own from which the two count as one (docs/log.md)
 MOST_PIECES = 6  # of a product: a set of three bottles, a pair of shoes
 PLAIN_FRAME = 5.0  # ΔE; a frame of less spread is a studio's ground, see saliency.Ground
+# A logistic fit on half of the products of held-out renders, in scenes and before walls (benchmarks/mask_doubts.py).
+WEIGHTS = (6.514, 0.978, -1.537, -1.801, 11.018, 2.039, -1.019)
+OFFSET = -15.41
+MOST_LIKELY = 0.82  # there, 97 % of the masks with at least this probability were right
 _SQUARE = np.ones((3, 3), np.uint8)
 
 
@@ -88,7 +92,8 @@ class Finding:
 
     rgb_HWC: uint8. mask_HW: the mask that was chosen, bool. network_HW: the network's alpha in [0, 1]; None without a
     network. salient_HW: the mask that GrabCut finds from the saliency alone, bool. frame_spread: see ``saliency``.
-    lost_HW: thin parts that the cleaning of the mask took away, bool.
+    lost_HW: thin parts that the cleaning of the mask took away, bool. spread_HW: standard deviation of the network's
+    alpha over several views of the picture; None where it looked once.
     """
 
     rgb_HWC: np.ndarray
@@ -97,6 +102,7 @@ class Finding:
     salient_HW: np.ndarray
     frame_spread: float
     lost_HW: np.ndarray
+    spread_HW: np.ndarray | None = None
 
     @property
     def plain(self) -> bool:
@@ -164,6 +170,37 @@ def thin_share_lost(found: Finding) -> float:
     return float(found.lost_HW.sum() / max(1, perimeter))
 
 
+def traits(found: Finding) -> np.ndarray | None:
+    """What tells right masks from wrong ones, float (7,); None unless a network looked at several views.
+
+    Agreement of the mask with the network and with what stands out; how undecided the network is, and how much its
+    views differ, as shares of the mask; its alpha within the mask; whether the ground is plain; edges outside, if so.
+    """
+    if found.network_HW is None or found.spread_HW is None or not found.mask_HW.any():
+        return None
+    area = float(found.mask_HW.sum())
+    undecided_HW = found.network_HW * (1 - found.network_HW)
+    return np.array(
+        [
+            iou(found.network_HW >= 0.5, found.mask_HW),
+            iou(found.salient_HW, found.mask_HW),
+            float(undecided_HW.sum()) / area,
+            float(found.spread_HW.sum()) / area,
+            float(found.network_HW[found.mask_HW].mean()),
+            float(found.plain),
+            edges_left(found) if found.plain else 0.0,
+        ]
+    )
+
+
+def probability_right(found: Finding) -> float | None:
+    """Probability that a mask has an IoU of .9 with the truth, from its :func:`traits`; None without them."""
+    measured = traits(found)
+    if measured is None:
+        return None
+    return float(1 / (1 + np.exp(-(measured @ np.array(WEIGHTS) + OFFSET))))
+
+
 @dataclass(frozen=True)
 class Sign:
     """Something that is measured of a mask. code: the doubt that it may raise. about: what the number is.
@@ -180,6 +217,13 @@ class Sign:
 
 
 SIGNS = {
+    "probability_right": Sign(
+        "mask_ways_disagree",
+        "probability that the mask is right, by how the network's views, the colours and the mask agree",
+        probability_right,
+        lambda found: MOST_LIKELY,
+        at_least=True,
+    ),
     "network_agreement": Sign(
         "mask_ways_disagree",
         "IoU of the mask with the network's own",

@@ -15,6 +15,8 @@ from packshot.imaging.onnx import load_session
 from packshot.runs.files import readable, resolve
 from packshot.runs.folder import log
 
+MARGIN = 0.2  # of the product's longer side, that the network's second look leaves around it
+
 _IMAGENET = (
     np.array([123.675, 116.28, 103.53], np.float32),
     np.array([58.395, 57.12, 57.375], np.float32),
@@ -83,12 +85,65 @@ def uses_family(model: str) -> bool:
     return model in MASK_MODELS and MASK_MODELS[model].weights is not None
 
 
-def seen_by_family(rgb_HWC: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The family's network: alpha in [0, 1] at a shape (H, W). rgb: uint8 of any size."""
-    from packshot.imaging.matting_network import load_matting, predict_alpha  # with torch, which mask files do not need
+@dataclass(frozen=True)
+class Views:
+    """A network's looks at one picture: it whole and its surroundings left out, each as it is and mirrored.
 
-    alpha_HW = predict_alpha(load_matting(MINI), rgb_HWC)
-    return cv2.resize(alpha_HW, shape[::-1], interpolation=cv2.INTER_LINEAR)
+    alpha_HW: their mean, float32 in [0, 1]. spread_HW: their standard deviation; where it is large, the network's
+    answer depends on what should make no difference.
+    """
+
+    alpha_HW: np.ndarray
+    spread_HW: np.ndarray
+
+
+def seen_by_family(rgb_HWC: np.ndarray, shape: tuple[int, int]) -> Views:
+    """The family's network on several views of a picture, at a shape (H, W). rgb: uint8 of any size."""
+    whole_2HW = both_ways(rgb_HWC, shape)
+    box = close_box(whole_2HW.mean(axis=0) >= 0.5)
+    if box is None:
+        return Views(whole_2HW.mean(axis=0), whole_2HW.std(axis=0))
+    scale = np.array(rgb_HWC.shape[:2]) / shape
+    rows = slice(*(np.array([box[0].start, box[0].stop]) * scale[0]).astype(int))
+    columns = slice(*(np.array([box[1].start, box[1].stop]) * scale[1]).astype(int))
+    close_2hw = both_ways(rgb_HWC[rows, columns], (box[0].stop - box[0].start, box[1].stop - box[1].start))
+    alpha_HW = whole_2HW.mean(axis=0)
+    spread_HW = whole_2HW.std(axis=0)
+    every_4hw = np.concatenate([whole_2HW[:, box[0], box[1]], close_2hw])
+    alpha_HW[box] = every_4hw.mean(axis=0)
+    spread_HW[box] = every_4hw.std(axis=0)
+    return Views(alpha_HW, spread_HW)
+
+
+def both_ways(rgb_HWC: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The network's alpha of a picture and of its mirror image, turned back: float32 (2, H, W) at a shape (H, W)."""
+    from packshot.imaging.matting_network import (  # with torch, which mask files do not need
+        input_side,
+        load_matting,
+        predict_alpha,
+    )
+
+    network = load_matting(MINI)
+    side = input_side(network)
+    square_HWC = cv2.resize(rgb_HWC, (side, side), interpolation=cv2.INTER_AREA)
+    alphas = []
+    for step in (1, -1):
+        alpha_HW = predict_alpha(network, np.ascontiguousarray(square_HWC[:, ::step]))[:, ::step]
+        alphas.append(cv2.resize(np.ascontiguousarray(alpha_HW), shape[::-1], interpolation=cv2.INTER_LINEAR))
+    return np.stack(alphas)
+
+
+def close_box(likely_HW: np.ndarray) -> tuple[slice, slice] | None:
+    """The rows and columns of a bool mask and MARGIN of its longer side around it; None where it is empty."""
+    left, top, width, height = cv2.boundingRect(likely_HW.astype(np.uint8))
+    if width == 0:
+        return None
+    margin = int(MARGIN * max(width, height))
+    rows, columns = likely_HW.shape
+    return (
+        slice(max(0, top - margin), min(rows, top + height + margin)),
+        slice(max(0, left - margin), min(columns, left + width + margin)),
+    )
 
 
 def foreground_share(image: Image.Image, model: str) -> float:

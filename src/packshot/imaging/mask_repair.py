@@ -16,6 +16,8 @@ STANDS_OUT = 12.0  # ΔE from the ground, of a part that was left out
 SHARP = 0.25  # slope at a part's outline by its contrast, per px; shadows are softer
 SMALLEST = 2e-4  # of the picture: what is smaller is a speck of dust
 MOST = 12  # parts that are added; more are a pattern of the ground
+HOLE = 0.02  # of the mask: smaller ones are reflections
+GROUND_COLOUR = 2.0  # ΔE from the ground, besides its spread, that a hole has at most
 SHADOW_LIGHT = 0.35  # of the ground's, that a shadow before it has at least
 SHADOW_TINT = 8.0  # ΔE, by which a shadow's colour differs from the ground's with less light
 SHADOW_LEVELS = (8.0, 14.0, 20.0, 28.0)  # L* below which pieces at the foot may be a shadow
@@ -65,6 +67,21 @@ def is_shaded(lab_N3: np.ndarray, ground_N3: np.ndarray) -> bool:
     light = np.median(lab_N3[:, 0] / np.maximum(ground_N3[:, 0], 1))
     tint = np.median(lab_N3[:, 1:] - light * ground_N3[:, 1:], axis=0)
     return bool(SHADOW_LIGHT < light < 1 and np.hypot(*tint) < SHADOW_TINT)
+
+
+def opened(rgb_HW3: np.ndarray, mask_HW: np.ndarray, colours_HW: np.ndarray, ground: Ground) -> np.ndarray:
+    """A mask without large parts that have the ground's colour and that colours alone leave out, such as a ring's hole.
+
+    colours_HW: the mask by colours alone, bool.
+    """
+    distance_HW = np.linalg.norm(to_lab(cv2.GaussianBlur(rgb_HW3, (0, 0), 1.0)) - ground.lab_HW3, axis=-1)
+    _, labels_HW, stats, _ = cv2.connectedComponentsWithStats((mask_HW & ~colours_HW).astype(np.uint8), connectivity=4)
+    opened_HW = mask_HW.copy()
+    for number in 1 + np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= HOLE * mask_HW.sum()):
+        part_HW = labels_HW == number
+        if np.median(distance_HW[part_HW]) < GROUND_COLOUR + ground.spread:
+            opened_HW &= ~part_HW
+    return opened_HW
 
 
 def touches_frame(part_HW: np.ndarray) -> bool:
@@ -234,26 +251,13 @@ def sharpest_row(pixels_HW3: np.ndarray, mask_HW: np.ndarray, line: int) -> int:
     return max(changes, key=lambda row: changes[row]) if changes else line
 
 
-@dataclass(frozen=True)
-class Repaired:
-    """A mask after its repairs, bool (H, W). mirrored, shaded: what was cut off, as shares of it."""
-
-    mask_HW: np.ndarray
-    mirrored: float
-    shaded: float
-
-
-def repair(rgb_HW3: np.ndarray, mask_HW: np.ndarray, ground: Ground) -> Repaired:
+def repair(rgb_HW3: np.ndarray, mask_HW: np.ndarray, ground: Ground) -> np.ndarray:
     """A mask with the parts that were left out, and without its shadow and its mirror image. mask_HW: not empty."""
-    whole = mask_HW.sum()
     shadow_HW = shadow_at_foot(rgb_HW3, mask_HW)
     mask_HW = mask_HW & ~shadow_HW
     if ground.spread < PLAIN_FRAME:
         mask_HW = joined(mask_HW, left_out(rgb_HW3, mask_HW, ground.lab_HW3) & ~widened(shadow_HW))
     line = mirror_line(rgb_HW3, mask_HW)
-    if line is None:
-        return Repaired(mask_HW, 0.0, float(shadow_HW.sum() / whole))
-    mirrored = float(mask_HW[line:].sum() / whole)
-    mask_HW = mask_HW.copy()
-    mask_HW[line:] = False
-    return Repaired(mask_HW, mirrored, float(shadow_HW.sum() / whole))
+    if line is not None:
+        mask_HW[line:] = False
+    return mask_HW

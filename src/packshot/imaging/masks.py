@@ -7,7 +7,7 @@ the product also stands out from the frame, so there both ways are used. ``mask_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
@@ -30,13 +30,15 @@ from packshot.imaging.mask_doubt import (
     measure_signs,
     plausible_area,
     ramp,
+    traits,
 )
 from packshot.imaging.mask_edge import refine, shrink, stretched, widened
-from packshot.imaging.mask_networks import seen_by_family, seen_by_onnx, uses_family
-from packshot.imaging.mask_repair import repair
+from packshot.imaging.mask_networks import Views, seen_by_family, seen_by_onnx, uses_family
+from packshot.imaging.mask_repair import opened, repair
 from packshot.imaging.pixels import to_bytes, to_unit
-from packshot.imaging.saliency import fit_ground, saliency
+from packshot.imaging.saliency import Ground, fit_ground, saliency
 
+UNDECIDED = (0.2, 0.8)  # the network's alpha between which the colours decide
 WORK_SIDE = 400  # px, longer side at which GrabCut works: seconds at 12 megapixels, and its result is no better
 CLEAR_SHARE = 0.05  # of a cut-out's pixels are fully transparent, at least
 FAINT = 0.02  # alpha that a cut-out exceeds somewhere; less is a forgotten channel
@@ -76,6 +78,7 @@ class Mask:
     alpha_HW: float32 in [0, 1], 1 = product. method: file, alpha, onnx, network or grabcut. confidence: in [0, 1].
     reasons: codes of what speaks against it (``mask_doubt``); none: it is accepted. signs: the numbers behind them.
     ways: other masks of the same picture, bool and small, by what found them; empty where there was one way only.
+    traits: see ``mask_doubt.traits``.
     """
 
     alpha_HW: np.ndarray
@@ -84,6 +87,7 @@ class Mask:
     reasons: tuple[str, ...] = ()
     signs: Mapping[str, Measured] = field(default_factory=dict)
     ways: Mapping[str, np.ndarray] = field(default_factory=dict)
+    traits: np.ndarray | None = None
 
     def to_image(self) -> Image.Image:
         """8-bit grey picture, white = product."""
@@ -125,7 +129,7 @@ def judged(alpha_HW: np.ndarray, method: str, confidence: float, finding: Findin
     ways = {"what stands out": finding.salient_HW}
     if finding.network_HW is not None:
         ways["the colours" if method == "onnx" else "the network"] = finding.network_HW >= 0.5
-    return Mask(alpha_HW, method, confidence, codes_of(signs), signs, ways)
+    return Mask(alpha_HW, method, confidence, codes_of(signs), signs, ways, traits(finding))
 
 
 def _from_file(image: Image.Image, mask: Image.Image, name: str, invert: bool) -> Mask:
@@ -213,13 +217,28 @@ class Candidate:
 
 def _candidate(rgb_HWC: np.ndarray, guess_HW: np.ndarray) -> Candidate:
     """GrabCut from a guess (H, W) in [0, 1]; nothing found has no evidence."""
-    nothing = np.zeros(guess_HW.shape, bool)
     if guess_HW.max() == 0:
+        nothing = np.zeros(guess_HW.shape, bool)
         return Candidate(nothing, nothing, 0.0)
-    raw_HW = _object_from(rgb_HWC, guess_HW)
+    return _weighed(rgb_HWC, guess_HW, _object_from(rgb_HWC, guess_HW))
+
+
+def _seen_candidate(rgb_HWC: np.ndarray, alpha_HW: np.ndarray) -> Candidate:
+    """The mask of a network's alpha (H, W): the colours decide, by GrabCut, where the network is undecided."""
+    labels_HW = np.where(alpha_HW >= 0.5, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+    labels_HW[alpha_HW < UNDECIDED[0]] = cv2.GC_BGD
+    labels_HW[alpha_HW > UNDECIDED[1]] = cv2.GC_FGD
+    likely_share = float((alpha_HW >= 0.5).mean())
+    if likely_share in (0.0, 1.0):  # GrabCut learns the colours of both
+        return _weighed(rgb_HWC, alpha_HW, alpha_HW >= 0.5)
+    return _weighed(rgb_HWC, alpha_HW, grabcut(rgb_HWC, labels_HW, iterations=3))
+
+
+def _weighed(rgb_HWC: np.ndarray, guess_HW: np.ndarray, raw_HW: np.ndarray) -> Candidate:
+    """A raw mask, cleaned, with its evidence."""
     clean_HW = _clean(raw_HW)
     if not clean_HW.any() or clean_HW.all():
-        return Candidate(raw_HW, nothing, 0.0)
+        return Candidate(raw_HW, np.zeros_like(raw_HW), 0.0)
     # A mask is as good as the weakest thing that speaks for it.
     return Candidate(raw_HW, clean_HW, min(evidence(rgb_HWC, guess_HW, raw_HW, clean_HW).values()))
 
@@ -236,32 +255,54 @@ def _is_part_of(seen: Candidate, salient: Candidate) -> bool:
     return bool(contained) and salient.evidence >= 0.85 and min(seen.clean_HW.shape) >= 256
 
 
-def _from_grabcut(image: Image.Image, model: str) -> Mask:
-    """GrabCut from the network's guess.
+def _by_network(
+    rgb_HWC: np.ndarray, small_HWC: np.ndarray, salient_HW: np.ndarray, ground: Ground
+) -> tuple[Candidate, Views]:
+    """The network's mask and what the network sees; before a studio's ground, both without large holes."""
+    views = seen_by_family(rgb_HWC, small_HWC.shape[:2])
+    seen = _seen_candidate(small_HWC, views.alpha_HW)
+    if ground.spread >= PLAIN_FRAME:
+        return seen, views
+    by_colour = _candidate(small_HWC, (views.alpha_HW + salient_HW) / 2)
+    open_HW = opened(small_HWC, seen.clean_HW, by_colour.clean_HW, ground)
+    holes_HW = seen.clean_HW & ~open_HW
+    alpha_HW = np.where(holes_HW, np.float32(0), views.alpha_HW)
+    return replace(seen, raw_HW=seen.raw_HW & ~holes_HW, clean_HW=open_HW), replace(views, alpha_HW=alpha_HW)
 
-    Before a studio's ground it starts from the mean of that and of what stands out, or from the latter alone where more
-    speaks for the result: networks overlook rings and wires.
+
+def _from_grabcut(image: Image.Image, model: str) -> Mask:
+    """The network's mask, with an outline by GrabCut.
+
+    Before a studio's ground it is GrabCut from what stands out where more speaks for that: networks overlook rings and
+    wires.
     """
     rgb_HWC = np.asarray(image)
     small_HWC = shrink(rgb_HWC, WORK_SIDE)
     salient_HW = saliency(small_HWC)
     salient = _candidate(small_HWC, salient_HW)
     ground = fit_ground(small_HWC)
-    spread = ground.spread
-    method, network_HW, chosen = "grabcut", None, salient
+    method = "grabcut"
+    views = None
+    chosen = salient
     if uses_family(model):
         method = "network"
-        network_HW = seen_by_family(rgb_HWC, small_HWC.shape[:2])
-        chosen = _candidate(small_HWC, (network_HW + salient_HW) / 2 if spread < PLAIN_FRAME else network_HW)
-        stronger = spread < PLAIN_FRAME and salient.evidence > chosen.evidence
+        chosen, views = _by_network(rgb_HWC, small_HWC, salient_HW, ground)
+        stronger = ground.spread < PLAIN_FRAME and salient.evidence > chosen.evidence
         if stronger or _is_part_of(chosen, salient):
             chosen = salient
     if not chosen.clean_HW.any():
         return Mask(np.zeros(rgb_HWC.shape[:2], np.float32), method, 0.0)
-    repaired = repair(small_HWC, chosen.clean_HW, ground)
-    lost_HW = chosen.raw_HW & ~chosen.clean_HW & ~widened(repaired.mask_HW)
-    finding = Finding(small_HWC, repaired.mask_HW, network_HW, salient.clean_HW, spread, lost_HW)
-    return judged(refine(rgb_HWC, repaired.mask_HW), method, chosen.evidence, finding)
+    mask_HW = repair(small_HWC, chosen.clean_HW, ground)
+    finding = Finding(
+        rgb_HWC=small_HWC,
+        mask_HW=mask_HW,
+        network_HW=None if views is None else views.alpha_HW,
+        salient_HW=salient.clean_HW,
+        frame_spread=ground.spread,
+        lost_HW=chosen.raw_HW & ~chosen.clean_HW & ~widened(mask_HW),
+        spread_HW=None if views is None else views.spread_HW,
+    )
+    return judged(refine(rgb_HWC, mask_HW), method, chosen.evidence, finding)
 
 
 def _object_from(rgb_HWC: np.ndarray, saliency_HW: np.ndarray, iterations: int = 6) -> np.ndarray:
