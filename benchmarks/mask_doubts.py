@@ -89,8 +89,9 @@ def main() -> None:
     parser.add_argument("--renders", default="data/rendered/heldout")
     parser.add_argument("--every", type=int, default=1, help="take one scene of so many")
     args = parser.parse_args()
-    masks = judge_all(load_rows("renders", args.renders), args.every)
-    products = sorted({mask.product for mask in masks})
+    rows = load_rows("renders", args.renders)
+    masks = judge_all(rows, args.every)
+    products = sorted({str(rows.read(number, ())["product_id"]) for number in range(len(rows))})
     # halves by product: one product's masks resemble each other
     first = set(products[::2])
     fit_on = [mask for mask in masks if mask.product in first]

@@ -153,6 +153,18 @@ def test_a_whole_coloured_bottle_is_accepted():
     assert mask.reasons == ()
 
 
+def test_a_soft_shadow_and_noise_are_no_edges_outside():
+    """They are in every studio photograph; a cap without its bottle leaves a sharp line."""
+    image, truth = bottle((250, 250, 250), (30, 80, 160))
+    shadow = np.zeros((384, 384), np.float32)
+    cv2.ellipse(shadow, (200, 330), (90, 20), 0, 0, 360, 1, -1)
+    dark = cv2.GaussianBlur(shadow, (0, 0), 10)[..., None] * 0.5 * ~truth[..., None]
+    noise = np.random.default_rng(2).normal(0, 1.5, (384, 384, 3))
+    picture = (np.asarray(image) * (1 - dark) + noise).clip(0, 255).astype(np.uint8)
+    found = Finding(picture, truth, None, truth, 1.0, np.zeros_like(truth))
+    assert "mask_incomplete" not in doubts(found)
+
+
 def test_strict_refuses_a_mask_in_doubt():
     image = Image.new("RGB", (64, 64), "white")
     inverted = Image.new("L", (64, 64), 255)

@@ -12,6 +12,8 @@ from packshot.imaging.color import to_lab
 from packshot.imaging.pixels import to_bytes
 
 NETWORK_AGREES = 0.85  # IoU of the mask with the network's own from which the two count as one (docs/log.md)
+LINE = 0.03  # of the longer side, that an edge outside of a mask has at least
+SHARPER = 1.5  # slope of a sharp edge by its slope when blurred by 3 px; that of a shadow hardly changes
 MOST_PIECES = 6  # of a product: a set of three bottles, a pair of shoes
 PLAIN_FRAME = 5.0  # ΔE; a frame of less spread is a studio's ground, see saliency.Ground
 # A logistic fit on half of the products of held-out renders, in scenes and before walls (benchmarks/mask_doubts.py).
@@ -38,9 +40,9 @@ def plausible_area(share: float) -> float:
     return min(ramp(share, 0.002, 0.02), 1 - ramp(share, 0.8, 0.97))
 
 
-def colour_gradient(rgb_HWC: np.ndarray) -> np.ndarray:
-    """Length of the Lab colour's Sobel gradient, slightly blurred, float32 (H, W)."""
-    lab_HWC = to_lab(cv2.GaussianBlur(rgb_HWC, (0, 0), 1.0))
+def colour_gradient(rgb_HWC: np.ndarray, blur: float = 1.0) -> np.ndarray:
+    """Length of the Lab colour's Sobel gradient, slightly blurred (px), float32 (H, W)."""
+    lab_HWC = to_lab(cv2.GaussianBlur(rgb_HWC, (0, 0), blur))
     across = cv2.Sobel(lab_HWC, cv2.CV_32F, 1, 0)
     down = cv2.Sobel(lab_HWC, cv2.CV_32F, 0, 1)
     return np.sqrt((across**2 + down**2).sum(-1))
@@ -114,7 +116,7 @@ def edges_left(found: Finding) -> float:
     """Length of the sharp edges outside of the mask, in perimeters of the mask.
 
     Before a plain ground there should be none: shadows are soft. A cap that was kept without its bottle leaves the
-    bottle's outline.
+    bottle's outline. Only lines count, as a camera's noise makes specks.
     """
     slope_HW = colour_gradient(found.rgb_HWC) / 4
     mask = found.mask_HW.astype(np.uint8)
@@ -123,11 +125,14 @@ def edges_left(found: Finding) -> float:
     if not outside.any():
         return 0.0
     steep = slope_HW > max(1.0, 6 * float(np.median(slope_HW[outside])))
+    steep &= slope_HW > SHARPER * colour_gradient(found.rgb_HWC, 3.0) / 4
     crest = (slope_HW >= 0.999 * cv2.dilate(slope_HW, np.ones((1, 3)))) | (
         slope_HW >= 0.999 * cv2.dilate(slope_HW, np.ones((3, 1)))
     )
     perimeter = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, _SQUARE).sum() / 2
-    return float((steep & crest & outside).sum() / max(1, perimeter))
+    _, _, stats, _ = cv2.connectedComponentsWithStats((steep & crest & outside).astype(np.uint8), connectivity=8)
+    lengths = stats[1:, cv2.CC_STAT_AREA]
+    return float(lengths[lengths >= LINE * max(mask.shape)].sum() / max(1, perimeter))
 
 
 def network_left(found: Finding) -> float:
