@@ -29,7 +29,8 @@ from packshot.base.load import load_parts
 from packshot.config.compose import compose
 from packshot.dataset.rows import load_rows
 from packshot.methods import build_method
-from packshot.train.encode import Encoder, Examples
+from packshot.train.encode import Encoder
+from packshot.train.examples import Examples
 
 
 class WaitingVae:

@@ -240,7 +240,8 @@ def encoding(check: Check) -> Figures:
     from packshot.base.load import load_parts
     from packshot.config.compose import compose
     from packshot.methods import build_method
-    from packshot.train.encode import Encoder, Examples
+    from packshot.train.encode import Encoder
+    from packshot.train.examples import Examples
 
     config = compose("train_lora", check.overrides("encoding"))
     parts = load_parts(config.model)

@@ -15,7 +15,8 @@ from packshot.config.schema import LoraMethod
 from packshot.methods.lora import Lora
 from packshot.train.check import drawing
 from packshot.train.check.findings import findings, kept_words
-from packshot.train.encode import Encoder, Examples
+from packshot.train.encode import Encoder
+from packshot.train.examples import Examples
 from packshot.train.run import train
 
 LONG = "Professional photo of an object on a table, " + ", ".join(f"word{number}" for number in range(40))

@@ -25,7 +25,7 @@ from packshot.generate.load import check_adapters
 from packshot.imaging.control_maps import Control
 from packshot.imaging.light_direction import light_direction
 from packshot.methods import METHODS
-from packshot.train.encode import framed
+from packshot.train.examples import framed
 from packshot.train.plan import make_plan
 
 KEY = SampleKey(0, 0, "sample")

@@ -16,7 +16,8 @@ from packshot.engine.keyed_random import SampleKey
 from packshot.errors import ConfigError
 from packshot.imaging.framing import plan
 from packshot.methods import METHODS
-from packshot.train.encode import Encoder, Examples, framed, mirrored
+from packshot.train.encode import Encoder
+from packshot.train.examples import Examples, framed, mirrored
 from packshot.train.task import DiffusionTask
 
 

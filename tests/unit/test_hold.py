@@ -46,7 +46,8 @@ from packshot.generate.load import check_adapters, load_models
 from packshot.generate.product import prepare
 from packshot.imaging.matte import held_cells
 from packshot.methods import METHODS
-from packshot.train.encode import Encoder, framed, widened
+from packshot.train.encode import Encoder
+from packshot.train.examples import framed, widened
 from packshot.train.run import build_task
 
 SCHEDULERS = (

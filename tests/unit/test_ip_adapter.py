@@ -28,7 +28,8 @@ from packshot.methods.ip_adapter import look, place
 from packshot.methods.ip_adapter_file import read_original, to_original
 from packshot.runs.files import resolve
 from packshot.scene import Scene
-from packshot.train.encode import MAX_PEERS, Encoder, Examples, choose_peers
+from packshot.train.encode import Encoder
+from packshot.train.examples import MAX_PEERS, Examples, choose_peers
 from packshot.train.plan import make_plan
 from packshot.train.task import DiffusionTask
 from packshot.train.validation import prepare_held_out, sample_picture

@@ -29,7 +29,8 @@ from packshot.engine.tensor_cache import TensorCache
 from packshot.errors import PackshotError
 from packshot.methods import METHODS
 from packshot.runs.files import resolve
-from packshot.train.encode import Encoder, Examples, encode_batch, framed, widened
+from packshot.train.encode import Encoder, encode_batch
+from packshot.train.examples import Examples, framed, widened
 from packshot.train.run import build_task
 from packshot.train.task import DiffusionTask
 

@@ -14,7 +14,8 @@ from packshot.dataset.rows import load_rows
 from packshot.engine.keyed_random import SampleKey
 from packshot.errors import ConfigError, PackshotError
 from packshot.methods.lora import Lora
-from packshot.train.encode import Encoder, Examples
+from packshot.train.encode import Encoder
+from packshot.train.examples import Examples
 from packshot.train.task import DiffusionTask
 
 

@@ -49,7 +49,8 @@ from packshot.train.card import write_card
 from packshot.train.check.findings import small_buckets
 from packshot.train.check.run import check
 from packshot.train.decide import first_change
-from packshot.train.encode import Encoder, Examples
+from packshot.train.encode import Encoder
+from packshot.train.examples import Examples
 from packshot.train.plan import make_plan, plan
 from packshot.train.task import DiffusionTask
 from packshot.train.validation import LOSS_SAMPLES

@@ -20,7 +20,7 @@ from packshot.engine.task import Task, Validated
 from packshot.errors import PackshotError
 from packshot.lists import column, map_values
 from packshot.methods.base import Method
-from packshot.train.encode import Example, Examples
+from packshot.train.examples import Example, Examples
 from packshot.train.validation import Validator
 
 
@@ -39,7 +39,7 @@ def drawn_side(sample: Example, key: SampleKey) -> Example:
 
 
 class DiffusionTask(Task):
-    """Loss of a Method (see ``methods.base``) on encoded samples (see ``train.encode``); the loop's Task."""
+    """Loss of a Method (see ``methods.base``) on encoded samples (see ``train.examples``); the loop's Task."""
 
     def __init__(self, method: Method, parts: Parts, config: TrainScript, validation: Examples) -> None:
         super().__init__()

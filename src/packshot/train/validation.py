@@ -35,7 +35,7 @@ from packshot.imaging.pixels import from_network, to_bytes
 from packshot.lists import column, map_values
 from packshot.methods.base import FramedSample
 from packshot.runs.files import replacing_file
-from packshot.train.encode import Example, Examples, widened
+from packshot.train.examples import Example, Examples, widened
 
 if TYPE_CHECKING:  # it validates with what stands here
     from packshot.train.task import DiffusionTask

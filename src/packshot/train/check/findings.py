@@ -15,7 +15,7 @@ from packshot.config.optimizers import OPTIMIZERS
 from packshot.config.schema import TrainScript
 from packshot.imaging import framing
 from packshot.runs.progress import progress
-from packshot.train.encode import Examples
+from packshot.train.examples import Examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

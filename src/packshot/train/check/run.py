@@ -28,7 +28,7 @@ from packshot.runs.progress import clock
 from packshot.runs.tracking import NullTracker
 from packshot.train.check.drawing import Line, curve, from_condition, from_vae, from_weight, outlined, sheet
 from packshot.train.check.findings import findings, kept_words, shares
-from packshot.train.encode import Example, Examples
+from packshot.train.examples import Example, Examples
 from packshot.train.task import DiffusionTask
 
 MOST_SHOWN = 8  # samples of the first micro-batch that are drawn

@@ -1,0 +1,340 @@
+"""Encoded samples as the loop reads them: from a cache on the disk, or encoded anew with identical results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import chain, groupby
+from pathlib import Path
+from typing import NotRequired, TypedDict, TypeVar, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from packshot.dataset import buckets
+from packshot.dataset.flips import flippable
+from packshot.dataset.rows import Row, Rows
+from packshot.engine.packed import Tensors
+from packshot.engine.tensor_cache import Filling, Job, TensorCache, content_key, fill
+from packshot.errors import PackshotError
+from packshot.imaging import framing
+from packshot.methods.base import FramedSample
+from packshot.runs.folder import log
+from packshot.train.encode import Encoder, encode_batch
+
+VERSION = 8  # raise it when the same sample gives other tensors
+TEXT_BATCH = 32
+# What is cached of a picture, in the log's words.
+KINDS = {"latents": "pictures", "product": "products", "method": "references"}
+MAX_PEERS = 8  # other samples whose encodings a sample may be conditioned on
+T = TypeVar("T")
+
+
+class Example(TypedDict):
+    """An encoded sample, without batch dimension.
+
+    mean, std: of the VAE's posterior, (C, h, w). alpha: the product's share of each latent cell in steps of 1/255,
+    (1, h, w). held: 1 in the cells that are held to the product, else 0. inside: 0 in cells that a letterbox bar
+    touches, else 1. time_ids: (6,). product: (5, h, w), if the UNet reads it. All are fp32, whatever the cache holds.
+    prompt, empty: what the network reads of the caption and of the empty text, see ``Encoder.text``. bare: there is no
+    caption. prompts: of each caption, where there are several. encoded: what the method made of the sample, then of its
+    peers. seen: the framed sample, if the method reads pictures. mirror: the mirror image as a list of one, where the
+    sample may be flipped.
+    """
+
+    id: str
+    bare: NotRequired[bool]
+    mean: Tensor
+    std: Tensor
+    alpha: Tensor
+    held: Tensor
+    inside: Tensor
+    time_ids: Tensor
+    product: NotRequired[Tensor]
+    prompt: Tensors
+    prompts: NotRequired[Sequence[Tensors]]
+    empty: Tensors
+    encoded: Sequence[Tensors]
+    seen: FramedSample | None
+    mirror: NotRequired[Sequence[Example]]
+
+
+def chunked(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The items, ``size`` at a time."""
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
+
+
+def framed(sample: Row, target: tuple[int, int]) -> FramedSample:
+    """The sample as the model sees it: its pictures through one geometry, which is added as ``geometry``.
+
+    Raises:
+        PackshotError: they differ in size.
+    """
+    image = sample["image"]
+    geometry = framing.plan((image.height, image.width), target, framing.product_box(sample["mask"]))
+    seen = {**sample, "geometry": geometry}
+    for name, picture in sample.items():
+        if not isinstance(picture, Image.Image):
+            continue
+        if picture.size != image.size:
+            raise PackshotError(
+                f"sample {sample['id']}: the picture has {image.width}x{image.height} px, its {name} "
+                f"{picture.width}x{picture.height}.",
+                f"Build the dataset again: it is not known where in the picture the {name} belongs.",
+            )
+        # letterbox bars hold no product; other pictures go on as they are at the rim
+        pad = "constant" if name == "mask" else "edge"
+        seen[name] = Image.fromarray(framing.apply(geometry, np.asarray(picture), pad=pad))
+    return cast("FramedSample", seen)
+
+
+def mirrored(sample: FramedSample) -> FramedSample:
+    """The framed sample's mirror image: all its pictures, and the geometry that shows them."""
+    turned: dict[str, object] = {**sample, "geometry": sample["geometry"].mirrored()}
+    for name, picture in turned.items():
+        if isinstance(picture, Image.Image):
+            turned[name] = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return cast("FramedSample", turned)
+
+
+def widened(tensors: Tensors) -> Tensors:
+    """An entry as the network's batches take it: bytes are planes in [0, 1] again, lower precisions fp32; token ids
+    stay."""
+    wide = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype is torch.uint8:
+            wide[name] = tensor.float() / 255
+        else:
+            wide[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return wide
+
+
+def choose_peers(keys: Sequence[Hashable | None], ids: Sequence[str]) -> list[list[int]]:
+    """For each sample the ``MAX_PEERS`` others, or as many as there are, whose encodings it may be conditioned on.
+
+    keys: equal for peers (see ``Method.peer_key``); None: a sample without peers. The choice follows from the ids of
+    the peers alone, whatever their order, and each sample is chosen as often as any other.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        if key is not None:
+            members.setdefault(key, []).append(index)
+    chosen: list[list[int]] = [[] for _ in keys]
+    for indices in members.values():
+        # each takes those that follow it on a ring in the order of their hashed ids
+        ring = sorted(indices, key=lambda index: content_key(ids[index]))
+        twice_around = ring + ring
+        count = min(MAX_PEERS, len(ring) - 1)
+        for place, index in enumerate(ring):
+            following = twice_around[place + 1 : place + 1 + count]
+            chosen[index] = [other for other in following if ids[other] != ids[index]]
+    return chosen
+
+
+class Encodings(Sequence[T]):
+    """What some samples give, each read or made when it is indexed: one access uses one."""
+
+    def __init__(self, indices: Sequence[int], read: Callable[[int], T]) -> None:
+        self._indices = indices
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, number: int) -> T:  # type: ignore[override]  # nothing slices it
+        return self._read(self._indices[number])
+
+
+class Examples(Sequence[Example]):
+    """A dataset as the loop reads it: encoded samples by index.
+
+    ``groups`` names the bucket of each sample. folder: of the cache; None: every access encodes. count: use only the
+    first samples of the set. flip: samples whose captions allow it have a mirror image, whose index is the sample's
+    plus the number of rows.
+    """
+
+    def __init__(
+        self, rows: Rows, encoder: Encoder, folder: Path | None, count: int | None = None, flip: bool = False
+    ) -> None:
+        self.rows = rows
+        self.whole = len(rows.ids)
+        self.ids = rows.ids[:count]
+        self.encoder = encoder
+        self._captions: list[list[str] | None] = getattr(rows, "captions", None) or [None] * len(rows.ids)
+        self.flips = flippable(rows.texts, self._captions) if flip else [False] * self.whole
+        self._nearest = [buckets.nearest(size, encoder.shapes) for size in rows.sizes]
+        self.groups = self._nearest[:count]
+        self._folder = folder
+
+    @cached_property
+    def _caches(self) -> dict[str, TensorCache]:
+        """One cache for each kind of encoding; none without a folder."""
+        if self._folder is None:
+            return {}
+        method = self.encoder.method
+        identity = self.encoder.identity
+        kinds = {"latents": identity.vae}
+        if self.encoder.reads_product:
+            kinds["product"] = identity.vae
+        if not method.trains_text:
+            kinds["text"] = identity.text
+        if identity.method:
+            kinds["method"] = content_key(identity.method)
+        return {name: TensorCache(self._folder / f"{name}-{digest[:12]}") for name, digest in kinds.items()}
+
+    @cached_property
+    def peers(self) -> list[list[int]]:
+        """The samples whose encodings each may be conditioned on instead of its own; see :func:`choose_peers`.
+
+        Where only the first samples of a set are used, peers may come from the rest.
+        """
+        peer_key = self.encoder.method.peer_key
+        if peer_key is None:
+            return [[] for _ in self.ids]
+        keys = [peer_key(self.rows.read(index, ())) for index in range(len(self.rows.ids))]
+        chosen = choose_peers(keys, self.rows.ids)[: len(self)]
+        count = sum(map(bool, chosen))
+        log.info("%d of %d samples can be shown the reference of another of their look", count, len(self))
+        return chosen
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def fingerprint(self) -> str:
+        """Identity of the samples and their captions, in order."""
+        return self.rows.fingerprint()
+
+    def seen(self, index: int) -> FramedSample:
+        """The framed sample, with image, mask and the further pictures that the method reads."""
+        pictures = {"image", "mask", *self.encoder.method.pictures}
+        sample = framed(self.rows.read(index % self.whole, sorted(pictures)), self._shape(index))
+        return mirrored(sample) if index >= self.whole else sample
+
+    def _bucket(self, index: int) -> int:
+        return self._nearest[index % self.whole]
+
+    def _ready(self, index: int) -> FramedSample:
+        return self.encoder.ready(self.seen(index))
+
+    def _shape(self, index: int) -> tuple[int, int]:
+        return self.encoder.shapes[self._bucket(index)]
+
+    def _key(self, index: int) -> str:
+        side = ("mirrored",) if index >= self.whole else ()
+        return content_key(VERSION, self.rows.digest(index % self.whole), self._shape(index), *side)
+
+    def _chunks(self, indices: Iterable[int]) -> list[list[Job]]:
+        """Samples of one bucket each, as many as go through an encoder together."""
+        ordered = sorted(indices, key=lambda index: (self._bucket(index), index))
+        chunks = []
+        for _, members in groupby(ordered, key=self._bucket):
+            bucket = list(members)
+            for chunk in chunked(bucket, encode_batch(self._shape(bucket[0]))):
+                # jobs hold an index, not a sample: a large set must not be decoded into memory
+                chunks.append(list(map(self._job, chunk)))
+        return chunks
+
+    def _job(self, index: int) -> Job:
+        return Job(self._key(index), f"sample {self.rows.ids[index % self.whole]}", index)
+
+    def _with_mirrors(self, chunks: Iterable[list[Job]]) -> list[list[Job]]:
+        """The chunks, and after each with a sample that may be flipped the mirror image of all of it.
+
+        What is encoded together changes the last bits; so it may depend neither on ``flip`` nor on the captions.
+        """
+        made = []
+        for chunk in chunks:
+            made.append(chunk)
+            if any(self.flips[job.item] for job in chunk):
+                made.append([self._job(self.whole + job.item) for job in chunk])
+        return made
+
+    def fill(self, accelerator: Accelerator) -> None:
+        """Encode what no earlier run has encoded. Without a cache there is nothing to do."""
+        _ = self.peers  # read once, before the loader's processes are forked
+        if not self._caches:  # every access encodes: the loader's processes share what is loaded before they are forked
+            self.encoder.parts.load("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+            return
+        encoder = self.encoder
+        own = range(len(self))
+        encoders = {"latents": encoder.latents, "product": encoder.product, "method": encoder.method.encode}
+        fillings = []
+        for name, encode in encoders.items():
+            if name in self._caches:
+                fillings.append(Filling(self._caches[name], f"encoding {KINDS[name]}", encode))
+        fill("encoding pictures", fillings, self._with_mirrors(self._chunks(own)), accelerator, prepare=self._ready)
+        others = {*chain.from_iterable(self.peers)} - {*own}
+        if "method" in self._caches and others:  # where only the first samples of a set are used
+            chunks = self._with_mirrors(self._chunks(others))
+            self._caches["method"].fill("encoding peers", chunks, encoder.method.encode, accelerator, prepare=self.seen)
+        if "text" in self._caches:
+            several = chain.from_iterable(captions or () for captions in self._captions[: len(self)])
+            texts = sorted({*self.rows.texts[: len(self)], *several, ""})
+            jobs = [Job(content_key(text), f"caption {text!r}", text) for text in texts]
+            chunked_jobs = list(chunked(jobs, TEXT_BATCH))
+            self._caches["text"].fill("encoding captions", chunked_jobs, encoder.text, accelerator)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # nothing slices it
+        example = self.cached(index) if self._caches else self.fresh(index)
+        if self.flips[index]:
+            read = self.cached if self._caches else self.fresh
+            example["mirror"] = Encodings([self.whole + index], read)
+        return example
+
+    def cached(self, index: int) -> Example:
+        """A sample, or its mirror image, from the cache."""
+        key = self._key(index)
+        tensors = self._caches["latents"].get(key)
+        if "product" in self._caches:
+            tensors |= self._caches["product"].get(key)
+        seen = self.seen(index) if self.encoder.method.pictures else None
+        encodings = Encodings([index, *self.peers[index % self.whole]], self._cached_encoding)
+        return self._example(index, tensors, self._text, encodings, seen)
+
+    def fresh(self, index: int) -> Example:
+        """The same encoded anew."""
+        encoder = self.encoder
+        seen = self.seen(index)
+
+        def encoding(other: int) -> Tensors:
+            return widened(encoder.method.encode([seen if other == index else self.seen(other)])[0])
+
+        tensors = encoder.latents([seen])[0]
+        if encoder.reads_product:
+            tensors |= encoder.product([seen])[0]
+        encodings = Encodings([index, *self.peers[index % self.whole]], encoding)
+        shown = seen if encoder.method.pictures else None
+        return self._example(index, tensors, lambda text: encoder.text([text])[0], encodings, shown)
+
+    def _example(
+        self,
+        index: int,
+        tensors: Tensors,
+        encode_text: Callable[[str], Tensors],
+        encoded: Sequence[Tensors],
+        seen: FramedSample | None,
+    ) -> Example:
+        index %= self.whole
+        text = self.rows.texts[index]
+        captions = self._captions[index] or [text]
+        example = {
+            **widened(tensors),
+            "id": self.ids[index],
+            "bare": not text,
+            "prompts": Encodings(range(len(captions)), lambda number: widened(encode_text(captions[number]))),
+            "prompt": widened(encode_text(text)),
+            "empty": widened(encode_text("")),
+            "encoded": encoded,
+            "seen": seen,
+        }
+        return cast("Example", example)
+
+    def _cached_encoding(self, index: int) -> Tensors:
+        return widened(self._caches["method"].get(self._key(index))) if "method" in self._caches else {}
+
+    def _text(self, text: str) -> Tensors:
+        return self._caches["text"].get(content_key(text)) if "text" in self._caches else self.encoder.text([text])[0]
