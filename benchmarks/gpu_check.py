@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 from sets import ROOT, spread, write_set
 from transformers import AutoProcessor, Florence2Config, Florence2ForConditionalGeneration
 
+from packshot.caption.models.shapes import published_florence
 from packshot.config.gpus import find_gpu
 from packshot.dataset.rows import load_rows
 from packshot.runs.files import replacing_file, replacing_folder, resolve
@@ -127,15 +128,9 @@ def write_captioner(folder: Path, family: Family, device: torch.device) -> None:
     config = Florence2Config.from_pretrained(shipped)
     assert config.text_config is not None
     if family.name == "sdxl":
-        sizes = {"embed_dim": (256, 512, 1024, 2048), "num_heads": (8, 16, 32, 64), "num_groups": (8, 16, 32, 64)}
-        strides = {"patch_size": (7, 3, 3, 3), "patch_stride": (4, 2, 2, 2), "patch_padding": (3, 1, 1, 1)}
-        prenorm = {"patch_prenorm": (False, True, True, True), "window_size": 12, "depths": (1, 1, 9, 1)}
-        vision = {**sizes, **strides, **prenorm, "projection_dim": 1024}
-        text = config.text_config.to_dict() | {"vocab_size": 51289, "d_model": 1024, "max_position_embeddings": 1024}
-        for side in ("encoder", "decoder"):
-            text |= {f"{side}_layers": 12, f"{side}_attention_heads": 16, f"{side}_ffn_dim": 4096}
-        config = Florence2Config(text_config=text, vision_config=vision, image_token_id=config.image_token_id)
-        config.tie_word_embeddings = True
+        token = config.image_token_id
+        config = published_florence("large", config.text_config.to_dict())
+        config.image_token_id = token
     with replacing_folder(folder) as temporary:
         AutoProcessor.from_pretrained(shipped).save_pretrained(temporary)
         torch.manual_seed(0)

@@ -34,7 +34,7 @@ class Set:
     def __len__(self):
         return len(self.ids)
 
-    def read(self, index, images):
+    def read(self, index, images, covering=None):
         mask = self._masks[index]
         return {"mask": None if mask is None else Image.fromarray(mask)}
 

@@ -60,6 +60,19 @@ def test_what_does_not_fit_says_what_to_change():
     assert any("does not fit on a small one" in sentence for sentence in tight.sentences())
 
 
+def test_offload_leaves_what_works_together():
+    """One after the other: the UNet with its ControlNets is the largest; text encoders and VAE wait elsewhere."""
+    whole, _ = planned("model=sdxl", "adapters.controlnets=[a]")
+    alone, _ = planned("model=sdxl", "adapters.controlnets=[a]", "inference.offload=model")
+    others = (2 * (TEXT + TEXT_2) + 4 * VAE) / GIB
+    assert alone.weights_gib == whole.weights_gib
+    assert alone.total_gib == pytest.approx(whole.weights_gib - others + alone.denoising_gib, rel=1e-3)
+    assert alone.total_gib < whole.total_gib
+    config = compose("generate", ["model=sdxl"])
+    small = decide(config, planned("model=sdxl")[0], GPUS["a10"].__class__("x", "x", 8.0, 1.0, ""), 1, 1)
+    assert small.change == "inference.offload=model"
+
+
 def test_flops_are_those_of_the_network_itself():
     config = compose("generate", ["num_inference_steps=7"])
     parts = load_parts(config.model)

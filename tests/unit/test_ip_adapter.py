@@ -45,8 +45,8 @@ class Chosen:
     def __len__(self):
         return len(self.ids)
 
-    def read(self, index, images):
-        return self._rows.read(self._indices[index], images)
+    def read(self, index, images, covering=None):
+        return self._rows.read(self._indices[index], images, covering)
 
     def digest(self, index):
         return self._rows.digest(self._indices[index])

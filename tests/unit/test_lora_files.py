@@ -226,6 +226,16 @@ def test_a_lora_of_another_size_is_refused_by_layer(parts, tmp_path):
         read_lora("adapters.lora", file, networks_of(parts))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_lora_that_had_diverged_is_refused_at_once(value, parts, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    down, up = random_factors(parts.unet.get_submodule(LINEAR).weight)
+    up[-1, -1] = value
+    save_file({f"unet.{LINEAR}.lora_A.weight": down, f"unet.{LINEAR}.lora_B.weight": up}, file)
+    with pytest.raises(ConfigError, match=rf"{LINEAR}\.lora_B\.weight has values that are not finite"):
+        read_lora("adapters.lora", file, networks_of(parts))
+
+
 def test_half_of_an_update_is_refused(parts, tmp_path):
     file = tmp_path / "half.safetensors"
     save_file({f"unet.{LINEAR}.lora_B.weight": torch.zeros(64, 4)}, file)

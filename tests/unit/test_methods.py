@@ -344,7 +344,9 @@ def test_pictures_of_other_shapes_go_to_their_bucket(rows, tmp_path):
     wide = Image.new("RGB", (160, 96), "teal")
     mask = Image.new("L", (160, 96), 0)
     mask.paste(255, (60, 20, 90, 80))
-    few.read = lambda index, images: rows.read(0, images) | ({"image": wide, "mask": mask} if index else {})
+    few.read = lambda index, images, covering=None: (
+        rows.read(0, images) | ({"image": wide, "mask": mask} if index else {})
+    )
     few.digest = lambda index: f"shape {index}"
     task, examples = make_task(few, tmp_path)
     assert examples.groups[0] != examples.groups[1]

@@ -14,9 +14,10 @@ from packshot.config.compose import compose
 from packshot.config.gpus import GPUS, find_gpu
 from packshot.config.schema import MixedPrecision
 from packshot.engine.memory import enable_checkpointing
+from packshot.engine.sharding import Sharding
 from packshot.errors import ConfigError
 from packshot.methods import METHODS
-from packshot.train.decide import decide
+from packshot.train.decide import DECODING_SECONDS, decide, first_change
 from packshot.train.plan import GIB, make_plan, plan
 
 SCRIPTS = {"train_lora": 23_224_320, "train_controlnet": 1_251_014_160}
@@ -177,8 +178,8 @@ def test_the_plan_is_written_and_says_what_it_counts(tmp_path, capsys):
     plan(config, "train_lora")
     written = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert written["total_gib"] == pytest.approx(sum(v for k, v in written.items() if k in (
-        "frozen_weights_gib", "trained_weights_gib", "gradients_gib", "optimizer_gib", "ema_gib", "vae_gib",
-        "activations_gib",
+        "frozen_weights_gib", "trained_weights_gib", "gradients_gib", "optimizer_gib", "ema_gib", "gathered_gib",
+        "vae_gib",        "activations_gib",
     )))  # fmt: skip
     assert "tflop_per_step" in capsys.readouterr().err
 
@@ -300,3 +301,48 @@ def test_a_training_that_may_not_fit_is_announced(free, warned, monkeypatch, cap
         warn_of_memory(config, 10)
     assert f"free: {free:.1f} GiB" in caplog.text
     assert ("may not fit; change first: train.gradient_checkpointing=true" in caplog.text) is warned
+
+
+def test_sharding_divides_the_state_and_gathers_blocks():
+    """A UNet of 2.57 B in bf16 as one block: its gathered weights are all of it; block by block they are a part."""
+    keys = ["model=sdxl", "train.mixed_precision=bf16", "train.gradient_checkpointing=true", "train.ema_decay=0.99"]
+    config = compose("train_controlnet", keys)
+    whole = make_plan(config, samples=10, processes=8)
+    parts = make_plan(config, samples=10, processes=8, sharding=Sharding())
+    names = ("frozen_weights_gib", "trained_weights_gib", "gradients_gib", "optimizer_gib", "ema_gib")
+    for name in names:
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name) / 8)
+    weights = whole.frozen_weights_gib + whole.trained_weights_gib
+    assert whole.gathered_gib == 0 < parts.gathered_gib < weights / 3
+    assert make_plan(config, 10, 8, sharding=Sharding(whole=True)).gathered_gib == pytest.approx(weights)
+    assert make_plan(config, 10, 8, sharding=Sharding(reshard=False)).gathered_gib == pytest.approx(weights)
+    assert parts.total_gib < whole.total_gib
+    assert parts.encoding_gib == whole.encoding_gib  # it is divided after the encoding
+
+
+def test_a_plan_is_sharded_where_its_key_or_the_launcher_says_so(tmp_path):
+    def written(name, key, sharding=None):
+        keys = ["plan.gpu=h100", "plan.gpus=8", "plan.images=10", "tracking=none", *key]
+        plan(compose("train_lora", [*keys, f"run.dir={tmp_path / name}"]), "train_lora", sharding)
+        return json.loads((tmp_path / name / "plan.json").read_text())["gathered_gib"] > 0
+
+    assert not written("a", [])
+    assert written("b", ["plan.sharded=true"])
+    assert written("c", [], Sharding())
+    assert not written("d", ["plan.sharded=false"], Sharding())
+
+
+def test_more_gpus_that_do_not_divide_the_state_are_told_to():
+    keys = ["model=sdxl", "plan.gpu=rtx4090", "plan.images=10", "train.mixed_precision=bf16", "optim=adam8bit"]
+    config = compose("train_controlnet", [*keys, "train.batch_size=1", "train.gradient_checkpointing=true"])
+    assert "fsdp.yaml" in first_change(config, can_shard=True)
+    assert "fsdp.yaml" not in first_change(config)
+
+
+def test_decoders_keep_up_with_the_encoder():
+    result, decision = decided("model=sdxl", "train.batch_size=1", processes=4)
+    for cores, hours in zip(decision.decoders, decision.encoding_hours[::-1], strict=True):
+        busy = 25 * DECODING_SECONDS / 3600  # 100 pictures on four GPUs
+        assert (cores - 1) * hours <= busy <= cores * hours
+    assert result.encoded_pictures == 100
+    assert decided("model=sdxl", "train.batch_size=1", "data.flip=true")[0].encoded_pictures == 200

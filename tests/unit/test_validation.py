@@ -153,7 +153,7 @@ def test_every_method_holds_the_products_latents(rows, parts, script, monkeypatc
 
 def test_samples_without_a_mask_are_drawn_but_not_measured(rows, parts, tmp_path):
     bare = Few(rows, 1)
-    bare.read = lambda index, images: {**rows.read(index, images), "mask": None}
+    bare.read = lambda index, images, covering=None: {**rows.read(index, images), "mask": None}
     config = compose("train_lora", ["tracking=none", "data.cache=false"])
     task, _ = build_task(config, parts, bare, bare, Accelerator(cpu=True))
     found = task.eval().validate(tmp_path, Accelerator(cpu=True))
@@ -165,7 +165,7 @@ def test_samples_without_a_mask_are_drawn_but_not_measured(rows, parts, tmp_path
 def test_choosing_by_extension_needs_products(rows, parts):
     """It is refused before the first step."""
     bare = Few(rows, 1)
-    bare.read = lambda index, images: {**rows.read(index, images), "mask": None}
+    bare.read = lambda index, images, covering=None: {**rows.read(index, images), "mask": None}
     config = compose("train_lora", ["tracking=none", "data.cache=false", "train.keep_best=extension"])
     with pytest.raises(ConfigError, match="no mask"):
         build_task(config, parts, bare, bare, Accelerator(cpu=True))

@@ -122,7 +122,7 @@ def read_lora(key: str, path: Path, networks: Mapping[str, nn.Module]) -> LoraFi
     networks: by ``unet``, ``text_encoder`` and ``text_encoder_2``.
 
     Raises:
-        ConfigError: the file cannot be read, or some of its tensors belong to no layer; names ``key``.
+        ConfigError: the file cannot be read, a value is not finite, or a tensor belongs to no layer; names ``key``.
     """
     try:
         shapes = tensor_shapes(path)
@@ -145,6 +145,11 @@ def read_lora(key: str, path: Path, networks: Mapping[str, nn.Module]) -> LoraFi
         for tensor_name, (network, layer, factor) in places.items():
             update = updates.setdefault(network, {}).setdefault(layer, {})
             update[factor] = opened.get_tensor(tensor_name)
+            if not torch.isfinite(update[factor]).all():
+                raise ConfigError(
+                    f"{key}={path}: {tensor_name} has values that are not finite.",
+                    "Its training had diverged: use an earlier checkpoint.",
+                )
     add_alphas(updates, metadata)
     refuse_misfits(key, path, updates, networks)
     return LoraFile(path, updates, metadata)

@@ -7,10 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from packshot.base.device import own_device
 from packshot.config.schema import Quantization
 from packshot.errors import ConfigError
+
+# Bytes of a quantised weight: codes of half a byte, a byte for each 64 of them, four for each 256 of those (nf4, its
+# scales quantised again); a byte per weight and four per row (int8).
+QUANTIZED_BYTES: dict[Quantization, Callable[[Tensor], float]] = {
+    Quantization.nf4: lambda weight: weight.numel() * (1 / 2 + 1 / 64 + 4 / (64 * 256)),
+    Quantization.int8: lambda weight: weight.numel() + 4 * weight.shape[0],
+}
 
 
 def nf4(linear: torch.nn.Linear, device: str) -> torch.nn.Module:

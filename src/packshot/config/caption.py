@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from packshot.config.captioners import CAPTION_TASKS, CAPTIONERS, presets, presets_help
+from packshot.config.captioners import CAPTION_TASKS, CAPTIONERS, CaptionTaskRow, presets, presets_help
 from packshot.config.common import LicenseConfig, Quantization, Script
 from packshot.config.keys import Names, opt
+from packshot.config.plan import PlanConfig
 from packshot.config.train import DataConfig, KeepBest, OptimConfig, TrainConfig, check_steps
 from packshot.errors import ConfigError
 
 CaptionerKind = Names("CaptionerKind", list(CAPTIONERS))
+CaptionMode = Names("CaptionMode", ["run", "plan"])
 CaptionTask = Names("CaptionTask", list(CAPTION_TASKS))
 Tuning = Names("Tuning", list(presets()))
 ProductTarget = Names("ProductTarget", ["none", "box", "outline", "mask"])
@@ -112,6 +114,8 @@ class CaptionVLM(Script):
     task: CaptionTask = opt(
         CaptionTask.train, "; ".join(f"{task.name}: {task.about}" for task in CAPTION_TASKS.values())
     )
+    mode: CaptionMode = opt(CaptionMode.run, "run; plan: print what the task costs on plan.gpu")
+    plan: PlanConfig = field(default_factory=PlanConfig)
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     data: CaptionDataConfig = field(default_factory=CaptionDataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -133,6 +137,9 @@ class CaptionVLM(Script):
                 "Leave them out; train.keep_best=validation_loss works for captioners.",
             )
         task = CAPTION_TASKS[self.task.name]
+        if self.mode is CaptionMode.plan:
+            self.check_plan(task)
+            return
         refuse_unset(f"task={task.name}", {f"data.{name}": getattr(self.data, name) for name in task.needs})
         if task.trains and self.data.allow_empty_captions:
             raise ConfigError(
@@ -145,3 +152,20 @@ class CaptionVLM(Script):
             )
         if task.trains:
             self.captioner.check_trainable()
+
+    def check_plan(self, task: CaptionTaskRow) -> None:
+        """Raises ConfigError where there is nothing to plan."""
+        if not (task.trains or task.writes):
+            raise ConfigError(
+                f"task={task.name} with mode=plan: no network runs there.", "Plan task=train or task=caption."
+            )
+        if not CAPTIONERS[self.captioner.kind.name].shapes:
+            local = [row.name for row in CAPTIONERS.values() if row.shapes]
+            raise ConfigError(
+                f"captioner={self.captioner.kind} with mode=plan: its model does not run here.",
+                f"Plan captioner={' | '.join(local)}.",
+            )
+        if task.trains:
+            self.captioner.check_trainable()
+        elif self.plan.images is None:
+            raise ConfigError(f"task={task.name} mode=plan needs plan.images.", "Set it to the number of pictures.")

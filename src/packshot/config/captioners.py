@@ -33,6 +33,7 @@ class CaptionerFamily:
     needs: the keys of ``captioner`` that have to be set.
     adapter: "module:function" from (ModelConfig, CaptionerConfig, trainable) to an Adapter.
     connect: "module:function" from a CaptionerConfig to a Captioner, for families whose model runs elsewhere.
+    shapes: "module:function" from (folder or hub id) to a MetaCaptioner, which plans are made from.
     has_locations: its tokenizer has words for places, which ``captioner.product=box`` writes.
     presets: what can be trained of it, by the value of ``captioner.tuning``.
     """
@@ -43,6 +44,7 @@ class CaptionerFamily:
     needs: tuple[str, ...] = ()
     adapter: str = ""
     connect: str = ""
+    shapes: str = ""
     has_locations: bool = False
     presets: dict[str, Preset] = field(default_factory=dict)
 
@@ -63,6 +65,7 @@ FAMILIES = (
         "Florence-2",
         weights="data/models/florence2",
         adapter="packshot.caption.models.florence2:load",
+        shapes="packshot.caption.models.shapes:florence2",
         has_locations=True,
         presets={
             "full": FULL,
@@ -80,6 +83,7 @@ FAMILIES = (
         "Llama 3.2 Vision",
         weights="data/models/mllama",
         adapter="packshot.caption.models.mllama:load",
+        shapes="packshot.caption.models.shapes:mllama",
         presets={
             "full": FULL,
             # Plain names would also reach the layers of the vision encoder.
@@ -125,7 +129,7 @@ class CaptionTaskRow:
     """One task of caption_vlm.py.
 
     run: "module:function" that is called with the config. needs: the keys of ``data`` that have to be set.
-    trains: whether it trains the captioner.
+    trains: whether it trains the captioner. writes: whether the captioner writes captions.
     """
 
     name: str
@@ -133,12 +137,13 @@ class CaptionTaskRow:
     run: str
     needs: tuple[str, ...] = ()
     trains: bool = False
+    writes: bool = False
 
 
 TASKS = (
     CaptionTaskRow("train", "fine-tune the captioner", "packshot.caption.train:train", trains=True),
-    CaptionTaskRow("evaluate", "score it (scores.json)", "packshot.caption.evaluate:evaluate"),
-    CaptionTaskRow("caption", "caption a dataset", "packshot.caption.write:caption", ("input",)),
+    CaptionTaskRow("evaluate", "score it (scores.json)", "packshot.caption.evaluate:evaluate", writes=True),
+    CaptionTaskRow("caption", "caption a dataset", "packshot.caption.write:caption", ("input",), writes=True),
     CaptionTaskRow(
         "review", "show a dataset's doubtful captions, as a page and a table to edit", "packshot.caption.review:review",
         ("input",),

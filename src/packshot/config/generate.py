@@ -33,6 +33,7 @@ POSITIONS = {
 PLACEMENTS = ["original", *POSITIONS, "coordinates"]
 Placement = Names("Placement", list(PLACEMENTS))
 InferenceDtype = Names("InferenceDtype", ["auto", "float32", "float16", "bfloat16"])
+Offload = Names("Offload", ["none", "model"])
 GenerateMode = Names("GenerateMode", ["generate", "plan"])
 Shadow = Names("Shadow", ["auto", "none", "contact"])
 Suite = Names("Suite", ["full", "preservation", "scene"])
@@ -258,6 +259,11 @@ class InferenceConfig:
         False,
         "encode and decode pictures larger than the base's in overlapping tiles: less memory, but seams may show in "
         "even areas",
+    )
+    offload: Offload = opt(
+        Offload.none,
+        "model: the networks wait in main memory, and each is on the GPU while it works (text encoders, UNet, VAE); "
+        "ControlNets stay there until the picture is denoised",
     )
 
 

@@ -17,7 +17,7 @@ class Gpu:
 
     memory_gib: what its driver leaves to one process. tflops: products of dense bf16 matrices with fp32 sums, TFLOP/s,
     by the maker's data sheet; no training reaches it. pattern: regular expression that is searched in the name that
-    CUDA reports.
+    CUDA reports. bandwidth: of its memory, TB/s, by the same sheet; 0 where it is not known.
     """
 
     name: str
@@ -25,21 +25,22 @@ class Gpu:
     memory_gib: float
     tflops: float
     pattern: str
+    bandwidth: float = 0.0
 
 
 GPUS: dict[str, Gpu] = by_name(
     (
-        Gpu("rtx3090", "GeForce RTX 3090", 23.5, 71, r"RTX 3090"),
-        Gpu("rtx4090", "GeForce RTX 4090", 23.5, 165, r"RTX 4090"),
-        Gpu("rtx5090", "GeForce RTX 5090", 31.3, 209, r"RTX 5090"),
-        Gpu("l4", "L4", 22.0, 121, r"\bL4\b"),
-        Gpu("a10", "A10", 22.0, 125, r"\bA10G?\b"),
-        Gpu("l40s", "L40S", 44.4, 362, r"\bL40S\b"),
-        Gpu("a100_40", "A100 40 GB", 39.3, 312, r"A100.*40GB"),
-        Gpu("a100", "A100 80 GB", 79.1, 312, r"A100"),
-        Gpu("h100", "H100 SXM", 79.1, 989, r"H100"),
-        Gpu("h200", "H200", 139.7, 989, r"H200"),
-        Gpu("b200", "B200", 178.0, 2250, r"B200"),
+        Gpu("rtx3090", "GeForce RTX 3090", 23.5, 71, r"RTX 3090", 0.94),
+        Gpu("rtx4090", "GeForce RTX 4090", 23.5, 165, r"RTX 4090", 1.01),
+        Gpu("rtx5090", "GeForce RTX 5090", 31.3, 209, r"RTX 5090", 1.79),
+        Gpu("l4", "L4", 22.0, 121, r"\bL4\b", 0.3),
+        Gpu("a10", "A10", 22.0, 125, r"\bA10G?\b", 0.6),
+        Gpu("l40s", "L40S", 44.4, 362, r"\bL40S\b", 0.86),
+        Gpu("a100_40", "A100 40 GB", 39.3, 312, r"A100.*40GB", 1.56),
+        Gpu("a100", "A100 80 GB", 79.1, 312, r"A100", 2.04),
+        Gpu("h100", "H100 SXM", 79.1, 989, r"H100", 3.35),
+        Gpu("h200", "H200", 139.7, 989, r"H200", 4.8),
+        Gpu("b200", "B200", 178.0, 2250, r"B200", 8.0),
     )
 )
 

@@ -23,6 +23,11 @@ class PlanConfig:
     images: int | None = opt(
         None, "number of samples, so that no dataset is needed; in generation the number of pictures (1000)", min=1
     )
+    sharded: bool | None = opt(
+        None,
+        "whether the GPUs divide weights, gradients and optimizer state among them (conf/launch/fsdp.yaml); null: as "
+        "the launcher says",
+    )
     gpu_hour_price: float | None = opt(None, "price of a GPU for an hour, in any currency", min=0)
     utilisation_low: float = opt(
         0.15, "share of the GPU's peak that slow work reaches; make gpu-check measures it", min=0.01, max=1

@@ -89,6 +89,9 @@ class DataConfig:
     )
     num_workers: int = opt(0, "loader processes per training process; 0: a thread", min=0, max=64)
     buckets: bool = opt(True, "sort samples into aspect-ratio buckets of the base's area; false: only the square")
+    smallest_bucket: int = opt(
+        1, "buckets with fewer samples are closed, and their samples go to the nearest of the others", min=1
+    )
     cache: bool = opt(True, "encode pictures and captions once; false: at each access, with the same result")
     cache_dir: str = opt("outputs/cache", "folder of encoded samples; runs share it")
 

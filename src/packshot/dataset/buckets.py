@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
+
+from packshot.lists import pick
 
 MAX_RATIO = 2.0  # longer side / shorter side
 
@@ -43,3 +47,21 @@ def nearest(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int:
     """Index of the bucket whose aspect ratio is nearest to that of ``size`` (h, w); of equal ones the first."""
     ratio = math.log(size[0] / size[1])
     return min(range(len(buckets)), key=lambda index: abs(math.log(buckets[index][0] / buckets[index][1]) - ratio))
+
+
+def sort_into(sizes: Sequence[tuple[int, int]], buckets: list[tuple[int, int]], smallest: int = 1) -> list[int]:
+    """The index of each picture's bucket. sizes: (h, w).
+
+    smallest: buckets with fewer pictures are closed, and their pictures go to the nearest of the others; where all are
+    so small, the fullest stays.
+    """
+    found = [nearest(size, buckets) for size in sizes]
+    counts = Counter(found)
+    kept = sorted(index for index, count in counts.items() if count >= smallest)
+    if found and not kept:
+        kept = [max(counts, key=lambda index: (counts[index], -index))]
+    shapes_kept = pick(buckets, kept)
+    for place, index in enumerate(found):
+        if index not in kept:
+            found[place] = kept[nearest(sizes[place], shapes_kept)]
+    return found

@@ -19,7 +19,7 @@ from packshot.config.schema import LicenseConfig
 from packshot.dataset import corrections
 from packshot.dataset.arrow_copy import REPAIR, first_damaged, read_tables
 from packshot.errors import ConfigError, PackshotError
-from packshot.imaging.decode import DecodeError, flatten, high_depth_to_uint8, is_high_depth
+from packshot.imaging.decode import DecodeError, decode_smaller, flatten, high_depth_to_uint8, is_high_depth
 from packshot.runs.files import readable
 from packshot.runs.folder import log
 from packshot.runs.licenses import refuse_rows
@@ -52,7 +52,9 @@ class Rows(Sequence[Row]):
         self.table: pa.Table = table
         self.pictures: pa.Table = pictures
         self.places = places
-        self._digests: dict[int, str] = {}  # asked for at every access, and a large picture is read for it
+        # asked for at every access, and large pictures are read for them
+        self._digests: dict[int, str] = {}
+        self._column_digests: dict[tuple[str, int], str] = {}
         self.ids: list[str] = table.column("id").to_pylist()
         self.texts: list[str] = table.column("text").to_pylist()
         several = CAPTIONS in table.column_names and is_list(table.schema.field(CAPTIONS).type)
@@ -73,15 +75,19 @@ class Rows(Sequence[Row]):
             return [self[i] for i in range(*index.indices(len(self)))]
         return self.read(index, tuple(_IMAGES))
 
-    def read(self, index: int, images: Sequence[str]) -> Row:
-        """One sample of which only these images are decoded, and the others left out."""
+    def read(self, index: int, images: Sequence[str], covering: tuple[int, int] | None = None) -> Row:
+        """One sample of which only these images are decoded, and the others left out.
+
+        covering: (height, width) that the picture is to cover later. A large JPEG is then decoded at a fraction of its
+        size, and ``full_size`` has its own (height, width).
+        """
         row = {name: self.table.column(name)[index].as_py() for name in self.table.column_names}
         for name in self.pictures.column_names:
             if name in images or name not in _IMAGES:
                 row[name] = self._picture(name, index)
         for name in images:
             if row.get(name) is not None:
-                row[name] = self._decode(row, name)
+                row[name] = self._decode(row, name, covering if name == "image" else None)
         row.setdefault("mask", None)
         row["scene"] = Scene.from_dict(row["scene"]) if row.get("scene") else Scene.parse(row["text"] or "").scene
         return row
@@ -90,10 +96,12 @@ class Rows(Sequence[Row]):
         """A picture as its file is, under ``bytes``."""
         return self.pictures.column(name)[self.places[index]].as_py()
 
-    def _decode(self, row: Row, name: str) -> Image.Image:
+    def _decode(self, row: Row, name: str, covering: tuple[int, int] | None = None) -> Image.Image:
         mode = _IMAGES[name]
         try:
             image = Image.open(io.BytesIO(row[name]["bytes"]))
+            if covering:
+                row["full_size"] = decode_smaller(image, covering)
             ImageOps.exif_transpose(image, in_place=True)  # pictures that build_data.py did not turn upright
             if is_high_depth(image):
                 image = Image.fromarray(high_depth_to_uint8(image, name))
@@ -158,6 +166,13 @@ class Rows(Sequence[Row]):
         for name in parts:
             digest.update(hashlib.sha256(self.encoded(name, index)).digest())
         return digest.hexdigest()
+
+    def column_digest(self, name: str, index: int) -> str:
+        """Identity of one further picture of a sample, without decoding it."""
+        place = (name, index)
+        if place not in self._column_digests:
+            self._column_digests[place] = hashlib.sha256(self.encoded(name, index)).hexdigest()
+        return self._column_digests[place]
 
     def take_digests(self, other: Rows, indices: Iterable[int], first: int = 0) -> None:
         """Use what is known of these samples of another set, which are here from ``first`` on, in this order."""

@@ -41,10 +41,17 @@ class LatentScale:
         return latents / self.factor * self.std_C11.to(latents) + self.mean_C11.to(latents)
 
 
+def working_device(network: Autoencoder) -> torch.device:
+    """Where a network computes; a hook of accelerate's brings it there only when it is called."""
+    hook = getattr(network, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or network.device)
+
+
 @torch.no_grad()
 def encode_pixels(vae: Autoencoder, pixels_B3HW: Tensor) -> Tensor:
-    """Pixels in [-1, 1] to scaled latents (B, C, h, w) on the VAE's device: the posterior's mode, nothing random."""
-    return LatentScale.of(vae.config).to_unet(vae.encode(pixels_B3HW.to(vae.device)).latent_dist.mode())
+    """Pixels in [-1, 1] to scaled latents (B, C, h, w) where the VAE computes: the posterior's mode, nothing random."""
+    posterior = vae.encode(pixels_B3HW.to(working_device(vae))).latent_dist
+    return LatentScale.of(vae.config).to_unet(posterior.mode())
 
 
 @torch.no_grad()

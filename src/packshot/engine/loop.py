@@ -6,11 +6,13 @@ loop itself draws nothing.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
@@ -25,7 +27,7 @@ from packshot.engine.processes import Session, broadcast_from_main
 from packshot.engine.sharding import gathered, make_whole, shard, whole
 from packshot.engine.signals import SignalWatch
 from packshot.engine.step import OptimizerStep
-from packshot.engine.task import Samples, Task, TrainingConfig
+from packshot.engine.task import Batch, Samples, Task, TrainingConfig
 from packshot.errors import ConfigError, Interrupted
 from packshot.lists import in_words, map_values
 from packshot.runs.files import writing
@@ -47,27 +49,14 @@ def fit(task: Task, rows: Samples, config: TrainingConfig, session: Session) -> 
     wrapped, optimizer, average = prepare(task, config, session)
     state = TrainState(task, optimizer.optimizer, average, accelerator.scaler)
     made = made_with(config, rows, accelerator.num_processes)
-    resume(state, made, train, session)
-    if session.run and session.run.resumed:  # only now: a config that does not fit must not replace the run's own
-        with writing(f"{session.path}/config.yaml", "Then resume again."):
-            session.run.write_config(config)
+    resume(state, made, config, session)
     records = open_records(state, made, train, session)
-
     samples = train.batch_size * accelerator.num_processes * train.gradient_accumulation_steps
-    order = SampleOrder(getattr(rows, "groups", None) or [0] * len(rows), config.run.seed, samples)
-    mine = RankBatches(order, state.progress.step, train.batch_size, accelerator)
-    stream = batches(Stream(rows, config.run.seed), task.collate, mine, config.data.num_workers)
+    stream = open_stream(task, rows, config, accelerator, state.progress.step)
     signals = SignalWatch()
-    step = OptimizerStep(
-        wrapped,
-        optimizer,
-        list(trainable(task).values()),
-        train,
-        config.run.seed,
-        accelerator,
-        signals,
-        sharded=session.sharding is not None,
-    )
+    parameters = list(trainable(task).values())
+    sharded = session.sharding is not None
+    step = OptimizerStep(wrapped, optimizer, parameters, train, config.run.seed, accelerator, signals, sharded)
     wrapped.train()
     records.before_first_step()
 
@@ -91,13 +80,7 @@ def fit(task: Task, rows: Samples, config: TrainingConfig, session: Session) -> 
                 if step.save_requested:
                     records.on_signal(step.stop_requested)
     step.close()
-    accelerator.wait_for_everyone()
-    if train.export_best:
-        records.load_best()
-    if session.sharding:
-        make_whole(task, keep=session.run is not None)
-        if average:
-            average.shadow = map_values(whole, average.shadow)
+    finish(task, average, records)
     return average
 
 
@@ -116,30 +99,55 @@ def prepare(task: Task, config: TrainingConfig, session: Session) -> tuple[nn.Mo
     return wrapped, optimizer, average
 
 
+def open_stream(
+    task: Task, rows: Samples, config: TrainingConfig, accelerator: Accelerator, step: int
+) -> Generator[Batch]:
+    """This process's micro-batches from an optimizer step on."""
+    train, seed = config.train, config.run.seed
+    samples = train.batch_size * accelerator.num_processes * train.gradient_accumulation_steps
+    order = SampleOrder(getattr(rows, "groups", None) or [0] * len(rows), seed, samples)
+    mine = RankBatches(order, step, train.batch_size, accelerator)
+    return batches(Stream(rows, seed), task.collate, mine, config.data.num_workers)
+
+
+def finish(task: Task, average: EMA | None, records: Records) -> None:
+    """After the last step: the best weights if they are asked for, and whole ones if they were sharded."""
+    session = records.session
+    session.accelerator.wait_for_everyone()
+    if records.train.export_best:
+        records.load_best()
+    if session.sharding:
+        make_whole(task, keep=session.run is not None)
+        if average:
+            average.shadow = map_values(whole, average.shadow)
+
+
 def is_due(every: int, step: int, last: int) -> bool:
     """Whether something that happens every so many steps (0: never) and after the last one is due."""
     return every > 0 and step > 0 and (step == last or step % every == 0)
 
 
-def resume(state: TrainState, made: MadeWith, train: TrainConfig, session: Session) -> None:
-    """Load the newest whole checkpoint of the run into ``state``, if there is one.
+def resume(state: TrainState, made: MadeWith, config: TrainingConfig, session: Session) -> None:
+    """Load the newest whole checkpoint of the run into ``state``, if there is one; then write the run's config anew.
 
     Raises:
         PackshotError: it does not fit these settings, or is of a later step than ``train.max_steps``.
     """
     folder = session.path / "checkpoints"
     newest = broadcast_from_main(session.accelerator, lambda: newest_whole(folder))
-    if newest is None:
-        if session.run and session.run.resumed:
-            log.warning("starting at step 0: %s has no whole checkpoint", folder)
-        return
-    state.load(newest, made)
-    log.info("resuming at step %d from %s", state.progress.step, newest)
-    if state.progress.step > train.max_steps:
-        raise ConfigError(
-            f"train.max_steps={train.max_steps}, but {newest} is of step {state.progress.step}.",
-            f"Set it to {state.progress.step} or more, or name a new run.dir.",
-        )
+    if newest is not None:
+        state.load(newest, made)
+        log.info("resuming at step %d from %s", state.progress.step, newest)
+        if state.progress.step > config.train.max_steps:
+            raise ConfigError(
+                f"train.max_steps={config.train.max_steps}, but {newest} is of step {state.progress.step}.",
+                f"Set it to {state.progress.step} or more, or name a new run.dir.",
+            )
+    elif session.run and session.run.resumed:
+        log.warning("starting at step 0: %s has no whole checkpoint", folder)
+    if session.run and session.run.resumed:  # only now: a config that does not fit must not replace the run's own
+        with writing(f"{session.path}/config.yaml", "Then resume again."):
+            session.run.write_config(config)
 
 
 def validate(state: TrainState, session: Session) -> dict[str, float]:

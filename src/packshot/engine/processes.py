@@ -30,8 +30,7 @@ from packshot.runs.folder import Run, log, open_run
 from packshot.runs.tracking import Tracker, open_tracker
 
 T = TypeVar("T")
-
-
+DTYPES = {MixedPrecision.no: torch.float32, MixedPrecision.fp16: torch.float16, MixedPrecision.bf16: torch.bfloat16}
 # Distributed types that accelerate would switch on by these variables, and that checkpoints and exports do not support.
 # FSDP has a module of its own (engine/sharding.py).
 UNSUPPORTED = {
@@ -73,6 +72,13 @@ def resolve_precision(asked: MixedPrecision) -> MixedPrecision:
         )
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return MixedPrecision.bf16 if has_bf16 else MixedPrecision.no
+
+
+def planned_precision(train: TrainConfig, on_cuda: bool) -> MixedPrecision:
+    """The precision of the forward pass; every GPU of the table has bf16, also where this machine has no GPU."""
+    if train.mixed_precision is MixedPrecision.auto and on_cuda and not torch.cuda.is_available():
+        return MixedPrecision.bf16
+    return resolve_precision(train.mixed_precision)
 
 
 def make_accelerator(train: TrainConfig) -> Accelerator:

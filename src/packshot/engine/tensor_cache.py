@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ Item = Any  # only the encoder looks into it
 SHARD_BYTES = 128 * 2**20  # of tensors in a file: a kill costs one file at most
 MOST_OPEN = 128  # files that are kept open to read from
 OLD_FILES = "*.safetensors"  # what versions before 8 wrote
-MOST_DECODERS = 8  # threads that prepare items while the encoder works; more than a GPU's VAE can keep up with
+# Threads that prepare items while the encoder works. Each process takes its share of the cores; ``mode=plan`` says how
+# many a GPU needs.
+MOST_DECODERS = 16
 
 
 @dataclass(frozen=True)
@@ -204,12 +206,9 @@ class TensorCache:
         with writing(f"{self.folder}", hint), replacing_file(path) as file:
             write_packed(file, entries)
 
-    def missing(self, chunks: Sequence[Sequence[Job]]) -> list[bool]:
-        """For each chunk, whether an entry of it is absent."""
-        keys: list[str] = []
-        for chunk in chunks:
-            keys += map(attrgetter("key"), chunk)
-        absent = self._index.find(keys) < 0
+    def missing(self, chunks: Sequence[Sequence[Job]], key_of: Callable[[Job], str] = attrgetter("key")) -> list[bool]:
+        """For each chunk, whether an entry of it is absent. key_of: the key of a job in this cache."""
+        absent = self._index.find(list(map(key_of, chain.from_iterable(chunks)))) < 0
         starts = np.cumsum([0, *map(len, chunks)])
         return [bool(absent[first:last].any()) for first, last in pairwise(starts)]
 
@@ -244,23 +243,26 @@ class TensorCache:
 class Filling:
     """A cache that is being filled.
 
-    encode: makes the tensors of the items of a chunk. name: of what it makes, for the log.
+    encode: makes the tensors of the items of a chunk. name: of what it makes, for the log. key_of: the key of a job in
+    this cache, where it depends on more than the job's own key.
     """
 
     cache: TensorCache
     name: str
     encode: Callable[[list[Item]], list[Tensors]]
+    key_of: Callable[[Job], str] = attrgetter("key")
     entries: dict[str, Tensors] = field(default_factory=dict)
     size: int = 0
 
     def add(self, chunk: Sequence[Job], items: list[Item]) -> None:
         """Encode the items of a chunk, unless all their entries are there. Existing entries stay."""
-        if all(job.key in self.cache for job in chunk):
+        keys = list(map(self.key_of, chunk))
+        if all(key in self.cache for key in keys):
             return
-        for job, tensors in zip(chunk, self.encode(items), strict=True):
-            if job.key not in self.cache:
+        for job, key, tensors in zip(chunk, keys, self.encode(items), strict=True):
+            if key not in self.cache:
                 refuse_non_finite(tensors, f"{self.name}, {job.name}")
-                self.entries[job.key] = tensors
+                self.entries[key] = tensors
                 self.size += sum(map(attrgetter("nbytes"), tensors.values()))
 
     def write(self, at_least: int = 1) -> None:
@@ -293,7 +295,7 @@ def fill(
         filling.cache.open()
 
     def missing_chunks() -> list[int]:
-        missing = [filling.cache.missing(chunks) for filling in fillings]
+        missing = [filling.cache.missing(chunks, filling.key_of) for filling in fillings]
         return [number for number, of_caches in enumerate(zip(*missing, strict=True)) if any(of_caches)]
 
     # The main process decides, because other runs write here too and each process may see other files.
@@ -302,10 +304,8 @@ def fill(
     encode_chunks(description, fillings, pick(chunks, mine), accelerator, prepare)
     accelerator.wait_for_everyone()
     encoded = sum(map(len, pick(chunks, todo)))
-    keys: list[str] = []
-    for chunk in chunks:
-        keys += map(attrgetter("key"), chunk)
     for filling in fillings:
+        keys = list(map(filling.key_of, chain.from_iterable(chunks)))
         finish_filling(filling, keys, encoded, accelerator.is_main_process)
 
 
@@ -365,7 +365,8 @@ def prepared_ahead(
         for chunk in chunks:
             yield chunk, list(map(attrgetter("item"), chunk))
         return
-    workers = min(MOST_DECODERS, os.cpu_count() or 1)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = max(1, min(MOST_DECODERS, cores))
     waiting: deque[tuple[Sequence[Job], list[Future[Item]]]] = deque()
     ahead = 0
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decoder")

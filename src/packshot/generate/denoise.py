@@ -71,7 +71,7 @@ def encode(
         embeds = embed_chunks(pipe, pieces, chunks, guided, settings.negative_prompt is None)
     else:
         embeds = pipe.encode_prompt(
-            prompt, device=pipe.device, do_classifier_free_guidance=guided, negative_prompt=settings.negative_prompt
+            prompt, device=models.device, do_classifier_free_guidance=guided, negative_prompt=settings.negative_prompt
         )
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     arguments: dict[str, Any] = dict(zip(names, embeds, strict=True))
@@ -156,14 +156,14 @@ def denoise(
     """
     pipe: Any = models.pipe
     if isinstance(pipe.unet.conv_in, ProductConv):
-        pipe.unet.conv_in.show(product_input(pipe.vae, working).to(pipe.device))
+        pipe.unet.conv_in.show(product_input(pipe.vae, working).to(models.device))
     steps = settings.num_inference_steps
     try:
         with sampling_with(pipe, settings.scheduler):
             pixels = sample(
                 pipe,
                 encode_pixels(pipe.vae, product_pixels(working)),
-                torch.from_numpy(working.held_hw[None].astype(np.float32)).to(pipe.device),
+                torch.from_numpy(working.held_hw[None].astype(np.float32)).to(models.device),
                 models.product_conditioning,
                 seed,
                 steps,

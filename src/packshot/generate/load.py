@@ -31,6 +31,7 @@ from packshot.config.schema import (
     InferenceDtype,
     IPAdapterLayers,
     ModelConfig,
+    Offload,
     ProductConditioning,
     Unconditional,
 )
@@ -61,6 +62,7 @@ class Models:
     resolution: side of the square the base was trained on, px.
     prompt_chunks: how many chunks of a prompt the adapters were trained with.
     manifest: names and SHA-256 of everything that was loaded, for certificates.
+    device: where the networks compute.
     """
 
     pipe: StableDiffusionXLPipeline | StableDiffusionXLControlNetPipeline
@@ -74,6 +76,7 @@ class Models:
     resolution: int
     prompt_chunks: int
     manifest: Json
+    device: torch.device
 
 
 def pick_device(asked: InferenceDtype = InferenceDtype.auto) -> tuple[torch.device, torch.dtype]:
@@ -101,7 +104,10 @@ def load_models(
     entries = adapter_entries(adapters, folders)
     inference = inference or InferenceConfig()
     device, dtype = pick_device(inference.dtype)
-    parts = load_parts(model, dtype).to(device, dtype)
+    offloads = inference.offload is not Offload.none
+    if offloads and device.type == "cpu":
+        raise ConfigError("inference.offload=model needs a GPU.", "Leave it out: on a CPU all is in main memory.")
+    parts = load_parts(model, dtype).to(torch.device("cpu") if offloads else device, dtype)
     parts.scheduler = trained_scheduler(parts.scheduler, metadata.prediction_type, metadata.zero_terminal_snr)
     shown = set_product_input(parts.unet, folders["lora"], metadata.product_conditioning)
     pipe = make_pipeline(parts, folders["controlnets"], references=bool(folders["ip_adapter"]))
@@ -110,6 +116,8 @@ def load_models(
     switches = add_adapters(pipe, entries, adapters.ip_adapter_layers)
     if metadata.unconditional == Unconditional.empty.name:  # the encoded '' instead of the zeros that SDXL's base has
         pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    if offloads:
+        pipe.enable_model_cpu_offload(device=device)
     controlnets = [entry for entry in entries if entry.control]
     return Models(
         pipe=pipe,
@@ -122,6 +130,7 @@ def load_models(
         unit=pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1),
         resolution=model.resolution,
         prompt_chunks=metadata.prompt_chunks,
+        device=device,
         manifest={
             **describe_models(model, entries),
             "device": device.type,

@@ -13,7 +13,7 @@ from packshot.base.cost import GIB, Cost, fused_attention, planned_gpu
 from packshot.base.load import Parts
 from packshot.base.shapes import meta_parts
 from packshot.config.gpus import Gpu, span, verdict_of
-from packshot.config.schema import Generate, InferenceDtype
+from packshot.config.schema import Generate, InferenceDtype, Offload
 from packshot.runs.files import replacing_file
 from packshot.runs.folder import log, open_run
 
@@ -26,6 +26,7 @@ class GenerationPlan:
 
     weights_gib: of base, ControlNets and the IP-Adapter's image encoder; LoRAs are next to nothing.
     denoising_gib, decoding_gib: alive at the peak of one pass of the network, and of the VAE, besides weights.
+    total_gib: at the peak; with ``inference.offload=model`` only those networks count that are on the GPU together.
     tflop_per_picture: of all denoising steps; vae_tflop_per_picture: of the VAE in fp32, to and fro.
     """
 
@@ -124,6 +125,11 @@ def measure_vae(parts: Parts, resolution: int) -> Cost:
     return cost
 
 
+def weights_gib(network: torch.nn.Module, width: int) -> float:
+    """GiB of a network's weights of so many bytes."""
+    return width * sum(parameter.numel() for parameter in network.parameters()) / GIB
+
+
 def make_plan(config: Generate, on_cuda: bool) -> GenerationPlan:
     """The plan of the pictures that a config asks for."""
     dtype = planned_dtype(config, on_cuda)
@@ -131,20 +137,23 @@ def make_plan(config: Generate, on_cuda: bool) -> GenerationPlan:
     in_dtype(parts.unet, dtype)
     denoising, control_parameters = measure_denoising(config, parts, dtype)
     vae = measure_vae(parts, config.model.resolution)
-    networks = [parts.unet, parts.text_encoder, parts.text_encoder_2]
+    width = dtype.itemsize
+    readers = [weights_gib(parts.text_encoder, width), weights_gib(parts.text_encoder_2, width)]
     if config.adapters.ip_adapter:
-        networks.append(parts.image_encoder)
-    parameters = control_parameters
-    for network in networks:
-        parameters += sum(parameter.numel() for parameter in network.parameters())
-    vae_bytes = 4 * sum(parameter.numel() for parameter in parts.vae.parameters())
-    weights = (parameters * dtype.itemsize + vae_bytes) / GIB
+        readers.append(weights_gib(parts.image_encoder, width))
+    unet = weights_gib(parts.unet, width)
+    nets = control_parameters * width / GIB
+    vae_weights = weights_gib(parts.vae, 4)
+    weights = sum(readers) + unet + nets + vae_weights
     peaks = denoising.peak / GIB, vae.peak / GIB
+    total = weights + max(peaks)
+    if config.inference.offload is not Offload.none:
+        total = max(*readers, unet + nets + peaks[0], vae_weights + peaks[1])
     return GenerationPlan(
         weights_gib=weights,
         denoising_gib=peaks[0],
         decoding_gib=peaks[1],
-        total_gib=weights + max(peaks),
+        total_gib=total,
         tflop_per_picture=denoising.flops / 1e12 * config.num_inference_steps,
         vae_tflop_per_picture=vae.flops / 1e12,
     )
@@ -165,7 +174,11 @@ def decide(config: Generate, result: GenerationPlan, gpu: Gpu, gpus: int, pictur
     change = ""
     if verdict != "fits":
         whole = planned_dtype(config, on_cuda=True) is torch.float32
-        change = "inference.dtype=bfloat16" if whole else "fewer adapters.controlnets, or a GPU with more memory"
+        change = "fewer adapters.controlnets, or a GPU with more memory"
+        if whole:
+            change = "inference.dtype=bfloat16"
+        elif config.inference.offload is Offload.none:
+            change = "inference.offload=model"
     return GenerationDecision(gpu.title, gpu.memory_gib, verdict, seconds, hours, price, change)
 
 

@@ -125,7 +125,7 @@ def show_tiles(models: Models, working: Working) -> Callable[[Box], None] | None
     conv = models.pipe.unet.conv_in
     if not isinstance(conv, ProductConv):
         return None
-    shown = product_input(models.pipe.vae, working).to(models.pipe.device)
+    shown = product_input(models.pipe.vae, working).to(models.device)
     return lambda box: conv.show(shown[..., box[0], box[1]])
 
 

@@ -111,6 +111,24 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def decode_smaller(image: Image.Image, covering: tuple[int, int]) -> tuple[int, int]:
+    """Let an opened JPEG be decoded at 1/2, 1/4 or 1/8 of its size, if it still covers (height, width) then.
+
+    libjpeg leaves out the high frequencies of each block, so what would be averaged away is not decoded. Sides must be
+    divisible: half of an odd one would shift the picture against its mask. Other formats stay whole.
+
+    Returns: the whole picture's (height, width), upright.
+    """
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+    whole = image.size if turned else image.size[::-1]
+    room = min(whole[0] / covering[0], whole[1] / covering[1])
+    for part in (8, 4, 2):
+        if image.format == "JPEG" and part <= room and not (whole[0] % part or whole[1] % part):
+            image.draft(None, (image.width // part, image.height // part))
+            break
+    return whole
+
+
 def flatten(image: Image.Image) -> Image.Image:
     """RGB over white. Opaque pixels keep their bytes; colours hidden under alpha 0 vanish."""
     if image.mode != "RGBA":

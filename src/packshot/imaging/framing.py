@@ -90,17 +90,23 @@ def plan(size: tuple[int, int], target: tuple[int, int], box: tuple[int, int, in
     return Geometry(size, resized, (crop[0], crop[1]), target)
 
 
+def reduced_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """The sizes (height, width) at which a JPEG may be decoded: the whole, 1/2, 1/4 and 1/8."""
+    return [(size[0] // part, size[1] // part) for part in (1, 2, 4, 8)]
+
+
 def apply(geometry: Geometry, array: np.ndarray, *, hard: bool = False, pad: str = "edge") -> np.ndarray:
     """Push one picture through a geometry.
 
-    array: (H, W) or (H, W, C), any dtype OpenCV resizes, with (H, W) == geometry.original.
+    array: (H, W) or (H, W, C), any dtype OpenCV resizes, with (H, W) == geometry.original, or decoded at 1/2, 1/4 or
+        1/8 of that (``imaging.decode.decode_smaller``).
     hard: nearest neighbour, for label maps; otherwise area when shrinking and cubic when growing.
     pad: how letterbox bars are filled: "edge" repeats the border, "constant" is zero (masks).
 
     Raises:
         ValueError: the array has another size than the geometry was planned for.
     """
-    if array.shape[:2] != geometry.original:
+    if array.shape[:2] not in reduced_sizes(geometry.original):
         raise ValueError(f"array of {array.shape[:2]} px, geometry for {geometry.original} px")
     height, width = geometry.resized
     shrinking = height < array.shape[0]

@@ -30,7 +30,7 @@ class FramedSample(TypedDict):
     """A sample as the network sees it: all its pictures went through one ``geometry``. mask: white = product.
 
     Further picture columns, such as depth and shadow, are there if the method reads them. What is made ahead of the
-    encoder: pixels_HW3, which the VAE reads, and planes, which follow from the mask alone.
+    encoder: pixels_HW3, which the VAE reads; planes, which follow from the mask alone; kept, the pictures' cache entry.
     """
 
     id: str
@@ -42,6 +42,7 @@ class FramedSample(TypedDict):
     shadow: NotRequired[Image.Image | None]
     pixels_HW3: NotRequired[np.ndarray]
     planes: NotRequired[dict[str, Tensor]]
+    kept: NotRequired[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Method(nn.Module):
     used_as: how generate.py and serve.py are given the export; FOLDER stands for its folder.
     pictures: picture columns of the dataset that ``condition`` reads, see ``pictures_of``. Where there are none, no
         picture is decoded during training.
+    reach: how far from the product's outline ``condition`` reads the picture, in px; None: everywhere. What is farther
+        away is not kept in the cache.
     encoders: parts of the base that only ``encode`` reads; they are freed once everything is encoded. A submodule of
         the method with the same name is freed too.
     copies_base: whether trained weights start as copies of the base's, which is then loaded in fp32.
@@ -88,6 +91,7 @@ class Method(nn.Module):
         self.config = config
         self.unet = parts.unet
         self.pictures = self.pictures_of(config)
+        self.reach: int | None = None
         self.trains_text = False
         self.peer_key: PeerKey | None = None
         self.layouts: dict[str, Callable[[Path, Exported], None]] = {}

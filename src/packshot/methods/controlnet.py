@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from operator import attrgetter
@@ -57,6 +58,8 @@ class ControlNet(Method):
         for place in config.extra_controlnets:
             self.beside.append(load_controlnet("method.extra_controlnets", place, self.unet))
         self.controls = controls_of(config)
+        outermost = max(control.mask_grow + control.mask_feather / 2 for control in self.controls)
+        self.reach = math.ceil(max(0.0, outermost + config.mask_jitter)) + 1
         self.controlnet.requires_grad_(True).train()
         self.beside.requires_grad_(config.train_extras).train(config.train_extras)
         for net in self.nets():

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 
-from packshot.base.cost import GIB, Cost, fused_attention
+from packshot.base.cost import GIB, Cost, fused_attention, training_cost
 from packshot.base.inpainting import prepare_unet
 from packshot.base.load import Parts
-from packshot.config.schema import AttentionKernel, MixedPrecision, Quantization, TrainScript
+from packshot.base.quantize import QUANTIZED_BYTES
+from packshot.config.schema import AttentionKernel, Quantization, TrainScript
 from packshot.engine.memory import enable_checkpointing
-from packshot.engine.processes import resolve_precision
+from packshot.engine.processes import DTYPES, planned_precision
 from packshot.lists import map_values
 from packshot.methods import Method, build_method
 from packshot.methods.base import Tensors
-from packshot.train.autocast import autocast_rules
 from packshot.train.encode import encode_batch
-
-DTYPES = {MixedPrecision.no: torch.float32, MixedPrecision.fp16: torch.float16, MixedPrecision.bf16: torch.bfloat16}
-# Bytes of a quantised weight: codes of half a byte, a byte for each 64 of them, four for each 256 of those (nf4, its
-# scales quantised again); a byte per weight and four per row (int8).
-QUANTIZED_BYTES: dict[Quantization, Callable[[Tensor], float]] = {
-    Quantization.nf4: lambda weight: weight.numel() * (1 / 2 + 1 / 64 + 4 / (64 * 256)),
-    Quantization.int8: lambda weight: weight.numel() + 4 * weight.shape[0],
-}
 
 
 def meta_batch(
@@ -66,36 +55,20 @@ def measure_step(parts: Parts, method: Method, config: TrainScript, batch_size: 
     on_cuda: whether autocast follows CUDA's rules or those of a CPU.
     """
     train = config.train
-    dtype = DTYPES[planned_precision(config, on_cuda)]
+    dtype = DTYPES[planned_precision(config.train, on_cuda)]
     lower(method, dtype)
     noisy, timesteps, batch = meta_batch(
         parts, method, config.model.resolution, batch_size, config.objective.prompt_chunks
     )
-    kernel = nullcontext() if train.attention is AttentionKernel.math else fused_attention()
-    hooks = []
-    for parameter in method.parameters():
-        if parameter.requires_grad:  # gradients are counted by themselves
-            hooks.append(parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)))
     known = [*method.parameters(), *method.buffers(), noisy, timesteps, *batch.values()]
-    with kernel, autocast_rules(dtype, on_cuda) as casts, Cost(known) as cost:
+
+    def loss() -> Tensor:
         if method.trains_text:
             prompt_embeds, pooled = method.encode_prompt([batch["input_ids"], batch["input_ids_2"]])
-            batch |= {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
-        loss = method.predict(noisy, timesteps, batch).float().square().mean()
-        casts.forget()
-        loss.backward()
-        casts.forget()
-    for hook in hooks:
-        hook.remove()
-    return cost
+            batch.update({"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled})
+        return method.predict(noisy, timesteps, batch).float().square().mean()
 
-
-def planned_precision(config: TrainScript, on_cuda: bool) -> MixedPrecision:
-    """The precision of the forward pass; every GPU of the table has bf16, also where this machine has no GPU."""
-    asked = config.train.mixed_precision
-    if asked is MixedPrecision.auto and on_cuda and not torch.cuda.is_available():
-        return MixedPrecision.bf16
-    return resolve_precision(asked)
+    return training_cost(method, known, loss, dtype, on_cuda, train.attention is not AttentionKernel.math)
 
 
 def measure_encoding(parts: Parts, resolution: int) -> tuple[float, float]:

@@ -15,14 +15,18 @@ from packshot.train.cost import measure_step, meta_method
 if TYPE_CHECKING:
     from packshot.train.plan import Plan
 
+# CPU seconds to decode and frame a JPEG of 4000x3000 px with its mask for 1024 px (benchmarks/encoding.py).
+DECODING_SECONDS = 0.12
+
 
 @dataclass(frozen=True)
 class Decision:
     """Whether a training fits a GPU, and what it takes there.
 
     verdict: fits, tight or does not fit. largest_batch: samples per process and micro-step that fit, 0 for none.
-    hours: of training, at the highest and at the lowest utilisation; encoding_hours: before it, once. price: of both;
-    None if none is given. change: what to change first, where it does not fit; empty otherwise.
+    hours: of training, at the highest and at the lowest utilisation; encoding_hours: before it, once. decoders: CPU
+    cores that keep one GPU busy meanwhile, at the lowest and at the highest. price: of both; None if none is given.
+    change: what to change first, where it does not fit; empty otherwise.
     """
 
     gpu: str
@@ -32,6 +36,7 @@ class Decision:
     seconds_per_step: tuple[float, float]
     hours: tuple[float, float]
     encoding_hours: tuple[float, float]
+    decoders: tuple[int, int]
     price: tuple[float, float] | None
     change: str
 
@@ -41,14 +46,16 @@ class Decision:
         yield f"It {words} on {self.gpu} ({self.gpu_memory_gib:.1f} GiB); the largest batch is {self.largest_batch}."
         if self.hours[1]:
             yield f"Training takes {self.hours[0]:.2f} to {self.hours[1]:.2f} hours."
+            low, high = self.decoders
             yield f"Encoding before it takes {self.encoding_hours[0]:.2f} to {self.encoding_hours[1]:.2f} hours."
+            yield f"Photographs of 12 MP then keep {low} to {high} CPU cores a GPU busy with decoding (JPEG)."
         if self.price:
             yield f"It costs {self.price[0]:.0f} to {self.price[1]:.0f}."
         if self.change:
             yield f"Change first: {self.change}."
 
 
-def decide(config: TrainScript, result: Plan, gpu: Gpu, processes: int) -> Decision:
+def decide(config: TrainScript, result: Plan, gpu: Gpu, processes: int, sharded: bool = False) -> Decision:
     """What a plan means on a GPU."""
     needed = max(result.total_gib, result.encoding_gib)
     verdict = verdict_of(needed, gpu)
@@ -72,8 +79,18 @@ def decide(config: TrainScript, result: Plan, gpu: Gpu, processes: int) -> Decis
         hours=hours,
         encoding_hours=encoding_hours,
         price=price,
-        change=first_change(config) if verdict != "fits" else "",
+        decoders=decoders(result.encoded_pictures / processes, encoding),
+        change=first_change(config, processes > 1 and not sharded) if verdict != "fits" else "",
     )
+
+
+def decoders(pictures: float, seconds: tuple[float, float]) -> tuple[int, int]:
+    """CPU cores that decode so many pictures while one GPU encodes them, at its lowest and at its highest speed."""
+    fast, slow = seconds
+    if not fast:
+        return 0, 0
+    work = pictures * DECODING_SECONDS
+    return math.ceil(work / slow), math.ceil(work / fast)
 
 
 def largest_batch(config: TrainScript, result: Plan, limit: float) -> int:
@@ -90,8 +107,8 @@ def largest_batch(config: TrainScript, result: Plan, limit: float) -> int:
     return max(0, size + math.floor(beyond))
 
 
-def first_change(config: TrainScript) -> str:
-    """The override that saves most memory among those that are not set yet, the cheapest in time first."""
+def first_change(config: TrainScript, can_shard: bool = False) -> str:
+    """What saves most memory among what is not set yet, the cheapest in time first. can_shard: there are more GPUs."""
     train = config.train
     trained_whole = not config.can_quantize
     levers = (
@@ -99,6 +116,7 @@ def first_change(config: TrainScript) -> str:
         (not train.gradient_checkpointing, "train.gradient_checkpointing=true"),
         (train.batch_size > 1, "train.batch_size=1 with more train.gradient_accumulation_steps"),
         (trained_whole and config.optim.kind.name == "adamw", "optim=adam8bit"),
+        (trained_whole and can_shard, "launching with conf/launch/fsdp.yaml"),
         (trained_whole and not train.fused_backward, "train.fused_backward=true train.max_grad_norm=0"),
         (config.can_quantize and config.model.quantization is Quantization.none, "model.quantization=nf4"),
     )

@@ -24,11 +24,12 @@ from packshot.imaging import framing
 from packshot.methods.base import FramedSample
 from packshot.runs.folder import log
 from packshot.train.encode import Encoder, encode_batch
+from packshot.train.pictures import pack_pictures, unpack_pictures
 
-VERSION = 8  # raise it when the same sample gives other tensors
+VERSION = 9  # raise it when the same sample gives other tensors
 TEXT_BATCH = 32
 # What is cached of a picture, in the log's words.
-KINDS = {"latents": "pictures", "product": "products", "method": "references"}
+KINDS = {"latents": "pictures", "product": "products", "method": "references", "seen": "framed pictures"}
 MAX_PEERS = 8  # other samples whose encodings a sample may be conditioned on
 T = TypeVar("T")
 
@@ -41,8 +42,8 @@ class Example(TypedDict):
     touches, else 1. time_ids: (6,). product: (5, h, w), if the UNet reads it. All are fp32, whatever the cache holds.
     prompt, empty: what the network reads of the caption and of the empty text, see ``Encoder.text``. bare: there is no
     caption. prompts: of each caption, where there are several. encoded: what the method made of the sample, then of its
-    peers. seen: the framed sample, if the method reads pictures. mirror: the mirror image as a list of one, where the
-    sample may be flipped.
+    peers. seen: the framed sample, if the method reads pictures, as far as it reads them. mirror: the mirror image as
+    a list of one, where the sample may be flipped.
     """
 
     id: str
@@ -71,18 +72,21 @@ def chunked(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 def framed(sample: Row, target: tuple[int, int]) -> FramedSample:
     """The sample as the model sees it: its pictures through one geometry, which is added as ``geometry``.
 
+    sample: ``full_size`` has (height, width) of the whole picture, where ``image`` was decoded smaller.
+
     Raises:
         PackshotError: they differ in size.
     """
-    image = sample["image"]
-    geometry = framing.plan((image.height, image.width), target, framing.product_box(sample["mask"]))
-    seen = {**sample, "geometry": geometry}
+    seen = dict(sample)
+    height, width = seen.pop("full_size", None) or sample["image"].size[::-1]
+    geometry = framing.plan((height, width), target, framing.product_box(sample["mask"]))
+    seen["geometry"] = geometry
     for name, picture in sample.items():
         if not isinstance(picture, Image.Image):
             continue
-        if picture.size != image.size:
+        if name != "image" and picture.size != (width, height):
             raise PackshotError(
-                f"sample {sample['id']}: the picture has {image.width}x{image.height} px, its {name} "
+                f"sample {sample['id']}: the picture has {width}x{height} px, its {name} "
                 f"{picture.width}x{picture.height}.",
                 f"Build the dataset again: it is not known where in the picture the {name} belongs.",
             )
@@ -99,6 +103,11 @@ def mirrored(sample: FramedSample) -> FramedSample:
         if isinstance(picture, Image.Image):
             turned[name] = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return cast("FramedSample", turned)
+
+
+def kept(samples: Sequence[FramedSample]) -> list[Tensors]:
+    """The cache entries of framed pictures, which were made together with what the encoder reads."""
+    return [sample["kept"] for sample in samples]
 
 
 def widened(tensors: Tensors) -> Tensors:
@@ -154,11 +163,17 @@ class Examples(Sequence[Example]):
 
     ``groups`` names the bucket of each sample. folder: of the cache; None: every access encodes. count: use only the
     first samples of the set. flip: samples whose captions allow it have a mirror image, whose index is the sample's
-    plus the number of rows.
+    plus the number of rows. smallest_bucket: see ``dataset.buckets.sort_into``.
     """
 
     def __init__(
-        self, rows: Rows, encoder: Encoder, folder: Path | None, count: int | None = None, flip: bool = False
+        self,
+        rows: Rows,
+        encoder: Encoder,
+        folder: Path | None,
+        count: int | None = None,
+        flip: bool = False,
+        smallest_bucket: int = 1,
     ) -> None:
         self.rows = rows
         self.whole = len(rows.ids)
@@ -166,7 +181,7 @@ class Examples(Sequence[Example]):
         self.encoder = encoder
         self._captions: list[list[str] | None] = getattr(rows, "captions", None) or [None] * len(rows.ids)
         self.flips = flippable(rows.texts, self._captions) if flip else [False] * self.whole
-        self._nearest = [buckets.nearest(size, encoder.shapes) for size in rows.sizes]
+        self._nearest = buckets.sort_into(rows.sizes, encoder.shapes, smallest_bucket)
         self.groups = self._nearest[:count]
         self._folder = folder
 
@@ -184,6 +199,8 @@ class Examples(Sequence[Example]):
             kinds["text"] = identity.text
         if identity.method:
             kinds["method"] = content_key(identity.method)
+        if method.pictures:
+            kinds["seen"] = content_key(*self._pictures, method.reach)
         return {name: TensorCache(self._folder / f"{name}-{digest[:12]}") for name, digest in kinds.items()}
 
     @cached_property
@@ -210,15 +227,27 @@ class Examples(Sequence[Example]):
 
     def seen(self, index: int) -> FramedSample:
         """The framed sample, with image, mask and the further pictures that the method reads."""
-        pictures = {"image", "mask", *self.encoder.method.pictures}
-        sample = framed(self.rows.read(index % self.whole, sorted(pictures)), self._shape(index))
+        shape = self._shape(index)
+        sample = framed(self.rows.read(index % self.whole, self._pictures, covering=shape), shape)
         return mirrored(sample) if index >= self.whole else sample
+
+    @property
+    def _pictures(self) -> list[str]:
+        return sorted({"image", "mask", *self.encoder.method.pictures})
+
+    def _kept(self, index: int) -> FramedSample:
+        """:meth:`seen` from the cache, as far as the method reads it."""
+        kept = unpack_pictures(self._caches["seen"].get(self._picture_key(index)))
+        return cast("FramedSample", {**self.rows.read(index % self.whole, ()), **kept})
 
     def _bucket(self, index: int) -> int:
         return self._nearest[index % self.whole]
 
     def _ready(self, index: int) -> FramedSample:
-        return self.encoder.ready(self.seen(index))
+        ready = self.encoder.ready(self.seen(index))
+        if "seen" in self._caches:
+            ready["kept"] = pack_pictures(ready, self._pictures, self.encoder.method.reach)
+        return ready
 
     def _shape(self, index: int) -> tuple[int, int]:
         return self.encoder.shapes[self._bucket(index)]
@@ -226,6 +255,15 @@ class Examples(Sequence[Example]):
     def _key(self, index: int) -> str:
         side = ("mirrored",) if index >= self.whole else ()
         return content_key(VERSION, self.rows.digest(index % self.whole), self._shape(index), *side)
+
+    def _key_of_pictures(self, job: Job) -> str:
+        return self._picture_key(job.item)
+
+    def _picture_key(self, index: int) -> str:
+        """The key of the framed pictures, which follow from further columns too."""
+        further = sorted({*self.encoder.method.pictures} - {"image", "mask"})
+        digests = [self.rows.column_digest(name, index % self.whole) for name in further]
+        return content_key(self._key(index), *digests)
 
     def _chunks(self, indices: Iterable[int]) -> list[list[Job]]:
         """Samples of one bucket each, as many as go through an encoder together."""
@@ -263,6 +301,8 @@ class Examples(Sequence[Example]):
         own = range(len(self))
         encoders = {"latents": encoder.latents, "product": encoder.product, "method": encoder.method.encode}
         fillings = []
+        if "seen" in self._caches:
+            fillings.append(Filling(self._caches["seen"], f"keeping {KINDS['seen']}", kept, self._key_of_pictures))
         for name, encode in encoders.items():
             if name in self._caches:
                 fillings.append(Filling(self._caches[name], f"encoding {KINDS[name]}", encode))
@@ -291,7 +331,7 @@ class Examples(Sequence[Example]):
         tensors = self._caches["latents"].get(key)
         if "product" in self._caches:
             tensors |= self._caches["product"].get(key)
-        seen = self.seen(index) if self.encoder.method.pictures else None
+        seen = self._kept(index) if "seen" in self._caches else None
         encodings = Encodings([index, *self.peers[index % self.whole]], self._cached_encoding)
         return self._example(index, tensors, self._text, encodings, seen)
 

@@ -9,28 +9,29 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from packshot.base.cost import GIB, planned_gpu
+from packshot.base.cost import GIB, gathered_gib, planned_gpu, state_gib
 from packshot.base.inpainting import ProductConv
 from packshot.base.load import Parts
-from packshot.config.optimizers import OPTIMIZERS
 from packshot.config.schema import TrainScript
 from packshot.dataset.sets import load_training
 from packshot.engine.checkpoints import trainable
 from packshot.engine.packed import ROW
+from packshot.engine.processes import DTYPES, planned_precision
+from packshot.engine.sharding import Sharding, blocks_of
+from packshot.lists import map_values
 from packshot.methods import Method
 from packshot.runs.files import replacing_file
 from packshot.runs.folder import log, open_run
 from packshot.train.cost import (
-    DTYPES,
     count_parameters,
     frozen_bytes,
     latent_side,
     measure_encoding,
     measure_step,
     meta_method,
-    planned_precision,
 )
 from packshot.train.decide import decide
+from packshot.train.pictures import PLANNED_BYTES
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Plan:
     activations_gib: everything alive at the peak of one micro-step besides weights and gradients, as autocast has it
         (norms in fp32 on a GPU, copies of trained weights). Attention counts as a fused kernel unless
         ``train.attention=math``; workspaces of kernels and fragmentation come on top.
+    gathered_gib: with sharded training, the weights that are whole while they compute; all that stands above it is then
+        the share of one process.
     vae_gib: the VAE, in fp32, where it stays: if pictures are validated or nothing is cached.
     total_gib, encoding_gib: while training; and before it, while the VAE encodes pictures. A device needs the larger.
     """
@@ -51,6 +54,7 @@ class Plan:
     gradients_gib: float
     optimizer_gib: float
     ema_gib: float
+    gathered_gib: float
     vae_gib: float
     activations_gib: float
     total_gib: float
@@ -59,38 +63,45 @@ class Plan:
     samples_per_step: int
     epochs: float
     cache_gib: float
+    encoded_pictures: int
     encoding_tflop: float
 
 
-def make_plan(config: TrainScript, samples: int, processes: int = 1, shown: int | None = None) -> Plan:
+def make_plan(
+    config: TrainScript, samples: int, processes: int = 1, shown: int | None = None, sharding: Sharding | None = None
+) -> Plan:
     """The cost of a training config on ``samples`` samples.
 
-    shown: how many an epoch shows, where sets are repeated; None: each once.
+    shown: how many an epoch shows, where sets are repeated; None: each once. sharding: how the processes divide the
+    state; None: each has all of it.
     """
     parts, method = meta_method(config)
     train = config.train
     on_cuda = planned_gpu(config.plan) is not None
-    width = DTYPES[planned_precision(config, on_cuda)].itemsize
+    width = DTYPES[planned_precision(config.train, on_cuda)].itemsize
     frozen = frozen_bytes(parts, method, config, width)
     cost = measure_step(parts, method, config, train.batch_size, on_cuda)
     sizes = list(map(Tensor.numel, trainable(method).values()))
-    trained = sum(sizes)
     vae = count_parameters(parts.vae) * 4 / GIB
     encoding_peak, encoding_tflop = measure_encoding(parts, config.model.resolution)
     keeps_vae = bool(train.validation_steps) or not config.data.cache
+    state = state_gib(frozen, sizes, train, config.optim)
+    # pictures are encoded before the state is divided
+    weights = state["frozen_weights_gib"] + state["trained_weights_gib"]
+    gathered = 0.0
+    if sharding:
+        state = map_values(lambda size: size / processes, state)
+        gathered = gathered_gib(method, blocks_of(method, sharding), width, sharding.reshard)
     gib = {
-        "frozen_weights_gib": frozen / GIB,
-        "trained_weights_gib": trained * 4 / GIB,
-        "gradients_gib": (max(sizes) if train.fused_backward else trained) * 4 / GIB,
-        "optimizer_gib": trained * OPTIMIZERS[config.optim.kind.name].state_bytes / GIB,
-        "ema_gib": trained * 4 / GIB if train.ema_decay else 0.0,
+        **state,
+        "gathered_gib": gathered,
         "vae_gib": vae if keeps_vae else 0.0,
         "activations_gib": cost.peak / GIB,
     }
-    weights = gib["frozen_weights_gib"] + gib["trained_weights_gib"]
     per_step = train.batch_size * train.gradient_accumulation_steps * processes
+    pictures = samples * sides(config)
     return Plan(
-        trained_parameters=trained,
+        trained_parameters=sum(sizes),
         frozen_parameters=count_parameters(method, trained=False),
         **gib,
         total_gib=sum(gib.values()),
@@ -99,7 +110,8 @@ def make_plan(config: TrainScript, samples: int, processes: int = 1, shown: int 
         samples_per_step=per_step,
         epochs=train.max_steps * per_step / (shown or samples),
         cache_gib=samples * cached_bytes(parts, method, config) / GIB if config.data.cache else 0.0,
-        encoding_tflop=samples * sides(config) * encoding_tflop,
+        encoded_pictures=pictures,
+        encoding_tflop=pictures * encoding_tflop,
     )
 
 
@@ -108,16 +120,20 @@ def cached_bytes(parts: Parts, method: Method, config: TrainScript) -> int:
 
     Mean and deviation of four latent channels in fp32, as the VAE makes them; the product's share, the held cells and
     those inside the frame as bytes; in the dtype of the frozen encoders the embeddings of the caption, and what the
-    method encodes. Where the UNet reads the product, five channels of fp32.
+    method encodes. Where the UNet reads the product, five channels of fp32. The pictures that control maps are drawn
+    from, compressed: the one number that depends on what they show.
     """
     cells = latent_side(parts, config.model.resolution) ** 2
-    width = DTYPES[planned_precision(config, planned_gpu(config.plan) is not None)].itemsize
+    width = DTYPES[planned_precision(config.train, planned_gpu(config.plan) is not None)].itemsize
     total = (4 * 2 * 4 + 3) * cells + 4 * 6 + ROW.itemsize
     if isinstance(parts.unet.conv_in, ProductConv):
         total += 4 * 5 * cells
     if method.encoders:
         for shape in method.condition_shapes(config.model.resolution).values():
             total += width * torch.Size(shape).numel()
+    if method.pictures:
+        channels = 3 + len({"mask", *method.pictures} - {"image"})
+        total += round(PLANNED_BYTES * channels * config.model.resolution**2)
     total *= sides(config)
     if not method.trains_text:
         tokens = 77 * config.objective.prompt_chunks
@@ -130,8 +146,11 @@ def sides(config: TrainScript) -> int:
     return 2 if config.data.flip else 1
 
 
-def plan(config: TrainScript, script: str) -> None:
-    """Write ``plan.json`` and log it as a table; the first of several processes does so for all of them."""
+def plan(config: TrainScript, script: str, sharding: Sharding | None = None) -> None:
+    """Write ``plan.json`` and log it as a table; the first of several processes does so for all of them.
+
+    sharding: as the launcher asks for it; ``plan.sharded`` counts if it is set.
+    """
     if int(os.environ.get("RANK", 0)):
         return
     samples = config.plan.images
@@ -146,10 +165,12 @@ def plan(config: TrainScript, script: str) -> None:
         sets = [{"path": one.named.path, "rows": len(one.rows), "shown_per_epoch": one.shown} for one in data.sets]
     run = open_run(script, config)
     processes = config.plan.gpus or int(os.environ.get("WORLD_SIZE", 1))
-    result = make_plan(config, samples, processes, shown)
+    if config.plan.sharded is not None:
+        sharding = Sharding() if config.plan.sharded else None
+    result = make_plan(config, samples, processes, shown, sharding)
     written = asdict(result) | {"samples": samples, "samples_per_epoch": shown, "processes": processes}
     gpu = planned_gpu(config.plan)
-    decided = decide(config, result, gpu, processes) if gpu else None
+    decided = decide(config, result, gpu, processes, sharding is not None) if gpu else None
     if decided:
         written |= asdict(decided)
     with replacing_file(run.path / "plan.json") as file:

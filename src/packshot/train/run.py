@@ -16,7 +16,6 @@ from packshot.base.places import find_place
 from packshot.config.gpus import USABLE
 from packshot.config.schema import (
     AttentionKernel,
-    MixedPrecision,
     Mode,
     Quantization,
     TrainConfig,
@@ -31,6 +30,7 @@ from packshot.engine.checkpoints import EMA, exported_step, exporting
 from packshot.engine.loop import fit
 from packshot.engine.memory import compile_networks, enable_checkpointing, refuse_unavailable
 from packshot.engine.processes import (
+    DTYPES,
     Session,
     announce,
     refuse_launcher,
@@ -38,7 +38,7 @@ from packshot.engine.processes import (
     start,
     translate_lost_process,
 )
-from packshot.engine.sharding import read_sharding
+from packshot.engine.sharding import Sharding, read_sharding
 from packshot.errors import ConfigError
 from packshot.methods import build_method, method_class
 from packshot.methods.base import Exported
@@ -55,8 +55,6 @@ from packshot.train.plan import make_plan, plan
 from packshot.train.task import DiffusionTask
 from packshot.train.validation import LOSS_SAMPLES
 
-DTYPES = {MixedPrecision.no: torch.float32, MixedPrecision.fp16: torch.float16, MixedPrecision.bf16: torch.bfloat16}
-
 
 def train(config: TrainScript) -> None:
     """Entry point of the training scripts: load data and models, build the task, run the mode."""
@@ -65,13 +63,13 @@ def train(config: TrainScript) -> None:
     sharding = read_sharding(config)
     script = script_of(config)
     if config.mode is Mode.plan:
-        plan(config, script)
+        plan(config, script, sharding)
         return
     refuse_missing_weights(config)
     read = method_class(config).pictures_of(config.method)
     pictures = ("image", "mask", *read)
     data = load_training(config, pictures, read, validates=config.train.validation_steps > 0)
-    warn_of_memory(config, len(data.rows))
+    warn_of_memory(config, len(data.rows), sharding)
     parts = load_parts(config.model, loading_dtype(config))
     session = start(script, config, config.train, resumable=False, sharding=sharding)
     with finishing(session.tracker):
@@ -94,19 +92,20 @@ def refuse_missing_weights(config: TrainScript) -> None:
         find_place(key, source)
 
 
-def warn_of_memory(config: TrainScript, samples: int) -> None:
+def warn_of_memory(config: TrainScript, samples: int, sharding: Sharding | None = None) -> None:
     """Compare the plan with the free memory of the GPU, before anything is loaded or encoded.
 
     A warning and no refusal: what is planned leaves out workspaces of kernels, and other processes may end meanwhile.
     """
     if not torch.cuda.is_available() or int(os.environ.get("RANK", 0)):
         return
-    result = make_plan(config, samples)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    result = make_plan(config, samples, processes, sharding=sharding)
     needed = max(result.total_gib, result.encoding_gib)
     free = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0] / GIB
     log.info("planned memory: %.1f GiB, free: %.1f GiB", needed, free)
     if needed > USABLE * free:
-        log.warning("this training may not fit; change first: %s", first_change(config))
+        log.warning("this training may not fit; change first: %s", first_change(config, processes > 1 and not sharding))
 
 
 def loading_dtype(config: TrainScript) -> torch.dtype:
@@ -136,7 +135,8 @@ def build_task(
         enable_checkpointing(method)
     encoder = Encoder(parts, method, config.model.resolution, config.data, config.objective.prompt_chunks)
     folder = Path(config.data.cache_dir) if config.data.cache else None
-    examples = Examples(rows, encoder, folder, flip=config.data.flip)
+    data = config.data
+    examples = Examples(rows, encoder, folder, flip=data.flip, smallest_bucket=data.smallest_bucket)
     held_out = Examples(validation, encoder, folder, max(LOSS_SAMPLES, config.train.validation_samples))
     task = DiffusionTask(method, parts, config, held_out)
     place(task, parts, accelerator, config.train)
@@ -182,7 +182,7 @@ def fit_and_export(
     if session.run:
         per_step = config.train.batch_size * config.train.gradient_accumulation_steps
         for finding in small_buckets(examples, per_step * session.accelerator.num_processes):
-            log.warning("%s (data.buckets=false puts all into one)", finding.says)
+            log.warning("%s (data.smallest_bucket closes small ones)", finding.says)
     examples.fill(session.accelerator)
     if config.train.validation_steps:
         task.validator.fill(session.accelerator)
