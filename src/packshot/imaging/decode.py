@@ -120,7 +120,8 @@ def decode_smaller(image: Image.Image, covering: tuple[int, int]) -> tuple[int, 
     Returns: the whole picture's (height, width), upright.
     """
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
-    whole = image.size if turned else image.size[::-1]
+    width, height = image.size[::-1] if turned else image.size
+    whole = (height, width)
     room = min(whole[0] / covering[0], whole[1] / covering[1])
     for part in (8, 4, 2):
         if image.format == "JPEG" and part <= room and not (whole[0] % part or whole[1] % part):

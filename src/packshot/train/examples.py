@@ -107,7 +107,7 @@ def mirrored(sample: FramedSample) -> FramedSample:
 
 def kept(samples: Sequence[FramedSample]) -> list[Tensors]:
     """The cache entries of framed pictures, which were made together with what the encoder reads."""
-    return [sample["kept"] for sample in samples]
+    return [sample.get("kept", {}) for sample in samples]
 
 
 def widened(tensors: Tensors) -> Tensors:

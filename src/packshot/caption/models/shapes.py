@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from packshot.caption.models.adapter import Network
 from packshot.lists import without
 from packshot.runs.files import resolve
 
+Settings: TypeAlias = Any  # a config of transformers, whose parts are annotated as optional
 PROMPT = 16  # tokens of an instruction, roughly
 # The published shapes (Xiao et al. 2023, arXiv 2311.06242, table 3): (vision, language). Nothing has to be fetched.
 FLORENCE = {
@@ -61,7 +63,7 @@ def florence2(weights: str) -> MetaCaptioner:
     """Florence-2 of a local folder, else of the published shapes: large if the name says so."""
     folder = resolve(weights)
     side = FLORENCE_SIDE
-    config = published_florence("large" if "large" in Path(weights).name else "base")
+    config: Settings = published_florence("large" if "large" in Path(weights).name else "base")
     if folder.is_dir():
         config = AutoConfig.from_pretrained(folder)
         side = json.loads((folder / "processor_config.json").read_text())["image_processor"]["crop_size"]["height"]
@@ -102,7 +104,7 @@ def published_florence(size: str, text: dict[str, object] | None = None) -> Flor
 def mllama(weights: str) -> MetaCaptioner:
     """Llama 3.2 Vision of a local folder, else of the published 11 B, which are the defaults of transformers."""
     folder = resolve(weights)
-    config = AutoConfig.from_pretrained(folder) if folder.is_dir() else MllamaConfig()
+    config: Settings = AutoConfig.from_pretrained(folder) if folder.is_dir() else MllamaConfig()
     with torch.device("meta"):
         network: Network = MllamaForConditionalGeneration(config)
     vision = config.vision_config
