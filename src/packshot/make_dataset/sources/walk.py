@@ -28,7 +28,10 @@ def open_path(path: str) -> tuple[Any, str]:
     try:
         return fsspec.url_to_fs(path)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be opened: {error}", "s3:// needs the package s3fs.") from error
+        raise ConfigError(
+            f"{path} cannot be opened: {error}",
+            "Install its driver: s3:// needs s3fs (packshot[scale]), https:// aiohttp, gs:// gcsfs.",
+        ) from error
 
 
 def list_files(given: str, cache: str = "") -> Listing:
