@@ -140,7 +140,7 @@ def test_a_fourth_method_trains_resumes_and_exports(tint, tmp_path, monkeypatch)
     assert "    python generate.py product=photo.png adapters.tint=FOLDER" in card.splitlines()
     assert (export / "samples" / "grid.png").is_file()
     assert [path.name.partition("-")[0] for path in sorted((tmp_path / "cache").glob("*-*/"))] == [
-        "latents", "method", "text",
+        "latents", "method", "seen", "text",
     ]  # fmt: skip
 
     class Killed(Exception):
