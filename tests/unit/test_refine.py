@@ -17,6 +17,7 @@ from packshot.diffusion.tiles import OVERLAP, plan_tiles, tile_weight, tiled
 from packshot.errors import ConfigError
 from packshot.generate import Packshot, run
 from packshot.generate.product import core_of
+from packshot.generate.refine import edge_blur
 from packshot.imaging.upscale import upscale
 
 SETTINGS = GenerateSettings(
@@ -88,6 +89,38 @@ def test_a_second_pass_keeps_the_core_and_is_certified(tool, refined):
     assert max(report["size"]) <= 2 * tool.models.resolution
     assert report["sharpness_after"] != report["sharpness_before"]
     assert report["sharpness_product"] > 0
+    assert report["edge_blur_after"] < report["edge_blur_before"]
+    assert report["edge_blur_product"] < report["edge_blur_after"]
+
+
+def boxes(sigma, contrast=1.0, noise=0.0):
+    """A picture of steps, blurred by ``sigma`` px."""
+    draw = np.random.default_rng(0)
+    picture = np.full((400, 400, 3), 120, np.uint8)
+    for _ in range(40):
+        left, top = map(int, draw.integers(-50, 350, 2))
+        width, height = map(int, draw.integers(50, 150, 2))
+        cv2.rectangle(picture, (left, top, width, height), draw.integers(0, 256, 3).tolist(), -1)
+    blurred = cv2.GaussianBlur(picture, (0, 0), sigma).astype(np.float64)
+    return np.clip(110 + contrast * (blurred - 110) + draw.normal(0, noise, picture.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("sigma", [1.5, 3.0, 6.0])
+@pytest.mark.parametrize("look", [{}, {"contrast": 0.3}, {"noise": 3.0}])
+def test_the_blur_of_edges_is_found_in_pixels(sigma, look):
+    """Whatever their contrast, and with noise; the measure of detail changes with both."""
+    whole = np.full((400, 400), 255, np.uint8)
+    assert edge_blur(boxes(sigma, **look), whole) == pytest.approx(sigma, rel=0.25)
+
+
+def test_only_edges_of_the_area_count():
+    picture = boxes(4.0)
+    picture[:, :100] = boxes(0.7)[:, :100]
+    area = np.full((400, 400), 255, np.uint8)
+    area[:, :100] = 0
+    assert edge_blur(picture, area) == pytest.approx(4, rel=0.25)
+    assert edge_blur(picture, 255 - area) < 1.5
+    assert edge_blur(np.full_like(picture, 90), area) is None
 
 
 def test_borders_of_tiles_have_no_larger_steps_than_elsewhere(tool, refined):

@@ -76,6 +76,47 @@ def test_held_cells_have_the_products_own_noise(name, prediction, spacing, shown
     assert torch.equal(result[..., inside], known[..., inside])
 
 
+def leave_alone(pipe, step, timestep, tensors):
+    return tensors
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_free_cells_are_drawn_as_without_a_hold(name):
+    """What a sampler remembers of held cells does not leak into others."""
+    generator = torch.Generator().manual_seed(0)
+    known, noise = torch.randn(2, 1, 4, 6, 6, generator=generator)
+    held = torch.zeros(1, 6, 6)
+    held[:, 2:4, 1:5] = 1
+    free = ~held[0].bool()
+    drawn = Stock(make_scheduler(name, base())).draw(noise, hold_product(known, noise, held, "noised"), 6)
+    alone = Stock(make_scheduler(name, base())).draw(noise, leave_alone, 6)
+    assert torch.equal(drawn[..., free], alone[..., free])
+    assert not torch.equal(drawn[..., ~free], alone[..., ~free])
+
+
+def test_unipcs_corrector_drops_the_hold_between_two_views():
+    """UniPC goes on from its own corrected state instead of the one that the hold wrote. The hold writes again after
+    the step, so neither the network nor the result ever shows that state."""
+    known, noise = torch.randn(2, 1, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    scheduler = make_scheduler("unipc", base())
+    hold = hold_product(known, noise, torch.ones(1, 6, 6), "noised")
+    written = []
+    gone_on_from = []
+
+    def watch(pipe, step, timestep, tensors):
+        gone_on_from.append(scheduler.last_sample.clone())
+        tensors = hold(pipe, step, timestep, tensors)
+        written.append(tensors["latents"].clone())
+        return tensors
+
+    stock = Stock(scheduler)
+    stock.draw(noise, watch, 6)
+    for step in range(1, 6):
+        assert torch.equal(stock.seen[step], written[step - 1])
+        assert not torch.allclose(gone_on_from[step], written[step - 1], atol=0.1)
+    assert torch.equal(written[-1], known)
+
+
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_samplers_that_cannot_hold_are_refused_by_name(name):
     with pytest.raises(ConfigError, match=f"scheduler={name} cannot hold a product"):

@@ -47,6 +47,12 @@ class Canvas:
     mask_reasons: tuple[str, ...] = ()
 
     @cached_property
+    def product_box(self) -> tuple[slice, slice]:
+        """Index of the smallest box with all of the product, its soft edge included; empty without a product."""
+        left, top, width, height = cv2.boundingRect(self.matte_HW)
+        return np.s_[top : top + height, left : left + width]
+
+    @cached_property
     def outside_HW(self) -> np.ndarray:
         """uint8, 255 where the picture shows no product, not even a soft edge; else 0."""
         reach = cv2.dilate(self.matte_HW, np.ones((3, 3), np.uint8))

@@ -61,13 +61,16 @@ def measure(png: bytes, canvas: Canvas) -> Json:
     picture = read_png(png)
     if picture.shape != canvas.rgb_HW3.shape:
         raise ValueError(f"picture {picture.shape} and canvas {canvas.rgb_HW3.shape} differ in size")
-    core = canvas.core_HW
-    before = canvas.rgb_HW3[core]
+    box = canvas.product_box  # all that is compared lies inside, and most of a large picture outside
+    core = canvas.core_HW[box]
+    picture = picture[box]
+    photo = canvas.rgb_HW3[box]
+    before = photo[core]
     after = picture[core]
     difference = cv2.absdiff(before, after) if core.any() else None
-    product = canvas.matte_HW >= 128
+    product = canvas.matte_HW[box] >= 128
     edge = product & ~core
-    shift = delta_e(picture[edge], canvas.rgb_HW3[edge]) if edge.any() else np.zeros(1)
+    shift = delta_e(picture[edge], photo[edge]) if edge.any() else np.zeros(1)
     return {
         "core": {
             "definition": "alpha 255, eroded by 1 px (3x3); RGB bytes in row order",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 
 from packshot.generate.canvas import Canvas, Working, background_at
@@ -11,12 +12,9 @@ from packshot.generate.color import ColourFit, fit_colour
 def blend(foreground_HW3: np.ndarray, matte_HW: np.ndarray, background_HW3: np.ndarray) -> np.ndarray:
     """``round((a F + (255 - a) B) / 255)`` in integers; all uint8. Where a is 255 the result is F, byte for byte."""
     blended = background_HW3.copy()
-    rows = np.flatnonzero(matte_HW.any(axis=1))
-    columns = np.flatnonzero(matte_HW.any(axis=0))
-    if rows.size == 0:
-        return blended
     # outside this box alpha is 0 and the result is the background: most of a large picture
-    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    left, top, width, height = cv2.boundingRect(matte_HW)
+    box = np.s_[top : top + height, left : left + width]
     alpha = matte_HW[box][..., None].astype(np.uint16)
     mixed = alpha * foreground_HW3[box] + (255 - alpha) * background_HW3[box]
     blended[box] = (mixed + 127) // 255

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
 from packshot.config.schema import GenerateSettings, Shadow
@@ -76,5 +77,9 @@ def shaded(background_HW3: np.ndarray, layer_HW: np.ndarray | None) -> np.ndarra
     """``round(background * layer / 255)``, uint8; the background itself without a layer."""
     if layer_HW is None:
         return background_HW3
-    product = background_HW3.astype(np.uint16) * layer_HW[..., None]
-    return ((product + 127) // 255).astype(np.uint8)
+    left, top, width, height = cv2.boundingRect(~layer_HW)
+    box = np.s_[top : top + height, left : left + width]  # elsewhere the layer is 255
+    result = background_HW3.copy()
+    product = background_HW3[box].astype(np.uint16) * layer_HW[box][..., None]
+    result[box] = (product + 127) // 255
+    return result

@@ -152,11 +152,11 @@ def glob_escape(text: str) -> str:
 
 
 def sharpness_text(refined: Json) -> str:
-    """Sharpness of the background before and after a second pass, beside the product's; nothing without one."""
-    if not refined.get("applied"):
+    """Softness of the background's edges before and after a second pass, and of the product's; nothing without one."""
+    if "edge_blur_after" not in refined:  # no second pass, or an older version
         return ""
-    before, after, product = (refined[f"sharpness_{name}"] for name in ("before", "after", "product"))
-    return f"background {before} → {after}, product {product}"
+    before, after, product = (refined[f"edge_blur_{name}"] for name in ("before", "after", "product"))
+    return f"edges of the background {before} → {after} px soft, of the product {product} px"
 
 
 def delivered_text(delivery: Json | None) -> str:

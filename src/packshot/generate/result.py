@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -111,7 +112,7 @@ def make_layers(canvas: Canvas, background: Background) -> dict[str, Image.Image
     """
     layers = {
         "background": Image.fromarray(background.rgb_HW3),
-        "product": Image.fromarray(np.dstack([canvas.foreground_HW3, canvas.matte_HW])),
+        "product": Image.fromarray(cv2.merge([*cv2.split(canvas.foreground_HW3), canvas.matte_HW])),
         "mask": Image.fromarray(canvas.matte_HW),
     }
     if background.shadow.layer_HW is not None:
