@@ -283,6 +283,9 @@ class Generate(Script, GenerateSettings):
     mask: str | None = opt(
         None, "product mask (white = product); null: the photo's alpha channel, or else segmentation"
     )
+    together: bool = opt(
+        False, "the products of the folder stand in one picture, side by side, each with its photo's own pixels"
+    )
     matte: MatteConfig = field(default_factory=MatteConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
     prompt: str | None = opt(None, "free text, instead of the structured scene.*")

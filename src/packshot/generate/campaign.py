@@ -23,7 +23,7 @@ from packshot.config.schema import Generate, GenerateSettings
 from packshot.dataset.text_files import EncodingError, csv_rows, decode_text, json_rows
 from packshot.errors import ConfigError
 from packshot.generate.certificate import LAYERS, load_certificates
-from packshot.generate.jobs import Job, folder_of, mask_files, product_files
+from packshot.generate.jobs import Job, folder_of, group_job, mask_files, product_files
 from packshot.runs.files import file_sha256, readable, replacing_file
 from packshot.runs.folder import log
 
@@ -37,10 +37,20 @@ _MADE = re.compile(r"(?P<name>.+-[0-9a-f]{10})-(?:input|doubt|(?P<number>\d+)(?:
 
 # Short names of columns, besides the config keys themselves.
 _SHORT = {"seed": "run.seed"}
-_OTHERS = ("product", "mask", "prompt", "reference", "references", "reference_weights", "num_images", "run.seed")
+_OTHERS = (
+    "product",
+    "mask",
+    "together",
+    "prompt",
+    "reference",
+    "references",
+    "reference_weights",
+    "num_images",
+    "run.seed",
+)
 # Columns that belong together: campaign_cross combines what stands in one row of them as one value.
 _TOGETHER = {
-    "product": ("product", "mask"),
+    "product": ("product", "mask", "together"),
     "words": ("prompt", "negative_prompt", "scene."),
     "canvas": ("size", "aspect_ratio", "placement", "product_scale", "margin", "position"),
     "reference": ("reference",),
@@ -264,14 +274,19 @@ def row_jobs(config: Generate, row: Row, beside: Path, digests: dict[Path, str])
     except ConfigError as error:
         raise ConfigError(f"{row.where}: {error.args[0]}", error.hint) from error
     jobs = []
-    for file in files:
-        mask = masks[file]
-        used = [file, *([mask] if mask else []), *references]
+    for some in [files] if settings.together else [[file] for file in files]:
+        given = [mask for mask in map(masks.get, some) if mask]
+        used = [*some, *given, *references]
         for path in used:
             if path not in digests:
                 digests[path] = file_sha256(path)
         key = job_digest(settings, [digests[path] for path in used])
-        jobs.append(Job(f"{file.stem}-{key}", file, mask, settings, f"{row.where} ({file.name})"))
+        if settings.together:
+            name = Path(settings.product).name
+            jobs.append(group_job(settings, files, masks, f"{name}-{key}", f"{row.where} ({name})"))
+        else:
+            [file] = some
+            jobs.append(Job(f"{file.stem}-{key}", file, masks[file], settings, f"{row.where} ({file.name})"))
     return jobs
 
 

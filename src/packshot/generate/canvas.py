@@ -17,7 +17,7 @@ from packshot.config.schema import GenerateSettings, Placement
 from packshot.errors import ConfigError
 from packshot.generate.json_types import Json
 from packshot.generate.product import Product, core_of
-from packshot.imaging.matte import held_cells
+from packshot.imaging.matte import covered_box, held_cells
 from packshot.imaging.pixels import to_unit
 
 # Kernels without negative lobes: a pixel whose resampled alpha is full has then seen nothing but product.
@@ -49,8 +49,7 @@ class Canvas:
     @cached_property
     def product_box(self) -> tuple[slice, slice]:
         """Index of the smallest box with all of the product, its soft edge included; empty without a product."""
-        left, top, width, height = cv2.boundingRect(self.matte_HW)
-        return np.s_[top : top + height, left : left + width]
+        return covered_box(self.matte_HW)
 
     @cached_property
     def outside_HW(self) -> np.ndarray:

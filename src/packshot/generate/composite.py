@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 
 from packshot.generate.canvas import Canvas, Working, background_at
 from packshot.generate.color import ColourFit, fit_colour
+from packshot.imaging.matte import covered_box
 
 
 def blend(foreground_HW3: np.ndarray, matte_HW: np.ndarray, background_HW3: np.ndarray) -> np.ndarray:
     """``round((a F + (255 - a) B) / 255)`` in integers; all uint8. Where a is 255 the result is F, byte for byte."""
     blended = background_HW3.copy()
     # outside this box alpha is 0 and the result is the background: most of a large picture
-    left, top, width, height = cv2.boundingRect(matte_HW)
-    box = np.s_[top : top + height, left : left + width]
+    box = covered_box(matte_HW)
     alpha = matte_HW[box][..., None].astype(np.uint16)
     mixed = alpha * foreground_HW3[box] + (255 - alpha) * background_HW3[box]
     blended[box] = (mixed + 127) // 255

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
 from packshot.config.schema import GenerateSettings, Shadow
 from packshot.generate.canvas import Canvas
 from packshot.generate.json_types import Json
+from packshot.imaging.matte import covered_box
 from packshot.imaging.shadows import Light, ground_darkening, is_harsh, outline_of, reach_of, shadow_layer
 from packshot.scene.light import light_angle
 
@@ -77,8 +77,7 @@ def shaded(background_HW3: np.ndarray, layer_HW: np.ndarray | None) -> np.ndarra
     """``round(background * layer / 255)``, uint8; the background itself without a layer."""
     if layer_HW is None:
         return background_HW3
-    left, top, width, height = cv2.boundingRect(~layer_HW)
-    box = np.s_[top : top + height, left : left + width]  # elsewhere the layer is 255
+    box = covered_box(~layer_HW)  # elsewhere the layer is 255
     result = background_HW3.copy()
     product = background_HW3[box].astype(np.uint16) * layer_HW[box][..., None]
     result[box] = (product + 127) // 255

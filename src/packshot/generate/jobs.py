@@ -9,6 +9,7 @@ from pathlib import Path
 from packshot.config.schema import Generate
 from packshot.dataset.walk import Unread, hidden, walk
 from packshot.errors import ConfigError
+from packshot.generate.group import Group, make_group
 from packshot.imaging.files import IMAGE_SUFFIXES, is_image, pair_masks
 from packshot.runs.files import readable
 from packshot.runs.folder import log
@@ -19,7 +20,8 @@ from packshot.scene import Scene
 class Job:
     """The pictures of one product under one request.
 
-    name: what the names of its files begin with. config: its settings. where: names it in messages.
+    name: what the names of its files begin with. config: its settings. where: names it in messages. group: the
+    products that ``product`` shows together, if it is a picture of several.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Job:
     mask: Path | None
     config: Generate
     where: str
+    group: Group | None = None
 
     @property
     def request(self) -> Scene | str:
@@ -42,7 +45,15 @@ def product_jobs(config: Generate) -> list[Job]:
     """
     files = product_files("product", config.product)
     masks = mask_files(config.mask, files, folder_of("product", config.product))
+    if config.together:
+        return [group_job(config, files, masks, Path(config.product).name, config.product)]
     return [Job(name, file, masks[file], config, str(file)) for name, file in unique_names(files)]
+
+
+def group_job(config: Generate, files: list[Path], masks: dict[Path, Path | None], name: str, where: str) -> Job:
+    """One job for all products together. Raises what :func:`packshot.generate.group.make_group` does."""
+    group = make_group(files, masks, config.matte)
+    return Job(name, group.file, None, config, where, group)
 
 
 def folder_of(key: str, path: str) -> Path | None:

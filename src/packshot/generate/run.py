@@ -161,6 +161,9 @@ class Products:
         """The product of a job, with the name of its files. Raises PackshotError: the photo or its mask is unusable."""
         if self.last is None or self.last[:2] != (job.product, job.mask):
             prepared = prepare(job.product, job.mask, self.config.matte, job.name, networks=self.needed)
+            if job.group:
+                reasons = (*job.group.reasons, *prepared.mask_reasons)
+                prepared = replace(prepared, mask_reasons=reasons, decoding=job.group.parts)
             self.last = (job.product, job.mask, prepared)
         return replace(self.last[2], name=job.name)
 

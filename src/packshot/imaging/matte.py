@@ -14,6 +14,12 @@ _SQUARE = np.ones((3, 3), np.uint8)
 _CROP_MARGIN = 32  # px around the product that foreground estimation sees
 
 
+def covered_box(alpha_HW: np.ndarray) -> tuple[slice, slice]:
+    """Index of the smallest box with all pixels that are not 0; empty without any."""
+    left, top, width, height = cv2.boundingRect(alpha_HW)
+    return np.s_[top : top + height, left : left + width]
+
+
 def soften_hard_edge(alpha_HW: np.ndarray) -> np.ndarray:
     """Anti-alias a mask that has no half-covered pixels; a soft matte is returned as it is.
 
