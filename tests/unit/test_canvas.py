@@ -125,6 +125,7 @@ def test_an_aspect_ratio_keeps_the_products_own_pixels(shape, ratio):
         (["size=[256,144]"], r"size=\[256, 144\] has no effect with placement=original"),
         (["aspect_ratio=4:5"], "aspect_ratio=4:5 has no effect with placement=original"),
         (["margin=0.1"], "margin=0.1 has no effect with placement=original"),
+        (["product_scale=0.4"], r"product_scale=0.4 has no effect with placement=original"),
         (["placement=left"], "placement=left needs a canvas size or a shape"),
         (["placement=left", "size=[256,144]", "aspect_ratio=1:1"], "one of the two"),
         (["placement=center", "aspect_ratio=4to5"], "aspect_ratio=4to5 is not a valid shape"),

@@ -710,6 +710,13 @@ def test_odd_names_are_linked_and_long_ones_refused(tmp_path):
         generate(replace(config, run=replace(config.run, dir=str(tmp_path / "second"))))
 
 
+def test_a_place_off_the_canvas_is_refused_before_the_run(tmp_path):
+    keys = ["placement=coordinates", "size=[300,300]", "position=[0.05,0.5]", "background.color=[9,9,9]"]
+    with pytest.raises(ConfigError, match="partly outside the canvas of 300x300 px"):
+        generate(compose("generate", [*keys, f"run.dir={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_bad_product_fails_the_run_but_not_the_others(tmp_path):
     """The others are made, and the exit code is that of a failure."""
     config = configured(tmp_path)

@@ -75,6 +75,18 @@ def test_auto_adds_a_shadow_only_where_there_is_none(mask):
     assert ground(canvas, dark, replace(settings, shadow=Shadow.contact), Light()).report["applied"]
 
 
+def test_an_angle_turns_the_shadow_on_a_plain_colour():
+    """Where no words can: scene.* is refused with a plain colour."""
+    darker = {}
+    for angle in (0.0, 180.0):
+        result = drawn("contact", light_angle=angle)
+        assert result.certificate["request"]["light_angle"] == angle
+        layer = 255 - np.asarray(result.layers["shadow"]).astype(int)
+        darker[angle] = layer[150:200, :70].sum(), layer[150:200, 130:].sum()
+    assert darker[0.0][0] > darker[0.0][1]  # light from the right: the shadow lies on the left
+    assert darker[180.0][0] < darker[180.0][1]
+
+
 def test_without_ground_in_sight_auto_adds_nothing():
     full = np.full((100, 100), 255, np.uint8)
     full[:4] = 0

@@ -100,14 +100,15 @@ INPUTS: dict[str, InputRow] = {
         setting=Setting(
             key="light_angle",
             help="where light comes from, degrees: 0 the right, 90 behind, 180 the left, 270 the front; for "
-            "ControlNets that read light; null: taken from scene.lighting, or left open",
+            "a shadow and ControlNets that read light; null: taken from scene.lighting, or left open",
             min=0,
             max=360,
             default=lambda scene: light_angle(scene.lighting),
             value=light_vector,
             label="light from",
             unit="degrees",
-            instead="Describe it in words (scene.lighting), or train one: train_controlnet.py method.condition=light.",
+            instead="Describe it in words (scene.lighting), add shadow=contact, or train one: train_controlnet.py "
+            "method.condition=light.",
         ),
     ),
 }

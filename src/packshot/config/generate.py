@@ -210,6 +210,8 @@ class GenerateSettings(settings_class()):
         if self.placement is Placement.original:
             given = {"size": self.size, "aspect_ratio": self.aspect_ratio, "position": self.position}
             given |= {"margin": self.margin}
+            if self.product_scale != GenerateSettings.product_scale:
+                given["product_scale"] = self.product_scale
             for key, value in given.items():
                 if value:
                     raise ConfigError(

@@ -173,9 +173,19 @@ def plan_layout(box: tuple[int, int, int, int], settings: GenerateSettings) -> L
 
 def place_on_canvas(product: Product, settings: GenerateSettings) -> Canvas:
     """The product at its place on a canvas of its own: resampled once, never stretched, never cut."""
-    rows, columns = np.nonzero(product.matte_HW)
-    box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
-    return lay_out(product, plan_layout(box, settings), settings.placement.name)
+    return lay_out(product, layout_of(product, settings), settings.placement.name)
+
+
+def layout_of(product: Product, settings: GenerateSettings) -> Layout:
+    """:func:`plan_layout` of a product. Raises ConfigError as it does."""
+    rows, columns = covered_box(product.matte_HW)
+    return plan_layout((columns.start, rows.start, columns.stop, rows.stop), settings)
+
+
+def check_place(product: Product, settings: GenerateSettings) -> None:
+    """Raises ConfigError where the product would not fit on its canvas; nothing is resampled to find out."""
+    if settings.placement is not Placement.original:
+        layout_of(product, settings)
 
 
 def place_again(product: Product, transform: Json) -> Canvas:

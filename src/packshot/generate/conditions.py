@@ -10,7 +10,7 @@ import torch
 
 from packshot.config import conditions
 from packshot.config.conditions import INPUTS
-from packshot.config.schema import GenerateSettings
+from packshot.config.schema import GenerateSettings, Shadow
 from packshot.errors import ConfigError
 from packshot.generate.canvas import Working
 from packshot.imaging.control_maps import Control, View, inputs_of
@@ -25,8 +25,10 @@ def read_by(controls: Iterable[Control]) -> set[str]:
 
 
 def refuse_unread(settings: GenerateSettings, controls: Iterable[Control]) -> None:
-    """Raises ConfigError for an input that the user gives and no ControlNet reads: it would have no effect."""
+    """Raises ConfigError for an input that the user gives and nothing reads: it would have no effect."""
     read = read_by(controls)
+    if settings.shadow is not Shadow.none:
+        read.add("light")  # generate.grounding reads it
     for name, setting in conditions.settings().items():
         value = getattr(settings, setting.key)
         if value is not None and name not in read:
@@ -37,19 +39,18 @@ def refuse_unread(settings: GenerateSettings, controls: Iterable[Control]) -> No
 
 
 def asked_inputs(settings: GenerateSettings, scene: Scene, controls: Iterable[Control]) -> dict[str, float | None]:
-    """The number of every setting by its key: the user's, or what the scene implies; None where no map reads it.
+    """The number of every setting by its key: the user's, or what the scene implies to a map that reads it, or
+    None.
 
     Raises:
-        ConfigError: the user gives one that no ControlNet reads.
+        ConfigError: the user gives one that nothing reads.
     """
     refuse_unread(settings, controls)
     read = read_by(controls)
     asked: dict[str, float | None] = {}
     for name, setting in conditions.settings().items():
         given = getattr(settings, setting.key)
-        asked[setting.key] = None
-        if name in read:
-            asked[setting.key] = setting.default(scene) if given is None else given
+        asked[setting.key] = setting.default(scene) if given is None and name in read else given
     return asked
 
 

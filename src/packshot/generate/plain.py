@@ -29,6 +29,7 @@ def plain_request(settings: GenerateSettings) -> Json:
         "references": [],
         "background_color": list(settings.background.color),
         "shadow": stated_shadow(settings),
+        "light_angle": getattr(settings, "light_angle", None),
         "verify": stated_verify(settings.verify),
     }
 

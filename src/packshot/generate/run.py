@@ -20,6 +20,7 @@ from packshot.config.conditions import networks
 from packshot.config.schema import Generate, GenerateMode, OutputConfig
 from packshot.errors import ConfigError, PackshotError
 from packshot.generate.campaign import plan_campaign, set_aside, write_index
+from packshot.generate.canvas import check_place
 from packshot.generate.certificate import LAYERS, digest, encode_png, load_certificates, verdict
 from packshot.generate.doubt_picture import draw_doubt
 from packshot.generate.jobs import Job, product_jobs
@@ -68,7 +69,9 @@ def generate(config: Generate) -> None:
         needed = check_adapters(config.adapters, named_networks, job.config)
     products = Products(config, needed)
     if len({job.product for job in jobs}) == 1:  # then an unusable photo is a wrong input
-        products.of(jobs[0])
+        only = products.of(jobs[0])
+        for job in jobs:
+            check_place(only, job.config)
     tool = load_tool(config, jobs)
     run = open_run("generate", config, resumable=False)
     check_made(run.path, tool, jobs)
