@@ -168,6 +168,15 @@ def test_a_weight_moves_its_word_alone(tool):
     torch.testing.assert_close(double[:, others], plain[:, others])
 
 
+def test_weights_that_are_not_asked_for_are_named(tool, caplog):
+    encoded(tool, "a (red:1.8) table, ratio 4:5")
+    assert "(red:1.8) is read as it stands; prompt_weights=true" in caplog.text
+    caplog.clear()
+    encoded(tool, "a (red:1.8) table", prompt_weights=True)
+    encoded(tool, "a (red) table, ratio 4:5")
+    assert "prompt_weights" not in caplog.text
+
+
 def test_weights_count_only_where_they_are_asked_for(tool):
     plain = encoded(tool, "a (red:1.8) table").arguments["prompt_embeds"]
     asked = encoded(tool, "a (red:1.8) table", prompt_weights=True).arguments["prompt_embeds"]

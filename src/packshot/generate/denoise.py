@@ -58,6 +58,8 @@ def encode(
     guided = settings.guidance_scale > 1
     prompts = {"prompt": prompt, "negative_prompt": settings.negative_prompt or ""}
     pieces = {key: split_weights(text) if settings.prompt_weights else [Piece(text)] for key, text in prompts.items()}
+    if not settings.prompt_weights:
+        name_weights(prompts)
     needed = max(count_chunks(pipe.tokenizer, parts) for parts in pieces.values())
     chunks = max(models.prompt_chunks, min(needed, settings.prompt_chunks))
     lost = {}
@@ -80,6 +82,15 @@ def encode(
     if models.has_ip_adapter:
         arguments["ip_adapter_image_embeds"] = [image_embeds(pipe, references, guided)]
     return Conditioning(arguments, lost, inputs or scene_inputs({}))
+
+
+def name_weights(prompts: Mapping[str, str]) -> None:
+    """Say which words of prompts have weights that are not asked for, and are read as text."""
+    for key, text in prompts.items():
+        weighted = [f"({piece.text}:{piece.weight:g})" for piece in split_weights(text) if piece.weight != 1]
+        if weighted:
+            words = ", ".join(weighted)
+            log.warning("%s: %s is read as it stands; prompt_weights=true reads it as a weight", key, words)
 
 
 def embed_chunks(
