@@ -1,0 +1,93 @@
+"""How much longer a guided picture with all adapters takes here than in the stock pipeline of diffusers.
+
+    python benchmarks/guided_overhead.py lora/export controlnet/export ip_adapter/export
+
+Both encode the words and the reference, draw with guidance, ControlNet, LoRA and IP-Adapter, and decode; here the
+product is also encoded, and put back after every step. Stock loads the exports without any code of this repository.
+Both take turns. Prints medians of CPU seconds, and the median of the ratios of neighbours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline
+from PIL import Image
+
+from packshot import Packshot
+from packshot.config.schema import AdaptersConfig, GenerateSettings
+from packshot.generate.denoise import control_arguments, denoise, encode
+from packshot.generate.references import open_references
+
+BASE = Path("data/models/sdxl")
+PHOTO = Path("data/products/coffee.png")
+LOOK = Path("data/references/yellow_wall.png")
+PROMPT = "Professional photo of an object on a white marble table, a pink wall in the background, soft light"
+
+
+def cpu_seconds(action: Callable[[], object]) -> float:
+    started = time.process_time()
+    action()
+    return time.process_time() - started
+
+
+def stock_pipeline(lora: str, controlnet: str, ip_adapter: str) -> StableDiffusionXLControlNetPipeline:
+    """The pipeline as its documentation builds it."""
+    net = ControlNetModel.from_pretrained(controlnet)
+    pipe = StableDiffusionXLControlNetPipeline.from_pretrained(BASE, controlnet=net, add_watermarker=False)
+    pipe.load_lora_weights(lora)
+    pipe.load_ip_adapter(ip_adapter, subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("exports", nargs=3, metavar=("LORA", "CONTROLNET", "IP_ADAPTER"))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    lora, controlnet, ip_adapter = given.exports
+    adapters = AdaptersConfig(lora=lora, controlnets=[controlnet], ip_adapter=ip_adapter)
+    tool = Packshot.load(adapters=adapters).set_product(PHOTO)
+    settings = GenerateSettings(num_inference_steps=given.steps, guidance_scale=3.5)
+    ready = tool.make_ready(PROMPT, settings, LOOK)
+    assert ready.drawing is not None
+    working = ready.drawing.working
+    stock = stock_pipeline(lora, controlnet, ip_adapter)
+    control = control_arguments(tool.models, working, {})["image"][0]
+    look = Image.open(LOOK).convert("RGB")
+
+    def here() -> None:
+        conditioning = encode(tool.models, PROMPT, settings, open_references(LOOK, ()))
+        denoise(tool.models, working, conditioning, settings, 0)
+
+    def there() -> None:
+        stock(
+            prompt=PROMPT,
+            image=control,
+            ip_adapter_image=look,
+            width=working.frame.width,
+            height=working.frame.height,
+            num_inference_steps=given.steps,
+            guidance_scale=3.5,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    here()
+    there()
+    pairs = [(cpu_seconds(here), cpu_seconds(there)) for _ in range(given.rounds)]
+    ours, theirs = map(statistics.median, zip(*pairs, strict=True))
+    ratio = statistics.median(one / other for one, other in pairs)
+    print(f"{given.steps} steps of {working.frame.width}x{working.frame.height} px, {given.rounds} rounds, CPU seconds")
+    print(f"here {ours:.2f}, stock {theirs:.2f}, ratio of neighbours {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()
