@@ -10,7 +10,7 @@ from packshot.config.compose import compose
 from packshot.config.schema import GenerateSettings, Shadow
 from packshot.generate.canvas import place
 from packshot.generate.composite import blend
-from packshot.generate.grounding import DARKENED, ground, shaded
+from packshot.generate.grounding import DARKENED, ground, layer_around, shaded, times
 from packshot.generate.packshot import Packshot
 from packshot.generate.product import prepare
 from packshot.imaging.shadows import DARKEST, Light, ground_darkening, is_harsh, log_layer, shadow_layer
@@ -73,6 +73,20 @@ def test_auto_adds_a_shadow_only_where_there_is_none(mask):
     assert left.layer_HW is None
     assert left.report["darkening"] > DARKENED > added.report["darkening"]
     assert ground(canvas, dark, replace(settings, shadow=Shadow.contact), Light()).report["applied"]
+
+
+def test_each_thing_of_a_group_has_its_own_shadow():
+    alone = np.zeros((120, 240), np.uint8)
+    alone[30:80, 40:70] = 255
+    other = np.zeros_like(alone)
+    other[50:80, 150:190] = 255
+    light = Light(180.0, True)
+    both = layer_around(np.maximum(alone, other), light)
+    assert (both == times(layer_around(alone, light), layer_around(other, light))).all()
+    assert (layer_around(alone, light) == shadow_layer(alone, light)).mean() > 0.99
+    speck = alone.copy()
+    speck[80, 200] = 255
+    assert (layer_around(speck, light) == layer_around(alone, light)).all()
 
 
 def test_an_angle_turns_the_shadow_on_a_plain_colour():

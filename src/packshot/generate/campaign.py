@@ -282,7 +282,7 @@ def row_jobs(config: Generate, row: Row, beside: Path, digests: dict[Path, str])
                 digests[path] = file_sha256(path)
         key = job_digest(settings, [digests[path] for path in used])
         if settings.together:
-            name = Path(settings.product).name
+            name = Path(settings.product).resolve().name
             jobs.append(group_job(settings, files, masks, f"{name}-{key}", f"{row.where} ({name})"))
         else:
             [file] = some

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
 from packshot.config.schema import GenerateSettings, Shadow
@@ -16,6 +18,7 @@ from packshot.scene.light import light_angle
 # Share of the light around that a shadow takes away just below the product. Of the rendered training scenes this value
 # tells most plates from the pictures with the product in them (tools/fit_shadows.py).
 DARKENED = 0.03
+SPECK = 0.01  # of the largest thing's pixels: what is smaller is no thing of its own
 
 
 @dataclass(frozen=True)
@@ -59,18 +62,41 @@ def ground(canvas: Canvas, background_HW3: np.ndarray, settings: GenerateSetting
     return Grounding(layer_around(canvas.matte_HW, light), report)
 
 
+def standing_things(matte_HW: np.ndarray) -> list[np.ndarray]:
+    """The matte of each thing that stands apart: of the products of a group, between which columns are empty.
+
+    What is smaller than ``SPECK`` of the largest is left out.
+    """
+    covered = np.concatenate([[False], (matte_HW >= 128).any(axis=0), [False]])
+    edges = np.flatnonzero(np.diff(covered))
+    middles = (edges[1:-1:2] + edges[2:-1:2]) // 2  # of the gaps
+    things = []
+    for start, stop in itertools.pairwise([0, *middles.tolist(), matte_HW.shape[1]]):
+        alone = np.zeros_like(matte_HW)
+        alone[:, start:stop] = matte_HW[:, start:stop]
+        things.append(alone)
+    sizes = [cv2.countNonZero(thing) for thing in things]
+    return [thing for thing, size in zip(things, sizes, strict=True) if size and size >= SPECK * max(sizes)]
+
+
 def layer_around(matte_HW: np.ndarray, light: Light) -> np.ndarray:
-    """:func:`shadow_layer`, computed only as far as a shadow reaches: most of a large picture has none."""
+    """:func:`shadow_layer` of each thing, only as far as its shadow reaches: most of a large picture has none."""
     layer = np.full_like(matte_HW, 255)
-    solid = matte_HW >= 128
-    if not solid.any():
-        return layer
-    outline = outline_of(solid)
-    reach = reach_of(outline)
-    rows = slice(max(0, outline.top - reach), outline.bottom + reach)
-    columns = slice(max(0, outline.left - reach), outline.right + reach)
-    layer[rows, columns] = shadow_layer(matte_HW[rows, columns], light)
+    for thing in standing_things(matte_HW):
+        solid = thing >= 128
+        if not solid.any():
+            continue
+        outline = outline_of(solid)
+        reach = reach_of(outline)
+        rows = slice(max(0, outline.top - reach), outline.bottom + reach)
+        columns = slice(max(0, outline.left - reach), outline.right + reach)
+        layer[rows, columns] = times(layer[rows, columns], shadow_layer(thing[rows, columns], light))
     return layer
+
+
+def times(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """``round(first * second / 255)``; all uint8."""
+    return ((first.astype(np.uint16) * second + 127) // 255).astype(np.uint8)
 
 
 def shaded(background_HW3: np.ndarray, layer_HW: np.ndarray | None) -> np.ndarray:
@@ -79,6 +105,5 @@ def shaded(background_HW3: np.ndarray, layer_HW: np.ndarray | None) -> np.ndarra
         return background_HW3
     box = covered_box(~layer_HW)  # elsewhere the layer is 255
     result = background_HW3.copy()
-    product = background_HW3[box].astype(np.uint16) * layer_HW[box][..., None]
-    result[box] = (product + 127) // 255
+    result[box] = times(background_HW3[box], layer_HW[box][..., None])
     return result

@@ -46,7 +46,7 @@ def product_jobs(config: Generate) -> list[Job]:
     files = product_files("product", config.product)
     masks = mask_files(config.mask, files, folder_of("product", config.product))
     if config.together:
-        return [group_job(config, files, masks, Path(config.product).name, config.product)]
+        return [group_job(config, files, masks, Path(config.product).resolve().name, config.product)]
     return [Job(name, file, masks[file], config, str(file)) for name, file in unique_names(files)]
 
 
