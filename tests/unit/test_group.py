@@ -67,7 +67,7 @@ def test_a_group_is_drawn_certified_and_verified(shelf):
     kept = run / "layers" / "shelf-input.png"
     assert all(finding.passed for finding in verify(run / "shelf-0.png", run / "shelf-0.json", kept))
     before = (run / "shelf-0.png").read_bytes()
-    group._group.cache_clear()
+    group._MADE.clear()
     generate(asked(shelf, f"run.dir={run}", "run.resume=true"))
     assert (run / "shelf-0.png").read_bytes() == before
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from packshot.runs.files import replacing_file
 
 GAP = 0.06  # of the tallest product's height, between two products
 ROOM = 0.25  # of that height, around all of them
+_MADE: dict[str, Group] = {}
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,16 @@ def make_group(files: list[Path], masks: dict[Path, Path | None], matte: MatteCo
             f"together=true needs several products, and product={files[0]} is one.",
             "Name a folder with a photo of each, or leave out together.",
         )
-    return _group(tuple((file, masks[file]) for file in files), astuple(matte))
+    pairs = [(file, masks[file]) for file in files]
+    asked = repr((pairs, matte))
+    if asked not in _MADE:  # rows of a campaign ask for the same group
+        _MADE[asked] = write_group(pairs, matte)
+    return _MADE[asked]
 
 
-@lru_cache(64)
-def _group(pairs: tuple[tuple[Path, Path | None], ...], matte: tuple[object, ...]) -> Group:
-    """:func:`make_group`; rows of a campaign share what they ask for alike."""
-    products = [prepare(file, mask, MatteConfig(*matte), file.stem) for file, mask in pairs]
+def write_group(pairs: list[tuple[Path, Path | None]], matte: MatteConfig) -> Group:
+    """:func:`make_group`. pairs: the photo of each product and its mask."""
+    products = [prepare(file, mask, matte, file.stem) for file, mask in pairs]
     picture, corners = side_by_side(products)
     target = group_folder() / f"{digest(picture)[:16]}.png"
     with replacing_file(target) as temporary:
