@@ -102,6 +102,15 @@ def test_a_cross_combines_the_distinct_values(shop):
     assert len(moods) == 2
 
 
+def test_rows_complete_the_place_of_the_command_line(shop):
+    table(shop, f"product,mask,placement\n{RED},left\n{BLUE},\n")
+    with pytest.raises(ConfigError, match=r"campaign row 2: size=\[96, 96\] has no effect with placement=original"):
+        planned(shop, "size=[96,96]")
+    table(shop, f"product,mask,placement\n{RED},left\n{BLUE},right\n")
+    jobs = planned(shop, "size=[96,96]", "product_scale=0.4")
+    assert [job.config.placement.name for job in jobs] == ["left", "right"]
+
+
 def test_repeated_rows_are_made_once(shop):
     table(shop, f"{BOTH}{RED},oak,,,\n{BLUE},oak,,,\n{RED},oak,,,\n")
     assert len(planned(shop)) == 2

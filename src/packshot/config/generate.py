@@ -328,6 +328,11 @@ class Generate(Script, GenerateSettings):
                 "Add adapters.controlnets, or leave verify.control out.",
             )
 
+    def check_placement(self) -> None:
+        """As of one picture; the rows of a campaign may complete what the command line begins, and are checked."""
+        if not self.campaign:
+            GenerateSettings.check_placement(self)
+
     def check_plain(self) -> None:
         """Raises ConfigError where a background of one colour is asked for, and words or pictures for another."""
         if not self.background.color:

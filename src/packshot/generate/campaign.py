@@ -268,6 +268,7 @@ def row_jobs(config: Generate, row: Row, beside: Path, digests: dict[Path, str])
     try:
         settings = with_values(config, {key: found_beside(key, value, beside) for key, value in row.values.items()})
         validate(settings)
+        GenerateSettings.check_placement(settings)
         files = product_files("product", settings.product)
         masks = mask_files(settings.mask, files, folder_of("product", settings.product))
         references = [readable("reference", path) for path in settings.reference_files()]
