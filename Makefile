@@ -42,13 +42,13 @@ smoke: $(VENV)/.installed ## only the end-to-end tests: two steps, kill, resume,
 	$(BIN)/python -m pytest tests/smoke
 
 proof-fullsize: $(VENV)/.installed ## two steps, kill, resume and export at SDXL's real size on a CPU (20 GiB of memory)
-	$(BIN)/python benchmarks/fullsize.py
+	$(BIN)/python -m benchmarks.fullsize
 
 proof-learning: $(VENV)/.installed ## a LoRA learns a look the base has never seen, three seeds and their controls
-	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python -m benchmarks.learning
 
 gpu-check: $(VENV)/.installed ## speed and memory at SDXL's shapes on one GPU, random weights, 8 minutes; writes docs/gpu.md
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python -m benchmarks.gpu_check
 
 family: $(VENV)/.installed render-env ## render for and train the mini family, from where the last run stopped (40 core hours)
 	tools/mini/family.sh

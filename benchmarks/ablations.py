@@ -1,7 +1,7 @@
 """What keeps a product from growing: trains variants over several seeds and measures what each draws.
 
-    python benchmarks/ablations.py --seeds 3
-    python benchmarks/ablations.py --only nine --out outputs/long train.max_steps=3000 train.batch_size=8
+    python -m benchmarks.ablations --seeds 3
+    python -m benchmarks.ablations --only nine --out outputs/long train.max_steps=3000 train.batch_size=8
 
 Every variant is a file of conf/experiment (or two, used together), trained as its own script trains it. Then it puts
 held-out products into the same scenes from the same noise, and the raw decode is measured, before the product's own
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from composition import together
-from extension import draw, figures, line, shown_as
 from PIL import Image
 
+from benchmarks.composition import together
+from benchmarks.extension import draw, figures, line, shown_as
 from packshot.config.schema import GenerateSettings, ProductConditioning
 from packshot.dataset.rows import Rows, load_rows
 from packshot.generate import Packshot

@@ -1,7 +1,7 @@
 """Draws PackshotBench's items by Packshot itself, and by the ways of pasting that it is compared with.
 
     packshot bench --export outputs/bench-items
-    python benchmarks/bench_rows.py outputs/bench-items outputs/bench-rows --controlnet outputs/demo/controlnet/export
+    python -m benchmarks.bench_rows outputs/bench-items outputs/bench-rows --controlnet outputs/demo/controlnet/export
     packshot bench outputs/bench-items/truth outputs/bench-rows/*.csv --out outputs/bench
 
 Writes a folder and a table for each system: the base alone, the base with a ControlNet, and two that take the base's

@@ -1,6 +1,6 @@
 """What a large cache costs at the start of a run: time, memory and files, and what reading an entry takes.
 
-    python benchmarks/cache_start.py --entries 200000
+    python -m benchmarks.cache_start --entries 200000
 
 The entries are small (latents of 64 px), so that the index is what is measured. One process fills, a new one opens and
 reads.

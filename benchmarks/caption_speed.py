@@ -1,6 +1,6 @@
 """Bulk captioning compared with one picture at a time: the same model, pictures and words.
 
-    python benchmarks/caption_speed.py --adapter outputs/demo/captioner/export --batch-size 32 --rounds 3
+    python -m benchmarks.caption_speed --adapter outputs/demo/captioner/export --batch-size 32 --rounds 3
 
 Alternates the two in one process and prints images per second, their ratio, and how many captions differ.
 """

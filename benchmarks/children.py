@@ -1,6 +1,6 @@
 """What the benchmark compares our trainers with: a plain reference loop and the bare step; one process each.
 
-    python benchmarks/children.py reference lora 40 8 outputs/figures.json
+    python -m benchmarks.children reference lora 40 8 outputs/figures.json
 
 The reference does at every step what the well-known example scripts do: decode and resize the pictures, encode them
 with the VAE, encode the prompts, draw noise, step. It is written for this comparison and shares no code with our loop.

@@ -1,6 +1,6 @@
 """What a denoising step takes with each adapter alone and with all of them, compared with the sum of its parts.
 
-    python benchmarks/composition.py outputs/{lora,inpaint,canny,ip_adapter}/export
+    python -m benchmarks.composition outputs/{lora,inpaint,canny,ip_adapter}/export
 
 Takes turns, round by round, in one process; per set the median over rounds of the time of a picture, divided by its
 steps. The parts are the base's step and what each adapter alone adds to it.
@@ -13,9 +13,9 @@ import statistics
 import time
 from pathlib import Path
 
-from extension import adapters_of
 from PIL import Image
 
+from benchmarks.extension import adapters_of
 from packshot.config.schema import AdaptersConfig, GenerateSettings
 from packshot.dataset.rows import load_rows
 from packshot.generate import Packshot

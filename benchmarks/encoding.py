@@ -1,8 +1,8 @@
 """How close the filling of a cache comes to the encoder's own speed.
 
-    python benchmarks/encoding.py --side 1024 --pictures 100 --seconds .1    # an encoder that takes .1 s a picture
-    python benchmarks/encoding.py --width 4000 --height 3000 --pictures 40 --seconds .1
-    python benchmarks/encoding.py --side 128 --pictures 200                  # mini's VAE
+    python -m benchmarks.encoding --side 1024 --pictures 100 --seconds .1    # an encoder that takes .1 s a picture
+    python -m benchmarks.encoding --width 4000 --height 3000 --pictures 40 --seconds .1
+    python -m benchmarks.encoding --side 128 --pictures 200                  # mini's VAE
 
 With ``--seconds`` the VAE is replaced by one that only waits, as a GPU lets the CPU wait; decoding, framing, planes and
 files are real. Prints pictures per second, the encoder's own, their ratio, and CPU seconds a picture.

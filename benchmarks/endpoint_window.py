@@ -1,6 +1,6 @@
 """How many of the allowed requests a captioning run keeps under way, at a server whose answers take unevenly long.
 
-    python benchmarks/endpoint_window.py --allowed 64 --pictures 1000 --shard 100 --seconds 1.0
+    python -m benchmarks.endpoint_window --allowed 64 --pictures 1000 --shard 100 --seconds 1.0
 
 The server waits for a time from a log-normal distribution (median ``--seconds``) before each answer. Prints the mean
 number of requests under way between the first request and the moment when fewer pictures are left than may be under

@@ -1,6 +1,6 @@
 """How often the base, alone and with each adapter, draws a product larger than it is.
 
-    python benchmarks/extension.py outputs/style/export outputs/background/export --products 16
+    python -m benchmarks.extension outputs/style/export outputs/background/export --products 16
 
 Puts held-out products into the same scenes from the same noise, by the code of generate.py, and measures the raw
 decode, before the product's own pixels are laid over it. An adapter is shown the product as it was trained to see it;

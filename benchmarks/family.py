@@ -1,6 +1,6 @@
 """What the mini SDXL has learnt, on held-out scenes, compared with what no learning would give.
 
-    python benchmarks/family.py --model data/models/sdxl --out outputs/proofs/family
+    python -m benchmarks.family --model data/models/sdxl --out outputs/proofs/family
 
 Reconstruction of the VAE; retrieval by the CLIP pair; and whether the UNet obeys its prompts: pictures drawn for
 held-out captions are read slot by slot by the family's own image encoder and by a linear probe on plain features, which
@@ -18,10 +18,10 @@ from typing import Any
 
 import cv2
 import numpy as np
-from learning import Pictures, spread_of
 from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
+from benchmarks.learning import Pictures, spread_of
 from packshot.caption.scores import deal_to_others
 from packshot.evaluate.distance import cmmd
 from packshot.evaluate.features import plain_features

@@ -1,7 +1,7 @@
 """Does training work at SDXL's real size? Two LoRA steps with a kill between them, on random weights, on a CPU.
 
-    python benchmarks/fullsize.py                 # 24 GiB of memory, 8 GB of disk, Linux
-    python benchmarks/fullsize.py --family mini   # the same road in minutes
+    python -m benchmarks.fullsize                 # 24 GiB of memory, 8 GB of disk, Linux
+    python -m benchmarks.fullsize --family mini   # the same road in minutes
 
 Writes a pipeline folder of SDXL's shapes (no download, no real weights), then runs the real script as processes of
 their own: mode=plan; two steps, killed within the second; the resumed run to its export; with --unbroken the same steps
@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from original_layout import checkpoint
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from sets import BASE, ROOT, spread, write_set
 from transformers import CLIPImageProcessorPil
 
+from benchmarks.original_layout import checkpoint
+from benchmarks.sets import BASE, ROOT, spread, write_set
 from packshot.base.load import load_parts
 from packshot.base.shapes import meta_parts
 from packshot.config.schema import ModelConfig
@@ -292,7 +292,7 @@ def prove(proof: Proof, unbroken: bool) -> dict[str, Any]:
     }
     if unbroken:
         done["the same without a kill"] = watch("unbroken", proof.command("unbroken"), logs)
-    command = ["benchmarks/fullsize.py", "--check-export", str(export), "--base", str(proof.base)]
+    command = ["-m", "benchmarks.fullsize", "--check-export", str(export), "--base", str(proof.base)]
     done["stock diffusers reads it"] = watch("export", [*command, "--resolution", str(proof.resolution)], logs)
     return {
         "processes": done,

@@ -1,7 +1,7 @@
 """What a GPU does with the real shapes: every trainer, encoding, generation and a captioner, on random weights.
 
     make gpu-check                                              # one GPU, less than 8 minutes; writes docs/gpu.md
-    python benchmarks/gpu_check.py --family mini --out FILE     # the same pieces on the mini shapes, also on a CPU
+    python -m benchmarks.gpu_check --family mini --out FILE     # the same pieces on the mini shapes, also on a CPU
 
 Writes pipeline folders of SDXL's and Florence-2-large's shapes with random weights (8.5 GB, no download), then runs
 each piece as a process of its own: the three training scripts beside what ``mode=plan`` counts, a loop written as the
@@ -27,12 +27,12 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from fullsize import write_base
 from PIL import Image
 from safetensors.torch import load_file
-from sets import ROOT, spread, write_set
 from transformers import AutoProcessor, Florence2Config, Florence2ForConditionalGeneration
 
+from benchmarks.fullsize import write_base
+from benchmarks.sets import ROOT, spread, write_set
 from packshot.caption.models.shapes import published_florence
 from packshot.config.gpus import find_gpu
 from packshot.dataset.rows import load_rows
@@ -211,8 +211,7 @@ def trainer(script: str) -> Callable[[Check], Figures]:
 
 def reference(check: Check) -> Figures:
     """A LoRA by a loop that works as the public example scripts do: decode, encode and step, one after the other."""
-    import children
-
+    from benchmarks import children
     from packshot.config.compose import compose
 
     family = check.family
@@ -373,7 +372,7 @@ def run_piece(name: str, check: Check, seconds: float) -> Figures:
     """The figures of a piece, from a process of its own; or under ``failed`` why there are none."""
     out = check.folder / f"{name}.json"
     messages = check.folder / f"{name}.txt"
-    command = [sys.executable, "benchmarks/gpu_check.py", "--piece", name, "--family", check.family.name]
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--piece", name, "--family", check.family.name]
     command += ["--folder", str(check.folder), "--photo", str(check.photo), "--out", str(out)]
     if seconds < 5:
         return {"failed": "no time was left"}

@@ -1,6 +1,6 @@
 """The same products before several references, each with several ControlNets: a sheet to look at.
 
-    python benchmarks/grid.py outputs/{inpaint,canny,depth}/export --ip-adapter outputs/ip_adapter/export
+    python -m benchmarks.grid outputs/{inpaint,canny,depth}/export --ip-adapter outputs/ip_adapter/export
 
 A block per product: a line for no ControlNet and for each of them, a column per reference. Products and references are
 held out, the pictures as generate.py writes them; no word in the prompt.
@@ -12,10 +12,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from composition import together
 from PIL import Image, ImageDraw
-from references import without_product
 
+from benchmarks.composition import together
+from benchmarks.references import without_product
 from packshot.config.schema import GenerateSettings
 from packshot.dataset.rows import Rows, load_rows
 from packshot.generate import Packshot

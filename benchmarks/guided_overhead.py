@@ -1,6 +1,6 @@
 """How much longer a guided picture with all adapters takes here than in the stock pipeline of diffusers.
 
-    python benchmarks/guided_overhead.py lora/export controlnet/export ip_adapter/export
+    python -m benchmarks.guided_overhead lora/export controlnet/export ip_adapter/export
 
 Both encode the words and the reference, draw with guidance, ControlNet, LoRA and IP-Adapter, and decode; here the
 product is also encoded, and put back after every step. Stock loads the exports without any code of this repository.

@@ -1,6 +1,6 @@
 """The edge of products on another background, against the true composite: un-mixed, blended, pasted.
 
-    OMP_NUM_THREADS=1 python benchmarks/halo.py
+    OMP_NUM_THREADS=1 python -m benchmarks.halo
 
 Held-out renders: the photograph is the product in its own scene, the new background is the next scene without its
 product, and the truth is the render's own cut-out over that.

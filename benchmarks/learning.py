@@ -1,6 +1,6 @@
 """Does training teach a look that the base has never seen? Trains on it, and on the same pictures without it.
 
-    python benchmarks/learning.py --seeds 0 1 2
+    python -m benchmarks.learning --seeds 0 1 2
 
 Makes the look from the shipped renders, trains `train_lora.py experiment=lora_mini` once per seed on 300 pictures with
 the look and once without, draws the prompts of 64 held-out scenes with the base and with every LoRA through the stock
@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
-from sets import BASE, ROOT, Pictures, spread, write_set
 from transformers import CLIPVisionModelWithProjection
 
+from benchmarks.sets import BASE, ROOT, Pictures, spread, write_set
 from packshot.config.schema import GenerateSettings
 from packshot.dataset.rows import load_rows
 from packshot.evaluate.distance import cmmd

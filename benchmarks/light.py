@@ -1,6 +1,6 @@
 """Does light fall from the side that is asked for? Held-out products, lit from the left and from the right.
 
-    python benchmarks/light.py outputs/light/export
+    python -m benchmarks.light outputs/light/export
 
 A judge reads the side off a picture: ridge regression on brightness around the product, mirrored halves subtracted,
 learned from training renders whose shadow falls to one side. The product itself is greyed: its own pixels are lit
@@ -17,9 +17,9 @@ from typing import Any
 
 import cv2
 import numpy as np
-from grid import labelled
 from PIL import Image
 
+from benchmarks.grid import labelled
 from packshot.config.schema import GenerateSettings
 from packshot.dataset.rows import Rows, load_rows
 from packshot.generate import Packshot

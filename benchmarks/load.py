@@ -1,7 +1,7 @@
 """Loads a running server with more requests than it can draw, and watches its memory, its answers and /health.
 
     python serve.py serve.port=8000 serve.api_key=key serve.requests_per_minute=1000000 run.dir=outputs/load
-    python benchmarks/load.py http://127.0.0.1:8000 key --pid <its process id> --minutes 10
+    python -m benchmarks.load http://127.0.0.1:8000 key --pid <its process id> --minutes 10
 
 The clients send as fast as they are answered; refused ones (429) come back after half a second. With twice as many
 clients as may be in the server, it works at twice its capacity. Prints a line a minute and a summary.

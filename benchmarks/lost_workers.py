@@ -1,6 +1,6 @@
 """What lost workers cost: builds against the real ledger, killed again and again, that finish with the same bytes.
 
-    python benchmarks/lost_workers.py [shards] [seed]
+    python -m benchmarks.lost_workers [shards] [seed]
 
 A worker is lost at a random moment of a random shard: before its file is there, after it but before its line in the
 ledger, or in the middle of that line. The run is then started again on what lies on the disk. The table tells how many

@@ -1,6 +1,6 @@
 """How often accepted masks are right: the curve of precision against acceptance of mask doubts.
 
-    OMP_NUM_THREADS=1 python benchmarks/mask_doubts.py
+    OMP_NUM_THREADS=1 python -m benchmarks.mask_doubts
 
 Held-out renders in their scenes, and the same products before white, grey and coloured walls. The traits of a mask
 (``imaging.mask_doubt``) are weighed by a logistic regression on half of the products, whose weights it prints, and both

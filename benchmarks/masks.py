@@ -1,6 +1,6 @@
 """How well products are found: GrabCut alone, the family's network alone, and GrabCut guided by the network.
 
-    python benchmarks/masks.py data/rendered/heldout data/rendered/showcase
+    python -m benchmarks.masks data/rendered/heldout data/rendered/showcase
 
 On sets with masks. Prints per set and way the mean IoU, the shares above 0.9 and below 0.5, and how many were refused
 for want of confidence.

@@ -1,6 +1,6 @@
 """How much of a mini stage's step is the network's own forward and backward pass, in CPU time, all in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/mini_speed.py --steps 8
+    OMP_NUM_THREADS=1 python -m benchmarks.mini_speed --steps 8
 
 The bare pass is the same network in the same precision on one batch that is kept. The stage's step draws and encodes a
 batch, computes the loss and steps the optimizer; its caches are warm. Rounds alternate, because neighbours on the

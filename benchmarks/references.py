@@ -1,6 +1,6 @@
 """Does a picture take the look of its reference, and does it still obey its prompt?
 
-    python benchmarks/references.py outputs/ip_adapter/export --groups 50
+    python -m benchmarks.references outputs/ip_adapter/export --groups 50
 
 Choice: held-out products are put before the look of one of four held-out scenes, with no word in the prompt;
 then the four are ranked by how near they are to the background that was drawn, in an embedding that no adapter was
@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from family import PHRASES, Probe
 from PIL import Image
 
+from benchmarks.family import PHRASES, Probe
 from packshot.config.schema import AdaptersConfig, GenerateSettings
 from packshot.dataset.rows import Rows, load_rows
 from packshot.evaluate.features import plain_features

@@ -1,8 +1,8 @@
 """What building a dataset costs: memory, CPU time and disk, from sets that are made here.
 
-    python benchmarks/scale.py rows 1000 10000      # tiny pictures: what grows with their number
-    python benchmarks/scale.py photos 24            # 12 megapixels each: the cheap steps
-    python benchmarks/scale.py workers 160          # the same with one worker and two: wall times
+    python -m benchmarks.scale rows 1000 10000      # tiny pictures: what grows with their number
+    python -m benchmarks.scale photos 24            # 12 megapixels each: the cheap steps
+    python -m benchmarks.scale workers 160          # the same with one worker and two: wall times
 
 Each build runs in a process of its own. CPU time is the process's own, so other work on the machine disturbs it little.
 """

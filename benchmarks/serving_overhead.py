@@ -1,6 +1,6 @@
 """How much longer a request to the service takes than the same picture by generate.py, with a loaded model each.
 
-    python benchmarks/serving_overhead.py --rounds 30
+    python -m benchmarks.serving_overhead --rounds 30
 
 Both draw the same picture in turns: the server's worker process, and this process with what generate.py calls for a
 product, the picture's file and its certificate included. Prints medians of wall time and of CPU time, and the median of

@@ -1,6 +1,6 @@
 """Which way of pointing out the product makes the better captioner: fine-tunes one per way, and scores each.
 
-    python benchmarks/targets.py --kind florence2 llama32_vision --steps 450 --out outputs/targets
+    python -m benchmarks.targets --kind florence2 llama32_vision --steps 450 --out outputs/targets
 
 Trains on the rendered training set, scores on the held-out one (products and pairs of surface and background that no
 training has seen), with and without the constraint. Finished variants are kept, so a stopped run goes on.

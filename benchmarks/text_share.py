@@ -1,6 +1,6 @@
 """How well the text measure tells pictures with planted text from those without, on the shipped renders.
 
-    python benchmarks/text_share.py [pictures]
+    python -m benchmarks.text_share [pictures]
 
 Half of the held-out plates were looked at while the rules were written; the others are measured apart.
 """

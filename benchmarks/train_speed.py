@@ -1,6 +1,6 @@
 """How fast the trainers are, compared with a plain reference loop and the bare step: the same model, batch and machine.
 
-    python benchmarks/train_speed.py --method lora --steps 40 --rounds 3
+    python -m benchmarks.train_speed --method lora --steps 40 --rounds 3
 
 Alternates bare step, reference and ours (with a cold, then with a warm cache) as whole processes, and prints medians,
 spreads and ratios. The machine should have nothing else to do; the spread shows whether it had.
@@ -39,7 +39,7 @@ def _run(command: list[str]) -> tuple[float, float]:
 def child(kind: str, method: str, steps: int, batch_size: int, folder: Path) -> Figures:
     """The reference loop or the bare step."""
     out = folder / f"{kind}.json"
-    command = [sys.executable, "benchmarks/children.py", kind, method, str(steps), str(batch_size), str(out)]
+    command = [sys.executable, "-m", "benchmarks.children", kind, method, str(steps), str(batch_size), str(out)]
     started, memory = _run(command)
     found = json.loads(out.read_text())
     return {

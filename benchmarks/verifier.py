@@ -1,6 +1,6 @@
 """How many planted failures the checks of generated pictures find, and how many true pictures they send to review.
 
-    OMP_NUM_THREADS=1 python benchmarks/verifier.py
+    OMP_NUM_THREADS=1 python -m benchmarks.verifier
 
 On held-out renders. Limits may be chosen on the even ones (``--choose`` prints them); the tables are of the odd ones.
 """

@@ -1,5 +1,6 @@
 """The pages: commands that are valid, keys that exist, messages that are current, and a site without broken links."""
 
+import importlib
 import os
 import re
 import shlex
@@ -97,3 +98,15 @@ def test_the_commands_are_in_the_readme():
     missing = [name for name in COMMANDS if f"packshot {name}" not in text and f"mode={name}" not in text]
     assert missing == []
     assert FLAGS
+
+
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_a_benchmark_starts_by_the_command_it_names(path):
+    """A script in a folder does not see the other folders of the checkout; a module does."""
+    name = f"benchmarks.{path.stem}"
+    module = importlib.import_module(name)
+    if hasattr(module, "main"):
+        assert f"python -m {name}" in module.__doc__

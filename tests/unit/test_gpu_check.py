@@ -11,7 +11,7 @@ ALL = ["train_lora", "train_ip_adapter", "train_controlnet", "reference", "encod
 
 
 def gpu_check(*arguments):
-    command = [sys.executable, "benchmarks/gpu_check.py", *arguments]
+    command = [sys.executable, "-m", "benchmarks.gpu_check", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
 
 
