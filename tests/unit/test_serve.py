@@ -36,7 +36,7 @@ from packshot.errors import ConfigError
 from packshot.generate import Packshot
 from packshot.generate.references import open_references
 from packshot.runs.folder import Run, log
-from packshot.scene import Scene
+from packshot.scene import SLOTS, Scene
 from packshot.serve.app import create_app as create_app_unstarted
 from packshot.serve.logs import Quota, QuotaFilter
 from packshot.serve.queueing import Turn
@@ -150,6 +150,16 @@ def test_a_lone_reference_is_answered_with_an_empty_prompt():
     [(scene, reference, _)] = fake.calls
     [opened] = open_references(reference)
     assert (scene, opened.sha256) == (Scene(), hashlib.sha256(order["files"]["reference_file"]).hexdigest())
+
+
+def test_every_slot_of_a_form_reaches_the_scene():
+    """Also "background", which is a group of keys in the settings of generate.py."""
+    words = {name: f"{name} of the form" for name in SLOTS}
+    fake = FakePackshot()
+    answer = TestClient(create_app(config(), fake)).post("/generate", **upload(**words))
+    assert answer.status_code == 200
+    [(scene, _, _)] = fake.calls
+    assert scene == Scene(**{name: (text,) if SLOTS[name].many else text for name, text in words.items()})
 
 
 def test_png_holds_one_picture_only(client):

@@ -88,10 +88,12 @@ def read_settings(form: SceneForm, config: Serve, reference: bool) -> PromptSett
     Raises:
         ApiError: 422, a value is out of range or contradicts another, or it would take too long.
     """
+    slots = {field.name: getattr(form, field.name) for field in dataclasses.fields(SceneConfig)}
     given = {}
     for field in dataclasses.fields(GenerateSettings):
         value = getattr(form, field.name, None)
-        if value is not None and field.name != "size":
+        # "background" is a slot of the scene in a form, and a group of keys in the settings
+        if value is not None and field.name != "size" and field.name not in slots:
             given[field.name] = value
     if form.size:
         given["size"] = [int(side) for side in form.size.split("x")]
@@ -101,7 +103,6 @@ def read_settings(form: SceneForm, config: Serve, reference: bool) -> PromptSett
     if form.size and settings.placement is Placement.original:
         message = f"size={form.size} has no effect with placement=original, which keeps the photo's size."
         raise ApiError(422, "invalid_field", message, "Add placement=center, or leave size out.")
-    slots = {field.name: getattr(form, field.name) for field in dataclasses.fields(SceneConfig)}
     if form.prompt and any(slots.values()):
         raise ApiError(422, "invalid_field", "prompt and scene fields are both given.", "Use one of the two.")
     if reference and not config.adapters.ip_adapter:
