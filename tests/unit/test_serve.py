@@ -40,8 +40,9 @@ from packshot.scene import SLOTS, Scene
 from packshot.serve.app import create_app as create_app_unstarted
 from packshot.serve.logs import Quota, QuotaFilter
 from packshot.serve.queueing import Turn
+from packshot.serve.requests import read_settings
 from packshot.serve.routes import certificate_sha256, wants_png
-from packshot.serve.schemas import ApiError
+from packshot.serve.schemas import ApiError, SceneForm
 from packshot.serve.server import listen
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,6 +161,72 @@ def test_every_slot_of_a_form_reaches_the_scene():
     assert answer.status_code == 200
     [(scene, _, _)] = fake.calls
     assert scene == Scene(**{name: (text,) if SLOTS[name].many else text for name, text in words.items()})
+
+
+CANVAS = ["generate.size=[512,512]", "generate.product_scale=0.8", "generate.margin=0.1"]
+CENTER = ["generate.placement=center", *CANVAS]
+SHAPE = ["generate.placement=center", "generate.aspect_ratio=4:5"]
+POINT = ["generate.placement=coordinates", "generate.position=[0.5,0.5]", "generate.size=[512,512]"]
+STRONGER = ["generate.verify.retries=1", "generate.verify.control=0.5", "adapters.controlnets=[an export]"]
+
+
+@pytest.mark.parametrize(
+    ("defaults", "fields", "expected"),
+    [
+        (CENTER, {"placement": "original"}, {"size": [], "product_scale": 0.6, "margin": 0.0}),
+        (SHAPE, {"placement": "original"}, {"aspect_ratio": None}),
+        (SHAPE, {"size": "256x128"}, {"aspect_ratio": None, "size": [256, 128]}),
+        (POINT, {"placement": "left"}, {"position": [], "size": [512, 512]}),
+        (POINT, {"placement": "original"}, {"position": [], "size": []}),
+        (CANVAS, {}, {"size": [], "product_scale": 0.6, "margin": 0.0}),
+        (CANVAS, {"placement": "left"}, {"size": [512, 512], "product_scale": 0.8, "margin": 0.1}),
+    ],
+)
+def test_a_form_replaces_what_contradicts_it(defaults, fields, expected):
+    """A form cannot take a server's setting back, so each of these was answered with 422 for ever."""
+    settings = read_settings(SceneForm(**fields), config(*defaults), False).settings
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(("retries", "control"), [(None, 0.5), (0, 0.0), (2, 0.5)])
+def test_a_server_may_strengthen_controlnets(retries, control):
+    """The check of requests did not know the server's ControlNets, and refused each request."""
+    asked = read_settings(SceneForm(retries=retries), config(*STRONGER), False)
+    assert asked.settings.verify.control == control
+
+
+def test_a_server_without_controlnets_has_none_to_strengthen():
+    with pytest.raises(ConfigError, match=r"generate\.verify\.control=0\.5 has no effect without a ControlNet"):
+        config(*STRONGER[:2])
+
+
+WHITE = ["generate.background.color=[255,255,255]"]
+
+
+@pytest.mark.parametrize(
+    ("defaults", "fields", "named", "way"),
+    [
+        ([], {"light_angle": 90}, "light_angle=90", "generate.shadow=contact"),
+        (WHITE, {"light_angle": 90}, "light_angle=90", "generate.shadow=contact"),
+        (WHITE, {"background": "a brick wall"}, "background", "generate.background.color"),
+        (WHITE, {"prompt": "a beach"}, "prompt", "generate.background.color"),
+        ([], {"placement": "left"}, "placement=left", "size=1024x1024"),
+    ],
+)
+def test_fields_without_effect_are_refused(defaults, fields, named, way):
+    """In the words of a form; a job with such a field is not accepted to fail later."""
+    with pytest.raises(ApiError) as error:
+        read_settings(SceneForm(**fields), config(*defaults), False)
+    assert error.value.status_code == 422
+    assert error.value.detail.startswith(named)
+    assert way in error.value.hint
+
+
+def test_light_is_offered_where_a_shadow_reads_it():
+    app = create_app(config("generate.shadow=contact"), FakePackshot())
+    assert TestClient(app).get("/options").json()["light"]
+    order = upload(light_angle=90)
+    assert TestClient(app).post("/generate", **order).status_code == 200
 
 
 def test_png_holds_one_picture_only(client):

@@ -412,6 +412,16 @@ class ServeConfig:
 
 
 @dataclass
+class ServedSettings(GenerateSettings):
+    """The settings of requests that do not give their own."""
+
+    def check_placement(self) -> None:
+        """As of one picture; beside ``placement=original`` the others wait for requests that choose a place."""
+        if self.placement is not Placement.original:
+            GenerateSettings.check_placement(self)
+
+
+@dataclass
 class Serve(Script):
     licenses: LicenseConfig = field(default_factory=LicenseConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
@@ -419,4 +429,13 @@ class Serve(Script):
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     matte: MatteConfig = field(default_factory=MatteConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
-    generate: GenerateSettings = field(default_factory=GenerateSettings)
+    generate: ServedSettings = field(default_factory=ServedSettings)
+
+    def check(self) -> None:
+        Script.check(self)
+        control = self.generate.verify.control
+        if control and not self.adapters.controlnets:
+            raise ConfigError(
+                f"generate.verify.control={control:g} has no effect without a ControlNet.",
+                "Add adapters.controlnets, or leave generate.verify.control out.",
+            )

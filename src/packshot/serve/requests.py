@@ -9,8 +9,9 @@ from pathlib import PurePosixPath
 
 from fastapi import Request, UploadFile
 
+from packshot.config import conditions
 from packshot.config.checks import validate
-from packshot.config.schema import Generate, GenerateSettings, Placement, SceneConfig, Serve
+from packshot.config.schema import Generate, GenerateSettings, Placement, Serve, Shadow
 from packshot.errors import ConfigError, PackshotError
 from packshot.generate.product import Photo, decode
 from packshot.runs.files import sha256
@@ -21,6 +22,8 @@ from packshot.serve.schemas import ApiError, SceneForm
 FILES = ("product_file", "mask_file", "reference_file")
 REPEATED = {name for name, row in SLOTS.items() if row.many}  # the fields that a form may have several times
 CANVAS_PIXELS = 1024 * 1024
+CANVAS = ("size", "aspect_ratio", "position", "margin", "product_scale")  # settings without effect on the photo's frame
+COLOR = "generate.background.color"
 ABSOLUTE_PATH = re.compile(r"(?<![\w./])/(?:[^\s/:,;'\"]+/)+[^\s/:,;'\"]*")
 
 
@@ -82,29 +85,67 @@ def open_photo(name: str, data: bytes, config: Serve) -> Photo:
     return Photo(image, sha256(data), tuple(steps))
 
 
+def over_defaults(form: SceneForm, defaults: GenerateSettings) -> GenerateSettings:
+    """The server's settings with those of a form in place of them.
+
+    A form cannot take a setting back. So the server's own ones that have no effect beside the form's, such as the size
+    of a canvas beside ``placement=original``, give way.
+    """
+    given: dict[str, object] = {}
+    placement = defaults.placement if form.placement is None else form.placement
+    if placement is Placement.original:
+        given = {name: getattr(GenerateSettings(), name) for name in CANVAS}
+    elif form.placement is not None:
+        given["position"] = []
+    for field in dataclasses.fields(GenerateSettings):
+        value = getattr(form, field.name, None)
+        # "background" is a slot of the scene in a form, and a group of keys in the settings
+        if value is not None and field.name != "size" and field.name not in SLOTS:
+            given[field.name] = value
+    if form.size:
+        given["size"] = [int(side) for side in form.size.split("x")]
+        given["aspect_ratio"] = None
+    if form.retries is not None:
+        control = defaults.verify.control if form.retries else 0.0
+        given["verify"] = dataclasses.replace(defaults.verify, retries=form.retries, control=control)
+    return GenerateSettings(**{**vars(defaults), **given})
+
+
+def refuse_contradictions(form: SceneForm, settings: GenerateSettings, config: Serve) -> None:
+    """Raises ApiError 422 for what contradicts itself or has no effect, in the words of a form."""
+    if form.size and settings.placement is Placement.original:
+        message = f"size={form.size} has no effect with placement=original, which keeps the photo's size."
+        raise ApiError(422, "invalid_field", message, "Add placement=center, or leave size out.")
+    if settings.placement is not Placement.original and not settings.size and not settings.aspect_ratio:
+        message = f"placement={settings.placement} needs the size of a canvas."
+        raise ApiError(422, "invalid_field", message, "Add size=1024x1024, or leave placement out.")
+    slots = [name for name in SLOTS if getattr(form, name)]
+    if form.prompt and slots:
+        raise ApiError(422, "invalid_field", "prompt and scene fields are both given.", "Use one of the two.")
+    color = settings.background.color
+    for name in [*slots, "prompt", "negative_prompt"] if color else []:
+        if getattr(form, name):
+            message = f"{name} has no effect: this server puts products on the colour {color}, and draws nothing."
+            raise ApiError(422, "invalid_field", message, f"Leave {name} out, or use a server without {COLOR}.")
+    read = set(conditions.settings()) if config.adapters.controlnets and not color else set()
+    if settings.shadow is not Shadow.none:
+        read.add("light")
+    for name, setting in conditions.settings().items():
+        value = getattr(form, setting.key)
+        if value is not None and name not in read:
+            message = f"{setting.key}={value:g} has no effect: this server adds no shadow, and no ControlNet reads it."
+            way = f"Leave {setting.key} out and describe it in words, or start the server with generate.shadow=contact."
+            raise ApiError(422, "invalid_field", message, way)
+
+
 def read_settings(form: SceneForm, config: Serve, reference: bool) -> PromptSettings:
     """The form over the server's defaults, checked by the rules of ``generate.py``. reference: whether one was sent.
 
     Raises:
         ApiError: 422, a value is out of range or contradicts another, or it would take too long.
     """
-    slots = {field.name: getattr(form, field.name) for field in dataclasses.fields(SceneConfig)}
-    given = {}
-    for field in dataclasses.fields(GenerateSettings):
-        value = getattr(form, field.name, None)
-        # "background" is a slot of the scene in a form, and a group of keys in the settings
-        if value is not None and field.name != "size" and field.name not in slots:
-            given[field.name] = value
-    if form.size:
-        given["size"] = [int(side) for side in form.size.split("x")]
-    if form.retries is not None:
-        given["verify"] = dataclasses.replace(config.generate.verify, retries=form.retries)
-    settings = dataclasses.replace(config.generate, **given)
-    if form.size and settings.placement is Placement.original:
-        message = f"size={form.size} has no effect with placement=original, which keeps the photo's size."
-        raise ApiError(422, "invalid_field", message, "Add placement=center, or leave size out.")
-    if form.prompt and any(slots.values()):
-        raise ApiError(422, "invalid_field", "prompt and scene fields are both given.", "Use one of the two.")
+    settings = over_defaults(form, config.generate)
+    refuse_contradictions(form, settings, config)
     if reference and not config.adapters.ip_adapter:
         raise ApiError(
             422,
@@ -113,13 +154,14 @@ def read_settings(form: SceneForm, config: Serve, reference: bool) -> PromptSett
             "Leave it out, or start the server with adapters.ip_adapter=<export folder>.",
         )
     try:
-        validate(Generate(**vars(settings), num_images=form.num_images))
+        validate(Generate(**vars(settings), adapters=config.adapters, num_images=form.num_images))
     except ConfigError as error:
         raise public_error(422, "invalid_field", error) from error
     if settings.size and settings.size[0] * settings.size[1] > config.serve.max_pixels:
         raise ApiError(422, "invalid_field", f"size={form.size} has more than {config.serve.max_pixels} pixels.")
     refuse_work(form.num_images, settings, config)
     seed = config.run.seed if form.seed is None else form.seed
+    slots = {name: getattr(form, name) for name in SLOTS}
     return PromptSettings(form.prompt or Scene.from_dict(slots), settings, form.num_images, seed)
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from packshot.config.compose import to_plain
+from packshot.config.schema import Shadow
 from packshot.errors import PackshotError
 from packshot.generate.product import prepare
 from packshot.scene import SLOTS
@@ -120,7 +121,7 @@ def server_options(service: Service) -> Options:
     config = service.config
     return Options(
         references=bool(config.adapters.ip_adapter),
-        light=service.queue.light,
+        light=service.queue.light or config.generate.shadow is not Shadow.none,
         defaults={**to_plain(config.generate), "seed": config.run.seed},
         max_upload_mib=config.serve.max_upload_mib,
         max_pixels=config.serve.max_pixels,

@@ -196,7 +196,7 @@ class Options(BaseModel):
     """What a form should offer."""
 
     references: bool = Field(description="whether an IP-Adapter reads `reference_file`")
-    light: bool = Field(description="whether a ControlNet reads `light_angle`")
+    light: bool = Field(description="whether a ControlNet or a shadow reads `light_angle`")
     defaults: Json = Field(description="the server's generate.* and seed")
     max_upload_mib: float
     max_pixels: int
