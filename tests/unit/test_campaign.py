@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -134,12 +135,31 @@ def test_the_jobs_of_a_product_follow_each_other(shop):
         ("product\nmissing.png\n", r"row 1: product=missing.png: no such file"),
         ("product\n", r"has no rows"),
         ("run.dir\nelsewhere\n", r"there is no column 'run.dir'"),
+        ("lighting\nsoft\n", r"Did you mean scene\.lighting\?"),
+        ("seed,run.seed\n1,2\n", r"row 1: run.seed and another column both set run.seed"),
+        ("product,together\nphotos/cups/red.png,true\n", r"row 1: together=true needs several products"),
     ],
 )
 def test_a_wrong_table_is_refused_with_its_row(shop, text, message):
     table(shop, text)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as error:
         planned(shop)
+    assert re.search(message, str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("light_angle\n90\n", r"row 1 \(red.png\): light_angle=90 has no effect"),
+        ("placement,position,size\ncoordinates,0.01;0.5,128x128\n", r"row 1 \(red.png\): position=\[0.01, 0.5\]"),
+    ],
+)
+def test_a_row_that_cannot_be_drawn_is_named(shop, text, message):
+    table(shop, text)
+    files = [f"product={shop / 'photos/cups/red.png'}", f"mask={shop / 'masks/cups/red.png'}"]
+    with pytest.raises(ConfigError, match=message):
+        generate(configured(shop, *files))
+    assert not (shop / "run").exists()
 
 
 def test_a_cross_without_a_campaign_is_refused():

@@ -77,6 +77,9 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     for key in known:
         if meant and key.rpartition(".")[2] == meant:
             return key
+    same = [key for key in known if key.rpartition(".")[2] == word]
+    if len(same) == 1:
+        return same[0]
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
         return close[0]

@@ -10,7 +10,8 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -21,7 +22,7 @@ from packshot.config.checks import validate
 from packshot.config.keys import Hint, describe, fields, nearest
 from packshot.config.schema import Generate, GenerateSettings
 from packshot.dataset.text_files import EncodingError, csv_rows, decode_text, json_rows
-from packshot.errors import ConfigError
+from packshot.errors import ConfigError, PackshotError
 from packshot.generate.certificate import LAYERS, load_certificates
 from packshot.generate.jobs import Job, folder_of, group_job, mask_files, product_files
 from packshot.runs.files import file_sha256, readable, replacing_file
@@ -166,6 +167,8 @@ def read_row(
             )
         if cell is None or cell == "":
             continue
+        if key in row.values:
+            raise ConfigError(f"{where}: {column} and another column both set {key}.", "Leave one of them out.")
         entry, hint = keys[key]
         try:
             row.values[key] = read_cell(cell, hint)
@@ -260,20 +263,28 @@ def crossed(rows: Iterable[Row]) -> list[Row]:
 # ---- jobs ----
 
 
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Errors inside begin with the row that they come from."""
+    try:
+        yield
+    except PackshotError as error:
+        error.args = (f"{where}: {error.args[0]}", *error.args[1:])
+        raise
+
+
 def row_jobs(config: Generate, row: Row, beside: Path, digests: dict[Path, str]) -> list[Job]:
     """The jobs of a row: one for its product, or one for each of a folder.
 
     beside: the folder of the table, to which paths may be relative. digests: of files that were hashed before.
     """
-    try:
+    with named(row.where):
         settings = with_values(config, {key: found_beside(key, value, beside) for key, value in row.values.items()})
         validate(settings)
         GenerateSettings.check_placement(settings)
         files = product_files("product", settings.product)
         masks = mask_files(settings.mask, files, folder_of("product", settings.product))
         references = [readable("reference", path) for path in settings.reference_files()]
-    except ConfigError as error:
-        raise ConfigError(f"{row.where}: {error.args[0]}", error.hint) from error
     jobs = []
     for some in [files] if settings.together else [[file] for file in files]:
         given = [mask for mask in map(masks.get, some) if mask]
@@ -284,7 +295,8 @@ def row_jobs(config: Generate, row: Row, beside: Path, digests: dict[Path, str])
         key = job_digest(settings, [digests[path] for path in used])
         if settings.together:
             name = Path(settings.product).resolve().name
-            jobs.append(group_job(settings, files, masks, f"{name}-{key}", f"{row.where} ({name})"))
+            with named(row.where):
+                jobs.append(group_job(settings, files, masks, f"{name}-{key}", f"{row.where} ({name})"))
         else:
             [file] = some
             jobs.append(Job(f"{file.stem}-{key}", file, masks[file], settings, f"{row.where} ({file.name})"))

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from PIL import Image
 from packshot.config.conditions import networks
 from packshot.config.schema import Generate, GenerateMode, OutputConfig
 from packshot.errors import ConfigError, PackshotError
-from packshot.generate.campaign import plan_campaign, set_aside, write_index
+from packshot.generate.campaign import named, plan_campaign, set_aside, write_index
 from packshot.generate.canvas import check_place
 from packshot.generate.certificate import LAYERS, digest, encode_png, load_certificates, verdict
 from packshot.generate.doubt_picture import draw_doubt
@@ -65,13 +65,15 @@ def generate(config: Generate) -> None:
     baseline = open_folder("baseline", config.baseline)
     named_networks = networks(config)
     for job in jobs:
-        open_references(job.config.reference_files(), job.config.reference_weights)
-        needed = check_adapters(config.adapters, named_networks, job.config)
+        with named(job.where) if campaign else nullcontext():
+            open_references(job.config.reference_files(), job.config.reference_weights)
+            needed = check_adapters(config.adapters, named_networks, job.config)
     products = Products(config, needed)
     if len({job.product for job in jobs}) == 1:  # then an unusable photo is a wrong input
         only = products.of(jobs[0])
         for job in jobs:
-            check_place(only, job.config)
+            with named(job.where) if campaign else nullcontext():
+                check_place(only, job.config)
     tool = load_tool(config, jobs)
     run = open_run("generate", config, resumable=False)
     check_made(run.path, tool, jobs)
