@@ -8,9 +8,9 @@ with the VAE, encode the prompts, draw noise, step. It is written for this compa
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -208,14 +208,23 @@ def bare(name: str, steps: int, batch_size: int) -> Iterator[None]:
 
 
 def main() -> None:
-    kind, name, steps, batch_size, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    loops = {"reference": reference, "bare": bare}
+    parser.add_argument("kind", choices=loops)
+    parser.add_argument("method", choices=CONFIGS)
+    parser.add_argument("steps", type=int, help=f"more than the {WARM_UP} that are not counted")
+    parser.add_argument("batch_size", type=int)
+    parser.add_argument("out", help="JSON file")
+    args = parser.parse_args()
+    if args.steps <= WARM_UP:
+        parser.error(f"steps: {args.steps}; the first {WARM_UP} are not counted, so more are needed")
     cv2.setNumThreads(1)
-    begins = {"reference": reference, "bare": bare}[kind](name, steps, batch_size)
+    begins = loops[args.kind](args.method, args.steps, args.batch_size)
     moments = []
     for _ in begins:
         moments.append(time.time())
-    steady = (len(moments) - WARM_UP) * batch_size / (moments[-1] - moments[WARM_UP - 1])
-    with open(out, "w") as file:
+    steady = (len(moments) - WARM_UP) * args.batch_size / (moments[-1] - moments[WARM_UP - 1])
+    with open(args.out, "w") as file:
         json.dump({"first_step": moments[0], "last_step": moments[-1], "images_per_second": steady}, file)
 
 

@@ -49,11 +49,12 @@ def stock_pipeline(lora: str, controlnet: str, ip_adapter: str) -> StableDiffusi
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("exports", nargs=3, metavar=("LORA", "CONTROLNET", "IP_ADAPTER"))
+    for name in ("lora", "controlnet", "ip_adapter"):
+        parser.add_argument(name, help="its export/ folder")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
-    lora, controlnet, ip_adapter = given.exports
+    lora, controlnet, ip_adapter = given.lora, given.controlnet, given.ip_adapter
     adapters = AdaptersConfig(lora=lora, controlnets=[controlnet], ip_adapter=ip_adapter)
     tool = Packshot.load(adapters=adapters).set_product(PHOTO)
     settings = GenerateSettings(num_inference_steps=given.steps, guidance_scale=3.5)

@@ -9,8 +9,8 @@ shards were worked on more than once, for several chances of losing a worker in 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,15 +126,17 @@ def build(folder: Path, shards: Sequence[Sequence[Sample]], losses: Losses) -> i
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 400
-    seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=int, nargs="?", default=400)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    args = parser.parse_args()
     shards = []
-    for shard in range(count):
+    for shard in range(args.shards):
         shards.append([{"name": str(shard * ROWS + row)} for row in range(ROWS)])
     expected: dict[str, bytes] = {}
     work = 0
     for chance in CHANCES:
-        losses = Losses(chance, seed)
+        losses = Losses(chance, args.seed)
         with tempfile.TemporaryDirectory() as folder:
             starts = build(Path(folder), shards, losses)
             found = folder_bytes(Path(folder))

@@ -9,6 +9,7 @@ Each build runs in a process of its own. CPU time is the process's own, so other
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import shutil
@@ -49,6 +50,9 @@ def photos(folder: Path, count: int) -> None:
         Image.fromarray(pixels).save(folder / f"{number:04d}.jpg", quality=92)
 
 
+SOURCES = {"rows": tiny, "photos": photos}
+
+
 def tree_bytes(folder: Path) -> int:
     """Bytes of all files below a folder; a file with several links counts once."""
     sizes = {}
@@ -87,11 +91,10 @@ def built(source: Path, out: Path, *overrides: str) -> dict[str, float]:
 
 def report(kind: str, counts: list[int]) -> None:
     """One line for each number of pictures, then one for a second build that finds everything done."""
-    make = {"rows": tiny, "photos": photos}[kind]
     with tempfile.TemporaryDirectory() as folder:
         for count in counts:
             source, out = Path(folder) / f"source{count}", Path(folder) / f"out{count}"
-            make(source, count)
+            SOURCES[kind](source, count)
             figures = built(source, out)
             again = built(source, out, "run.resume=true")
             figures["ms_a_picture"] = round(1000 * figures["cpu_seconds"] / count, 2)
@@ -128,13 +131,19 @@ def compare_workers(count: int) -> None:
 
 
 def main() -> None:
-    kind, *rest = sys.argv[1:]
-    if kind == "measure":
-        measure(*rest)
-    elif kind == "workers":
-        compare_workers(int(rest[0]))
+    if sys.argv[1:2] == ["measure"]:  # see built
+        measure(*sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=(*SOURCES, "workers"))
+    parser.add_argument("counts", type=int, nargs="+", help="numbers of pictures; workers takes one")
+    args = parser.parse_args()
+    if args.kind in SOURCES:
+        report(args.kind, args.counts)
+    elif len(args.counts) == 1:
+        compare_workers(args.counts[0])
     else:
-        report(kind, list(map(int, rest)))
+        parser.error("workers takes one number of pictures")
 
 
 if __name__ == "__main__":

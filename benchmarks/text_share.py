@@ -7,8 +7,8 @@ Half of the held-out plates were looked at while the rules were written; the oth
 
 from __future__ import annotations
 
+import argparse
 import io
-import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -52,8 +52,9 @@ def with_text(image: Image.Image, seed: int) -> Image.Image:
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
-    pictures = list(islice(plates(), count))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", type=int, nargs="?", default=1000)
+    pictures = list(islice(plates(), parser.parse_args().pictures))
     started = time.process_time()
     clean = np.array(list(map(text_share, pictures)))
     seconds = (time.process_time() - started) / len(pictures)

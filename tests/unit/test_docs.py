@@ -110,3 +110,14 @@ def test_a_benchmark_starts_by_the_command_it_names(path):
     module = importlib.import_module(name)
     if hasattr(module, "main"):
         assert f"python -m {name}" in module.__doc__
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_a_benchmark_answers_help(path, monkeypatch, capsys):
+    main = getattr(importlib.import_module(f"benchmarks.{path.stem}"), "main", None)
+    monkeypatch.setattr("sys.argv", [path.name, "--help"])
+    if main is not None:
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 0
+        assert "usage:" in capsys.readouterr().out
