@@ -115,6 +115,7 @@ def test_every_difference_is_named_with_both_values():
         "Keep the old settings, or start a new run with another run.dir.",
     } <= lines  # fmt: skip
     assert "step 50" in str(caught.value)
+    assert caught.value.exit_code == 2
 
 
 def test_settings_that_leave_the_weights_alone_may_change(log_text):

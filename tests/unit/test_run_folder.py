@@ -14,7 +14,8 @@ from packshot.cli import STAGES, Stage, run_stage
 from packshot.config.compose import compose
 from packshot.engine import processes
 from packshot.errors import ConfigError, PackshotError
-from packshot.runs.folder import log, open_run, printable, start_log
+from packshot.runs.folder import discard_refused, log, open_run, printable, start_log
+from packshot.runs.plan_file import log_figures
 from packshot.runs.progress import lines
 
 
@@ -133,3 +134,26 @@ def test_a_log_line_before_anything_is_done_has_no_eta(capsys):
     first, last = capsys.readouterr().err.splitlines()
     assert "0/4  ETA unknown" in first
     assert "4/4  took" in last
+
+
+@pytest.mark.parametrize("script", ["merge", "generate", "caption_vlm"])
+def test_every_run_folder_has_the_three_files(tmp_path, script):
+    run = open_run(script, compose(script, [f"run.dir={tmp_path}/run"]))
+    assert {"config.yaml", "metrics.jsonl", "log.txt"} <= {entry.name for entry in run.path.iterdir()}
+
+
+@pytest.mark.parametrize("worked", [False, True])
+def test_a_refused_run_leaves_no_folder(tmp_path, worked):
+    """Unless it has measured something."""
+    run = open_run("merge", compose("merge", [f"run.dir={tmp_path}/run"]))
+    if worked:
+        run.metrics({"step": 1})
+    discard_refused()
+    assert run.path.exists() == worked
+
+
+def test_a_plan_shows_figures_as_people_read_them(monkeypatch):
+    shown = []
+    monkeypatch.setattr(log, "info", lambda line, *values: shown.append((line % values).split(maxsplit=1)))
+    log_figures({"seconds": (0.0000053, 1.5), "price": None, "change": "", "pictures": 5, "total_gib": 0.1})
+    assert shown == [["seconds", "5.3e-06 to 1.500"], ["pictures", "5"], ["total_gib", "0.100"]]

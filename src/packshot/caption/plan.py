@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -26,15 +25,15 @@ from packshot.caption.models import weights
 from packshot.caption.models.adapter import loss_per_sample
 from packshot.caption.models.shapes import MetaCaptioner, empty_ids
 from packshot.config.captioners import CAPTION_TASKS, CAPTIONERS
-from packshot.config.gpus import USABLE, Gpu, span, verdict_of
+from packshot.config.gpus import USABLE, Gpu, hours_text, span, verdict_of
 from packshot.config.schema import AttentionKernel, CaptionerConfig, CaptionVLM, Quantization
 from packshot.dataset.sets import load_training
 from packshot.engine.checkpoints import trainable
 from packshot.engine.processes import DTYPES, planned_precision, refuse_launcher
 from packshot.engine.sharding import Sharding, blocks_of, read_sharding
 from packshot.lists import map_values
-from packshot.runs.files import replacing_file
 from packshot.runs.folder import log, open_run
+from packshot.runs.plan_file import log_figures, write_plan
 
 WRITTEN = 48  # tokens of a caption in the grammar, roughly
 # Seconds that PyTorch takes to launch a decoder layer, at best and at worst: an assumption, not measured on a GPU.
@@ -83,7 +82,7 @@ class CaptionDecision:
         words = {"tight": "is tight"}.get(self.verdict, self.verdict)
         yield f"It {words} on {self.gpu} ({self.gpu_memory_gib:.1f} GiB); the largest batch is {self.largest_batch}."
         if self.hours[1]:
-            yield f"It takes {self.hours[0]:.2f} to {self.hours[1]:.2f} hours."
+            yield f"It takes {hours_text(self.hours)}."
         if self.price:
             yield f"It costs {self.price[0]:.2f} to {self.price[1]:.2f}."
         if self.change:
@@ -272,10 +271,8 @@ def plan(config: CaptionVLM) -> None:
     decided = decide(config, result, gpu, processes) if gpu else None
     if decided:
         written |= asdict(decided)
-    with replacing_file(run.path / "plan.json") as file:
-        file.write_text(json.dumps(written, indent=2) + "\n")
-    for name, value in written.items():
-        log.info("%-22s %s", name, f"{value:,.3f}" if isinstance(value, float) else value)
+    write_plan(run, written)
+    log_figures(written)
     log.info("A caption is counted with %d tokens. Workspaces of the device come on top.", WRITTEN)
     for sentence in decided.sentences() if decided else ():
         log.info("%s", sentence)

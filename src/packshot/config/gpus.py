@@ -53,6 +53,11 @@ def find_gpu(reported: str) -> Gpu | None:
     return None
 
 
+def hours_text(hours: tuple[float, float]) -> str:
+    """A span of hours in words."""
+    return f"{hours[0]:.2f} to {hours[1]:.2f} hours" if hours[1] >= 0.01 else "less than a minute"
+
+
 def verdict_of(needed_gib: float, gpu: Gpu) -> str:
     """Whether so much memory "fits" a GPU, is "tight" on it, or "does not fit"."""
     if needed_gib > USABLE * gpu.memory_gib:

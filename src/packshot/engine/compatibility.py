@@ -14,7 +14,7 @@ from packshot.config.renamed import translate
 from packshot.config.schema import LRSchedule, TrainConfig
 from packshot.engine.optimizers import learning_rate
 from packshot.engine.task import Samples, TrainingConfig
-from packshot.errors import PackshotError
+from packshot.errors import ConfigError
 from packshot.runs.folder import log
 
 # Keys that change where a run writes, what it reports and how fast it is, but not the trained weights.
@@ -65,7 +65,7 @@ def check(then: MadeWith, now: MadeWith, steps: int) -> None:
     Differences that do not change the trained weights are logged.
 
     Raises:
-        PackshotError: there are other differences; names each with its old and its new value.
+        ConfigError: there are other differences; names each with its old and its new value.
     """
     then = replace(then, config=translate(then.config))
     refused = other_steps(then, now)
@@ -79,7 +79,7 @@ def check(then: MadeWith, now: MadeWith, steps: int) -> None:
         else:
             refused.append(change)
     if refused:
-        raise PackshotError(
+        raise ConfigError(
             f"The checkpoint of step {steps} was made with other settings:\n    " + "\n    ".join(refused),
             "Keep the old settings, or start a new run with another run.dir.",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,10 +11,10 @@ import torch
 from packshot.base.cost import GIB, Cost, fused_attention, planned_gpu
 from packshot.base.load import Parts
 from packshot.base.shapes import meta_parts
-from packshot.config.gpus import Gpu, span, verdict_of
+from packshot.config.gpus import Gpu, hours_text, span, verdict_of
 from packshot.config.schema import Generate, InferenceDtype, Offload
-from packshot.runs.files import replacing_file
 from packshot.runs.folder import log, open_run
+from packshot.runs.plan_file import log_figures, write_plan
 
 PICTURES = 1000  # that are planned for where plan.images names no number
 
@@ -60,7 +59,7 @@ class GenerationDecision:
         yield f"It {words} on {self.gpu} ({self.gpu_memory_gib:.1f} GiB)."
         if self.hours[1]:
             yield f"A picture takes {self.seconds_per_picture[0]:.1f} to {self.seconds_per_picture[1]:.1f} s."
-            yield f"All pictures take {self.hours[0]:.2f} to {self.hours[1]:.2f} hours."
+            yield f"All pictures take {hours_text(self.hours)}."
         if self.price:
             yield f"They cost {self.price[0]:.2f} to {self.price[1]:.2f}."
         if self.change:
@@ -193,10 +192,8 @@ def plan(config: Generate) -> None:
     decided = decide(config, result, gpu, gpus, pictures) if gpu else None
     if decided:
         written |= asdict(decided)
-    with replacing_file(run.path / "plan.json") as file:
-        file.write_text(json.dumps(written, indent=2) + "\n")
-    for name, value in written.items():
-        log.info("%-22s %s", name, f"{value:,.3f}" if isinstance(value, float) else value)
+    write_plan(run, written)
+    log_figures(written)
     log.info("Networks alone are counted: photographs are prepared and pictures put together on the CPU.")
     if config.background.refine.name != "none":
         log.info("background.refine=%s is not counted: it depends on the photograph's size", config.background.refine)

@@ -24,10 +24,11 @@ from packshot.runs.files import remove_leftovers, replacing_file, writing
 
 log = logging.getLogger("packshot")
 LOCK = ".lock"
+METRICS = "metrics.jsonl"
 # Where a run writes. Other runs may write to other folders below it.
 OWN_FOLDERS = (".", "checkpoints", "samples", "layers")
 # What a run holds before it has done any work.
-WITHOUT_WORK = {LOCK, "config.yaml", "log.txt", "wandb", "wandb_id.txt", "tensorboard"}
+WITHOUT_WORK = {LOCK, "config.yaml", METRICS, "log.txt", "wandb", "wandb_id.txt", "tensorboard"}
 
 
 # The runs that this process has opened, as long as anything holds them: a run's lock goes with it.
@@ -55,7 +56,7 @@ class Run:
 
     def metrics(self, line: Mapping[str, object]) -> None:
         """Append one line to ``metrics.jsonl``. Raises PackshotError if it cannot be written."""
-        file = self.path / "metrics.jsonl"
+        file = self.path / METRICS
         with (
             writing(str(file), "run.resume=true continues from the newest checkpoint, if there is one."),
             file.open("a+b") as out,
@@ -67,7 +68,7 @@ class Run:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's ``metrics.jsonl``, oldest first, without lines that a full disk or a kill has cut."""
-    file = run / "metrics.jsonl"
+    file = run / METRICS
     lines: list[dict[str, Any]] = []
     if not file.exists():
         return lines
@@ -114,6 +115,7 @@ def open_run(script: str, config: RunScript, resumable: bool = True) -> Run:
         run = Run(path, resumed=used, lock=claim(path))
         opened.add(run)
         start_log(path / "log.txt")
+        (path / METRICS).touch()  # every run folder has one, also where nothing is measured
         if used:  # the folder is locked, so the process that left half-written files there has ended
             for name in OWN_FOLDERS:
                 remove_leftovers(path / name)
@@ -132,6 +134,7 @@ def discard_refused() -> None:
     """
     for run in list(opened):
         used = run.resumed or any(entry.name not in WITHOUT_WORK for entry in run.path.iterdir())
+        used = used or bool(read_metrics(run.path))
         if not used:
             shutil.rmtree(run.path)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from packshot.base.cost import GIB
-from packshot.config.gpus import USABLE, Gpu, span, verdict_of
+from packshot.config.gpus import USABLE, Gpu, hours_text, span, verdict_of
 from packshot.config.schema import MixedPrecision, Quantization, TrainScript
 from packshot.train.cost import measure_step, meta_method
 
@@ -45,9 +45,9 @@ class Decision:
         words = {"tight": "is tight"}.get(self.verdict, self.verdict)
         yield f"It {words} on {self.gpu} ({self.gpu_memory_gib:.1f} GiB); the largest batch is {self.largest_batch}."
         if self.hours[1]:
-            yield f"Training takes {self.hours[0]:.2f} to {self.hours[1]:.2f} hours."
+            yield f"Training takes {hours_text(self.hours)}."
             low, high = self.decoders
-            yield f"Encoding before it takes {self.encoding_hours[0]:.2f} to {self.encoding_hours[1]:.2f} hours."
+            yield f"Encoding before it takes {hours_text(self.encoding_hours)}."
             yield f"Photographs of 12 MP then keep {low} to {high} CPU cores a GPU busy with decoding (JPEG)."
         if self.price:
             yield f"It costs {self.price[0]:.0f} to {self.price[1]:.0f}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 
@@ -20,8 +19,8 @@ from packshot.engine.processes import DTYPES, planned_precision
 from packshot.engine.sharding import Sharding, blocks_of
 from packshot.lists import map_values
 from packshot.methods import Method
-from packshot.runs.files import replacing_file
 from packshot.runs.folder import log, open_run
+from packshot.runs.plan_file import log_figures, write_plan
 from packshot.train.cost import (
     count_parameters,
     frozen_bytes,
@@ -173,12 +172,10 @@ def plan(config: TrainScript, script: str, sharding: Sharding | None = None) -> 
     decided = decide(config, result, gpu, processes, sharding is not None) if gpu else None
     if decided:
         written |= asdict(decided)
-    with replacing_file(run.path / "plan.json") as file:
-        file.write_text(json.dumps(written | {"sets": sets}, indent=2) + "\n")
+    write_plan(run, written | {"sets": sets})
     for note in notes:
         log.info("%s", note)
-    for name, value in written.items():
-        log.info("%-22s %s", name, f"{value:,.3f}" if isinstance(value, float) else value)
+    log_figures(written)
     log.info("Activations are counted from the graph; workspaces of the device come on top.")
     for sentence in decided.sentences() if decided else ():
         log.info("%s", sentence)
