@@ -97,6 +97,30 @@ def test_a_certificate_that_contradicts_itself_fails(made, tmp_path):
     assert passed(verify(image, tmp_path / "c.json")) == [True, False]
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"offset": [-5, 0]},
+        {"offset": [190, 0]},
+        {"size": [200_000, 200_000]},
+        {"placed_size": [0, 0]},
+        {"placed_size": [200_000, 200_000]},
+        {"placed_size": None},
+        {"source_box": [5, 5, 5, 5]},
+        {"source_box": [0, 0, 5000, 5000]},
+    ],
+)
+def test_a_transform_that_cannot_be_fails(made, tmp_path, changed):
+    """Certificates come from strangers: these ended with a traceback, or took all memory."""
+    image, certificate = files(made, "canvas")
+    text = json.loads(certificate.read_text())
+    text["transform"].update(changed)
+    (tmp_path / "c.json").write_text(json.dumps(text))
+    *_, last = verify(image, tmp_path / "c.json", made / "cutout.png")
+    assert not last.passed
+    assert "the certificate's transform cannot be that of a picture" in last.text
+
+
 def test_the_command_ends_with_1_where_a_check_fails(made, tmp_path, capsys):
     image, certificate = files(made, "alpha")
     with pytest.raises(SystemExit) as ended:

@@ -189,9 +189,10 @@ def check_place(product: Product, settings: GenerateSettings) -> None:
 
 
 def place_again(product: Product, transform: Json) -> Canvas:
-    """The canvas whose transform a certificate states."""
+    """The canvas whose transform a certificate states. Raises ValueError: no picture can have been made so."""
     if transform["placement"] == "original":
         return place_original(product)
+    refuse_impossible(product, transform)
     left, top, right, bottom = transform["source_box"]
     layout = Layout(
         size=(transform["size"][0], transform["size"][1]),
@@ -200,6 +201,18 @@ def place_again(product: Product, transform: Json) -> Canvas:
         offset=(transform["offset"][0], transform["offset"][1]),
     )
     return lay_out(product, layout, transform["placement"])
+
+
+def refuse_impossible(product: Product, transform: Json) -> None:
+    """Raises ValueError for a transform with a box outside of the photograph, or a product outside of its canvas."""
+    height, width = product.alpha_HW.shape
+    left, top, right, bottom = transform["source_box"]
+    inside = 0 <= left < right <= width and 0 <= top < bottom <= height
+    placed_size = transform["placed_size"] or (0, 0)
+    for size, placed, start in zip(transform["size"], placed_size, transform["offset"], strict=True):
+        inside = inside and 0 <= start < start + placed <= size
+    if not inside or max(transform["size"]) > LARGEST_CANVAS:
+        raise ValueError("the certificate's transform cannot be that of a picture")
 
 
 def lay_out(product: Product, layout: Layout, placement: str) -> Canvas:

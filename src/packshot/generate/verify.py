@@ -87,8 +87,8 @@ def check_photo(
     except PackshotError as error:
         yield Finding(False, f"The product was not compared. {error.args[0]} {error.hint}")
         return
-    canvas = place_again(product, certificate.transform.model_dump())
     try:
+        canvas = place_again(product, certificate.transform.model_dump())
         measured = measure(image.read_bytes(), canvas)
     except ValueError as error:
         yield Finding(False, f"The product was not compared: {error}.")
