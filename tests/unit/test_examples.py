@@ -136,6 +136,7 @@ def test_training_closes_small_buckets_and_validation_does_not(rows, parts):
     few.sizes = [(100, 100)] * 6 + [(60, 100)] * 2
     task, examples = build_task(config, parts, few, few, Accelerator(cpu=True))
     assert set(examples.groups) == {0}
+    assert (examples.moved, task.validator.examples.moved) == (2, 0)
     assert len(set(task.validator.examples.groups)) == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain, groupby
@@ -182,6 +183,10 @@ class Examples(Sequence[Example]):
         self._captions: list[list[str] | None] = getattr(rows, "captions", None) or [None] * len(rows.ids)
         self.flips = flippable(rows.texts, self._captions) if flip else [False] * self.whole
         self._nearest = buckets.sort_into(rows.sizes, encoder.shapes, smallest_bucket)
+        self.moved = 0  # samples whose own bucket is closed
+        if smallest_bucket > 1:
+            own = buckets.sort_into(rows.sizes, encoder.shapes)
+            self.moved = sum(map(operator.ne, own, self._nearest))
         self.groups = self._nearest[:count]
         self._folder = folder
 

@@ -173,6 +173,16 @@ def place(task: DiffusionTask, parts: Parts, accelerator: Accelerator, train: Tr
     task.alphas_cumprod_T = task.alphas_cumprod_T.to(accelerator.device)
 
 
+def say_buckets(examples: Examples, config: TrainScript, processes: int) -> None:
+    """Name buckets too small for a step, and how many samples a closed bucket sends to another."""
+    if examples.moved:
+        smallest = f"data.smallest_bucket={config.data.smallest_bucket}"
+        log.info("%d of %d samples leave a bucket that %s closes", examples.moved, examples.whole, smallest)
+    per_step = config.train.batch_size * config.train.gradient_accumulation_steps
+    for finding in small_buckets(examples, per_step * processes):
+        log.warning("%s (data.smallest_bucket closes small ones)", finding.says)
+
+
 def fit_and_export(
     session: Session, task: DiffusionTask, examples: Examples, data: TrainingData, config: TrainScript
 ) -> None:
@@ -180,9 +190,7 @@ def fit_and_export(
     if config.train.compile:
         compile_networks(task.method, session.accelerator.device)
     if session.run:
-        per_step = config.train.batch_size * config.train.gradient_accumulation_steps
-        for finding in small_buckets(examples, per_step * session.accelerator.num_processes):
-            log.warning("%s (data.smallest_bucket closes small ones)", finding.says)
+        say_buckets(examples, config, session.accelerator.num_processes)
     examples.fill(session.accelerator)
     if config.train.validation_steps:
         task.validator.fill(session.accelerator)
