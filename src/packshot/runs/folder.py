@@ -115,7 +115,7 @@ def open_run(script: str, config: RunScript, resumable: bool = True) -> Run:
         run = Run(path, resumed=used, lock=claim(path))
         opened.add(run)
         start_log(path / "log.txt")
-        (path / METRICS).touch()  # every run folder has one, also where nothing is measured
+        (path / METRICS).open("ab").close()  # every run folder has one; the time of an old one stays
         if used:  # the folder is locked, so the process that left half-written files there has ended
             for name in OWN_FOLDERS:
                 remove_leftovers(path / name)
