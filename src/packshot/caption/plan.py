@@ -25,7 +25,7 @@ from packshot.caption.models import weights
 from packshot.caption.models.adapter import loss_per_sample
 from packshot.caption.models.shapes import MetaCaptioner, empty_ids
 from packshot.config.captioners import CAPTION_TASKS, CAPTIONERS
-from packshot.config.gpus import USABLE, Gpu, hours_text, span, verdict_of
+from packshot.config.gpus import USABLE, Gpu, hours_text, span, verdict_of, verdict_text
 from packshot.config.schema import AttentionKernel, CaptionerConfig, CaptionVLM, Quantization
 from packshot.dataset.sets import load_training
 from packshot.engine.checkpoints import trainable
@@ -79,8 +79,8 @@ class CaptionDecision:
 
     def sentences(self) -> Iterator[str]:
         """The decision in words."""
-        words = {"tight": "is tight"}.get(self.verdict, self.verdict)
-        yield f"It {words} on {self.gpu} ({self.gpu_memory_gib:.1f} GiB); the largest batch is {self.largest_batch}."
+        verdict = verdict_text(self.verdict, self.gpu, self.gpu_memory_gib)
+        yield f"{verdict}; the largest batch is {self.largest_batch}."
         if self.hours[1]:
             yield f"It takes {hours_text(self.hours)}."
         if self.price:

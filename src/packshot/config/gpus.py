@@ -65,6 +65,12 @@ def verdict_of(needed_gib: float, gpu: Gpu) -> str:
     return "fits" if needed_gib <= TIGHT * gpu.memory_gib else "tight"
 
 
+def verdict_text(verdict: str, gpu: str, memory_gib: float) -> str:
+    """What :func:`verdict_of` says, in words: "It is tight on l4 (22.5 GiB)"."""
+    words = {"tight": "is tight"}.get(verdict, verdict)
+    return f"It {words} on {gpu} ({memory_gib:.1f} GiB)"
+
+
 def span(tflop: float, peak: float, fast: float, slow: float) -> tuple[float, float]:
     """Seconds for so many TFLOP at the higher and at the lower utilisation; zeros where the peak is not known."""
     return (tflop / peak / fast, tflop / peak / slow) if peak else (0.0, 0.0)

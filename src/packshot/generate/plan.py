@@ -11,7 +11,7 @@ import torch
 from packshot.base.cost import GIB, Cost, fused_attention, planned_gpu
 from packshot.base.load import Parts
 from packshot.base.shapes import meta_parts
-from packshot.config.gpus import Gpu, hours_text, span, verdict_of
+from packshot.config.gpus import Gpu, hours_text, span, verdict_of, verdict_text
 from packshot.config.schema import Generate, InferenceDtype, Offload
 from packshot.runs.folder import log, open_run
 from packshot.runs.plan_file import log_figures, write_plan
@@ -55,8 +55,8 @@ class GenerationDecision:
 
     def sentences(self) -> Iterator[str]:
         """The decision in words."""
-        words = {"tight": "is tight"}.get(self.verdict, self.verdict)
-        yield f"It {words} on {self.gpu} ({self.gpu_memory_gib:.1f} GiB)."
+        verdict = verdict_text(self.verdict, self.gpu, self.gpu_memory_gib)
+        yield f"{verdict}."
         if self.hours[1]:
             yield f"A picture takes {self.seconds_per_picture[0]:.1f} to {self.seconds_per_picture[1]:.1f} s."
             yield f"All pictures take {hours_text(self.hours)}."

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from packshot.base.cost import GIB
-from packshot.config.gpus import USABLE, Gpu, hours_text, span, verdict_of
+from packshot.config.gpus import USABLE, Gpu, hours_text, span, verdict_of, verdict_text
 from packshot.config.schema import MixedPrecision, Quantization, TrainScript
 from packshot.train.cost import measure_step, meta_method
 
@@ -42,8 +42,8 @@ class Decision:
 
     def sentences(self) -> Iterator[str]:
         """The decision in words."""
-        words = {"tight": "is tight"}.get(self.verdict, self.verdict)
-        yield f"It {words} on {self.gpu} ({self.gpu_memory_gib:.1f} GiB); the largest batch is {self.largest_batch}."
+        verdict = verdict_text(self.verdict, self.gpu, self.gpu_memory_gib)
+        yield f"{verdict}; the largest batch is {self.largest_batch}."
         if self.hours[1]:
             yield f"Training takes {hours_text(self.hours)}."
             low, high = self.decoders
