@@ -198,7 +198,7 @@ class Proof:
             *(f"data.cache_dir={self.folder / 'cache'}", "tracking=none", f"run.dir={self.folder / run}"),
             *(f"train.max_steps={STEPS}", "train.batch_size=1", "train.checkpointing_steps=1"),
             *("train.gradient_checkpointing=true", f"train.mixed_precision={self.precision}"),
-            *("train.validation_steps=0", *more),
+            *("train.validation_steps=0", "train.log_steps=1", *more),
         ]
 
     @property

@@ -21,7 +21,7 @@ from packshot.config.schema import AdaptersConfig, Condition, ControlNetMethod, 
 from packshot.dataset.rows import load_rows
 from packshot.engine.keyed_random import SampleKey
 from packshot.errors import ConfigError, PackshotError
-from packshot.generate.load import check_adapters
+from packshot.generate.adapters import check_adapters
 from packshot.imaging.control_maps import Control
 from packshot.imaging.light_direction import light_direction
 from packshot.methods import METHODS

@@ -40,9 +40,10 @@ from packshot.diffusion.hold_product import INPUT_SCALES, first_latents, hold_pr
 from packshot.engine.keyed_random import SampleKey
 from packshot.errors import ConfigError, PackshotError
 from packshot.generate import Packshot
+from packshot.generate.adapters import check_adapters
 from packshot.generate.canvas import make_working, place, plan_frame
 from packshot.generate.denoise import denoise, encode
-from packshot.generate.load import check_adapters, load_models
+from packshot.generate.load import load_models
 from packshot.generate.product import prepare
 from packshot.imaging.matte import held_cells
 from packshot.methods import METHODS

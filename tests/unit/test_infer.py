@@ -35,11 +35,12 @@ from packshot.errors import ConfigError, PackshotError
 from packshot.evaluate.samples import place_photo
 from packshot.generate import Packshot
 from packshot.generate.adapter_schedule import Switch, switching
+from packshot.generate.adapters import ip_adapter_scales
 from packshot.generate.certificate import digest, judge, load_certificates, measure
 from packshot.generate.composite import blend
 from packshot.generate.denoise import encode
 from packshot.generate.jobs import mask_files, product_files
-from packshot.generate.load import ip_adapter_scales, load_models
+from packshot.generate.load import load_models
 from packshot.generate.product import core_of, prepare
 from packshot.generate.references import open_references
 from packshot.generate.run import generate

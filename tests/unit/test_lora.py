@@ -28,7 +28,8 @@ from packshot.config.schema import (
 )
 from packshot.engine.checkpoints import exporting
 from packshot.errors import ConfigError
-from packshot.generate.load import file_hashes, load_models
+from packshot.generate.identity import file_hashes
+from packshot.generate.load import load_models
 from packshot.methods.lora import Lora
 from packshot.methods.lora_targets import TARGETS
 from packshot.runs.files import resolve

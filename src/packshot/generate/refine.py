@@ -21,10 +21,11 @@ from packshot.diffusion.latents import decode_latents, encode_pixels
 from packshot.diffusion.sample import NotFiniteError, rescaled_guidance
 from packshot.diffusion.tiles import Box, tiled
 from packshot.errors import PackshotError
+from packshot.generate.adapters import Pipe
 from packshot.generate.canvas import Canvas, Frame, Working, make_working, plan_frame
 from packshot.generate.denoise import Conditioning, OnStep, notifying, product_input, product_pixels
 from packshot.generate.json_types import Json
-from packshot.generate.load import Models, Pipe
+from packshot.generate.load import Models
 from packshot.imaging.pixels import from_network, to_network
 from packshot.imaging.upscale import upscale
 from packshot.runs.folder import log

@@ -19,13 +19,14 @@ from PIL import Image
 from packshot.config.conditions import networks
 from packshot.config.schema import Generate, GenerateMode, OutputConfig
 from packshot.errors import ConfigError, PackshotError
+from packshot.generate.adapters import check_adapters
 from packshot.generate.campaign import named, plan_campaign, set_aside, write_index
 from packshot.generate.canvas import check_place
 from packshot.generate.certificate import LAYERS, digest, encode_png, load_certificates, verdict
 from packshot.generate.doubt_picture import draw_doubt
 from packshot.generate.jobs import Job, product_jobs
 from packshot.generate.json_types import Json
-from packshot.generate.load import check_adapters, load_models
+from packshot.generate.load import load_models
 from packshot.generate.output import asked_output, deliver
 from packshot.generate.packshot import Packshot, Result
 from packshot.generate.plan import plan

@@ -306,7 +306,7 @@ def draw_to(pipe: Connection, packshot: Packshot, turn: int, request: Generation
 
 def load_packshot(config: Serve) -> Packshot:
     """The model of a server's config. Importing it takes seconds, and only worker processes need it."""
-    from packshot.generate.load import check_adapters
+    from packshot.generate.adapters import check_adapters
     from packshot.generate.packshot import Packshot
 
     named = networks(config)
