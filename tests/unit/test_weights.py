@@ -14,6 +14,7 @@ from packshot.base.load import load_parts
 from packshot.base.original_names import block_names, original_name
 from packshot.base.places import Place, choose_weights, find_place
 from packshot.base.shapes import meta_parts
+from packshot.base.single_file import PREFIXES
 from packshot.config.compose import compose
 from packshot.config.schema import ModelConfig
 from packshot.errors import ConfigError
@@ -45,6 +46,20 @@ def same_weights(one, other, dtype=torch.float16):
 def test_a_base_in_one_file_has_the_same_weights(one_file, parts, part):
     loaded = load_parts(ModelConfig(base=str(one_file), config=MINI))
     same_weights(getattr(loaded, part), getattr(parts, part))
+
+
+def test_the_identity_of_a_part_in_one_file_loads_no_part(one_file, tmp_path):
+    before = load_parts(ModelConfig(base=str(one_file), config=MINI))
+    known = {part: before.identity(part) for part in ("vae", "text_encoder", "text_encoder_2")}
+    assert before.loaded() == {"unet", "scheduler"}
+    assert len(set(known.values())) == 3
+    tensors = load_file(one_file)
+    for part, prefix in PREFIXES.items():
+        name = next(key for key in tensors if key.startswith(prefix))
+        changed = tmp_path / f"{part}.safetensors"
+        save_file({**tensors, name: tensors[name] + 1}, changed)
+        after = load_parts(ModelConfig(base=str(changed), config=MINI))
+        assert {other for other, value in known.items() if after.identity(other) != value} == {part} & set(known)
 
 
 def test_a_base_in_one_file_brings_tokenizers_and_scheduler(one_file, parts):

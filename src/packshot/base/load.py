@@ -18,7 +18,7 @@ from packshot.base.sdxl import AT_ONCE, NETWORKS, PARTS, Source, find_sources
 from packshot.base.single_file import tensor_shapes
 from packshot.config.schema import ModelConfig, Quantization
 from packshot.diffusion.latents import LatentScale
-from packshot.runs.files import file_sha256, folder_hash, resolve
+from packshot.runs.files import folder_hash, resolve
 
 if TYPE_CHECKING:  # a run imports only the classes of the parts that it loads
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
@@ -115,7 +115,7 @@ class Parts:
         digest = hashlib.sha256()
         for name in names:
             source = self._sources.get(name)
-            content = "".join(map(file_sha256, source.files())) if source else ""
+            content = source.digest() if source else None
             digest.update((content or part_hash(getattr(self, name))).encode())
             if name in NETWORKS:
                 digest.update(str(self._dtype(name)).encode())

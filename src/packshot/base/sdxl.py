@@ -19,6 +19,7 @@ from packshot.base.places import Place, choose_weights, find_place
 from packshot.config.schema import ModelConfig
 from packshot.errors import ConfigError
 from packshot.lists import ending
+from packshot.runs.files import file_sha256
 
 Loader: TypeAlias = Any  # a class of diffusers or transformers, by its name
 Part: TypeAlias = Any  # what it loads
@@ -99,10 +100,17 @@ class Source:
         """The part's configuration file; empty if the part is on the hub or lies in a file."""
         return json.loads((self.folder / self.kind.config).read_text()) if self.folder else {}
 
+    def digest(self) -> str | None:
+        """Digest of the configuration and the weights, which are not loaded for it.
+
+        None for what a file does not hold: tokenizers, the scheduler, the feature extractor.
+        """
+        if not self.place.is_file:
+            return "".join(map(file_sha256, self.files()))
+        return single_file.digest(self.name, self.place, self.configs) if self.kind.network else None
+
     def files(self) -> list[Path]:
-        """The configuration and the weights that are loaded from a folder; [] for a part in a file."""
-        if self.place.is_file:
-            return []
+        """The configuration and the weights that are loaded from a folder."""
         names = self.place.names()
         _, weights = choose_weights(names, self.variant)
         wanted = [self.kind.config, *weights] if weights else names

@@ -7,6 +7,7 @@ The conversion wants a folder of configs. They are written from the published sh
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 import shutil
 import tempfile
@@ -24,11 +25,18 @@ from torch import nn
 from packshot.base.places import Place
 from packshot.errors import ConfigError
 from packshot.lists import ending
-from packshot.runs.files import CHECKOUT
+from packshot.runs.files import CHECKOUT, file_sha256
 
 TOKENIZERS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}  # the token that each pads with
 UNET_INPUT = "model.diffusion_model.input_blocks.0.0.weight"
 SECOND_TEXT_ENCODER = "conditioner.embedders.1.model.positional_embedding"
+# The first part of the names of each network's tensors.
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "conditioner.embedders.0.",
+    "text_encoder_2": "conditioner.embedders.1.",
+}
 CONFIG_FILES = {"scheduler": "scheduler_config.json"}
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 # What a file is, by a part of a key that no base of SDXL has.
@@ -178,6 +186,24 @@ def load_network(cls: type, part: str, place: Place, configs: Place | None, dtyp
             "For a base of other shapes, such as SSD-1B, set model.config to a pipeline folder with its configs.",
         ) from error
     return network
+
+
+def digest(part: str, place: Place, configs: Place | None) -> str:
+    """Digest of one network in a file and of its config. No more than one tensor is in memory at a time."""
+    file = place.fetch()
+    whole = place.key == "model.base"
+    config = (config_folder(place, configs) / part / "config.json").read_text() if whole else part_config(part, configs)
+    found = hashlib.sha256(json.dumps(config).encode())
+    if file.suffix != ".safetensors":
+        found.update(file_sha256(file).encode())
+        return found.hexdigest()
+    with safe_open(file, framework="pt") as opened:
+        for name in sorted(opened.keys()):
+            if not whole or name.startswith(PREFIXES[part]):
+                tensor = opened.get_tensor(name)
+                found.update(f"{name} {tensor.dtype}".encode())
+                found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def load_part(cls: type, part: str, place: Place, configs: Place | None, dtype: torch.dtype) -> nn.Module:
