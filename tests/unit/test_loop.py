@@ -22,12 +22,13 @@ from packshot.config.schema import CaptionVLM, LRSchedule, OptimConfig, Optimize
 from packshot.engine import checkpoints
 from packshot.engine.batches import RankBatches, SampleOrder, Stream, ahead, batches
 from packshot.engine.checkpoints import TrainState
-from packshot.engine.loop import fit, validate
+from packshot.engine.loop import fit, loader_processes, validate
 from packshot.engine.optimizers import learning_rate
 from packshot.engine.processes import Session, make_accelerator
 from packshot.engine.step import Taken, refuse_step
 from packshot.engine.task import Task, Validated
 from packshot.errors import ConfigError, Interrupted, PackshotError
+from packshot.runs.cores import cores
 from packshot.runs.folder import Run, log, read_metrics
 from packshot.runs.tracking import NullTracker
 from packshot.train.card import last_figures
@@ -209,6 +210,18 @@ def test_loader_processes_change_nothing():
     for a, b in zip(first_batches(0), first_batches(2), strict=True):
         assert a["ids"] == b["ids"]
         assert torch.equal(a["noise"], b["noise"])
+
+
+def test_no_more_loaders_start_than_a_process_has_cores(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert (cores(), loader_processes(6), loader_processes(0)) == (6, 6, 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert not caplog.records
+    assert loader_processes(4) == 2
+    assert "data.num_workers=4" in caplog.text
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert loader_processes(4) == 1
 
 
 def test_resume_is_bit_exact_with_accumulation_and_ema(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections import deque
@@ -32,6 +31,7 @@ from packshot.caption.models.adapter import Caption
 from packshot.caption.models.captioner import Captioner
 from packshot.dataset import corrections
 from packshot.errors import ConfigError, PackshotError
+from packshot.runs.cores import cores
 from packshot.runs.files import sha256
 from packshot.runs.folder import log
 from packshot.scene import Scene
@@ -205,7 +205,7 @@ def caption_shards(
             for index in shard.todo:
                 yield shard, index
 
-    workers = min(MOST_DECODERS, os.cpu_count() or 1)
+    workers = min(MOST_DECODERS, cores())
     decode = partial(decode_for, captioner)
     reading = ahead_of(lambda row: decode(*row), rows_to_do(), workers, captioner.batch_size + 2 * workers)
     with closing(reading) as decoded, closing(captioned(decoded, captioner)) as parts:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from packshot.dataset.near_duplicates import Groups, color_map, join_near, perce
 from packshot.dataset.rows import Rows
 from packshot.errors import PackshotError
 from packshot.imaging.decode import flatten
+from packshot.runs.cores import cores
 from packshot.runs.files import replacing_file, writing
 from packshot.runs.folder import log
 from packshot.runs.progress import progress
@@ -132,7 +132,7 @@ def look_at_all(rows: Rows) -> list[Look]:
     """The look of every picture; threads decode, which does not hold the interpreter."""
     found: list[Look] = []
     with (
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        ThreadPoolExecutor(min(8, cores())) as pool,
         progress("comparing pictures for the hold-out", len(rows)) as advance,
     ):
         for one in pool.map(lambda index: look(rows, index), range(len(rows))):

@@ -30,6 +30,7 @@ from packshot.engine.step import OptimizerStep
 from packshot.engine.task import Batch, Samples, Task, TrainingConfig
 from packshot.errors import ConfigError, Interrupted
 from packshot.lists import in_words, map_values
+from packshot.runs.cores import cores
 from packshot.runs.files import writing
 from packshot.runs.folder import log
 from packshot.runs.progress import progress as progress_bar
@@ -107,7 +108,14 @@ def open_stream(
     samples = train.batch_size * accelerator.num_processes * train.gradient_accumulation_steps
     order = SampleOrder(getattr(rows, "groups", None) or [0] * len(rows), seed, samples)
     mine = RankBatches(order, step, train.batch_size, accelerator)
-    return batches(Stream(rows, seed), task.collate, mine, config.data.num_workers)
+    return batches(Stream(rows, seed), task.collate, mine, loader_processes(config.data.num_workers))
+
+
+def loader_processes(asked: int) -> int:
+    """``data.num_workers``, but no more than this process has cores: the batches are the same, and more only wait."""
+    if asked > cores():
+        log.info("data.num_workers=%d: this process has %d cores, and starts as many loaders", asked, cores())
+    return min(asked, cores())
 
 
 def finish(task: Task, average: EMA | None, records: Records) -> None:

@@ -27,6 +27,7 @@ from packshot.engine.packed import ROW, SUFFIX, DamagedError, Packed, Tensors, h
 from packshot.engine.processes import broadcast_from_main
 from packshot.errors import PackshotError
 from packshot.lists import pick
+from packshot.runs.cores import cores
 from packshot.runs.files import replacing_file, writing
 from packshot.runs.folder import log
 from packshot.runs.progress import progress
@@ -365,8 +366,7 @@ def prepared_ahead(
         for chunk in chunks:
             yield chunk, list(map(attrgetter("item"), chunk))
         return
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = max(1, min(MOST_DECODERS, cores))
+    workers = min(MOST_DECODERS, cores())
     waiting: deque[tuple[Sequence[Job], list[Future[Item]]]] = deque()
     ahead = 0
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decoder")
