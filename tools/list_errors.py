@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "packshot"
 PAGE = ROOT / "docs" / "troubleshooting.md"
 HEADING = "## Every message"
 ERRORS = ("ConfigError", "PackshotError")
@@ -45,8 +47,24 @@ class Message:
     hint: str
 
 
+@cache
+def constants() -> dict[str, str]:
+    """The texts that modules of the package have as constants, by name."""
+    found = {}
+    for file in sorted(SOURCE.rglob("*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Constant):
+                continue
+            name, value = node.targets[0], node.value.value
+            if isinstance(name, ast.Name) and isinstance(value, str):
+                found[name.id] = value
+    return found
+
+
 def template(node: ast.expr) -> str | None:
     """A text with its values as ‹expression›, or None where it is not written down here."""
+    if isinstance(node, ast.Name):
+        return constants().get(node.id)
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -86,8 +104,8 @@ def messages(file: Path) -> set[Message]:
 def by_room() -> dict[str, set[Message]]:
     """The errors of each package."""
     found: dict[str, set[Message]] = {}
-    for file in sorted((ROOT / "src" / "packshot").rglob("*.py")):
-        parts = file.relative_to(ROOT / "src" / "packshot").parts
+    for file in sorted(SOURCE.rglob("*.py")):
+        parts = file.relative_to(SOURCE).parts
         found.setdefault(parts[0] if len(parts) > 1 else "", set()).update(messages(file))
     return found
 

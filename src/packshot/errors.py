@@ -18,6 +18,12 @@ class PackshotError(Exception):
         return f"{self.args[0]}\n  {self.hint}" if self.hint else str(self.args[0])
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, at most 300 characters; its type if it has no text."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
 class ConfigError(PackshotError):
     """A key, a value or a path on the command line or in a config file is wrong (exit code 2)."""
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
+from packshot.base.ip_adapters import read_original
 from packshot.base.load import load_parts
 from packshot.base.shapes import meta_parts
 from packshot.config.compose import compose
@@ -25,7 +26,7 @@ from packshot.engine.keyed_random import SampleKey
 from packshot.errors import ConfigError
 from packshot.methods import METHODS
 from packshot.methods.ip_adapter import look, place
-from packshot.methods.ip_adapter_file import read_original, to_original
+from packshot.methods.ip_adapter_file import to_original
 from packshot.runs.files import resolve
 from packshot.scene import Scene
 from packshot.train.encode import Encoder

@@ -14,15 +14,26 @@ import torch
 from packshot.base.adapter_metadata import METADATA_FILE, read_entries
 from packshot.base.load import hint_of_failure
 from packshot.base.places import choose_weights, find_place
-from packshot.base.single_file import refuse_missing, tensor_shapes
+from packshot.base.single_file import marked, refuse_missing, tensor_shapes
 from packshot.config.conditions import CONDITIONS, split_condition
-from packshot.errors import ConfigError
+from packshot.errors import ConfigError, first_line
 from packshot.imaging.control_maps import Control
 from packshot.lists import ending
+from packshot.runs.networks import load_whole, refuse_partial
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
 
+# What a file is that is no ControlNet, by a part of a key.
+OTHERS = {
+    "task_embedding": "a ControlNet Union",
+    "control_add_embedding": "a ControlNet Union",
+    "lora_controlnet": "a Control-LoRA",
+    "lllite_": "a ControlNet-LLLite",
+    "adapter.": "a T2I-Adapter",
+    "ctrl_to_base": "a ControlNet-XS",
+    "model.diffusion_model.": "a whole checkpoint",
+}
 # The entries that have to equal the base's, so that residuals fit. Other entries may differ.
 _SHAPE = ("block_out_channels", "layers_per_block", "cross_attention_dim", "transformer_layers_per_block")
 
@@ -94,14 +105,32 @@ def load_controlnet(key: str, source: str, unet: UNet2DConditionModel) -> Contro
         if path.is_file():
             return controlnet_from_file(path, unet)
         config = json.loads((path / "config.json").read_text())
+        refuse_other_kind(config)
         refuse_other_shape(config, unet)
         if planned:
             return cast("ControlNetModel", ControlNetModel.from_config(config))
         variant, _ = choose_weights(os.listdir(path))
-        return ControlNetModel.from_pretrained(path, variant=variant, torch_dtype=torch.float32)
+        return load_whole(ControlNetModel, path, variant=variant, torch_dtype=torch.float32)
+    except OtherKind as error:
+        raise ConfigError(
+            f"{key}={source} is {error}, which cannot be used.", "Name a ControlNet that reads one control map."
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        reason = first_line(error)
         raise ConfigError(f"{key}={source} cannot be loaded into this base: {reason}", hint_of_failure(path)) from error
+
+
+class OtherKind(ValueError):
+    """A file or folder is no ControlNet; the text says what it is. The library would load a part of it."""
+
+
+def refuse_other_kind(config: Mapping[str, object]) -> None:
+    """Raises OtherKind for the config of something else."""
+    kind = config.get("_class_name", "ControlNetModel")
+    if "num_control_type" in config:  # published ones call themselves ControlNetModel
+        kind = "ControlNetUnionModel"
+    if kind != "ControlNetModel":
+        raise OtherKind(f"a {kind} of diffusers")
 
 
 def refuse_other_shape(config: Mapping[str, object], unet: UNet2DConditionModel) -> None:
@@ -124,9 +153,18 @@ def controlnet_from_file(file: Path, unet: UNet2DConditionModel) -> ControlNetMo
     """
     from diffusers import ControlNetModel
 
-    tensor_shapes(file)  # its errors name what is wrong with a file
+    names = set(tensor_shapes(file))  # its errors name what is wrong with a file
+    kind = marked(names, OTHERS)
+    if kind:
+        raise OtherKind(kind)
     with torch.device("meta"):
         made: ControlNetModel = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+    own = set(made.state_dict())
+    published = any(name.endswith("time_embed.0.weight") for name in names)
+    if not published:
+        refuse_partial(own - names, names - own)
+    elif len(names) > len(own):  # it has other names, one for each tensor
+        raise ValueError(f"it has {len(names)} tensors, and a ControlNet of this base {len(own)}")
     if unet.device.type == "meta":
         return made
     with tempfile.TemporaryDirectory() as folder:

@@ -164,6 +164,7 @@ def load_parts(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Parts:
     # Their progress bars and remarks on loading would bury our own lines.
     transformers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     parts = Parts.lazily(find_sources(model), dtype)
     parts.load(*AT_ONCE)
     merge_loras(parts, model.loras, model.merged_loras())

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from packshot.base.original_names import block_names, original_name
 from packshot.base.places import find_place
 from packshot.base.single_file import marked, tensor_shapes
-from packshot.errors import ConfigError
+from packshot.errors import ConfigError, first_line
 from packshot.lists import ending, map_values
 from packshot.runs.folder import log
+from packshot.runs.networks import load_peft
 
 if TYPE_CHECKING:
     from packshot.base.load import Parts
@@ -230,7 +231,7 @@ def refuse_misfits(
             except (KeyError, RuntimeError, ValueError, IndexError) as error:
                 raise ConfigError(
                     f"{key}={path}: the update of {network}.{layer} does not fit its weight of shape {tuple(shape)} "
-                    f"({str(error).splitlines()[0][:160]}).",
+                    f"({first_line(error)}).",
                     "It was made for a model of another size, or the file is not whole.",
                 ) from error
             assert made.shape == shape
@@ -381,10 +382,9 @@ def adapts_text(path: Path) -> bool:
 
 def merge_peft(unet: nn.Module, folder: Path, scale: float) -> None:
     """Add an adapter of peft's to the UNet's own weights, ``scale`` times; the UNet stays a plain one."""
-    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    adapted = PeftModel.from_pretrained(unet, str(folder), torch_device=str(unet.device))  # type: ignore[arg-type]
+    adapted = load_peft(unet, folder, str(unet.device))
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
             module.set_scale("default", scale)  # type: ignore[operator]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 
-from packshot.errors import ConfigError
+from packshot.errors import ConfigError, first_line
 from packshot.lists import ending
 from packshot.runs.files import resolve
 from packshot.runs.folder import log
@@ -145,7 +145,7 @@ def hub_answers() -> bool:
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS).raise_for_status()  # a proxy may refuse it
     except Exception as error:  # of the HTTP library in use, which has changed between versions of huggingface_hub
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         log.warning("the hub does not answer (%s): only what was fetched earlier is used", reason)
         return False
     return True

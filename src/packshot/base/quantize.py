@@ -11,7 +11,7 @@ from torch import Tensor
 
 from packshot.base.device import own_device
 from packshot.config.schema import Quantization
-from packshot.errors import ConfigError
+from packshot.errors import ConfigError, first_line
 
 # Bytes of a quantised weight: codes of half a byte, a byte for each 64 of them, four for each 256 of those (nf4, its
 # scales quantised again); a byte per weight and four per row (int8).
@@ -86,7 +86,7 @@ def quantize(network: torch.nn.Module, quantization: Quantization, key: str, cho
         for name in names:
             network.set_submodule(name, quantized(network.get_submodule(name), quantization, device))
     except (ImportError, RuntimeError, NotImplementedError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"{key}={quantization} does not work on this machine ({reason}).", f"Set {key}=none."
         ) from error

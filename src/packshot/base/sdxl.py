@@ -17,9 +17,10 @@ import torch
 from packshot.base import single_file
 from packshot.base.places import Place, choose_weights, find_place
 from packshot.config.schema import ModelConfig
-from packshot.errors import ConfigError
+from packshot.errors import ConfigError, first_line
 from packshot.lists import ending
 from packshot.runs.files import file_sha256
+from packshot.runs.networks import CLIP_REST, load_whole
 
 Loader: TypeAlias = Any  # a class of diffusers or transformers, by its name
 Part: TypeAlias = Any  # what it loads
@@ -30,7 +31,7 @@ class PartKind:
     """A kind of part.
 
     library, cls: the class that loads it. config: the file that describes it. network: whether it has weights.
-    reference: whether it reads reference images; SDXL's own repository has no such part.
+    reference: whether it reads reference images; SDXL's own repository has no such part. rest: see ``load_whole``.
     """
 
     library: str
@@ -38,6 +39,7 @@ class PartKind:
     config: str = "config.json"
     network: bool = True
     reference: bool = False
+    rest: tuple[str, ...] = ()
 
     def loader(self, name: str | None = None) -> Loader:
         """The class, or another one of the same library."""
@@ -46,13 +48,13 @@ class PartKind:
 
 PARTS: dict[str, PartKind] = {
     "vae": PartKind("diffusers", "AutoencoderKL"),
-    "text_encoder": PartKind("transformers", "CLIPTextModel"),
-    "text_encoder_2": PartKind("transformers", "CLIPTextModelWithProjection"),
+    "text_encoder": PartKind("transformers", "CLIPTextModel", rest=CLIP_REST),
+    "text_encoder_2": PartKind("transformers", "CLIPTextModelWithProjection", rest=CLIP_REST),
     "tokenizer": PartKind("transformers", "CLIPTokenizer", "tokenizer_config.json", network=False),
     "tokenizer_2": PartKind("transformers", "CLIPTokenizer", "tokenizer_config.json", network=False),
     "unet": PartKind("diffusers", "UNet2DConditionModel"),
     "scheduler": PartKind("diffusers", "EulerDiscreteScheduler", "scheduler_config.json", network=False),
-    "image_encoder": PartKind("transformers", "CLIPVisionModelWithProjection", reference=True),
+    "image_encoder": PartKind("transformers", "CLIPVisionModelWithProjection", reference=True, rest=CLIP_REST),
     "feature_extractor": PartKind(
         "transformers", "CLIPImageProcessor", "preprocessor_config.json", network=False, reference=True
     ),
@@ -134,7 +136,7 @@ class Source:
         try:
             part = self._from_file(dtype) if self.place.is_file else self._from_folder(dtype)
         except (OSError, ValueError) as error:
-            raise self.refused(str(error).strip().splitlines()[0]) from error
+            raise self.refused(first_line(error)) from error
         return part.requires_grad_(False).eval() if self.kind.network else part
 
     def _from_folder(self, dtype: torch.dtype) -> Part:
@@ -148,7 +150,8 @@ class Source:
         if self.kind.network:
             arguments["torch_dtype" if self.kind.library == "diffusers" else "dtype"] = dtype
             arguments["variant"] = variant
-        elif self.name == "scheduler":
+            return load_whole(cls, folder, self.kind.rest, **arguments)
+        if self.name == "scheduler":
             cls = self._scheduler_class(json.loads((folder / self.kind.config).read_text()))
         return cls.from_pretrained(folder, **arguments)
 

@@ -23,9 +23,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from packshot.base.places import Place
-from packshot.errors import ConfigError
+from packshot.errors import ConfigError, first_line
 from packshot.lists import ending
 from packshot.runs.files import CHECKOUT, file_sha256
+from packshot.runs.networks import CLIP_REST, load_whole
 
 TOKENIZERS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}  # the token that each pads with
 UNET_INPUT = "model.diffusion_model.input_blocks.0.0.weight"
@@ -180,7 +181,7 @@ def load_network(cls: type, part: str, place: Place, configs: Place | None, dtyp
             network = create_diffusers_clip_model_from_ldm(cls, checkpoint=checkpoint, **arguments)
         refuse_missing(network)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        reason = first_line(error)
         raise ConfigError(
             f"{place.key}: {place.value} holds no {cls.__name__} of SDXL's shapes ({reason}).",
             "For a base of other shapes, such as SSD-1B, set model.config to a pipeline folder with its configs.",
@@ -223,10 +224,10 @@ def load_part(cls: type, part: str, place: Place, configs: Place | None, dtype: 
                 network = cls.from_single_file(str(file), **arguments)
             else:
                 config = cls.config_class.from_pretrained(folder / part)
-                network = cls.from_pretrained(None, config=config, state_dict=load_file(file), dtype=dtype)
+                network = load_whole(cls, None, CLIP_REST, config=config, state_dict=load_file(file), dtype=dtype)
         refuse_missing(network)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        reason = first_line(error)
         raise ConfigError(
             f"{place.key}: {place.value} holds no {cls.__name__} that fits ({reason}).",
             "Name the folder or hub id of one that belongs to SDXL.",

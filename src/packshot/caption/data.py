@@ -16,7 +16,7 @@ from datasets import Features, Value
 from PIL.Image import Image
 
 from packshot.dataset.arrow_copy import REPAIR, first_damaged
-from packshot.errors import ConfigError, PackshotError
+from packshot.errors import ConfigError, PackshotError, first_line
 from packshot.imaging.decode import decode_image, flatten
 from packshot.lists import without_none
 from packshot.runs.files import readable, replacing_file
@@ -79,7 +79,7 @@ def read_shard(file: Path) -> pa.Table:
     try:
         table = pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise PackshotError(f"{file} cannot be read as Parquet ({reason}).", REPAIR) from error
     if "image" not in table.column_names:
         raise PackshotError(f"{file} has no column image.", "build_data.py writes the columns that are needed.")

@@ -18,7 +18,7 @@ from packshot.config.conditions import column_hint, picture_columns
 from packshot.config.schema import LicenseConfig
 from packshot.dataset import corrections
 from packshot.dataset.arrow_copy import REPAIR, first_damaged, read_tables
-from packshot.errors import ConfigError, PackshotError
+from packshot.errors import ConfigError, PackshotError, first_line
 from packshot.imaging.decode import DecodeError, decode_smaller, flatten, high_depth_to_uint8, is_high_depth
 from packshot.runs.files import readable
 from packshot.runs.folder import log
@@ -209,7 +209,7 @@ def read_whole(
     try:
         table, shown = read_tables(files, pictures, cache)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         damaged = first_damaged(files)
         if damaged and damaged.suffix == ".parquet":
             raise ConfigError(f"{named}: {damaged.name} is not a whole Parquet file ({reason}).", REPAIR) from error
@@ -430,7 +430,7 @@ def concatenate(key: str, sets: Sequence[Rows]) -> Rows:
         table = pa.concat_tables([rows.table for rows in sets], promote_options="permissive")
         pictures = pa.concat_tables([rows.pictures for rows in sets], promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"{key}: the columns of {path} do not fit together ({reason}).",
             "Build the sets with the same dataset=…, or train on one of them.",

@@ -25,7 +25,7 @@ from accelerate.utils import (
 from packshot.config.train import MixedPrecision, TrainConfig, check_steps
 from packshot.engine.sharding import Sharding, refuse_config
 from packshot.engine.task import TrainingConfig
-from packshot.errors import ConfigError, PackshotError
+from packshot.errors import ConfigError, PackshotError, first_line
 from packshot.runs.folder import Run, log, open_run
 from packshot.runs.tracking import Tracker, open_tracker
 
@@ -134,8 +134,7 @@ def translate_lost_process(accelerator: Accelerator) -> Iterator[None]:
         if accelerator.num_processes == 1 or not any(sign in message for sign in BROKEN):
             raise
         raise PackshotError(
-            f"Process {accelerator.process_index} has lost another process of this run "
-            f"({str(error).strip().splitlines()[0][:160]}).",
+            f"Process {accelerator.process_index} has lost another process of this run ({first_line(error)}).",
             "Look at the last lines of the other processes; run.resume=true continues from the newest checkpoint.",
         ) from error
 

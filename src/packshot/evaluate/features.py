@@ -12,6 +12,7 @@ from PIL import Image
 from packshot.config.schema import ModelConfig
 from packshot.errors import ConfigError
 from packshot.imaging.color import to_lab
+from packshot.runs.networks import load_whole
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ def named_encoder(place: str, key: str) -> Embed:
     from transformers import AutoImageProcessor, AutoModel
 
     try:
-        return in_batches(AutoImageProcessor.from_pretrained(place), AutoModel.from_pretrained(place).eval())
+        return in_batches(AutoImageProcessor.from_pretrained(place), load_whole(AutoModel, place, ("",)).eval())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}={place} cannot be loaded ({error}).", "Name a model of transformers.") from error
 

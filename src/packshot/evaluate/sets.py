@@ -15,6 +15,7 @@ from packshot.evaluate.items import Item
 from packshot.evaluate.results import COSTS, Picture
 from packshot.lists import map_values
 from packshot.runs.folder import log
+from packshot.runs.networks import load_whole
 
 FEWEST_FOR_KID = 32  # its estimate of equal sets is below 0, the more so the fewer pictures there are
 CHOICES = 4  # pictures among which a reference has to be told, its own included
@@ -196,7 +197,7 @@ def clip_text(seen: list[Seen], place: str) -> dict[str, float]:
     if not worded:
         return {}
     pictures_ND = named_encoder(place, "scores.clip")([one.image_HW3 for one in worded])
-    model = AutoModel.from_pretrained(place).eval()
+    model = load_whole(AutoModel, place, ("",)).eval()
     tokenizer = AutoTokenizer.from_pretrained(place)
     words = tokenizer([one.item.text for one in worded], padding=True, truncation=True, return_tensors="pt")
     with torch.inference_mode():

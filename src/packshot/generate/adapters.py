@@ -12,23 +12,23 @@ from torch import nn
 from packshot.base.adapter_metadata import common_metadata
 from packshot.base.controlnets import find_controlnet, read_control
 from packshot.base.inpainting import CONV_FILE
-from packshot.base.ip_adapters import find_ip_adapter
+from packshot.base.ip_adapters import find_ip_adapter, read_original, refuse_other_attentions
 from packshot.base.load import hint_of_failure
 from packshot.base.lora_files import LoraFile, find_lora, merge_lora, merge_peft, peft_tensors, read_lora
 from packshot.base.places import find_place
 from packshot.config.conditions import INPUTS, split_condition
 from packshot.config.schema import AdaptersConfig, GenerateSettings, IPAdapterLayers
-from packshot.errors import ConfigError
+from packshot.errors import ConfigError, first_line
 from packshot.generate.adapter_schedule import ALWAYS, Span, Switch
 from packshot.generate.conditions import refuse_unread
 from packshot.generate.identity import certified_name, file_hashes
 from packshot.generate.json_types import Json
 from packshot.imaging.control_maps import Control
 from packshot.imaging.onnx import load_session
+from packshot.lists import ending
+from packshot.runs.networks import Network
 
-# diffusers' pipelines and models: their attributes are set at run time, which a type checker cannot follow
-Pipe: TypeAlias = Any
-Network: TypeAlias = Any
+Pipe: TypeAlias = Any  # a pipeline of diffusers, whose attributes are set at run time, as those of a Network are
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError)
 
 
@@ -134,7 +134,7 @@ def named_folder(key: str, value: str, found: Path) -> Path:
 
 def unloadable(key: str, folder: Path, error: Exception) -> ConfigError:
     """The error for an adapter that the libraries refuse."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    reason = first_line(error)
     return ConfigError(f"{key}={folder} cannot be loaded into this base: {reason}", hint_of_failure(folder))
 
 
@@ -248,10 +248,14 @@ def add_ip_adapter(pipe: Pipe, entry: AdapterEntry, layers: IPAdapterLayers) -> 
     def set_weight(weight: float) -> None:
         pipe.set_ip_adapter_scale(ip_adapter_scales(pipe.unet, layers, entry.scale * weight))
 
-    file = find_ip_adapter("adapters.ip_adapter", str(entry.folder))
+    key = "adapters.ip_adapter"
+    file = find_ip_adapter(key, str(entry.folder))
+    tensors = read_original(key, str(entry.folder), meta=True)
+    attentions = ending(pipe.unet.attn_processors, "attn2.processor")
     try:
+        refuse_other_attentions(tensors, len(attentions))
         pipe.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None)
         set_weight(1.0)
     except _LOAD_ERRORS as error:
-        raise unloadable("adapters.ip_adapter", entry.folder, error) from error
+        raise unloadable(key, entry.folder, error) from error
     return Switch(entry.span, set_weight)

@@ -31,7 +31,6 @@ from packshot.errors import ConfigError
 from packshot.generate.adapter_schedule import ALWAYS, Span, Switch
 from packshot.generate.adapters import (
     AdapterEntry,
-    Network,
     Pipe,
     adapter_entries,
     adapter_folders,
@@ -41,6 +40,7 @@ from packshot.generate.adapters import (
 from packshot.generate.identity import describe_weights
 from packshot.generate.json_types import Json
 from packshot.imaging.control_maps import Control
+from packshot.runs.networks import Network
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from packshot.errors import ConfigError
+from packshot.errors import ConfigError, first_line
 from packshot.imaging.onnx import load_session
 from packshot.runs.files import readable
+from packshot.runs.networks import CLIP_REST, Network, load_whole
 
 KEY = "curation.encoder"
 MINI_ENCODER = "data/models/sdxl/image_encoder"
@@ -27,15 +27,15 @@ def encoder_input(image: Image.Image, side: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def load_clip(path: str) -> Any:
+def load_clip(path: str) -> Network:
     """CLIP's image tower in a folder, once per process. Raises ConfigError: there is none."""
     from transformers import CLIPVisionModelWithProjection
 
     folder = readable(KEY, path)
     try:
-        return CLIPVisionModelWithProjection.from_pretrained(folder).eval()
+        return load_whole(CLIPVisionModelWithProjection, folder, CLIP_REST).eval()
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"{KEY}: {path} cannot be loaded: {reason}", "Name a folder with CLIP's image tower, or an ONNX file."
         ) from error

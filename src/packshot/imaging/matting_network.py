@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
 
 import cv2
 import numpy as np
@@ -12,23 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packshot.errors import ConfigError
+from packshot.errors import ConfigError, first_line
 from packshot.imaging.pixels import to_network
 from packshot.runs.files import readable
+from packshot.runs.networks import Network, load_whole
 
 
-def patch_side(network: Any) -> int:
+def patch_side(network: Network) -> int:
     """Side in px of the blocks that the network works on: it has ``3 * patch**2`` input and ``patch**2`` output
     channels, which costs far less than a network on single pixels."""
     return math.isqrt(network.config.out_channels)
 
 
-def input_side(network: Any) -> int:
+def input_side(network: Network) -> int:
     """Side in px of the square that pictures of any shape are squeezed to."""
     return network.config.sample_size * patch_side(network)
 
 
-def alpha_logits(network: Any, pixels_B3HW: Tensor) -> Tensor:
+def alpha_logits(network: Network, pixels_B3HW: Tensor) -> Tensor:
     """(B, 1, H, W) logits of alpha. network: a UNet2DModel, see :func:`patch_side`. pixels: in [-1, 1].
 
     The network's denoising step, which means nothing here, is always 0.
@@ -38,7 +38,7 @@ def alpha_logits(network: Any, pixels_B3HW: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def predict_alpha(network: Any, image_HW3: np.ndarray) -> np.ndarray:
+def predict_alpha(network: Network, image_HW3: np.ndarray) -> np.ndarray:
     """Alpha of a uint8 RGB picture of any size as the network sees it: float32 in [0, 1], ``input_side`` px square."""
     side = input_side(network)
     square = cv2.resize(image_HW3, (side, side), interpolation=cv2.INTER_AREA)
@@ -46,15 +46,15 @@ def predict_alpha(network: Any, image_HW3: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def load_matting(path: str) -> Any:
+def load_matting(path: str) -> Network:
     """The network of a folder, once per process. Raises ConfigError: there is none, or of another shape."""
     from diffusers import UNet2DModel
 
     folder = readable("matte.model", path)
     try:
-        network: Any = UNet2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+        network = load_whole(UNet2DModel, folder, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"matte.model: the network in {path} cannot be loaded: {reason}",
             "Set matte.model=grabcut, or install the family again.",

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from packshot.base.adapter_metadata import NO_METADATA, write_metadata
-from packshot.base.ip_adapters import EXPORT
+from packshot.base.ip_adapters import EXPORT, read_original
 from packshot.base.load import Parts, weights_hash
 from packshot.config.schema import IPAdapterMethod, IPAdapterVariant, ReferenceSource
 from packshot.engine.checkpoints import on_cpu
@@ -28,7 +28,7 @@ from packshot.methods.base import (
     trainable_fp32,
     unet_conditioning,
 )
-from packshot.methods.ip_adapter_file import check_fit, from_original, read_original, resampler_dim, to_original
+from packshot.methods.ip_adapter_file import check_fit, from_original, resampler_dim, to_original
 
 if TYPE_CHECKING:  # imported where one is built
     from diffusers import DiffusionPipeline, UNet2DConditionModel

@@ -15,7 +15,7 @@ from multiprocessing.sharedctypes import Synchronized
 from typing import Protocol, TypeVar
 
 from packshot.config.schema import ExecutorConfig, ExecutorKind
-from packshot.errors import ConfigError, PackshotError
+from packshot.errors import ConfigError, PackshotError, first_line
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -108,7 +108,7 @@ def ray_workers(workers: int) -> Iterator[Execute]:
     try:
         yield execute
     except RayError as error:
-        raise PackshotError(f"{_DEAD_WORKER[:-1]}: {str(error).splitlines()[0]}", _GO_ON) from error
+        raise PackshotError(f"{_DEAD_WORKER[:-1]}: {first_line(error)}", _GO_ON) from error
     finally:
         ray.shutdown()
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from packshot.config.common import LicenseConfig
 from packshot.config.conditions import split_condition
 from packshot.config.mask_models import MASK_MODELS
-from packshot.errors import ConfigError
+from packshot.errors import ConfigError, first_line
 from packshot.runs.files import resolve
 from packshot.runs.folder import log
 
@@ -137,7 +137,7 @@ def licenses_of_card(source: str | Path) -> list[str]:
     try:
         head = ModelCard.load(source, ignore_metadata_errors=True).data
     except Exception as error:  # the hub's many errors: no card, no network, no access
-        log.warning("the model card of %s cannot be read (%s)", source, str(error).strip().splitlines()[0])
+        log.warning("the model card of %s cannot be read (%s)", source, first_line(error))
         return []
     name = head.get("license_name", "other") if head.get("license") == "other" else head.get("license")
     return [name] if isinstance(name, str) else list(name or [])

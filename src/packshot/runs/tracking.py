@@ -11,7 +11,7 @@ from typing import Protocol
 
 from packshot.config.common import RunConfig, TrackerKind, TrackingConfig
 from packshot.config.compose import to_plain, to_yaml
-from packshot.errors import ConfigError, PackshotError
+from packshot.errors import ConfigError, PackshotError, first_line
 from packshot.runs.files import resolve
 from packshot.runs.folder import Run, log
 
@@ -171,7 +171,7 @@ class WandbTracker(NullTracker):
             )
         except (wandb.errors.Error, ValueError) as error:
             raise PackshotError(
-                f"W&B does not start: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                f"W&B does not start: {first_line(error)}",
                 "Mend its key or settings, set WANDB_MODE=offline to send the run later, or tracking=none.",
             ) from error
         self.wandb = wandb

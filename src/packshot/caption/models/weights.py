@@ -18,9 +18,10 @@ from packshot.caption.models.adapter import Network
 from packshot.config.captioners import CAPTIONERS, CaptionerFamily
 from packshot.config.schema import CaptionerConfig, ModelConfig, ProductTarget, Quantization
 from packshot.engine.checkpoints import trainable
-from packshot.errors import ConfigError
+from packshot.errors import ConfigError, first_line
 from packshot.runs.files import readable, resolve
 from packshot.runs.folder import log
+from packshot.runs.networks import load_peft, load_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, ProcessorMixin
@@ -123,16 +124,14 @@ def asked(source: Source, captioner: CaptionerConfig) -> Asked:
 
 def loading_error(source: Source, error: Exception) -> ConfigError:
     """The error of transformers or the hub about ``source``, in one sentence."""
-    text = str(error).strip()
+    text = str(error)
     if "gated repo" in text or "401 Client Error" in text:
         return ConfigError(
             f"{source.key}={source.base} is behind a licence that this machine has not been given access to.",
             "Accept it on the model's page of the hub and log in (hf auth login). Llama 3.2's vision licence is not "
             "granted to people and companies in the European Union; Florence-2 (MIT) has no such limit.",
         )
-    return ConfigError(
-        f"{source.weights} cannot be loaded ({text.splitlines()[0] if text else error!r}).", format_hint(source)
-    )
+    return ConfigError(f"{source.weights} cannot be loaded ({first_line(error)}).", format_hint(source))
 
 
 def format_hint(source: Source) -> str:
@@ -158,11 +157,11 @@ def load_network(
     A LoRA is merged, except over quantised weights, which cannot hold it.
     """
     dtype = getattr(torch, captioner.dtype.name)
-    network: Network = network_class.from_pretrained(source.weights, config=config, dtype=dtype)
+    network = load_whole(network_class, source.weights, config=config, dtype=dtype)
     if captioner.quantization is not Quantization.none:
         quantize(network, captioner.quantization, "captioner.quantization", lambda name: ".language_model." in name)
     if source.is_lora:
-        lora = PeftModel.from_pretrained(network, str(source.adapter))
+        lora = load_peft(network, str(source.adapter))
         network = lora if captioner.quantization is not Quantization.none else lora.merge_and_unload()
     return network.requires_grad_(False)
 
