@@ -121,13 +121,20 @@ def test_an_adapter_of_peft_that_does_not_fit_is_refused(tmp_path, config, chang
         load_models(ModelConfig(), AdaptersConfig(lora=str(tmp_path)))
 
 
-def test_an_ip_adapter_with_a_lora_in_it_is_refused(tmp_path, parts):
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        ("ip_adapter.0.to_q_lora.down.weight", "1 tensor is unknown: ip_adapter"),
+        ("image_proj.perceiver.weight", "of its projection"),
+    ],
+)
+def test_an_ip_adapter_with_more_in_it_is_refused(tmp_path, parts, tensor, words):
     from packshot.config.schema import IPAdapterMethod
     from packshot.methods.ip_adapter import IPAdapter
 
     IPAdapter(parts, IPAdapterMethod()).export(tmp_path)
     tensors = load_file(tmp_path / "ip_adapter.safetensors")
     file = tmp_path / "ip-adapter-faceid_sdxl.safetensors"
-    save_file({**tensors, "ip_adapter.0.to_q_lora.down.weight": torch.zeros(4, 64)}, file)
-    with pytest.raises(ConfigError, match="1 tensor is unknown: ip_adapter"):
+    save_file({**tensors, tensor: torch.zeros(4, 64)}, file)
+    with pytest.raises(ConfigError, match=words):
         load_models(ModelConfig(), AdaptersConfig(ip_adapter=str(file)))

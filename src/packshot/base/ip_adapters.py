@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from packshot.base.places import find_place
 from packshot.base.single_file import tensor_shapes
@@ -60,6 +60,17 @@ def refuse_other_attentions(tensors: dict[str, Tensor], count: int) -> None:
         expected.update(attention_keys(number))
     found = {name for name in tensors if name.startswith("ip_adapter.")}
     refuse_partial(expected - found, found - expected)
+
+
+def refuse_other_projection(tensors: dict[str, Tensor], projection: nn.Module) -> None:
+    """Raises ValueError where diffusers has left out a part of a file's projection."""
+    own = [name for name in tensors if name.startswith("image_proj.")]
+    halves = ending(own, "to_kv.weight")  # keys and values are two matrices in diffusers
+    loaded = len(projection.state_dict())
+    if len(own) + len(halves) != loaded:
+        raise ValueError(
+            f"{len(own) + len(halves)} matrices and vectors of its projection, of which {loaded} have a place"
+        )
 
 
 def read_original(key: str, path: str, meta: bool = False) -> dict[str, Tensor]:

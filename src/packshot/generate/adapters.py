@@ -12,7 +12,7 @@ from torch import nn
 from packshot.base.adapter_metadata import common_metadata
 from packshot.base.controlnets import find_controlnet, read_control
 from packshot.base.inpainting import CONV_FILE
-from packshot.base.ip_adapters import find_ip_adapter, read_original, refuse_other_attentions
+from packshot.base.ip_adapters import find_ip_adapter, read_original, refuse_other_attentions, refuse_other_projection
 from packshot.base.load import hint_of_failure
 from packshot.base.lora_files import LoraFile, find_lora, merge_lora, merge_peft, peft_tensors, read_lora
 from packshot.base.places import find_place
@@ -255,6 +255,7 @@ def add_ip_adapter(pipe: Pipe, entry: AdapterEntry, layers: IPAdapterLayers) -> 
     try:
         refuse_other_attentions(tensors, len(attentions))
         pipe.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None)
+        refuse_other_projection(tensors, pipe.unet.encoder_hid_proj.image_projection_layers[0])
         set_weight(1.0)
     except _LOAD_ERRORS as error:
         raise unloadable(key, entry.folder, error) from error
