@@ -24,7 +24,7 @@ from packshot.runs.networks import load_whole, refuse_partial
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
 
-# What a file is that is no ControlNet, by a part of a key.
+# What else a file may be, by a part of a key.
 OTHERS = {
     "task_embedding": "a ControlNet Union",
     "control_add_embedding": "a ControlNet Union",
@@ -121,7 +121,7 @@ def load_controlnet(key: str, source: str, unet: UNet2DConditionModel) -> Contro
 
 
 class OtherKind(ValueError):
-    """A file or folder is no ControlNet; the text says what it is. The library would load a part of it."""
+    """A file or folder is not a ControlNet; the text names what it is. The library would load a part of it."""
 
 
 def refuse_other_kind(config: Mapping[str, object]) -> None:

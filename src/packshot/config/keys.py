@@ -13,7 +13,7 @@ Hint: TypeAlias = type | UnionType  # the type of a key: int, an enum, list[str]
 
 
 def opt(default: Any, help: str, *, min: float | None = None, max: float | None = None, lone: bool = False) -> Any:
-    """A documented field; ``min`` and ``max`` are inclusive. lone: a value that is no list becomes a list of one."""
+    """A documented field; ``min`` and ``max`` are inclusive. lone: a value that is not a list becomes a list of one."""
     metadata = {"help": help, "min": min, "max": max, "lone": lone}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)

@@ -147,6 +147,6 @@ class VerifyConfig:
             if code not in CHECKS:
                 close = nearest(code, CHECKS)
                 raise ConfigError(
-                    f"verify.ignore names {code}, which is no check." + (f" Did you mean {close}?" if close else ""),
+                    f"verify.ignore names {code}, which is not a check." + (f" Did you mean {close}?" if close else ""),
                     f"Allowed are {', '.join(CHECKS)}.",
                 )

@@ -273,7 +273,7 @@ def load_rows(
 
 
 def preparing(path: str) -> str:
-    """The way out for pictures that are no dataset yet."""
+    """The way out for pictures that are not yet a dataset."""
     return f"This prepares it: python build_data.py dataset=background source.path={path} run.dir=<new folder>"
 
 

@@ -36,7 +36,7 @@ def read_arguments(arguments: Sequence[str]) -> Shown:
     """``DATASET [ROW] [show.id=ID | show.index=N] [show.out=FOLDER]``; ROW is a number or an id.
 
     Raises:
-        ConfigError: no dataset, an unknown key, or an index that is no number.
+        ConfigError: not a dataset, an unknown key, or an index that is not a number.
     """
     named: list[str] = []
     keys: dict[str, str] = {}

@@ -187,7 +187,7 @@ def read_box(text: str) -> tuple[float, float, float, float]:
     """``left,top,width,height`` as numbers. Raises ValueError where it is anything else."""
     left, top, width, height = map(float, re.split(r"[,; ]+", text.strip("[]() ")))
     if not all(map(math.isfinite, (left, top, width, height))) or not 0 < width < LARGEST or not 0 < height < LARGEST:
-        raise ValueError(f"{text} is no box in a picture")
+        raise ValueError(f"{text} is not a box in a picture")
     return left, top, width, height
 
 
@@ -195,5 +195,5 @@ def read_cost(text: str) -> float:
     """A number of at least 0. Raises ValueError where it is anything else."""
     value = float(text)
     if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{text} is no cost")
+        raise ValueError(f"{text} is not a cost")
     return value

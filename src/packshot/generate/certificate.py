@@ -100,7 +100,7 @@ def judge(
 ) -> Json:
     """``{"status": "accepted" | "needs_review", "reasons": [codes], "checks": {code: what was measured}}``.
 
-    expected: codes that are no fault here. ignored: those of ``verify.ignore``.
+    expected: codes that are not a fault here. ignored: those of ``verify.ignore``.
     """
     checks = run_checks(Shown(picture_HW3, canvas, measured), expected, ignored)
     return {**verdict([*canvas.mask_reasons, *failed(checks)]), "checks": checks}
@@ -124,5 +124,5 @@ def load_certificates(folder: Path) -> dict[str, Json]:
         try:
             found[stem[0]] = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise PackshotError(f"{file} is no certificate ({error}).", "Make the picture again.") from error
+            raise PackshotError(f"{file} is not a certificate ({error}).", "Make the picture again.") from error
     return found

@@ -18,7 +18,7 @@ from packshot.scene.light import light_angle
 # Share of the light around that a shadow takes away just below the product. Of the rendered training scenes this value
 # tells most plates from the pictures with the product in them (tools/fit_shadows.py).
 DARKENED = 0.03
-SPECK = 0.01  # of the largest thing's pixels: what is smaller is no thing of its own
+SPECK = 0.01  # of the largest thing's pixels: what is smaller does not count as a thing of its own
 
 
 @dataclass(frozen=True)

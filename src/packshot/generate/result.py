@@ -76,7 +76,7 @@ def finish(
     """Compose, encode and measure one picture.
 
     stated: entries of the certificate that are known already: what was asked for, the words that were lost, and the
-    models. with_layers: whether the result has its parts. expected: reason codes that are no fault of this picture.
+    models. with_layers: whether the result has its parts. expected: reason codes that are not a fault of this picture.
     ignored: those that are measured, and send no picture to review.
     """
     picture = blend(canvas.foreground_HW3, canvas.matte_HW, shaded(background.rgb_HW3, background.shadow.layer_HW))

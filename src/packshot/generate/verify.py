@@ -111,7 +111,7 @@ def check_photo(
 def check_delivered_core(difference: int, certificate: Certificate) -> Finding:
     """Whether the core of a file with loss differs from the photograph no more than stated.
 
-    Decoders round a pixel up or down, so one step of 255 more is no change of the file.
+    Decoders round a pixel up or down, so one step of 255 more is not a change of the file.
     """
     assert certificate.delivery is not None
     stated = certificate.delivery.difference.core.max

@@ -16,7 +16,7 @@ KEY = "background.upscaler"
 
 
 def open_upscaler(path: str) -> InferenceSession:
-    """The network that ``background.upscaler`` names. Raises ConfigError: the file is no network."""
+    """The network that ``background.upscaler`` names. Raises ConfigError: the file is not a network."""
     return load_session(KEY, path)
 
 
@@ -26,7 +26,7 @@ def upscale(picture_HW3: np.ndarray, path: str) -> np.ndarray:
     picture_HW3: float in [0, 1]. path: a network from 1x3xHxW to 1x3x(sH)x(sW), both in [0, 1], such as ESRGAN's.
 
     Raises:
-        ConfigError: the file is no such network.
+        ConfigError: the file is not such a network.
     """
     session = open_upscaler(path)
     node = session.get_inputs()[0]
