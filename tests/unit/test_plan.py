@@ -18,6 +18,7 @@ from packshot.engine.sharding import Sharding
 from packshot.errors import ConfigError
 from packshot.methods import METHODS
 from packshot.train.decide import DECODING_SECONDS, decide, first_change
+from packshot.train.encode import encode_batch
 from packshot.train.plan import GIB, make_plan, plan
 
 SCRIPTS = {"train_lora": 23_224_320, "train_controlnet": 1_251_014_160}
@@ -199,7 +200,7 @@ def test_encoding_is_planned_for_a_whole_vae_batch(parts):
     """Against the tensors that a real pass makes; at SDXL's size one picture goes at a time."""
     config = compose("train_lora", [])
     planned = make_plan(config, samples=10)
-    pixels = torch.rand(8, 3, 128, 128)
+    pixels = torch.rand(encode_batch((128, 128)), 3, 128, 128)
 
     def encode():
         with torch.no_grad():
