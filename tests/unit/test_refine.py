@@ -16,8 +16,9 @@ from packshot.config.schema import GenerateSettings
 from packshot.diffusion.tiles import OVERLAP, plan_tiles, tile_weight, tiled
 from packshot.errors import ConfigError
 from packshot.generate import Packshot, run
+from packshot.generate.canvas import Frame, Working
 from packshot.generate.product import core_of
-from packshot.generate.refine import edge_blur
+from packshot.generate.refine import Drawing, edge_blur, enlarged
 from packshot.imaging.upscale import upscale
 
 SETTINGS = GenerateSettings(
@@ -91,6 +92,22 @@ def test_a_second_pass_keeps_the_core_and_is_certified(tool, refined):
     assert report["sharpness_product"] > 0
     assert report["edge_blur_after"] < report["edge_blur_before"]
     assert report["edge_blur_product"] < report["edge_blur_after"]
+
+
+def test_a_second_pass_begins_without_the_product():
+    """Cells on its edge keep what they begin with, and would show its colour outside of its outline."""
+    held = np.zeros((6, 8), bool)
+    held[2:4, 3:6] = True
+    inside = held.repeat(8, axis=0).repeat(8, axis=1)
+    grey, red = np.float32([0.6, 0.6, 0.6]), np.float32([0.9, 0, 0])
+    picture = np.where(inside[..., None], red, grey)
+    frame = Frame(48, 64, 0, 0, 48, 64)
+    small = Working(frame, (picture * 255).astype(np.uint8), inside, inside.astype(np.float32), held)
+    twice = np.kron(small.keep_HW, np.ones((2, 2), bool))
+    large = Working(Frame(96, 128, 0, 0, 96, 128), np.zeros((96, 128, 3), np.uint8), twice, twice * 1.0, held)
+    start = enlarged(Drawing(small, picture, {}), large)
+    assert start.shape == (96, 128, 3)
+    np.testing.assert_allclose(start, np.broadcast_to(grey, start.shape), atol=1e-5)
 
 
 def boxes(sigma, contrast=1.0, noise=0.0):

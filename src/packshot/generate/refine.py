@@ -127,17 +127,37 @@ def refined_frame(canvas: Canvas, models: Models, settings: GenerateSettings) ->
     return plan_frame(height, width, round(scale * (height * width) ** 0.5), models.unit)
 
 
-def enlarged(drawing_HW3: np.ndarray, frame: Frame, target: Working) -> np.ndarray:
-    """A drawing at another working size, with the product's own pixels in it: where a second pass starts from."""
-    content = np.ascontiguousarray(drawing_HW3[frame.content], np.float32)
+def without_product(drawing_HW3: np.ndarray, held_HW: np.ndarray) -> np.ndarray:
+    """A drawing whose held cells show what is drawn around them. held_HW: bool; all True: the drawing as it is."""
+    if held_HW.all() or not held_HW.any():
+        return drawing_HW3
+    hidden = cv2.dilate(held_HW.astype(np.uint8), np.ones((3, 3), np.uint8))  # the decoder's blur of their border
+    hidden = hidden if not hidden.all() else held_HW.astype(np.uint8)
+    _, nearest = cv2.distanceTransformWithLabels(hidden, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+    shown = np.zeros((int(nearest.max()) + 1, 3), drawing_HW3.dtype)
+    shown[nearest[hidden == 0]] = drawing_HW3[hidden == 0]
+    filled = shown[nearest]
+    smooth = cv2.GaussianBlur(filled, (0, 0), 2.0)  # nearest pixels alone make stripes
+    return np.where(hidden[..., None] > 0, smooth, drawing_HW3)
+
+
+def enlarged(drawing: Drawing, target: Working) -> np.ndarray:
+    """A drawing at another working size, without the product: where a second pass starts from, (H, W, 3).
+
+    A cell on the product's edge is free, and the second pass keeps most of what it begins with there. If that were the
+    product, its colour would stand out of its outline as a square of the cell's size.
+    """
+    working = drawing.working
+    cell = working.keep_HW.shape[0] // working.held_hw.shape[0]
+    held_HW = working.held_hw.repeat(cell, axis=0).repeat(cell, axis=1)
+    behind = without_product(np.ascontiguousarray(drawing.decoded_HW3, np.float32), held_HW)
+    content = np.ascontiguousarray(behind[working.frame.content])
     larger = target.frame
     size = (larger.content_width, larger.content_height)
     content = cv2.resize(content, size, interpolation=cv2.INTER_CUBIC)
     rows = (larger.top, larger.height - larger.top - larger.content_height)
     columns = (larger.left, larger.width - larger.left - larger.content_width)
-    whole = np.pad(content, (rows, columns, (0, 0)), mode="edge")
-    share = target.coverage_HW[..., None]
-    return np.clip(share * (target.image_HW3 / 255) + (1 - share) * whole, 0, 1).astype(np.float32)
+    return np.clip(np.pad(content, (rows, columns, (0, 0)), mode="edge"), 0, 1).astype(np.float32)
 
 
 def later(callback: Callback, begin: int) -> Callback:
@@ -228,7 +248,7 @@ def refine_tiled(asked: Pass, drawing: Drawing) -> Drawing:
         log.warning("background.refine=tiled changes nothing: the picture is no larger than it was drawn")
         return replace(drawing, refined={"kind": "tiled", "applied": False, "reason": "drawn at that size already"})
     working = make_working(asked.canvas, frame, asked.models.pipe.vae_scale_factor)
-    start = enlarged(drawing.decoded_HW3, drawing.working.frame, working)
+    start = enlarged(drawing, working)
     try:
         picture, tiles = redraw(asked, start, working)
     except NotFiniteError as error:
