@@ -150,7 +150,7 @@ def test_a_wrong_table_is_refused_with_its_row(shop, text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("light_angle\n90\n", r"row 1 \(red.png\): light_angle=90 has no effect"),
+        ("light_angle\n90\n", r"row 1: light_angle=90 has no effect with shadow=none"),
         ("placement,position,size\ncoordinates,0.01;0.5,128x128\n", r"row 1 \(red.png\): position=\[0.01, 0.5\]"),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_row_that_cannot_be_drawn_is_named(shop, text, message):
 
 
 def test_a_cross_without_a_campaign_is_refused():
-    with pytest.raises(ConfigError, match="campaign_cross=true has no effect"):
+    with pytest.raises(ConfigError, match="campaign_cross=true has no effect with campaign=null"):
         compose("generate", ["campaign_cross=true"])
 
 

@@ -132,7 +132,10 @@ def test_an_aspect_ratio_keeps_the_products_own_pixels(shape, ratio):
         (["placement=center", "size=[9,9]"], "is not a valid canvas size; expected|is not a valid canvas size"),
         (["placement=coordinates", "size=[256,144]"], "placement=coordinates with position"),
         (["placement=center", "size=[256,144]", "position=[0.5,0.5]"], "do not belong together"),
-        (["negative_prompt=plastic", "guidance_scale=1"], "negative_prompt has no effect at guidance_scale=1"),
+        (
+            ["negative_prompt=plastic", "guidance_scale=1"],
+            "negative_prompt=plastic has no effect with guidance_scale=1",
+        ),
         (["scene.surface='[a,b]'"], "this slot takes one text"),
     ],
 )

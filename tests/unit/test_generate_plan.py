@@ -51,7 +51,7 @@ def test_without_guidance_half_is_left():
 def test_what_does_not_fit_says_what_to_change():
     result, decision = planned("model=sdxl", "inference.dtype=float32", gpu="a10")
     assert decision.verdict == "fits"
-    small = compose("generate", ["model=sdxl", "inference.dtype=float32", "plan.gpu_hour_price=2"])
+    small = compose("generate", ["mode=plan", "model=sdxl", "inference.dtype=float32", "plan.gpu_hour_price=2"])
     tight = decide(small, result, GPUS["a10"].__class__("small", "a small one", 12.0, 100.0, ""), 2, 7200)
     assert tight.verdict == "does not fit"
     assert tight.change == "inference.dtype=bfloat16"

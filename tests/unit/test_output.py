@@ -162,7 +162,7 @@ def test_another_format_in_the_same_folder_is_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["output.quality=80"], "output.quality=80 has no effect on output.format=png"),
+        (["output.quality=80"], "output.quality=80 has no effect with output.format=png"),
         (["output.format=jpg", "output.quality=10"], "output.quality=10"),
         (["output.format=gif"], "Allowed are png, jpg, webp"),
         (["background.color=[1,2]"], r"background.color=\[1, 2\] is not a colour"),

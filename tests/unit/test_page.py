@@ -89,7 +89,9 @@ def test_ranges_lengths_and_choices_are_the_apis(page, schema):
             top = wanted.get("maximum", wanted.get("exclusiveMaximum", 0) - 1)
             assert (float(attributes["min"]), float(attributes["max"])) == (wanted["minimum"], top), name
         elif wanted.get("type") == "array":
-            assert "data-lines" in attributes, name
+            assert "data-lines" in attributes or attributes["type"] == "file", name
+        elif wanted.get("type") == "boolean":
+            assert (attributes["type"], attributes["value"]) == ("checkbox", "true"), name
         elif "maxLength" in wanted:
             assert attributes["maxlength"] == str(wanted["maxLength"]), name
         elif "pattern" in wanted:
@@ -163,7 +165,8 @@ def test_the_untouched_form_with_a_product_is_accepted(page):
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         files[name] = buffer.getvalue()
-    fields = {name: a["value"] for name, (_, a) in page.controls.items() if a.get("value")}
+    controls = [(name, a) for name, (_, a) in page.controls.items() if a.get("type") != "checkbox"]
+    fields = {name: a["value"] for name, a in controls if a.get("value")}
     fields["placement"] = next(a["value"] for tag, a in page.elements if tag == "option" and "selected" in a)
     settings = compose("serve", ["serve.api_key=key", "generate.num_inference_steps=1", "generate.guidance_scale=1"])
     app = create_app(settings, Packshot.load(model=settings.model))

@@ -18,7 +18,8 @@ from packshot.errors import ConfigError
 from packshot.generate import Packshot, run
 from packshot.generate.canvas import Frame, Working
 from packshot.generate.product import core_of
-from packshot.generate.refine import Drawing, edge_blur, enlarged
+from packshot.generate.refine import Drawing, enlarged
+from packshot.imaging.focus import edge_blur, narrow_edges
 from packshot.imaging.upscale import upscale
 
 SETTINGS = GenerateSettings(
@@ -138,6 +139,34 @@ def test_only_edges_of_the_area_count():
     assert edge_blur(picture, area) == pytest.approx(4, rel=0.25)
     assert 0 < (edge_blur(picture, 255 - area) or 0) < 1.5
     assert edge_blur(np.full_like(picture, 90), area) is None
+
+
+def test_edges_are_narrowed_without_halos_or_grain():
+    """Towards what is aimed at; no value goes beyond its surroundings, and a noisy wall stays as it is."""
+    picture = boxes(3.0)
+    product = np.zeros((400, 400), np.uint8)
+    product[150:250, 150:250] = 255
+    sharp = narrow_edges(picture, product, 3.0, 1.5)
+    outside = np.where(cv2.dilate(product, np.ones((81, 81))) == 0, np.uint8(255), np.uint8(0))
+    assert edge_blur(sharp, outside) < 2.2
+    window = np.ones((25, 25), np.uint8)  # the rounds reach 12 px
+    assert (sharp <= cv2.dilate(picture, window)).all()
+    assert (sharp >= cv2.erode(picture, window)).all()
+    near = cv2.dilate(product, np.ones((5, 5))) > 0
+    assert (sharp[near] == picture[near]).all()
+    noise = np.random.default_rng(0).normal(120, 2, (400, 400, 3))
+    wall = np.clip(cv2.GaussianBlur(noise, (0, 0), 0.8), 0, 255).astype(np.uint8)
+    assert np.std(narrow_edges(wall, product, 3.0, 1.0)) < 1.1 * np.std(wall)
+
+
+def test_a_background_is_brought_near_the_products_sharpness(tool, refined):
+    """By default; not at all where the scene asks for a shallow depth of field."""
+    report = refined.certificate["refined"]
+    assert report["sharpened"]
+    assert report["edge_blur_after"] < report["edge_blur_drawn"]
+    [soft] = tool.generate("a table, shallow depth of field", 1, settings=SETTINGS)
+    assert soft.certificate["refined"]["not_sharpened"] == "a shallow depth of field is asked for"
+    assert soft.certificate["refined"]["edge_blur_after"] == soft.certificate["refined"]["edge_blur_drawn"]
 
 
 def test_borders_of_tiles_have_no_larger_steps_than_elsewhere(tool, refined):

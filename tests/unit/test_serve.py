@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import anyio
+import cv2
 import httpx
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from packshot.config.compose import compose
 from packshot.errors import ConfigError
 from packshot.generate import Packshot
 from packshot.generate.references import open_references
+from packshot.generate.verify import verify
 from packshot.runs.folder import Run, log
 from packshot.scene import SLOTS, Scene
 from packshot.serve.app import create_app as create_app_unstarted
@@ -139,6 +141,79 @@ def test_the_certificate_has_the_hashes_of_the_uploads(client):
     assert certificate["mask"]["file_sha256"] == digests["mask_file"]
 
 
+def group_upload(count, masks=0, **fields):
+    """A request for several products in one picture: noise, each with alpha of its own."""
+    files = []
+    for number in range(count):
+        noise = np.random.default_rng(number).integers(0, 256, (60, 50, 4), np.uint8)
+        noise[..., 3] = 0
+        noise[10 + 5 * number : 50, 12:38, 3] = 255
+        files.append(("product_file", file(Image.fromarray(noise))))
+    files += [("mask_file", file(Image.new("L", (50, 60), 255)))] * masks
+    return {"files": files, "data": {"surface": "a podium", "together": "true", **fields}, "headers": BEARER}
+
+
+def test_several_products_stand_in_one_picture(client, tmp_path):
+    """Each with its own pixels, and certified by the cut-out that comes with the picture."""
+    answer = client.post("/generate", **group_upload(3))
+    assert answer.status_code == 200, answer.text
+    prediction = answer.json()["prediction"]
+    picture, cut_out = (base64.b64decode(data) for data in (prediction["images"][0]["image"], prediction["cut_out"]))
+    certificate = prediction["images"][0]["certificate"]
+    assert certificate["input"]["sha256"] == hashlib.sha256(cut_out).hexdigest()
+    sent = [hashlib.sha256(data).hexdigest() for _, data in group_upload(3)["files"]]
+    assert [part.split("SHA-256 ")[1][:64] for part in certificate["transform"]["decoding"]] == sent
+    files = {"picture.png": picture, "photo.png": cut_out, "picture.json": json.dumps(certificate).encode()}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    paths = [tmp_path / name for name in ("picture.png", "picture.json", "photo.png")]
+    assert all(finding.passed for finding in verify(*paths))
+    shown = np.asarray(Image.open(io.BytesIO(picture)))
+    whole = np.asarray(Image.open(io.BytesIO(cut_out)))
+    core = cv2.erode((whole[..., 3] == 255).astype(np.uint8), np.ones((3, 3))) > 0
+    assert core.sum() > 3 * 24 * 20
+    assert (shown[core] == whole[core][:, :3]).all()
+
+
+def test_a_job_of_several_products_has_their_cut_out(client):
+    job = client.post("/jobs", **group_upload(2)).json()
+    assert eventually(lambda: client.get(f"/jobs/{job['id']}", headers=BEARER).json()["state"] == "done")
+    [image] = client.get(f"/jobs/{job['id']}", headers=BEARER).json()["images"]
+    certificate = client.get(image["certificate"], headers=BEARER).json()
+    kept = client.get(image["layers"]["input"], headers=BEARER).content
+    assert certificate["input"]["sha256"] == hashlib.sha256(kept).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("order", "named"),
+    [
+        (group_upload(1), "together=true needs several products"),
+        (group_upload(2, masks=1), "mask_file is given 1 times for 2 products"),
+        (group_upload(2, together="false"), "'product_file' is given 2 times"),
+        (group_upload(9), "product_file"),
+        (group_upload(2, together="many"), "together"),
+    ],
+)
+def test_files_that_make_no_group_are_refused(client, order, named):
+    for path in ("/generate", "/jobs"):
+        assert named in refused(client.post(path, **order), 422, "invalid_field")["error"]
+
+
+def test_a_group_is_held_to_the_limit_of_pixels(packshot):
+    """Of its photographs together, and of the picture that they make."""
+    client = TestClient(create_app(config("serve.max_pixels=5000"), packshot))
+    assert "6000 pixels" in refused(client.post("/generate", **group_upload(2)), 413, "too_large")["error"]
+    files = []
+    for width, height in ((400, 40), (40, 400)):
+        flat = np.full((height, width, 4), 90, np.uint8)
+        flat[..., 3] = 0
+        flat[4:-4, 4:-4, 3] = 255
+        files.append(("product_file", file(Image.fromarray(flat))))
+    client = TestClient(create_app(config("serve.max_pixels=40000"), packshot))
+    order = {**group_upload(2), "files": files}
+    assert "at most 40000 pixels" in refused(client.post("/generate", **order), 422, "unusable_product")["error"]
+
+
 def test_a_lone_reference_is_answered_with_an_empty_prompt():
     """A lone reference is drawn without words: an answer with the empty scene's sentence would be wrong."""
     fake = FakePackshot()
@@ -196,7 +271,7 @@ def test_a_server_may_strengthen_controlnets(retries, control):
 
 
 def test_a_server_without_controlnets_has_none_to_strengthen():
-    with pytest.raises(ConfigError, match=r"generate\.verify\.control=0\.5 has no effect without a ControlNet"):
+    with pytest.raises(ConfigError, match=r"generate\.verify\.control=0\.5 has no effect with adapters.controlnets"):
         config(*STRONGER[:2])
 
 

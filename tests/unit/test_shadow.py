@@ -141,7 +141,7 @@ def test_the_words_of_harsh_light():
 def test_the_network_is_nearer_to_rendered_shadows_than_none(root):
     """On held-out products; docs/log.md has the figures."""
     groups = measure_groups(list(read_shots(root / "data/rendered/heldout"))[:60])
-    for with_it, without, _ in groups.values():
+    for with_it, without, *_ in groups.values():
         assert with_it < without
-    with_it, without, _ = groups["near the foot"]
-    assert (with_it / without) ** 0.5 < 0.9
+    with_it, without, *_ = groups["within .1 sizes of the foot, matt surfaces"]
+    assert (with_it / without) ** 0.5 < 0.8

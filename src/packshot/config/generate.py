@@ -14,6 +14,7 @@ from packshot.config.keys import Names, opt
 from packshot.config.output import OutputConfig
 from packshot.config.plan import PlanConfig
 from packshot.config.schedulers import SCHEDULERS, check_scheduler
+from packshot.config.unread import RULES, ReadRule, refuse_unread
 from packshot.config.verify import VerifyConfig
 from packshot.errors import ConfigError
 
@@ -180,11 +181,7 @@ class GenerateSettings(settings_class()):
         return ratio
 
     def check(self) -> None:
-        if self.negative_prompt and self.guidance_scale <= 1:
-            raise ConfigError(
-                f"negative_prompt has no effect at guidance_scale={self.guidance_scale:g}: guidance is off.",
-                "Set guidance_scale above 1, or leave negative_prompt out.",
-            )
+        refuse_unread(self, self.read_rules())
         if self.size and (len(self.size) != 2 or not all(64 <= side <= 8192 for side in self.size)):
             raise ConfigError(
                 f"size={self.size} is not a valid canvas size.", "Expected [width,height], each from 64 to 8192 px."
@@ -197,27 +194,15 @@ class GenerateSettings(settings_class()):
                 f"num_inference_steps={self.num_inference_steps} is less than one step.",
                 "Raise one of them.",
             )
-        if self.background.color and self.verify.retries:
-            raise ConfigError(
-                f"verify.retries={self.verify.retries} has no effect with "
-                f"background.color={self.background.color}: nothing is drawn.",
-                "Leave one of them out.",
-            )
         self.check_placement()
+
+    def read_rules(self) -> tuple[ReadRule, ...]:
+        """What is refused where nothing reads it."""
+        return RULES
 
     def check_placement(self) -> None:
         """Raises ConfigError where canvas, place and coordinates do not belong together."""
         if self.placement is Placement.original:
-            given = {"size": self.size, "aspect_ratio": self.aspect_ratio, "position": self.position}
-            given |= {"margin": self.margin}
-            if self.product_scale != GenerateSettings.product_scale:
-                given["product_scale"] = self.product_scale
-            for key, value in given.items():
-                if value:
-                    raise ConfigError(
-                        f"{key}={value} has no effect with placement=original, which keeps the photo's frame.",
-                        f"Add placement=center or another place, or leave {key} out.",
-                    )
             return
         if bool(self.size) == (self.canvas_ratio() is not None):
             raise ConfigError(
@@ -308,44 +293,21 @@ class Generate(Script, GenerateSettings):
     def check(self) -> None:
         Script.check(self)
         GenerateSettings.check(self)
-        if self.campaign_cross and not self.campaign:
-            raise ConfigError("campaign_cross=true has no effect without a campaign.", "Add campaign=<table.csv>.")
         if self.prompt and any(vars(self.scene).values()):
             raise ConfigError("prompt and scene.* are both given.", "Use one: the scene is rendered to the prompt.")
         if self.reference and self.references:
             raise ConfigError("reference and references are both given.", "Add the one to the list of the others.")
-        self.check_plain()
         files = self.reference_files()
-        if files and not self.adapters.ip_adapter:
-            raise ConfigError(
-                f"reference={', '.join(files)} needs an IP-Adapter.",
-                "Add adapters.ip_adapter=<export folder of train_ip_adapter.py>.",
-            )
         reference_weights(len(files), self.reference_weights)
-        if self.verify.control and not self.adapters.controlnets:
-            raise ConfigError(
-                f"verify.control={self.verify.control:g} has no effect without a ControlNet.",
-                "Add adapters.controlnets, or leave verify.control out.",
-            )
+
+    def read_rules(self) -> tuple[ReadRule, ...]:
+        """As of one picture; of a campaign each row is checked, which may complete what the command line begins."""
+        return () if self.campaign else RULES
 
     def check_placement(self) -> None:
         """As of one picture; the rows of a campaign may complete what the command line begins, and are checked."""
         if not self.campaign:
             GenerateSettings.check_placement(self)
-
-    def check_plain(self) -> None:
-        """Raises ConfigError where a background of one colour is asked for, and words or pictures for another."""
-        if not self.background.color:
-            return
-        words = {f"scene.{slot}": value for slot, value in vars(self.scene).items()}
-        words |= {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
-        words |= {"reference": self.reference, "references": self.references}
-        for key, value in words.items():
-            if value:
-                raise ConfigError(
-                    f"{key}={value} has no effect with background.color={self.background.color}: nothing is drawn.",
-                    f"Leave out {key}, or background.color.",
-                )
 
 
 @dataclass
@@ -415,6 +377,10 @@ class ServeConfig:
 class ServedSettings(GenerateSettings):
     """The settings of requests that do not give their own."""
 
+    def read_rules(self) -> tuple[ReadRule, ...]:
+        """Without those of a canvas: its keys wait for requests that choose a place."""
+        return tuple(rule for rule in RULES if rule.by != ("placement",))
+
     def check_placement(self) -> None:
         """As of one picture; beside ``placement=original`` the others wait for requests that choose a place."""
         if self.placement is not Placement.original:
@@ -433,9 +399,4 @@ class Serve(Script):
 
     def check(self) -> None:
         Script.check(self)
-        control = self.generate.verify.control
-        if control and not self.adapters.controlnets:
-            raise ConfigError(
-                f"generate.verify.control={control:g} has no effect without a ControlNet.",
-                "Add adapters.controlnets, or leave generate.verify.control out.",
-            )
+        refuse_unread(self, self.generate.read_rules())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from packshot.config.keys import Names, opt
-from packshot.errors import ConfigError
 
 BEST_QUALITY = 95  # where none is asked for
 LOWEST_QUALITY = 30  # below it blocks show in even areas, and a smaller picture is the better way
@@ -62,10 +61,3 @@ class OutputConfig:
     standard: Standard = opt(
         Standard.none, "rules that the written file is checked against; preset=marketplace_main sets all that they need"
     )
-
-    def check(self) -> None:
-        if self.quality is not None and not FORMATS[self.format.name].has_quality:
-            raise ConfigError(
-                f"output.quality={self.quality} has no effect on output.format={self.format}, which loses nothing.",
-                "Set output.format=jpg or webp, or leave output.quality out.",
-            )

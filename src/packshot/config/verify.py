@@ -139,10 +139,6 @@ class VerifyConfig:
     ignore: list[str] = opt([], "reason codes of checks that are measured and stated, but send no picture to review")
 
     def check(self) -> None:
-        if self.control and not self.retries:
-            raise ConfigError(
-                f"verify.control={self.control:g} has no effect with verify.retries=0.", "Set verify.retries, too."
-            )
         for code in self.ignore:
             if code not in CHECKS:
                 close = nearest(code, CHECKS)

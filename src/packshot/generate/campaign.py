@@ -21,6 +21,7 @@ from typing import TypeAlias, get_args, get_origin
 from packshot.config.checks import validate
 from packshot.config.keys import Hint, describe, fields, nearest
 from packshot.config.schema import Generate, GenerateSettings
+from packshot.config.unread import refuse_unread
 from packshot.dataset.text_files import EncodingError, csv_rows, decode_text, json_rows
 from packshot.errors import ConfigError, PackshotError
 from packshot.generate.certificate import LAYERS, load_certificates
@@ -282,6 +283,7 @@ def row_jobs(config: Generate, row: Row, beside: Path, digests: dict[Path, str])
         settings = with_values(config, {key: found_beside(key, value, beside) for key, value in row.values.items()})
         validate(settings)
         GenerateSettings.check_placement(settings)
+        refuse_unread(settings)
         files = product_files("product", settings.product)
         masks = mask_files(settings.mask, files, folder_of("product", settings.product))
         references = [readable("reference", path) for path in settings.reference_files()]

@@ -80,7 +80,7 @@ def encode(
     if not prompt and pipe.config.force_zeros_for_empty_prompt:
         arguments |= {name: torch.zeros_like(arguments[name]) for name in ("prompt_embeds", "pooled_prompt_embeds")}
     if models.has_ip_adapter:
-        arguments["ip_adapter_image_embeds"] = [image_embeds(pipe, references, guided)]
+        arguments["ip_adapter_image_embeds"] = [image_embeds(pipe, references, guided, models.device)]
     return Conditioning(arguments, lost, inputs or scene_inputs({}))
 
 
@@ -123,6 +123,27 @@ def product_input(vae: Any, working: Working) -> torch.Tensor:
     return product_channels(keep_11HW.to(masked.device), masked)
 
 
+@dataclass(frozen=True)
+class EncodedProduct:
+    """A product as the networks read it, the same for all pictures of a request.
+
+    known_1CHW: its scaled latents. shown_15hw: what an inpainting UNet reads besides; None for other UNets.
+    """
+
+    known_1CHW: torch.Tensor
+    shown_15hw: torch.Tensor | None
+
+
+@torch.no_grad()
+def encode_product(models: Models, working: Working) -> EncodedProduct:
+    """A product's latents, at one working size."""
+    pipe: Any = models.pipe
+    shown = None
+    if isinstance(pipe.unet.conv_in, ProductConv):
+        shown = product_input(pipe.vae, working).to(models.device)
+    return EncodedProduct(encode_pixels(pipe.vae, product_pixels(working)), shown)
+
+
 def control_arguments(models: Models, working: Working, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The pipeline's arguments for its ControlNets, if it has any."""
     if not models.controls:
@@ -156,24 +177,26 @@ def denoise(
     settings: GenerateSettings,
     seed: int,
     on_step: OnStep | None = None,
+    product: EncodedProduct | None = None,
 ) -> np.ndarray:
     """One picture, decoded: float32 (H, W, 3) in [0, 1] at the working size.
 
     How the network sees the product meanwhile is what the adapters were trained on. An exception of ``on_step``, which
-    is called after every step, ends the denoising and is passed on.
+    is called after every step, ends the denoising and is passed on. product: encoded before for this working size.
 
     Raises:
         PackshotError: the denoiser or the decoder produced NaN or infinity.
     """
     pipe: Any = models.pipe
-    if isinstance(pipe.unet.conv_in, ProductConv):
-        pipe.unet.conv_in.show(product_input(pipe.vae, working).to(models.device))
+    product = product or encode_product(models, working)
+    if product.shown_15hw is not None:
+        pipe.unet.conv_in.show(product.shown_15hw)
     steps = settings.num_inference_steps
     try:
         with sampling_with(pipe, settings.scheduler):
             pixels = sample(
                 pipe,
-                encode_pixels(pipe.vae, product_pixels(working)),
+                product.known_1CHW,
                 torch.from_numpy(working.held_hw[None].astype(np.float32)).to(models.device),
                 models.product_conditioning,
                 seed,

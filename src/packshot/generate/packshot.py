@@ -15,13 +15,14 @@ from packshot.errors import ConfigError
 from packshot.generate.canvas import Canvas, Working, make_working, place, plan_frame
 from packshot.generate.composite import drawn_background
 from packshot.generate.conditions import read_by, scene_inputs
-from packshot.generate.denoise import Conditioning, OnStep, denoise, encode
+from packshot.generate.denoise import Conditioning, EncodedProduct, OnStep, denoise, encode, encode_product
 from packshot.generate.grounding import ground, light_of
+from packshot.generate.group import as_group, cut_out
 from packshot.generate.json_types import Json
 from packshot.generate.load import Models, load_models
 from packshot.generate.plain import NO_MODELS, draw_plain, plain_request
 from packshot.generate.product import Product, Source, prepare
-from packshot.generate.refine import Pass, compare_sharpness, refine
+from packshot.generate.refine import Pass, focus_background, refine
 from packshot.generate.request import describe_request, usable_references
 from packshot.generate.result import Background, Result, finish
 from packshot.generate.retries import draw_within_budget, refuse_useless_control, with_control
@@ -36,6 +37,7 @@ class Drawing:
 
     working: Working
     conditioning: Conditioning
+    product: EncodedProduct
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,41 @@ class Packshot:
         """
         known = name or (Path(image).stem if isinstance(image, str | Path) else "product")
         given = {key: picture for key, picture in inputs.items() if picture is not None}
-        read = read_by(self.loaded.controls) if self.loaded else set()
-        networks = {key: path for key, path in self.networks.items() if key in read}
-        self.product = prepare(image, mask, self.matte, known, given, networks)
+        self.product = prepare(image, mask, self.matte, known, given, self.read_networks())
         return self
+
+    def set_group(
+        self,
+        images: Sequence[Source],
+        masks: Sequence[Source | None] = (),
+        names: Sequence[str] = (),
+        most_pixels: int | None = None,
+    ) -> Packshot:
+        """Take several products from now on, side by side in one picture; returns ``self``.
+
+        images: photos as of :meth:`set_product`, from left to right. masks: one for each, or none at all. names: of the
+        photos, for certificates. most_pixels: largest size of the cut-out that they make.
+
+        Raises:
+            ConfigError, PackshotError: see :func:`packshot.generate.product.prepare`; or the cut-out is too large.
+        """
+        if len(images) < 2 or len(masks) not in (0, len(images)):
+            raise ConfigError(
+                f"a group of {len(images)} products has {len(masks)} masks.",
+                "Give at least two products, and a mask for each of them or for none.",
+            )
+        known = list(names) or [f"product {number}" for number in range(1, len(images) + 1)]
+        products = []
+        for image, mask, name in zip(images, masks or [None] * len(images), known, strict=True):
+            products.append(prepare(image, mask, self.matte, name))
+        whole = cut_out(products, most_pixels)
+        self.product = as_group(prepare(whole.photo, None, self.matte, networks=self.read_networks()), whole)
+        return self
+
+    def read_networks(self) -> dict[str, str]:
+        """Those of ``networks`` whose estimate a ControlNet reads."""
+        read = read_by(self.loaded.controls) if self.loaded else set()
+        return {key: path for key, path in self.networks.items() if key in read}
 
     def with_product(self, product: Product) -> Packshot:
         """Another Packshot with a prepared product; shares models and turns with this one."""
@@ -200,7 +233,8 @@ class Packshot:
         working = make_working(canvas, frame, self.models.pipe.vae_scale_factor)
         with self._turn:
             conditioning = encode(self.models, asked["prompt"], settings, references, scene_inputs(asked))
-        return Ready(product, canvas, settings, asked, Drawing(working, conditioning))
+            encoded = encode_product(self.models, working)
+        return Ready(product, canvas, settings, asked, Drawing(working, conditioning, encoded))
 
     def drawer(
         self,
@@ -241,7 +275,7 @@ class Packshot:
         working = drawing.working
         conditioning = drawing.conditioning
         with self._turn:
-            decoded = denoise(models, working, conditioning, settings, seed, on_step)
+            decoded = denoise(models, working, conditioning, settings, seed, on_step, drawing.product)
             second = Pass(models, canvas, conditioning, settings, seed, on_step)
             drawn = refine(second, working, decoded)
         stated = {"request": request, "lost_words": conditioning.lost_words, "model": self.models.manifest}
@@ -249,7 +283,8 @@ class Packshot:
         refined = drawn.refined
         if refined["applied"]:
             before, _ = drawn_background(canvas, working, decoded)
-            refined = {**refined, **compare_sharpness(canvas, before, rgb)}
+            rgb, focus = focus_background(canvas, before, rgb, settings.background.sharpen, request["prompt"])
+            refined = {**refined, **focus}
         shadow = ground(canvas, rgb, settings, light_of(request, settings))
         background = Background(rgb, fit.report, drawn.working, drawn.decoded_HW3, shadow, refined)
         return finish(ready.product, canvas, background, stated, with_layers, ignored=settings.verify.ignore)

@@ -39,7 +39,7 @@ def open_references(given: Source | Sequence[Source] | None, weights: Sequence[i
     return references
 
 
-def image_embeds(pipe: Any, references: Sequence[Reference], guided: bool) -> torch.Tensor:
+def image_embeds(pipe: Any, references: Sequence[Reference], guided: bool, device: torch.device | str) -> torch.Tensor:
     """(2 or 1, n, ...) with the null image first; without a reference the null image stands on both sides.
 
     n is the sum of the weights: a reference of weight 2 stands there twice. Attention's softmax runs over the tokens of
@@ -50,7 +50,7 @@ def image_embeds(pipe: Any, references: Sequence[Reference], guided: bool) -> to
     projection = pipe.unet.encoder_hid_proj.image_projection_layers[0]
     # diffusers' own rule: a pooled projection takes the pooled embedding, every other one the hidden states.
     hidden = type(projection).__name__ != "ImageProjection"
-    positive, null = pipe.encode_image(pictures, pipe._execution_device, 1, hidden)
+    positive, null = pipe.encode_image(pictures, device, 1, hidden)
     halves = [null] if guided else []
     halves.append(positive if references else null)
     counts = torch.tensor([reference.weight for reference in references] or [1], device=positive.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,14 +27,14 @@ from packshot.generate.canvas import Canvas, Frame, Working, make_working, plan_
 from packshot.generate.denoise import Conditioning, OnStep, notifying, product_input, product_pixels
 from packshot.generate.json_types import Json
 from packshot.generate.load import Models
+from packshot.imaging.focus import SHARPEST, edge_blur, fill_from_around, narrow_edges, sharpness
 from packshot.imaging.pixels import from_network, to_network
 from packshot.imaging.upscale import upscale
 from packshot.runs.folder import log
 
 SHARED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "image_encoder")
-FEWEST_EDGES = 8  # px; a median over fewer says nothing
-WEAKEST_EDGE = 4.0  # slope of Sobel's operator in 255ths; what is weaker is noise
-SOFT = 2.0  # sigma in px from which edges are measured on a smaller copy
+# what asks for a background that is less sharp than the product
+SHALLOW = re.compile(r"\b(shallow depth|shallow focus|out of focus|soft focus|bokeh|blurr(ed|y)|defocus\w*)\b")
 
 
 @dataclass(frozen=True)
@@ -60,63 +61,42 @@ class Pass:
     on_step: OnStep | None = None
 
 
-def sharpness(picture_HW3: np.ndarray, area_HW: np.ndarray) -> float | None:
-    """Mean absolute Laplacian of the luminance over an area (uint8, 255 inside), in 255ths; None without pixels."""
-    if not area_HW.any():
-        return None
-    grey = cv2.cvtColor(picture_HW3, cv2.COLOR_RGB2GRAY)
-    edges = np.abs(cv2.Laplacian(grey, cv2.CV_32F))
-    return round(float(cv2.mean(edges, mask=area_HW)[0]), 4)
+def focus_background(
+    canvas: Canvas, before_HW3: np.ndarray, after_HW3: np.ndarray, share: float, prompt: str
+) -> tuple[np.ndarray, Json]:
+    """A refined background with its edges narrowed, and how sharp it was and is, for certificates.
 
-
-def edge_blur(picture_HW3: np.ndarray, area_HW: np.ndarray) -> float | None:
-    """How soft the strongest edges of an area are: the sigma in px of the blur that makes such edges of steps.
-
-    It says what a picture resolves, however much detail there is. Soft edges are measured on a smaller copy, because
-    8 bits hardly show how little a further blur does to them. area_HW: uint8, 255 inside. None without edges.
+    share: how far towards the product's own ``edge_blur``. prompt: a shallow depth of field in it leaves them.
     """
-    grey_HW = cv2.cvtColor(picture_HW3, cv2.COLOR_RGB2GRAY).astype(np.float32)
-    found = None
-    for scale in (1, 2, 4, 8):
-        size = (max(1, area_HW.shape[1] // scale), max(1, area_HW.shape[0] // scale))
-        small_HW = cv2.resize(grey_HW, size, interpolation=cv2.INTER_AREA)
-        blur = blur_of_edges(small_HW, cv2.resize(area_HW, size, interpolation=cv2.INTER_AREA) == 255)
-        if blur is None:
-            break
-        found = round(scale * blur, 2)
-        if blur < SOFT:
-            break
-    return found
-
-
-def blur_of_edges(grey_HW: np.ndarray, area_HW: np.ndarray) -> float | None:
-    """:func:`edge_blur` at one scale. Two blurs are compared where edges are strongest: the softer an edge is already,
-    the less a further blur weakens it (after Zhuo and Sim 2011, doi 10.1016/j.patcog.2011.03.009)."""
-    inside_HW = cv2.erode(area_HW.astype(np.uint8), np.ones((19, 19), np.uint8)) > 0  # no edge from outside is seen
-    slopes = []
-    for sigma in (1.0, 2.0):
-        blurred = cv2.GaussianBlur(grey_HW, (0, 0), sigma)
-        slopes.append(cv2.magnitude(cv2.Sobel(blurred, cv2.CV_32F, 1, 0), cv2.Sobel(blurred, cv2.CV_32F, 0, 1)))
-    fine_HW, coarse_HW = slopes
-    middle_HW = inside_HW & (fine_HW >= cv2.dilate(fine_HW, np.ones((3, 3), np.uint8)))  # of an edge
-    if not middle_HW.any():
-        return None
-    strong_HW = middle_HW & (fine_HW >= max(WEAKEST_EDGE, float(np.quantile(fine_HW[middle_HW], 0.95))))
-    if strong_HW.sum() < FEWEST_EDGES:
-        return None
-    ratio = float(np.median(fine_HW[strong_HW] / coarse_HW[strong_HW])) ** 2  # (s^2 + 2^2) / (s^2 + 1^2)
-    return float(np.sqrt(max(0.0, 4 - ratio) / max(ratio - 1, 0.01)))
-
-
-def compare_sharpness(canvas: Canvas, before_HW3: np.ndarray, after_HW3: np.ndarray) -> Json:
-    """Sharpness and width of edges of the background before and after, and of the product, for certificates."""
-    core = np.where(canvas.core_HW, np.uint8(255), np.uint8(0))
-    found: Json = {}
-    for name, measure in (("sharpness", sharpness), ("edge_blur", edge_blur)):
-        found[f"{name}_before"] = measure(before_HW3, canvas.outside_HW)
-        found[f"{name}_after"] = measure(after_HW3, canvas.outside_HW)
-        found[f"{name}_product"] = measure(canvas.rgb_HW3, core)
-    return found
+    rows, columns = canvas.product_box
+    core = np.where(canvas.core_HW[rows, columns], np.uint8(255), np.uint8(0))
+    product = np.ascontiguousarray(canvas.rgb_HW3[rows, columns])
+    drawn = edge_blur(after_HW3, canvas.outside_HW)
+    wanted = edge_blur(product, core)
+    result = after_HW3
+    reason = None
+    if not share:
+        reason = "background.sharpen=0"
+    elif SHALLOW.search(prompt.lower()):
+        reason = "a shallow depth of field is asked for"
+    elif drawn is None or wanted is None:
+        reason = "no edges to measure"
+    else:
+        aim = drawn + share * (max(wanted, SHARPEST) - drawn)
+        result = narrow_edges(after_HW3, canvas.matte_HW, drawn, aim)
+    report: Json = {
+        "edge_blur_before": edge_blur(before_HW3, canvas.outside_HW),
+        "edge_blur_drawn": drawn,
+        "edge_blur_product": wanted,
+        "edge_blur_after": edge_blur(result, canvas.outside_HW) if reason is None else drawn,
+        "sharpened": reason is None,
+        "sharpness_before": sharpness(before_HW3, canvas.outside_HW),
+        "sharpness_after": sharpness(result, canvas.outside_HW),
+        "sharpness_product": sharpness(product, core),
+    }
+    if reason:
+        report["not_sharpened"] = reason
+    return result, report
 
 
 def refined_frame(canvas: Canvas, models: Models, settings: GenerateSettings) -> Frame:
@@ -129,16 +109,10 @@ def refined_frame(canvas: Canvas, models: Models, settings: GenerateSettings) ->
 
 def without_product(drawing_HW3: np.ndarray, held_HW: np.ndarray) -> np.ndarray:
     """A drawing whose held cells show what is drawn around them. held_HW: bool; all True: the drawing as it is."""
-    if held_HW.all() or not held_HW.any():
-        return drawing_HW3
-    hidden = cv2.dilate(held_HW.astype(np.uint8), np.ones((3, 3), np.uint8))  # the decoder's blur of their border
-    hidden = hidden if not hidden.all() else held_HW.astype(np.uint8)
-    _, nearest = cv2.distanceTransformWithLabels(hidden, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
-    shown = np.zeros((int(nearest.max()) + 1, 3), drawing_HW3.dtype)
-    shown[nearest[hidden == 0]] = drawing_HW3[hidden == 0]
-    filled = shown[nearest]
-    smooth = cv2.GaussianBlur(filled, (0, 0), 2.0)  # nearest pixels alone make stripes
-    return np.where(hidden[..., None] > 0, smooth, drawing_HW3)
+    hidden_HW = (
+        cv2.dilate(held_HW.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    )  # the decoder's blur of their border
+    return drawing_HW3 if hidden_HW.all() else fill_from_around(drawing_HW3, hidden_HW)
 
 
 def enlarged(drawing: Drawing, target: Working) -> np.ndarray:

@@ -40,6 +40,7 @@ def stated_refine(background: BackgroundConfig) -> Json | None:
         "kind": background.refine.name,
         "max_side": background.refine_max_side,
         "strength": background.refine_strength,
+        "sharpen": background.sharpen,
         "upscaler": Path(background.upscaler).name if background.upscaler else None,
     }
 

@@ -18,12 +18,14 @@ from PIL import Image
 
 from packshot.config.conditions import networks
 from packshot.config.schema import Generate, GenerateMode, OutputConfig
+from packshot.config.unread import unread_notes
 from packshot.errors import ConfigError, PackshotError
 from packshot.generate.adapters import check_adapters
 from packshot.generate.campaign import named, plan_campaign, set_aside, write_index
 from packshot.generate.canvas import check_place
 from packshot.generate.certificate import LAYERS, digest, encode_png, load_certificates, verdict
 from packshot.generate.doubt_picture import draw_doubt
+from packshot.generate.group import as_group
 from packshot.generate.jobs import Job, product_jobs
 from packshot.generate.json_types import Json
 from packshot.generate.load import load_models
@@ -79,6 +81,8 @@ def generate(config: Generate) -> None:
     run = open_run("generate", config, resumable=False)
     check_made(run.path, tool, jobs)
     run.write_config(config)
+    for text in unread_notes(job.config for job in jobs):
+        log.warning("%s", text)
     if campaign:
         set_aside(run.path, jobs)
     tracker = open_tracker(run, config, "generate")
@@ -168,8 +172,7 @@ class Products:
         if self.last is None or self.last[:2] != (job.product, job.mask):
             prepared = prepare(job.product, job.mask, self.config.matte, job.name, networks=self.needed)
             if job.group:
-                reasons = (*job.group.reasons, *prepared.mask_reasons)
-                prepared = replace(prepared, mask_reasons=reasons, decoding=job.group.parts)
+                prepared = as_group(prepared, job.group)
             self.last = (job.product, job.mask, prepared)
         return replace(self.last[2], name=job.name)
 

@@ -51,16 +51,21 @@ class DeviceLost(PackshotError):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A checked request: what one turn on a device needs. with_layers: whether the layers are encoded, too."""
+    """A checked request: what one turn on a device needs.
 
-    product: Photo
-    mask: Photo | None
+    products: one, or several that stand in one picture. masks: one for each of them, or none. with_layers: whether the
+    layers are encoded, too. most_pixels: of the cut-out that several products make.
+    """
+
+    products: tuple[Photo, ...]
+    masks: tuple[Photo, ...]
     reference: Photo | None
     scene: Scene | str
     settings: GenerateSettings
     num_images: int
     seed: int
     with_layers: bool = False
+    most_pixels: int | None = None
 
     @property
     def steps(self) -> int:
@@ -70,11 +75,15 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as a PNG file, its certificate, and its layers as PNG files by name."""
+    """A picture as a PNG file, its certificate, and its layers as PNG files by name.
+
+    cut_out: the PNG file that several products make together, which the certificate takes as their photo.
+    """
 
     png: bytes
     certificate: Json
     layers: dict[str, bytes] = field(default_factory=dict)
+    cut_out: bytes | None = None
 
 
 @dataclass
@@ -116,6 +125,22 @@ def encoded(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def with_products(packshot: Packshot, request: GenerationRequest) -> Packshot:
+    """What draws the products of a request. Raises PackshotError: a photo or its mask is unusable."""
+    if len(request.products) == 1:
+        return packshot.set_product(request.products[0], request.masks[0] if request.masks else None)
+    names = [f"product_file {number}" for number in range(1, len(request.products) + 1)]
+    return packshot.set_group(request.products, request.masks, names, request.most_pixels)
+
+
+def cut_out_of(packshot: Packshot) -> bytes:
+    """The PNG file of the cut-out that several products make."""
+    from packshot.generate.group import cut_out_file
+
+    assert packshot.product is not None
+    return cut_out_file(packshot.product)
+
+
 def draw(packshot: Packshot, request: GenerationRequest, on_step: Callable[[], None]) -> Iterator[Picture]:
     """The pictures of a request, one by one, so that only one at a time is in memory with its layers.
 
@@ -124,9 +149,10 @@ def draw(packshot: Packshot, request: GenerationRequest, on_step: Callable[[], N
         Exception: what ``on_step`` raises, and failures of the model.
     """
     try:
-        tool = packshot.set_product(request.product, request.mask)
+        tool = with_products(packshot, request)
     except PackshotError as error:
         raise Refused("unusable_product", error.args[0], error.hint) from error
+    cut_out = cut_out_of(tool) if len(request.products) > 1 else None
     results = tool.stream(
         request.scene,
         num_images=request.num_images,
@@ -140,7 +166,7 @@ def draw(packshot: Packshot, request: GenerationRequest, on_step: Callable[[], N
             layers = {}
             if request.with_layers:
                 layers = {name: encoded(image) for name, image in result.layers.items()}
-            yield Picture(result.png, result.certificate, layers)
+            yield Picture(result.png, result.certificate, layers, cut_out)
     except ConfigError as error:
         raise Refused("invalid_field", error.args[0], error.hint) from error
 

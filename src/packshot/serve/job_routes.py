@@ -13,7 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, StreamingResponse
 
 from packshot.serve.jobs import UNFINISHED, Job, fingerprint
-from packshot.serve.requests import build_request, read_settings, refuse_repeated
+from packshot.serve.requests import build_request, read_settings, refuse_group, refuse_repeated
 from packshot.serve.routes import ERRORS, KEY, read_files
 from packshot.serve.schemas import ApiError, GenerateForm, JobError, JobImage, JobList, JobStatus, SceneForm
 from packshot.serve.service import Service
@@ -125,7 +125,8 @@ def add_job_changes(app: FastAPI, service: Service) -> None:
         A request that is sent again with the same `Idempotency-Key` gives the same job.
         """
         service.refuse_loading()
-        await refuse_repeated(request)
+        await refuse_repeated(request, form.together)
+        refuse_group(form.together, len(form.product_file), len(form.mask_file))
         files = await read_files(form, service)
         scene = SceneForm(**{name: getattr(form, name) for name in SceneForm.model_fields})
         job = await run_in_threadpool(accept, service, request.state.key.name, scene, files, idempotency_key)

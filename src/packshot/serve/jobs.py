@@ -175,6 +175,8 @@ class JobStore:
             (temporary / f"{k}.png").write_bytes(picture.png)
             certificate = json.dumps(picture.certificate, indent=2, ensure_ascii=False)
             (temporary / f"{k}.json").write_text(certificate + "\n", encoding="utf-8")
+            if picture.cut_out is not None:
+                (temporary / f"{k}-input.png").write_bytes(picture.cut_out)
             for name, layer in picture.layers.items():
                 (temporary / f"{k}-{name}.png").write_bytes(layer)
         sync(temporary)

@@ -21,6 +21,7 @@ from packshot.serve.schemas import ApiError, SceneForm
 
 FILES = ("product_file", "mask_file", "reference_file")
 REPEATED = {name for name, row in SLOTS.items() if row.many}  # the fields that a form may have several times
+GROUPED = {"product_file", "mask_file"}  # those that it may have once for each product of a group
 CANVAS_PIXELS = 1024 * 1024
 CANVAS = ("size", "aspect_ratio", "position", "margin", "product_scale")  # settings without effect on the photo's frame
 COLOR = "generate.background.color"
@@ -52,13 +53,27 @@ class PromptSettings:
         return self.num_images * self.settings.most_steps()
 
 
-async def refuse_repeated(request: Request) -> None:
-    """Raises ApiError 422 if a form has a field twice of which only one could count."""
+async def refuse_repeated(request: Request, together: bool = False) -> None:
+    """Raises ApiError 422 if a form has a field twice of which only one could count. together: several products do."""
     form = await request.form()
     names = [name for name, _ in form.multi_items()]
+    allowed = REPEATED | GROUPED if together else REPEATED
     for name in sorted(set(names)):
-        if names.count(name) > 1 and name not in REPEATED:
-            raise ApiError(422, "invalid_field", f"{name[:80]!r} is given {names.count(name)} times.", "Send it once.")
+        if names.count(name) > 1 and name not in allowed:
+            way = "Send it once, or add together=true." if name in GROUPED else "Send it once."
+            raise ApiError(422, "invalid_field", f"{name[:80]!r} is given {names.count(name)} times.", way)
+
+
+def refuse_group(together: bool, products: int, masks: int) -> None:
+    """Raises ApiError 422 if the files of a form do not make a group. products, masks: how many there are."""
+    if not together:
+        return
+    if products < 2:
+        message = f"together=true needs several products, and product_file is given {products} time."
+        raise ApiError(422, "invalid_field", message, "Repeat product_file, or leave together out.")
+    if masks not in (0, products):
+        message = f"mask_file is given {masks} times for {products} products."
+        raise ApiError(422, "invalid_field", message, "Send a mask for each product in their order, or none.")
 
 
 async def read_upload(name: str, upload: UploadFile, config: Serve) -> bytes:
@@ -193,16 +208,34 @@ def build_request(
     prompt: PromptSettings, files: dict[str, bytes], config: Serve, with_layers: bool = False
 ) -> GenerationRequest:
     """A request from the fields and the files of its form. It decodes the files, so it is not for the event loop."""
+    limit = config.serve.max_pixels
     photos: dict[str, Photo] = {}
     for name, data in files.items():
         photos[name] = open_photo(name, data, config)
+    products = numbered(photos, "product_file")
+    pixels = sum(photo.image.width * photo.image.height for photo in products)
+    if pixels > limit:
+        message = f"The {len(products)} photos of the products have {pixels} pixels together; at most {limit} may be."
+        raise ApiError(413, "too_large", message, "Scale them down, or send fewer.")
     return GenerationRequest(
-        product=photos["product_file"],
-        mask=photos.get("mask_file"),
+        products=products,
+        masks=numbered(photos, "mask_file"),
         reference=photos.get("reference_file"),
         scene=prompt.scene,
         settings=prompt.settings,
         num_images=prompt.num_images,
         seed=prompt.seed,
         with_layers=with_layers,
+        most_pixels=limit,
     )
+
+
+def numbered(photos: dict[str, Photo], field: str) -> tuple[Photo, ...]:
+    """The pictures of a field in their order; the first one has the field's name, the next ones a number after it."""
+    count = sum(name.partition(".")[0] == field for name in photos)
+    return tuple(photos[file_name(field, number)] for number in range(count))
+
+
+def file_name(field: str, number: int) -> str:
+    """What the file of a field is called among the files of its form."""
+    return f"{field}.{number}" if number else field

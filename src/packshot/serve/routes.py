@@ -27,11 +27,13 @@ from packshot.serve.page import PAGE, headers
 from packshot.serve.requests import (
     FILES,
     build_request,
+    file_name,
     max_steps,
     open_photo,
     public_error,
     read_settings,
     read_upload,
+    refuse_group,
     refuse_repeated,
 )
 from packshot.serve.schemas import (
@@ -208,7 +210,8 @@ def add_generate_route(app: FastAPI, service: Service) -> None:
         as_png = wants_png(request.headers.get("accept", ""))
         if as_png and form.num_images != 1:
             raise ApiError(422, "invalid_field", "Accept: image/png holds one picture.", "Set num_images=1.")
-        await refuse_repeated(request)
+        await refuse_repeated(request, form.together)
+        refuse_group(form.together, len(form.product_file), len(form.mask_file))
         prompt = read_settings(form, config, form.reference_file is not None)
         files = await read_files(form, service)
         pictures = await service.answer(await run_in_threadpool(build_request, prompt, files, config), request)
@@ -223,7 +226,11 @@ def add_generate_route(app: FastAPI, service: Service) -> None:
             images.append(GeneratedImage(image=encoded, seed=prompt.seed + k, certificate=picture.certificate))
         return GenerateResponse(
             request_id=request.state.request_id,
-            prediction=Prediction(prompt=pictures[0].certificate["request"]["prompt"], images=images),
+            prediction=Prediction(
+                prompt=pictures[0].certificate["request"]["prompt"],
+                images=images,
+                cut_out=base64.b64encode(pictures[0].cut_out).decode() if pictures[0].cut_out else None,
+            ),
             processing_time_ms=round(seconds * 1000, 1),
             model_version=service.model_version,
         )
@@ -241,10 +248,12 @@ def add_mask_route(app: FastAPI, service: Service) -> None:
 
 
 async def read_files(form: GenerateForm, service: Service) -> dict[str, bytes]:
-    """The bytes of a form's files by field."""
+    """The bytes of a form's files, by the names that :func:`file_name` gives them."""
     files = {}
-    for name in FILES:
-        upload = getattr(form, name)
-        if upload is not None:
-            files[name] = await read_upload(name, upload, service.config)
+    for field in FILES:
+        given = getattr(form, field)
+        uploads = given if isinstance(given, list) else [given]
+        for number, upload in enumerate(uploads):
+            if upload is not None:
+                files[file_name(field, number)] = await read_upload(field, upload, service.config)
     return files

@@ -17,6 +17,7 @@ from packshot.scene import SLOTS
 from packshot.scene.slots import Slot
 
 MAX_IMAGES = 8
+MOST_TOGETHER = 8  # products in one picture
 RETRIES = next(field for field in dataclasses.fields(VerifyConfig) if field.name == "retries")
 Json = dict[str, Any]
 
@@ -91,14 +92,28 @@ class SceneForm(RowForm):
         le=MOST_RETRIES,
         description=f"{RETRIES.metadata['help']}; default: the server's generate.verify.retries",
     )
+    together: bool = Field(
+        False,
+        description="several products in one picture, side by side in the order of their product_file, each with its "
+        f"own pixels; up to {MOST_TOGETHER}",
+    )
     size: str | None = Field(None, pattern=r"^\d{1,5}x\d{1,5}$", description="width x height in px: 1024x768")
 
 
 class GenerateForm(SceneForm):
     """The multipart fields of a request for pictures. Describe the scene by `prompt` or by its slots, not by both."""
 
-    product_file: UploadFile = Field(description="photo of the product")
-    mask_file: UploadFile | None = Field(None, description="white = product; default: found from alpha or segmentation")
+    product_file: list[UploadFile] = Field(
+        min_length=1,
+        max_length=MOST_TOGETHER,
+        description="photo of the product; with together=true repeat the field for each product",
+    )
+    mask_file: list[UploadFile] = Field(
+        [],
+        max_length=MOST_TOGETHER,
+        description="white = product; default: found from alpha or segmentation; with together=true one for each "
+        "product in their order, or none",
+    )
     reference_file: UploadFile | None = Field(None, description="image whose look is taken (needs an IP-Adapter)")
 
 
@@ -131,6 +146,11 @@ class GeneratedImage(BaseModel):
 class Prediction(BaseModel):
     prompt: str = Field(description="text the model was prompted with")
     images: list[GeneratedImage]
+    cut_out: str | None = Field(
+        None,
+        description="base64 of the PNG file that several products make, which certificates and `packshot verify` take "
+        "as the photo; null for one product",
+    )
 
 
 class GenerateResponse(BaseModel):
