@@ -1,7 +1,7 @@
 """Fits the network of ``packshot.imaging.shadows`` on rendered shadows, and measures it on held-out ones.
 
     python -m tools.fit_shadows
-Two minutes on one core; writes ``src/packshot/imaging/shadows.json`` and prints the figures of ``docs/log.md``.
+Three minutes on one core; writes ``src/packshot/imaging/shadows.json`` and prints the figures of ``docs/log.md``.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ class Shot:
     area_HW: np.ndarray
     surface: str
 
+    @property
+    def is_matt(self) -> bool:
+        """Whether the layer shows a shadow alone: in the others it is a mirror image as well, which is no shadow."""
+        return not any(word in self.surface for word in GLOSSY)
+
 
 def read_picture(cell: dict[str, bytes]) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("L"))
@@ -77,6 +82,11 @@ def training_pixels(shots: list[Shot]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(np.concatenate(inputs)), torch.from_numpy(np.concatenate(targets))
 
 
+def shadow_loss(found_N: torch.Tensor, truth_N: torch.Tensor) -> torch.Tensor:
+    """Squared errors of the light left, which an eye sees, and of its logarithm, which tells dark from black."""
+    return 4 * (found_N.exp() - truth_N.exp()).square().mean() + (found_N - truth_N).square().mean()
+
+
 def fit(inputs_NF: torch.Tensor, targets_N: torch.Tensor, epochs: int) -> list[np.ndarray]:
     """The weights in the order of ``shadows.weights``."""
     torch.manual_seed(0)
@@ -93,7 +103,7 @@ def fit(inputs_NF: torch.Tensor, targets_N: torch.Tensor, epochs: int) -> list[n
     for _ in range(steps):
         chosen = torch.randint(0, len(targets_N), (BATCH,))
         out = network((inputs_NF[chosen] - mean) / spread)[:, 0]
-        loss = (-torch.nn.functional.softplus(out) - targets_N[chosen]).square().mean()
+        loss = shadow_loss(-torch.nn.functional.softplus(out), targets_N[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -105,33 +115,47 @@ def fit(inputs_NF: torch.Tensor, targets_N: torch.Tensor, epochs: int) -> list[n
     return found
 
 
-def near_foot(shot: Shot) -> np.ndarray:
-    """Bool (H, W): the ground within a tenth of the product's size of its foot, where it has to stand on something."""
+def near_foot(shot: Shot, reach: float) -> np.ndarray:
+    """Bool (H, W): the ground within ``reach`` px of the foot of a product."""
     outline = outline_of(shot.mask_HW)
     foot = shot.mask_HW.copy()
     foot[: outline.bottom - max(1, round(shadows.FOOT * outline.height))] = False
-    return shot.area_HW & (cv2.distanceTransform((~foot).astype(np.uint8), cv2.DIST_L2, 5) <= 0.1 * outline.size)
+    return shot.area_HW & (cv2.distanceTransform((~foot).astype(np.uint8), cv2.DIST_L2, 5) <= reach)
+
+
+def errors(found_N: np.ndarray, truth_N: np.ndarray) -> np.ndarray:
+    """Errors of logarithms, each next to that of no shadow: squares, absolute values, and squares of the light left."""
+    light = np.exp(truth_N)
+    pairs = [(found_N - truth_N) ** 2, truth_N**2, np.abs(found_N - truth_N), np.abs(truth_N)]
+    pairs += [(np.exp(found_N) - light) ** 2, (1 - light) ** 2]
+    return np.array([values.sum() for values in pairs])
 
 
 def measure_groups(shots: list[Shot]) -> dict[str, np.ndarray]:
-    """By area: squared errors of the logarithm with the network and without a shadow, and pixels; sums over scenes."""
+    """By area and kind of surface, :func:`errors` summed over scenes."""
     sums: dict[str, np.ndarray] = {}
     for shot in shots:
-        error = (shadows.log_layer(shot.mask_HW, shot.light) - shot.truth_HW) ** 2
-        matt = not any(word in shot.surface for word in GLOSSY)
-        areas = {"around the product": shot.area_HW, "near the foot": near_foot(shot)}
+        found = shadows.log_layer(shot.mask_HW, shot.light)
+        outline = outline_of(shot.mask_HW)
+        areas = {
+            "around the product": shot.area_HW,
+            "within .2 heights of the foot": near_foot(shot, 0.2 * outline.height),
+            "within .1 sizes of the foot": near_foot(shot, 0.1 * outline.size),
+        }
         for name, area in areas.items():
-            row = np.array([error[area].sum(), (shot.truth_HW[area] ** 2).sum(), area.sum()])
-            for group in (name, f"{name}, matt surfaces") if matt else (name,):
-                sums[group] = sums.get(group, np.zeros(3)) + row
+            for kind in ("all", "matt" if shot.is_matt else "mirroring"):
+                group = f"{name}, {kind} surfaces"
+                sums[group] = sums.get(group, np.zeros(6)) + errors(found[area], shot.truth_HW[area])
     return sums
 
 
 def measure(shots: list[Shot]) -> None:
-    """Print the root mean squared errors with the network and without a shadow."""
-    for group, (with_it, without, count) in measure_groups(shots).items():
-        figures = f"{math.sqrt(with_it / count):.3f}, no shadow {math.sqrt(without / count):.3f}"
-        print(f"{group}: RMSE {figures}, ratio {math.sqrt(with_it / without):.2f}")
+    """Print the errors of the layer as shares of those of no shadow."""
+    for group, (square, no_square, absolute, no_absolute, light, no_light) in sorted(measure_groups(shots).items()):
+        print(
+            f"{group}: RMSE {math.sqrt(square / no_square):.2f}, mean absolute {absolute / no_absolute:.2f}, "
+            f"RMSE of the light left {math.sqrt(light / no_light):.2f}"
+        )
 
 
 def darkenings(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -168,7 +192,8 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="only measure what is there")
     given = parser.parse_args()
     if not given.measure:
-        found = fit(*training_pixels(list(read_shots(ROOT / "data/rendered/train"))), given.epochs)
+        shots = [shot for shot in read_shots(ROOT / "data/rendered/train") if shot.is_matt]
+        found = fit(*training_pixels(shots), given.epochs)
         rounded = [np.round(values.astype(np.float64), 3).tolist() for values in found]
         FILE.write_text(json.dumps({"hidden": HIDDEN, "weights": rounded}, separators=(",", ":")) + "\n")
         shadows.weights.cache_clear()

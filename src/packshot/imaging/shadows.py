@@ -23,6 +23,8 @@ REACH = 0.6  # of the product's longer side: farther away there is no shadow
 LENGTHS = (0.6, 1.2, 2.2)  # of a thrown shadow, in heights of what throws it: the sun stands at 59, 40 and 24 degrees
 FORESHORTENING = 0.45  # of the ground: shadows to the front and to the back look this much shorter
 FOOT = 0.12  # of the product's height: the part that stands on the ground
+BASE = 0.06  # of the product's height: its width is that of what touches the ground
+DEPTHS = (0.2, 0.4)  # of a base in the picture, in its widths: seen from low and from high, or a flat and a round thing
 TURNS = (20.0, 35.0)  # degrees by which a light "from the left" stands nearer to the camera than that
 _HARSH = re.compile(r"\b(harsh|hard|strong|bright|direct|sun\w*|golden hour|spotlight)\b")
 
@@ -70,14 +72,18 @@ def outline_of(mask_HW: np.ndarray) -> Outline:
     return Outline(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 
 
-def thrown(mask_HW: np.ndarray, outline: Outline, angle: float, length: float) -> np.ndarray:
-    """The outline as a light lays it on the ground, float32 (H, W) in [0, 1]. length: in heights of what throws it."""
+def thrown(mask_HW: np.ndarray, outline: Outline, angle: float, length: float, lifted: float = 0.0) -> np.ndarray:
+    """The outline as a light lays it on the ground, float32 (H, W) in [0, 1]. length: in heights of what throws it.
+
+    lifted: px by which the ground that it stands on lies above its lowest row.
+    """
     right = -math.cos(math.radians(angle)) * length
     up = -math.sin(math.radians(angle)) * length * FORESHORTENING
     # a light that stands exactly at the side would lay the outline on a line
     up = math.copysign(max(abs(up), 0.04), up)
     # what stands h above the foot goes to h * right beside it, and to h * up above it
-    matrix = np.array([[1, -right, right * outline.bottom], [0, up, outline.bottom * (1 - up)]], np.float32)
+    ground = outline.bottom - lifted
+    matrix = np.array([[1, -right, right * ground], [0, up, ground * (1 - up)]], np.float32)
     size = (mask_HW.shape[1], mask_HW.shape[0])
     laid = cv2.warpAffine(mask_HW.astype(np.float32), matrix, size)
     return cv2.GaussianBlur(laid, (0, 0), max(0.5, 0.02 * outline.size))
@@ -87,6 +93,31 @@ def towards_camera(angle: float, turn: float) -> float:
     """A light's angle, turned nearer to the camera if it stands at a side."""
     side = math.cos(math.radians(angle))
     return angle if abs(side) < 0.5 else angle - math.copysign(turn, side)
+
+
+def base_planes(mask_HW: np.ndarray, outline: Outline, light: Light) -> list[np.ndarray]:
+    """What a base of some depth adds to :func:`features`: its ellipse on the ground, shadows thrown from its middle.
+
+    A cup's lowest row is the front of its base, and its shadow begins behind that.
+    """
+    rows, columns = np.indices(mask_HW.shape, np.float32)
+    lowest = mask_HW[outline.bottom - max(1, round(BASE * outline.height)) : outline.bottom]
+    touching = np.flatnonzero(lowest.any(axis=0))
+    width = int(touching[-1]) + 1 - int(touching[0])
+    middle = int(touching[0]) + width / 2
+    known = light.angle is not None
+    angle = towards_camera(light.angle if light.angle is not None else 270.0, TURNS[0])
+    planes = [np.full_like(rows, width / max(1, outline.width))]
+    for depth in DEPTHS:
+        radius = max(1.0, depth * width / 2)
+        across = (columns + 0.5 - middle) / max(1.0, width / 2)
+        away = (rows + 0.5 - outline.bottom + radius) / radius
+        distance = np.maximum(np.sqrt(across**2 + away**2) - 1, 0) * radius / outline.size
+        planes += [np.exp(-distance / 0.03), np.exp(-distance / 0.1)]
+        for length in LENGTHS:
+            laid = thrown(mask_HW, outline, angle, length, round(depth * width / 2)) * known
+            planes += [laid, laid * light.harsh]
+    return planes
 
 
 def features(mask_HW: np.ndarray, light: Light) -> np.ndarray:
@@ -114,6 +145,7 @@ def features(mask_HW: np.ndarray, light: Light) -> np.ndarray:
     for value in (known, light.harsh, side, depth):
         planes.append(np.full_like(x, float(value)))
     planes.append(x * side)
+    planes += base_planes(mask_HW, outline, light)
     return np.stack(planes, axis=-1).astype(np.float32)
 
 
