@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import torch
@@ -60,8 +59,7 @@ def read_shots(folder: Path) -> Iterator[Shot]:
             alpha = read_picture(row["mask"])
             mask = alpha >= 128
             outline = outline_of(mask)
-            distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5)
-            area = (alpha < 8) & (distance <= REACH * max(outline.height, outline.width))
+            area = (alpha < 8) & (shadows.distance_to(mask) <= REACH * max(outline.height, outline.width))
             truth = np.log(np.maximum(read_picture(row["shadow"]) / 255, DARKEST))
             lighting = row["scene"]["lighting"]
             light = Light(light_angle(lighting), is_harsh(lighting))
@@ -118,9 +116,8 @@ def fit(inputs_NF: torch.Tensor, targets_N: torch.Tensor, epochs: int) -> list[n
 def near_foot(shot: Shot, reach: float) -> np.ndarray:
     """Bool (H, W): the ground within ``reach`` px of the foot of a product."""
     outline = outline_of(shot.mask_HW)
-    foot = shot.mask_HW.copy()
-    foot[: outline.bottom - max(1, round(shadows.FOOT * outline.height))] = False
-    return shot.area_HW & (cv2.distanceTransform((~foot).astype(np.uint8), cv2.DIST_L2, 5) <= reach)
+    foot = shadows.foot_of(shot.mask_HW, outline)
+    return shot.area_HW & (shadows.distance_to(foot) <= reach)
 
 
 def errors(found_N: np.ndarray, truth_N: np.ndarray) -> np.ndarray:

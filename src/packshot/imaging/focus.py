@@ -7,12 +7,12 @@ import numpy as np
 
 FEWEST_EDGES = 8  # px; a median over fewer says nothing
 WEAKEST_EDGE = 4.0  # slope of Sobel's operator in 255ths; what is weaker is noise
-SOFT = 2.0  # sigma in px from which edges are measured on a smaller copy
+SOFT = 1.0  # sigma in px of a smaller copy, from which on edges are measured there
 SHARPEST = 0.5  # sigma in px that edges are narrowed to; noise reads as less
 FAINT = 1.0  # slope in 255ths a pixel at which an edge is narrowed half as much: grain is fainter
 MOST_ROUNDS = 12
-ROUNDS_AT_ONCE = 2  # between two looks at the direction of edges
-MOST_PIXELS = 4_000_000  # of the copy on which edges are narrowed
+ROUNDS_AT_ONCE = 3  # between two looks at the direction of edges
+MOST_PIXELS = 2_000_000  # of the copy on which edges are narrowed
 FADE = 4.0  # sigmas beside the product over which the narrowing sets in
 _CROSS = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3))
 
@@ -34,15 +34,14 @@ def edge_blur(picture_HW3: np.ndarray, area_HW: np.ndarray) -> float | None:
     """
     grey_HW = cv2.cvtColor(picture_HW3, cv2.COLOR_RGB2GRAY)
     found = None
-    for scale in (1, 2, 4, 8):
+    for scale in (8, 4, 2, 1):  # the full size of 12 megapixels takes a third of a second
         size = (max(1, area_HW.shape[1] // scale), max(1, area_HW.shape[0] // scale))
         small_HW = cv2.resize(grey_HW, size, interpolation=cv2.INTER_AREA).astype(np.float32)
         blur = blur_of_edges(small_HW, cv2.resize(area_HW, size, interpolation=cv2.INTER_AREA) == 255)
-        if blur is None:
-            break
-        found = round(scale * blur, 2)
-        if blur < SOFT:
-            break
+        if blur is not None:
+            found = round(scale * blur, 2)
+            if blur >= SOFT:
+                break
     return found
 
 
@@ -89,16 +88,16 @@ def side_of_edges(grey_HW: np.ndarray, sigma: float) -> np.ndarray:
     down = cv2.Sobel(smooth, cv2.CV_32F, 0, 1, scale=1 / 8)
     tensor = [cv2.GaussianBlur(product, (0, 0), 2 * sigma) for product in (across**2, across * down, down**2)]
     xx, xy, yy = tensor
-    angle = 0.5 * np.arctan2(2 * xy, xx - yy)
-    cosine = np.cos(angle)
-    sine = np.sin(angle)
-    second = cosine**2 * cv2.Sobel(across, cv2.CV_32F, 1, 0, scale=1 / 8)
-    second += 2 * cosine * sine * cv2.Sobel(across, cv2.CV_32F, 0, 1, scale=1 / 8)
-    second += sine**2 * cv2.Sobel(down, cv2.CV_32F, 0, 1, scale=1 / 8)
+    spread = cv2.magnitude(xx - yy, 2 * xy) + 1e-6
+    cosine = (xx - yy) / spread  # of twice the angle of the first direction
+    sine = 2 * xy / spread
+    second = (1 + cosine) * cv2.Sobel(across, cv2.CV_32F, 1, 0, scale=1 / 16)
+    second += sine * cv2.Sobel(across, cv2.CV_32F, 0, 1, scale=1 / 8)
+    second += (1 - cosine) * cv2.Sobel(down, cv2.CV_32F, 0, 1, scale=1 / 16)
     slope_squared = xx + yy
-    slope = np.sqrt(slope_squared)
-    side = np.tanh(second * sigma / (0.15 * np.maximum(slope, 0.05)))
-    return side * slope_squared / (slope_squared + FAINT**2)
+    steepness = second * (sigma / 0.15) / np.maximum(cv2.sqrt(slope_squared), 0.05)
+    side = steepness / cv2.sqrt(1 + steepness * steepness)
+    return side * (slope_squared / (slope_squared + FAINT**2))
 
 
 def narrowed(picture_HW3: np.ndarray, weight_HW: np.ndarray, sigma: float) -> np.ndarray:
@@ -106,13 +105,15 @@ def narrowed(picture_HW3: np.ndarray, weight_HW: np.ndarray, sigma: float) -> np
 
     A pixel moves towards the darkest or the brightest of its neighbours, so no value is beyond theirs: no halo.
     """
-    side = 0.4 * weight_HW * side_of_edges(picture_HW3.mean(axis=2), sigma)
-    darker = np.maximum(side, 0)[..., None]
-    brighter = np.maximum(-side, 0)[..., None]
+    side = 0.4 * weight_HW * side_of_edges(cv2.cvtColor(picture_HW3, cv2.COLOR_RGB2GRAY), sigma)
+    share = np.abs(side)
+    stays = cv2.merge([1 - share] * 3)
+    moves = cv2.merge([share] * 3)
+    to_dark = cv2.merge([(side > 0).astype(np.uint8)] * 3)
     for _ in range(ROUNDS_AT_ONCE):
-        low = cv2.erode(picture_HW3, _CROSS)
-        high = cv2.dilate(picture_HW3, _CROSS)
-        picture_HW3 = picture_HW3 + darker * (low - picture_HW3) + brighter * (high - picture_HW3)
+        target = cv2.dilate(picture_HW3, _CROSS)
+        cv2.copyTo(cv2.erode(picture_HW3, _CROSS), to_dark, target)
+        picture_HW3 = cv2.add(cv2.multiply(stays, picture_HW3), cv2.multiply(moves, target))
     return picture_HW3
 
 
@@ -141,5 +142,7 @@ def narrow_edges(picture_HW3: np.ndarray, product_HW: np.ndarray, blur: float, a
         if now is None or now <= scale * aim:
             break
     change = cv2.resize(result - start, (width, height), interpolation=cv2.INTER_LINEAR)
-    change[product_HW > 0] = 0
-    return np.clip(np.rint(picture_HW3 + change), 0, 255).astype(np.uint8)
+    left, top, across, down = cv2.boundingRect(product_HW)
+    box = np.s_[top : top + down, left : left + across]
+    change[box][product_HW[box] > 0] = 0
+    return cv2.add(picture_HW3, change, dtype=cv2.CV_8U)  # rounds and clips

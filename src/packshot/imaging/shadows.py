@@ -18,6 +18,7 @@ import numpy as np
 
 DARKEST = 0.05  # of the light that is left; logarithms of layers end there
 AURA = 0.03  # logarithm that the fit takes away all around, being unsure; it is given back, no shadow looks like it
+NEAR = 0.1  # of the product's size around its foot, within which less is given back: there the fit is sure
 RASTER = 96  # px of the product's longer side in the raster on which a layer is computed; it has no finer detail
 REACH = 0.6  # of the product's longer side: farther away there is no shadow
 LENGTHS = (0.6, 1.2, 2.2)  # of a thrown shadow, in heights of what throws it: the sun stands at 59, 40 and 24 degrees
@@ -120,17 +121,28 @@ def base_planes(mask_HW: np.ndarray, outline: Outline, light: Light) -> list[np.
     return planes
 
 
+def foot_of(mask_HW: np.ndarray, outline: Outline) -> np.ndarray:
+    """The lowest part of a bool mask."""
+    foot_HW = mask_HW.copy()
+    foot_HW[: outline.bottom - max(1, round(FOOT * outline.height))] = False
+    return foot_HW
+
+
+def distance_to(mask_HW: np.ndarray) -> np.ndarray:
+    """Pixels from a bool mask, 0 inside; float32 (H, W)."""
+    return cv2.distanceTransform((~mask_HW).astype(np.uint8), cv2.DIST_L2, 5)
+
+
 def features(mask_HW: np.ndarray, light: Light) -> np.ndarray:
     """What the network sees of each pixel: float32 (H, W, F). mask_HW: bool."""
     outline = outline_of(mask_HW)
     rows, columns = np.indices(mask_HW.shape, np.float32)
     x = (columns + 0.5 - (outline.left + outline.right) / 2) / outline.size
     y = (rows + 0.5 - outline.bottom) / outline.size
-    foot_HW = mask_HW.copy()
-    foot_HW[: outline.bottom - max(1, round(FOOT * outline.height))] = False
+    foot_HW = foot_of(mask_HW, outline)
     planes = [x, np.abs(x), y, np.full_like(x, outline.width / outline.height)]
     for part in (mask_HW, foot_HW):
-        distance = cv2.distanceTransform((~part).astype(np.uint8), cv2.DIST_L2, 5) / outline.size
+        distance = distance_to(part) / outline.size
         planes += [distance, np.exp(-distance / 0.04), np.exp(-distance / 0.15)]
     for blur in (0.05, 0.15, 0.4):
         planes.append(cv2.GaussianBlur(foot_HW.astype(np.float32), (0, 0), max(0.5, blur * outline.size)))
@@ -169,12 +181,13 @@ def predict(features_NF: np.ndarray) -> np.ndarray:
 def log_layer(mask_HW: np.ndarray, light: Light) -> np.ndarray:
     """Logarithm of the layer around a mask, float32 (H, W); 0 beyond its reach. mask_HW: bool."""
     outline = outline_of(mask_HW)
-    distance = cv2.distanceTransform((~mask_HW).astype(np.uint8), cv2.DIST_L2, 5)
+    distance = distance_to(mask_HW)
     share = np.clip(distance / (REACH * max(outline.height, outline.width)), 0, 1)
     fade = np.clip(1 - share**3 * (10 - 15 * share + 6 * share**2), 0, 1)
     seen = features(mask_HW, light)
     values = predict(seen.reshape(-1, seen.shape[-1])).reshape(mask_HW.shape)
-    return np.clip(values + AURA, math.log(DARKEST), 0) * fade
+    unsure = np.clip(distance_to(foot_of(mask_HW, outline)) / (NEAR * outline.size), 0, 1)
+    return np.clip(values + AURA * unsure, math.log(DARKEST), 0) * fade
 
 
 def reach_of(outline: Outline) -> int:
