@@ -244,8 +244,8 @@ def test_a_server_draws_again(tool, monkeypatch):
     settings = replace(QUICK, verify=VerifyConfig(retries=2))
     photo, mask = photo_and_mask()
     request = SimpleNamespace(
-        product=photo,
-        mask=mask,
+        products=(photo,),
+        masks=(mask,),
         scene="a table",
         num_images=1,
         seed=0,

@@ -7,7 +7,7 @@ import numpy as np
 
 FEWEST_EDGES = 8  # px; a median over fewer says nothing
 WEAKEST_EDGE = 4.0  # slope of Sobel's operator in 255ths; what is weaker is noise
-SOFT = 1.0  # sigma in px of a smaller copy, from which on edges are measured there
+SOFT = 1.4  # sigma in px of a smaller copy, from which on edges are measured there
 SHARPEST = 0.5  # sigma in px that edges are narrowed to; noise reads as less
 FAINT = 1.0  # slope in 255ths a pixel at which an edge is narrowed half as much: grain is fainter
 MOST_ROUNDS = 12
