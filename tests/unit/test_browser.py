@@ -189,3 +189,21 @@ def test_cancelling_deletes_the_job(browser):
     browser.wait_for("return !running")
     assert browser.text("#status") == "Cancelled."
     browser.wait_for("return ask(arguments[0]).then((answer) => answer.status === 404)", address)
+
+
+def test_several_products_stand_in_one_picture(browser):
+    """Chosen at once; the page's one mask makes way, and comes back for a single product."""
+    kept = browser.run("return shown.length")
+    browser.run("document.querySelector('#num_inference_steps').value = 2")
+    browser.run("document.querySelector('#num_images').value = 1")
+    browser.click("#together")
+    browser.run("document.querySelector('#product_file').value = ''")
+    browser.type("#product_file", f"{PHOTO}\n{PHOTO.with_name('serum.png')}")
+    assert browser.run("return document.querySelector('#masking').hidden")
+    browser.click("[type=submit]")
+    drawn(browser, kept + 1)
+    proof = browser.run("return Object.values(shown.at(-1).blobs)[1].text().then(JSON.parse)")
+    assert [part.split(" (")[0] for part in proof["transform"]["decoding"]] == ["product_file 1", "product_file 2"]
+    browser.click("#together")
+    assert not browser.run("return document.querySelector('#product_file').multiple")
+    assert browser.run("return document.querySelector('#product_file').files.length") == 0
