@@ -285,6 +285,8 @@ WHITE = ["generate.background.color=[255,255,255]"]
         (WHITE, {"light_angle": 90}, "light_angle=90", "generate.shadow=contact"),
         (WHITE, {"background": "a brick wall"}, "background", "generate.background.color"),
         (WHITE, {"prompt": "a beach"}, "prompt", "generate.background.color"),
+        (WHITE, {"num_inference_steps": 9}, "num_inference_steps", "generate.background.color"),
+        (WHITE, {"guidance_scale": 2.0}, "guidance_scale", "generate.background.color"),
         ([], {"placement": "left"}, "placement=left", "size=1024x1024"),
     ],
 )

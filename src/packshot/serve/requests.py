@@ -12,6 +12,7 @@ from fastapi import Request, UploadFile
 from packshot.config import conditions
 from packshot.config.checks import validate
 from packshot.config.schema import Generate, GenerateSettings, Placement, Serve, Shadow
+from packshot.config.unread import RULES
 from packshot.errors import ConfigError, PackshotError
 from packshot.generate.product import Photo, decode
 from packshot.runs.files import sha256
@@ -19,12 +20,15 @@ from packshot.scene import SLOTS, Scene
 from packshot.serve.devices import GenerationRequest
 from packshot.serve.schemas import ApiError, SceneForm
 
+FIELDS = SceneForm.model_fields
 FILES = ("product_file", "mask_file", "reference_file")
 REPEATED = {name for name, row in SLOTS.items() if row.many}  # the fields that a form may have several times
 GROUPED = {"product_file", "mask_file"}  # those that it may have once for each product of a group
 CANVAS_PIXELS = 1024 * 1024
 CANVAS = ("size", "aspect_ratio", "position", "margin", "product_scale")  # settings without effect on the photo's frame
 COLOR = "generate.background.color"
+# fields that nothing reads where a server draws nothing; scene slots are others
+UNDRAWN = [name for rule in RULES if rule.by == ("background.color",) for name in rule.keys if name in FIELDS]
 ABSOLUTE_PATH = re.compile(r"(?<![\w./])/(?:[^\s/:,;'\"]+/)+[^\s/:,;'\"]*")
 
 
@@ -126,7 +130,7 @@ def over_defaults(form: SceneForm, defaults: GenerateSettings) -> GenerateSettin
     return GenerateSettings(**{**vars(defaults), **given})
 
 
-def refuse_contradictions(form: SceneForm, settings: GenerateSettings, config: Serve) -> None:
+def refuse_contradictions(form: SceneForm, settings: GenerateSettings, config: Serve, reference: bool) -> None:
     """Raises ApiError 422 for what contradicts itself or has no effect, in the words of a form."""
     if form.size and settings.placement is Placement.original:
         message = f"size={form.size} has no effect with placement=original, which keeps the photo's size."
@@ -138,10 +142,12 @@ def refuse_contradictions(form: SceneForm, settings: GenerateSettings, config: S
     if form.prompt and slots:
         raise ApiError(422, "invalid_field", "prompt and scene fields are both given.", "Use one of the two.")
     color = settings.background.color
-    for name in [*slots, "prompt", "negative_prompt"] if color else []:
-        if getattr(form, name):
-            message = f"{name} has no effect: this server puts products on the colour {color}, and draws nothing."
-            raise ApiError(422, "invalid_field", message, f"Leave {name} out, or use a server without {COLOR}.")
+    given = [*slots, *(name for name in UNDRAWN if getattr(form, name) is not None)]
+    if reference:
+        given.append("reference_file")
+    if color and given:
+        message = f"{given[0]} has no effect: this server puts products on the colour {color}, and draws nothing."
+        raise ApiError(422, "invalid_field", message, f"Leave {given[0]} out, or use a server without {COLOR}.")
     read = set(conditions.settings()) if config.adapters.controlnets and not color else set()
     if settings.shadow is not Shadow.none:
         read.add("light")
@@ -160,7 +166,7 @@ def read_settings(form: SceneForm, config: Serve, reference: bool) -> PromptSett
         ApiError: 422, a value is out of range or contradicts another, or it would take too long.
     """
     settings = over_defaults(form, config.generate)
-    refuse_contradictions(form, settings, config)
+    refuse_contradictions(form, settings, config, reference)
     if reference and not config.adapters.ip_adapter:
         raise ApiError(
             422,
