@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib
+import io
 import logging
 import os
 import sys
@@ -186,7 +187,9 @@ def run_stage(name: str, arguments: Sequence[str] | None = None) -> None:
         line = read_arguments(sys.argv[1:] if arguments is None else arguments)
         if line.help:
             print(help_text(name, stage.about))
-        elif line.multirun:
+            return
+        refuse_other_encodings()
+        if line.multirun:
             from packshot.multirun import multirun
 
             multirun(name, line.overrides, line.config_dir, line.dry)
@@ -196,28 +199,75 @@ def run_stage(name: str, arguments: Sequence[str] | None = None) -> None:
             run_target(stage.target, compose(name, line.overrides, line.config_dir))
 
 
+# Errors of the system that a person can mend; any other one is a defect, and keeps its traceback.
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+
+
 @contextmanager
 def exiting() -> Iterator[None]:
     """End the process after a piece of work: 0 done, 1 failed, 2 bad arguments or config, with one message."""
+    prepare_screen()
     try:
         yield
+        sys.stdout.flush()
     except PackshotError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except BrokenPipeError as error:
+        if not reader_has_gone():
             raise
-        # Most writers raise a PackshotError that also names what is safe. The others deserve no traceback either.
-        print(
-            f"error: {error.filename or 'A file that the system does not name'} cannot be written: {error.strerror}.",
-            file=sys.stderr,
-        )
-        print("  Free some space; run.resume=true continues from what is finished.", file=sys.stderr)
+        raise SystemExit(0) from error
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        # Most places raise a PackshotError that also names the key. The others deserve no traceback either.
+        print(system_message(error), file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt as error:
         print("interrupted; the run folder keeps what is finished, run.resume=true continues", file=sys.stderr)
         raise SystemExit(130) from error
     raise SystemExit(0)
+
+
+def prepare_screen() -> None:
+    """Make sure that everything can be printed: a closed stream swallows it, and characters that the terminal's
+    encoding lacks become escapes."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def reader_has_gone() -> bool:
+    """Whether what reads standard output has closed it (``| head -1``); what is left for it goes nowhere then."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def system_message(error: OSError) -> str:
+    """What the system refused, and the way out."""
+    from packshot.runs.files import REMEDIES
+
+    name = error.filename or "A file that the system does not name"
+    remedy = REMEDIES.get(error.errno or 0, "")
+    return f"error: {name} cannot be read or written: {error.strerror}.\n  {remedy}run.resume=true continues a run."
+
+
+def refuse_other_encodings() -> None:
+    """Raises ConfigError where the system's settings make Python read names and arguments as something else than UTF-8:
+    captions and file names would be other ones, and files that cannot be named in it would be lost."""
+    encoding = sys.getfilesystemencoding()
+    if encoding.replace("-", "").lower() != "utf8":
+        raise ConfigError(
+            f"The language settings of this shell make Python read names and words as {encoding}, not as UTF-8.",
+            "Start with PYTHONUTF8=1, or LC_ALL=C.UTF-8, in the environment.",
+        )
 
 
 def plan(arguments: Sequence[str]) -> None:
@@ -269,6 +319,7 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
         if {"-h", "--help"} & set(arguments):
             print(f"{command.about}\n\nusage: packshot {name} {command.usage}")
             return
+        refuse_other_encodings()
         quiet_libraries()
         module, function = command.target.split(":")
         getattr(importlib.import_module(module), function)(arguments)
@@ -292,11 +343,11 @@ def main() -> None:
     if name in COMMANDS:
         run_command(name, arguments)
     if name in ("-h", "--help"):
-        print("\n".join(usage_lines()))
-        raise SystemExit(0)
+        with exiting():
+            print("\n".join(usage_lines()))
     if name == "--version":
-        print(version("packshot"))
-        raise SystemExit(0)
+        with exiting():
+            print(version("packshot"))
     close = nearest(name, [*STAGES, *COMMANDS])
     hint = [f"  Did you mean {close}?"] if close else []
     print("\n".join([f"error: there is no stage or command {name!r}", *hint, *usage_lines()]), file=sys.stderr)

@@ -1,6 +1,7 @@
 """Composition, refusals and help (a typo is refused everywhere, before a model is loaded)."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -134,6 +135,35 @@ def test_help_lists_every_key_without_heavy_imports(script):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "run.dir=null" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["generate", "--help"], ["bench", "--help"], ["--help"], ["generate", "--cfg"]])
+def test_a_reader_that_has_gone_is_no_error(arguments):
+    """``packshot generate --help | head -1``."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "packshot", *arguments]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_words_beyond_the_terminal_s_encoding_are_escaped():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "generate.py", "scene.surface=a marble table, weiß", "--cfg"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "surface: a marble table, wei\\xdf" in done.stdout
+
+
+def test_a_shell_that_is_not_in_utf8_is_refused():
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    for command in (["generate.py", "tracking=none"], ["-m", "packshot", "show", "sets/größe"]):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment)
+        assert done.returncode == 2, done.stderr
+        assert "read names and words as ascii, not as UTF-8.\n  Start with PYTHONUTF8=1" in done.stderr
+    help_text = [sys.executable, "generate.py", "--help"]
+    assert subprocess.run(help_text, capture_output=True, cwd=ROOT, env=environment).returncode == 0
 
 
 def test_exit_code_of_a_wrong_key():

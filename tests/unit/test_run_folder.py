@@ -106,8 +106,13 @@ def test_a_full_disk_ends_any_script_with_a_sentence(monkeypatch, capsys):
         run_stage("evaluate", [])
     assert ended.value.code == 1
     said = capsys.readouterr().err
-    assert "error: report.json cannot be written: No space left on device." in said
-    assert "run.resume=true" in said
+    assert "error: report.json cannot be read or written: No space left on device." in said
+    assert "Free some space. run.resume=true" in said
+    failure = OSError(errno.EROFS, "Read-only file system", "outputs")
+    with pytest.raises(SystemExit) as ended:
+        run_stage("evaluate", [])
+    assert ended.value.code == 1
+    assert "outputs cannot be read or written: Read-only file system.\n  The file system" in capsys.readouterr().err
     failure = FileNotFoundError(errno.ENOENT, "No such file")
     with pytest.raises(FileNotFoundError):
         run_stage("evaluate", [])
