@@ -233,14 +233,40 @@ def test_one_pass_fills_several_caches(tmp_path):
     assert [cache.get("b")["x"].item() for cache in (one, two)] == [2, 2]
 
 
-def test_files_of_an_older_version_are_named(tmp_path, caplog, monkeypatch):
+def test_files_of_another_version_are_counted_and_kept(tmp_path, caplog, monkeypatch):
+    """One line for all of them: they are whole, and the other version reads them still."""
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(packed, "VERSION", packed.VERSION + 1)
+    fill(tmp_path, [["a", "b"]], 1.0, process())
+    fill(tmp_path, [["c"]], 1.0, process())
+    monkeypatch.undo()
+    monkeypatch.setattr(log, "propagate", True)
+    cache = fill(tmp_path, [["a"], ["d"]], 2.0, process())
+    assert caplog.text.count("holds files of another version of Packshot: 2") == 1
+    assert cache.get("a")["x"] == 2
+    assert not list(tmp_path.glob("*.damaged"))
+
+
+def test_what_killed_runs_left_is_removed_when_it_is_old(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(log, "propagate", True)
     log.setLevel("INFO")
-    (tmp_path / "old.safetensors").write_bytes(bytes(2**20))
-    TensorCache(tmp_path).fill(
-        "encoding", [[Job("a", "a", 1)]], lambda items: [{"x": torch.zeros(1)}], Accelerator(cpu=True)
-    )
-    assert "holds 1 files (1.0 MiB) of an older version" in caplog.text
+    old, new, foreign = (tmp_path / name for name in (".a.packed.12.tmp", ".b.packed.34.tmp", ".notes.tmp"))
+    for file in (old, new, foreign):
+        file.write_bytes(bytes(2**20))
+    for file in (old, foreign):
+        os.utime(file, (time.time() - 7200,) * 2)
+    TensorCache(tmp_path).fill("encoding", [], list, Accelerator(cpu=True))
+    assert "removed 1.0 MiB that killed runs had left" in caplog.text
+    assert not old.exists()
+    assert new.exists()
+    assert foreign.exists()
+
+
+def test_a_folder_that_cannot_be_made_names_its_key(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(PackshotError, match="cannot be written: Not a directory") as caught:
+        fill(tmp_path / "file" / "cache", [["a"]], 1.0, process())
+    assert "data.cache_dir names another folder" in caught.value.hint
 
 
 def test_entries_of_another_run_are_not_written_again(tmp_path, monkeypatch):

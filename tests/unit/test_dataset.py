@@ -240,6 +240,16 @@ def test_processes_that_want_one_set_copy_its_pictures_once(tmp_path, monkeypatc
     assert len(load_rows("data.train", path, cache=cache)) == 2
 
 
+def test_a_killed_copy_of_the_pictures_is_removed(tmp_path):
+    path, cache = write(tmp_path), tmp_path / "cache"
+    load_rows("data.train", path, cache=str(cache))
+    (copy,) = cache.glob("*.arrow")
+    left = copy.rename(cache / f".{copy.name}.1234.tmp")
+    assert len(load_rows("data.train", path, cache=str(cache))) == 2
+    assert copy.exists()
+    assert not left.exists()
+
+
 def test_a_set_may_have_more_shards_than_open_files(tmp_path):
     path = shards(tmp_path / "set", count=40)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -19,6 +19,8 @@ from packshot.dataset.buckets import sort_into
 from packshot.dataset.rows import load_rows, select
 from packshot.engine.keyed_random import SampleKey
 from packshot.methods import METHODS
+from packshot.runs.folder import log
+from packshot.train import examples as packshot_examples
 from packshot.train.encode import Encoder
 from packshot.train.examples import Examples, framed
 from packshot.train.run import build_task
@@ -145,3 +147,20 @@ def test_methods_without_pictures_keep_none(rows, tmp_path):
     examples.fill(Accelerator(cpu=True))
     assert examples.cached(0)["seen"] is None
     assert not list(tmp_path.glob("seen-*"))
+
+
+def test_a_cache_of_another_version_is_named_and_not_read(rows, tmp_path, monkeypatch, caplog):
+    """Pictures and captions alike."""
+    monkeypatch.setattr(log, "propagate", True)
+    log.setLevel("INFO")
+    few = select(rows, [3])
+    config = replace(LoraMethod(), rank=2)
+    monkeypatch.setattr(packshot_examples, "VERSION", 8)
+    make(few, tmp_path, config).fill(Accelerator(cpu=True))
+    caplog.clear()
+    monkeypatch.setattr(packshot_examples, "VERSION", 9)
+    make(few, tmp_path, config).fill(Accelerator(cpu=True))
+    assert "holds 2 files" in caplog.text
+    assert "of another version of Packshot, which this one does not read" in caplog.text
+    assert "encoding pictures: 1 entries, 0.0 MiB, 0 % were cached" in caplog.text
+    assert "encoding captions: 2 entries, 0.1 MiB, 0 % were cached" in caplog.text

@@ -122,6 +122,9 @@ def copied(files: Sequence[Path], rows: int, schema: pa.Schema, folder: Path) ->
         with FileLock(folder / f".{path.name}.lock", mode=0o666):
             if path.exists():
                 return path
+            for left in folder.glob(f".{path.name}.*.tmp"):  # of a killed process: nobody else has the lock
+                log.info("removed %s (%.1f MiB), which a killed run had left", left, left.stat().st_size / 2**20)
+                left.unlink()
             with (
                 replacing_file(path) as temporary,
                 pa.ipc.new_file(str(temporary), schema) as out,

@@ -35,6 +35,10 @@ class DamagedError(Exception):
     """A file, or an entry in it, is not what was written."""
 
 
+class OtherVersionError(Exception):
+    """A file has the layout of another version."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A tensor of an entry: its name, dtype and shape."""
@@ -140,6 +144,7 @@ def open_packed(path: Path) -> Packed:
 
     Raises:
         DamagedError: the file is cut, longer than it was written, or its index is damaged.
+        OtherVersionError: another version of Packshot has written it.
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
@@ -149,7 +154,9 @@ def open_packed(path: Path) -> Packed:
         file.seek(length - FOOTER.size)
         magic, version, count, data, described, crc = FOOTER.unpack(file.read(FOOTER.size))
         tail = count * ROW.itemsize + described
-        if magic != MAGIC or version != VERSION or length != data + tail + FOOTER.size:
+        if magic == MAGIC and version != VERSION:
+            raise OtherVersionError(f"version {version}")
+        if magic != MAGIC or length != data + tail + FOOTER.size:
             raise DamagedError("it is cut, or no such file")
         file.seek(data)
         content = file.read(tail)

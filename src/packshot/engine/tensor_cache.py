@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from operator import attrgetter
@@ -23,19 +23,28 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from packshot.engine.packed import ROW, SUFFIX, DamagedError, Packed, Tensors, halves, open_packed, write_packed
+from packshot.engine.packed import (
+    ROW,
+    SUFFIX,
+    DamagedError,
+    OtherVersionError,
+    Packed,
+    Tensors,
+    halves,
+    open_packed,
+    write_packed,
+)
 from packshot.engine.processes import broadcast_from_main
 from packshot.errors import PackshotError
 from packshot.lists import pick
 from packshot.runs.cores import cores
-from packshot.runs.files import replacing_file, writing
+from packshot.runs.files import remove_stale, replacing_file, writing
 from packshot.runs.folder import log
 from packshot.runs.progress import progress
 
 Item = Any  # only the encoder looks into it
 SHARD_BYTES = 128 * 2**20  # of tensors in a file: a kill costs one file at most
 MOST_OPEN = 128  # files that are kept open to read from
-OLD_FILES = "*.safetensors"  # what versions before 8 wrote
 # Threads that prepare items while the encoder works. Each process takes its share of the cores; ``mode=plan`` says how
 # many a GPU needs.
 MOST_DECODERS = 16
@@ -106,6 +115,7 @@ class TensorCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._packs: dict[Path, Packed] = {}
+        self._others: set[Path] = set()  # files of another version
         self._listed: list[Packed] = []  # in the order of the index
         self._index = Index([])
         self._descriptors: OrderedDict[Path, int] = OrderedDict()
@@ -136,6 +146,7 @@ class TensorCache:
         """
         ordered = self.oldest_first()
         known = self._packs
+        others = len(self._others)
         self._packs = {}
         for path in ordered:
             pack = known.get(path) or self._opened(path)
@@ -143,12 +154,20 @@ class TensorCache:
                 self._packs[path] = pack
         self._listed = list(self._packs.values())
         self._index = Index(self._listed)
+        if len(self._others) > others:
+            log.warning(
+                "%s holds files of another version of Packshot: %d. They are not read, their samples are encoded again",
+                self.folder,
+                len(self._others),
+            )
 
     def _opened(self, path: Path) -> Packed | None:
         try:
             return open_packed(path)
         except DamagedError as error:
             self._set_aside(path, str(error))
+        except OtherVersionError:
+            self._others.add(path)
         except FileNotFoundError:  # another process has just set it aside
             pass
         except OSError as error:  # another user's file, or the storage is away for a moment: it must not be removed
@@ -202,10 +221,26 @@ class TensorCache:
     def put(self, entries: dict[str, Tensors]) -> None:
         """Write a file of entries, whose values must all be finite. Raises PackshotError if it cannot be written."""
         path = self.folder / f"{content_key(*sorted(entries))[:24]}{SUFFIX}"
-        hint = "Finished files are kept; data.cache_dir names another folder."
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with writing(f"{self.folder}", hint), replacing_file(path) as file:
+        with self.writing(), replacing_file(path) as file:
             write_packed(file, entries)
+
+    def writing(self) -> AbstractContextManager[None]:
+        """What fails to be written in this block ends with a PackshotError that names the key of the folder."""
+        return writing(f"{self.folder}", "Finished files are kept; data.cache_dir names another folder.")
+
+    def prepare(self, is_main: bool) -> None:
+        """Make the folder, take in its files and, in the main process, remove what killed runs left half-written.
+
+        Raises:
+            PackshotError: the folder is not there and cannot be made.
+        """
+        if not self.folder.is_dir():  # one that may only be read will do if it holds everything
+            with self.writing():
+                self.folder.mkdir(parents=True, exist_ok=True)
+        stale = remove_stale(self.folder) if is_main else 0
+        if stale:
+            log.info("%s: removed %.1f MiB that killed runs had left half-written", self.folder, stale / 2**20)
+        self.open()
 
     def missing(self, chunks: Sequence[Sequence[Job]], key_of: Callable[[Job], str] = attrgetter("key")) -> list[bool]:
         """For each chunk, whether an entry of it is absent. key_of: the key of a job in this cache."""
@@ -218,15 +253,6 @@ class TensorCache:
         places = self._index.find(keys)
         numbers = np.unique(self._index.files[places[places >= 0]])
         return sum(self._listed[number].path.stat().st_size for number in numbers)
-
-    def count_old(self) -> None:
-        """Log how many files of an older format are in the folder: nothing reads them any more."""
-        old = list(self.folder.glob(OLD_FILES))
-        if old:
-            size = sum(path.stat().st_size for path in old) / 2**20
-            log.info(
-                "%s holds %d files (%.1f MiB) of an older version, which may be deleted", self.folder, len(old), size
-            )
 
     def fill(
         self,
@@ -289,11 +315,10 @@ def fill(
     prepare: is done to each item before, in threads that work ahead of the encoders: reading and decoding pictures.
 
     Raises:
-        PackshotError: a value is not finite, or the tensors cannot be written.
+        PackshotError: a value is not finite, or the folders or the tensors cannot be written.
     """
     for filling in fillings:
-        filling.cache.folder.mkdir(parents=True, exist_ok=True)
-        filling.cache.open()
+        filling.cache.prepare(accelerator.is_main_process)
 
     def missing_chunks() -> list[int]:
         missing = [filling.cache.missing(chunks, filling.key_of) for filling in fillings]
@@ -329,7 +354,6 @@ def finish_filling(filling: Filling, keys: list[str], encoded: int, shown: bool)
         cached = 100 * (1 - encoded / max(1, len(keys)))
         size = cache.size_of(distinct) / 2**20
         log.info("%s: %d entries, %.1f MiB, %.0f %% were cached", filling.name, len(distinct), size, cached)
-        cache.count_old()
 
 
 def encode_chunks(

@@ -8,9 +8,10 @@ import os
 import platform
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from packshot.errors import ConfigError, PackshotError
@@ -117,6 +118,24 @@ def remove_leftovers(folder: Path) -> None:
     for found in list(folder.glob(".*.tmp")):
         if _TEMPORARY.fullmatch(found.name):
             shutil.rmtree(found, ignore_errors=True) if found.is_dir() else found.unlink(missing_ok=True)
+
+
+STALE_SECONDS = 3600  # no file is written for that long without a change
+
+
+def remove_stale(folder: Path) -> int:
+    """Delete what killed processes left half-written in a folder where others may be writing; returns its bytes.
+
+    The age tells: processes of other machines and containers write there too, and their numbers say nothing here.
+    """
+    removed = 0
+    for found in list(folder.glob(".*.tmp")):
+        with suppress(OSError):  # its process has just finished, or it belongs to somebody else
+            state = found.stat()
+            if _TEMPORARY.fullmatch(found.name) and time.time() - state.st_mtime > STALE_SECONDS:
+                found.unlink()
+                removed += state.st_size
+    return removed
 
 
 REMEDIES = {

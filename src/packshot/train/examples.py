@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain, groupby
@@ -27,7 +28,7 @@ from packshot.runs.folder import log
 from packshot.train.encode import Encoder, encode_batch
 from packshot.train.pictures import pack_pictures, unpack_pictures
 
-VERSION = 9  # raise it when the same sample gives other tensors
+VERSION = 9  # raise it when the same sample, or the same text, gives other tensors: it is in the names of the folders
 TEXT_BATCH = 32
 # What is cached of a picture, in the log's words.
 KINDS = {"latents": "pictures", "product": "products", "method": "references", "seen": "framed pictures"}
@@ -62,6 +63,31 @@ class Example(TypedDict):
     encoded: Sequence[Tensors]
     seen: FramedSample | None
     mirror: NotRequired[Sequence[Example]]
+
+
+def cache_name(kind: str, digest: str) -> str:
+    """The folder of a kind of encoding. digest: of what all its entries depend on."""
+    return f"{kind}-{VERSION}-{digest[:12]}"
+
+
+def say_other_versions(folder: Path) -> None:
+    """Log how much of the cache another version of Packshot has written: this one does not read it."""
+    ours = re.compile(rf"\w+-{VERSION}-[0-9a-f]{{12}}")
+    others = re.compile(rf"({'|'.join([*KINDS, 'text'])})-(\d+-)?[0-9a-f]{{12}}")
+    found = []
+    for place in folder.glob("*-*"):
+        if others.fullmatch(place.name) and not ours.fullmatch(place.name):
+            found += filter(Path.is_file, place.iterdir())
+    if found:
+        size = sum(file.stat().st_size for file in found) / 2**20
+        log.info(
+            "%s holds %d files (%.1f MiB) of another version of Packshot, which this one does not read: what it needs "
+            "is encoded again. If no older version is used any more, delete %s",
+            folder,
+            len(found),
+            size,
+            " ".join(sorted({file.parent.name for file in found})),
+        )
 
 
 def chunked(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -206,7 +232,7 @@ class Examples(Sequence[Example]):
             kinds["method"] = content_key(identity.method)
         if method.pictures:
             kinds["seen"] = content_key(*self._pictures, method.reach)
-        return {name: TensorCache(self._folder / f"{name}-{digest[:12]}") for name, digest in kinds.items()}
+        return {name: TensorCache(self._folder / cache_name(name, digest)) for name, digest in kinds.items()}
 
     @cached_property
     def peers(self) -> list[list[int]]:
@@ -259,7 +285,7 @@ class Examples(Sequence[Example]):
 
     def _key(self, index: int) -> str:
         side = ("mirrored",) if index >= self.whole else ()
-        return content_key(VERSION, self.rows.digest(index % self.whole), self._shape(index), *side)
+        return content_key(self.rows.digest(index % self.whole), self._shape(index), *side)
 
     def _key_of_pictures(self, job: Job) -> str:
         return self._picture_key(job.item)
@@ -302,6 +328,8 @@ class Examples(Sequence[Example]):
         if not self._caches:  # every access encodes: the loader's processes share what is loaded before they are forked
             self.encoder.parts.load("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
             return
+        if accelerator.is_main_process and self._folder:
+            say_other_versions(self._folder)
         encoder = self.encoder
         own = range(len(self))
         encoders = {"latents": encoder.latents, "product": encoder.product, "method": encoder.method.encode}
