@@ -2,16 +2,26 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPModel,
+    CLIPTextModel,
+    CLIPVisionModelWithProjection,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 
 from packshot.base.controlnets import load_controlnet
 from packshot.base.load import load_parts
 from packshot.config.schema import AdaptersConfig, ModelConfig
 from packshot.errors import ConfigError
+from packshot.evaluate.features import named_encoder
 from packshot.generate.load import load_models
 from packshot.runs.files import resolve
 from packshot.runs.networks import CLIP_REST, load_whole
@@ -138,3 +148,17 @@ def test_an_ip_adapter_with_more_in_it_is_refused(tmp_path, parts, tensor, words
     save_file({**tensors, tensor: torch.zeros(4, 64)}, file)
     with pytest.raises(ConfigError, match=words):
         load_models(ModelConfig(), AdaptersConfig(ip_adapter=str(file)))
+
+
+@pytest.mark.parametrize("cls", [ViTForImageClassification, ViTModel])
+def test_an_image_encoder_without_a_pooling_layer_is_used(tmp_path, cls):
+    """DINO and classifiers have none: the first token is their embedding, never a layer of random numbers."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ViTConfig(**sizes, image_size=32, patch_size=16)
+    network = cls(config, **({"add_pooling_layer": False} if cls is ViTModel else {}))
+    network.save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    first, again = (named_encoder(str(tmp_path), "scores.dino")([picture]) for _ in range(2))
+    assert first.shape == (1, 16)
+    assert np.array_equal(first, again)

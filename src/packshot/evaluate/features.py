@@ -12,7 +12,7 @@ from PIL import Image
 from packshot.config.schema import ModelConfig
 from packshot.errors import ConfigError
 from packshot.imaging.color import to_lab
-from packshot.runs.networks import load_whole
+from packshot.runs.networks import Network, load_whole
 
 if TYPE_CHECKING:
     import torch
@@ -69,12 +69,29 @@ def named_encoder(place: str, key: str) -> Embed:
     Raises:
         ConfigError: there is no such model, or its files are damaged.
     """
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoImageProcessor
 
     try:
-        return in_batches(AutoImageProcessor.from_pretrained(place), load_whole(AutoModel, place, ("",)).eval())
-    except (OSError, ValueError) as error:
+        return in_batches(AutoImageProcessor.from_pretrained(place), image_network(place).eval())
+    except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"{key}={place} cannot be loaded ({error}).", "Name a model of transformers.") from error
+
+
+def image_network(place: str) -> Network:
+    """The network of a folder or hub id; without its pooling layer where the files have none, as those of DINO and of
+    classifiers.
+
+    Raises:
+        OSError, TypeError, ValueError: it cannot be loaded whole.
+    """
+    from transformers import AutoModel
+
+    try:
+        return load_whole(AutoModel, place, ("",))
+    except ValueError as error:
+        if "pooler." not in str(error):
+            raise
+        return load_whole(AutoModel, place, ("",), add_pooling_layer=False)
 
 
 def in_batches(processor: Callable[..., Mapping[str, torch.Tensor]], model: torch.nn.Module) -> Embed:
@@ -94,13 +111,14 @@ def in_batches(processor: Callable[..., Mapping[str, torch.Tensor]], model: torc
 
 
 def pooled(model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(N, D) embeddings: the projection of CLIP where there is one, else the pooled output."""
+    """(N, D) embeddings: the projection of CLIP where there is one, else the pooled output, else the first token."""
     if hasattr(model, "get_image_features"):
         found = model.get_image_features(pixel_values=pixel_values)  # type: ignore[operator]
         return getattr(found, "pooler_output", found)
     outputs = model(pixel_values=pixel_values)
     embeds = getattr(outputs, "image_embeds", None)
-    return outputs.pooler_output if embeds is None else embeds
+    embeds = getattr(outputs, "pooler_output", None) if embeds is None else embeds
+    return outputs.last_hidden_state[:, 0] if embeds is None else embeds
 
 
 def without_product(image_HW3: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
