@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from packshot.evaluate.sets import Seen, clip_text, diversity, product_similarit
 from packshot.imaging.matte import unmix
 from packshot.imaging.outline import segment_near
 from packshot.runs.files import resolve
+from packshot.runs.folder import log
 
 QUICK = ["tracking=none", "captioner=none", "scores.features=plain"]
 
@@ -253,7 +255,7 @@ def test_a_product_set_can_be_the_items(tmp_path):
 @pytest.mark.parametrize(
     ("table", "says"),
     [
-        ("id,photo\na,photo.png\n", "has no mask"),
+        ("id,photo\na,photo.png\n", "row 1 of .* has no mask.\n .* The table has id, photo."),
         ("id,photo,mask\n", "has no rows"),
         ("id,photo,mask\na,photo.png,nowhere.png\n", "there is no such file"),
         ("id,photo,mask\na,photo.png,mask.png\na,photo.png,mask.png\n", "more than once"),
@@ -286,6 +288,56 @@ def test_wrong_results_are_named(bed, tmp_path):
     (tmp_path / "table.csv").write_text("id,picture,seconds\nitem0,table.csv,fast\n")
     with pytest.raises(ConfigError, match="wrong number"):
         open_systems([str(tmp_path / "table.csv")], items)
+
+
+def test_rows_without_a_picture_or_with_one_twice_are_named(bed, tmp_path):
+    items, _, _ = bed
+    shutil.copy(items[0].pictures["truth"], tmp_path / "a.png")
+    table = tmp_path / "table.csv"
+    for rows, says in (
+        ("name,file\nitem0,a.png\n", "row 1 of .* has no id or no picture.\n .* The table has name, file."),
+        ("id,picture\nitem0,a.png\nitem0,a.png\n", "a.png twice for item0"),
+        ("id,picture\nother,a.png\n", "no picture of any item.\n  A row of a table has the id of an item"),
+    ):
+        table.write_text(rows)
+        with pytest.raises(ConfigError, match=says):
+            open_systems([str(table)], items)
+
+
+def test_ids_of_a_table_are_read_as_those_of_items(bed, tmp_path):
+    """Spaces around a cell, and accents as a Mac writes them."""
+    items, _, _ = bed
+    shutil.copy(items[0].pictures["truth"], tmp_path / "a.png")
+    table = tmp_path / "table.csv"
+    table.write_text("id, picture\n" + unicodedata.normalize("NFD", " größe , a.png\n"), encoding="utf-8")
+    [system] = open_systems([str(table)], [replace(items[0], id="größe")])
+    assert list(system.pictures) == ["größe"]
+
+
+def test_damaged_files_beside_pictures(tmp_path):
+    """A killed run leaves half a line in its metrics; a certificate that is cut cannot decide whose a picture is."""
+    items, several = write_made(tmp_path / "items", 2)
+    names = [replace(items[0], id="shoe"), replace(items[1], id="shoe-1")]
+    folder = write_pictures(tmp_path / "theirs", {"shoe": several[0].compose(), "shoe-1": several[0].compose()})
+    (folder / "shoe-1.json").write_text('{"input": ')
+    with pytest.raises(ConfigError, match="shoe-1.json is no certificate"):
+        open_systems([str(folder)], names)
+    (folder / "shoe-1.json").write_text(json.dumps({"input": {"name": "shoe-1"}}))
+    (folder / "metrics.jsonl").write_text('{"picture": "shoe", "seconds": 2}\n{"picture": "shoe-1", "sec')
+    [system] = open_systems([str(folder)], names)
+    assert system.pictures["shoe"][0].costs == {"seconds": 2.0}
+
+
+def test_pictures_without_the_product_are_counted(bed, tmp_path, caplog, monkeypatch):
+    items, several, folder = bed
+    monkeypatch.setattr(log, "propagate", True)
+    write_pictures(tmp_path / "theirs", {"item0": several[0].compose(), "item1": several[1].compose()})
+    (tmp_path / "theirs.csv").write_text(
+        'id,picture,box\nitem0,theirs/item0.png,"900,900,128,128"\nitem1,theirs/item1.png,\n'
+    )
+    keys = [f"items={folder}", f"runs=[{tmp_path}/theirs.csv]", f"run.dir={tmp_path}/run", "suite=preservation", *QUICK]
+    evaluate(compose("evaluate", keys))
+    assert "1 pictures have no pixel of the product's core, such as item0.png" in caplog.text
 
 
 def test_a_name_with_two_readings_needs_a_table_or_a_certificate(tmp_path):
@@ -472,3 +524,19 @@ def test_the_benchmark_prints_a_row_for_a_folder(tmp_path, capsys):
         bench.main([])
     with pytest.raises(ConfigError, match="usage"):
         bench.main(["--nothing"])
+
+
+def test_a_benchmark_beside_other_files_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("id,photo\n")
+    for arguments, says in (
+        ([str(tmp_path), "--out", str(file)], "--out .*file is a file"),
+        (["--export", str(file)], "--export .*file is a file"),
+        (["--out"], "packshot bench: argument --out: expected one argument.\n  usage: packshot bench"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            bench.main(arguments)
+    (tmp_path / "bench-items").mkdir()
+    (tmp_path / "bench-items" / TABLE).write_text("id,photo\nx,y\n")  # of another version, or cut
+    with pytest.raises(ConfigError, match="has other items than the benchmark"):
+        bench.main([str(tmp_path), "--out", str(tmp_path / "bench")])

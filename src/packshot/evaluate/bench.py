@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image
@@ -96,8 +97,7 @@ def studio_photo(image: Image.Image, mask: Image.Image, cutout: Image.Image) -> 
 
 def export(folder: Path) -> list[Item]:
     """Write the items for a system to read. Raises ConfigError: the folder is not empty, or the renders are missing."""
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"--export {folder} is not empty.", "Name a new folder.")
+    refuse_used("--export", folder)
     rows = load_rows("bench", HELD_OUT)
     rows.refuse_without("bench", ("mask", "cutout", "plate", "shadow"))
     return write_items(bench_items(rows), folder)
@@ -109,12 +109,11 @@ def score(pictures: list[str], out: Path, overrides: Sequence[str]) -> Json:
     Raises:
         ConfigError: ``out`` is not a new folder, the pictures are of no item, or the items beside ``out`` are others.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"--out {out} is not empty.", "Name a new folder.")
+    refuse_used("--out", out)
     items = out.with_name(f"{out.name}-items")
     if not (items / TABLE).exists():
         export(items)
-    elif list(by_ids(open_items(items, items))) != bench_ids():
+    elif not has_items(items):
         raise ConfigError(f"{items} has other items than the benchmark.", "Delete the folder; it is written again.")
     # The captioner that is shipped writes no scenes before it is trained.
     captioner = [] if any(map(names_captioner, overrides)) else ["captioner=none"]
@@ -127,6 +126,22 @@ def score(pictures: list[str], out: Path, overrides: Sequence[str]) -> Json:
         discard_refused()
         raise
     return json.loads((out / "report.json").read_text(encoding="utf-8"))
+
+
+def refuse_used(flag: str, folder: Path) -> None:
+    """Raises ConfigError where a new folder cannot be made because there is something of that name."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{flag} {folder} is a file.", "Name a new folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{flag} {folder} is not empty.", "Name a new folder.")
+
+
+def has_items(folder: Path) -> bool:
+    """Whether a folder of exported items has those of the benchmark."""
+    try:
+        return list(by_ids(open_items(folder, folder))) == bench_ids()
+    except ConfigError:  # a table that is cut, or of another version
+        return False
 
 
 def names_captioner(override: str) -> bool:
@@ -161,17 +176,21 @@ def cell(found: Json, measure: str, form: str) -> str:
     return f"{form.format(known['mean'])} ({edges})"
 
 
+class Arguments(argparse.ArgumentParser):
+    """Refuses wrong arguments as every command does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}.", " ".join(self.format_usage().split()))
+
+
 def main(arguments: Sequence[str]) -> None:
     """``packshot bench``. Raises ConfigError where the arguments do not fit."""
-    parser = argparse.ArgumentParser(prog="packshot bench", description=__doc__, exit_on_error=False)
+    parser = Arguments(prog="packshot bench", description=__doc__)
     parser.add_argument("pictures", nargs="*", help="folders of <id>.png, or tables with id, picture, seconds")
     parser.add_argument("--export", type=Path, help="write the photographs, masks and words to a new folder, and stop")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="new folder of the report")
     parser.add_argument("--set", action="append", default=[], help="a key of evaluate.py, such as suite=preservation")
-    try:
-        given = parser.parse_args(list(arguments))
-    except (argparse.ArgumentError, SystemExit) as error:
-        raise ConfigError(f"packshot bench: {error}.", parser.format_usage().strip()) from error
+    given = parser.parse_args(list(arguments))
     if given.export:
         items = export(given.export)
         print(f"{len(items)} items: {given.export / TABLE}; name your pictures <id>.png, then: packshot bench <folder>")

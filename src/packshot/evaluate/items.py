@@ -96,8 +96,8 @@ def open_items(path: Path, unpacked: Path) -> list[Item]:
         return write_items(set_items(rows), unpacked)
     table = path / TABLE if path.is_dir() else path
     items: dict[str, Item] = {}
-    for record in read_records(table, "items"):
-        item = read_item(record, table)
+    for number, record in enumerate(read_records(table, "items"), 1):
+        item = read_item(record, number, table)
         if item.id in items:
             raise ConfigError(
                 f"items: {table} has the id {item.id} more than once.", "Give every item an id of its own."
@@ -108,13 +108,14 @@ def open_items(path: Path, unpacked: Path) -> list[Item]:
     return [items[name] for name in sorted(items)]
 
 
-def read_item(record: Mapping[str, object], table: Path) -> Item:
-    """One row of a table; paths are relative to it. Raises ConfigError where a column or a file is missing."""
+def read_item(record: Mapping[str, object], number: int, table: Path) -> Item:
+    """A row of a table, by its number; paths are relative to it. Raises ConfigError where a column or a file is missing."""
     given = {name: str(value).strip() for name, value in record.items() if value not in (None, "")}
     for name in ("id", *NEEDED):
         if name not in given:
             raise ConfigError(
-                f"items: a row of {table} has no {name}.", f"The columns id, {', '.join(NEEDED)} must be filled in."
+                f"items: row {number} of {table} has no {name}.",
+                f"The columns id, {', '.join(NEEDED)} must be filled in. The table has {', '.join(record)}.",
             )
     pictures = {name: table.parent / given[name] for name in PICTURES if name in given}
     for name, file in pictures.items():

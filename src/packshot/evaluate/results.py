@@ -7,6 +7,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
@@ -15,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from packshot.dataset.text_files import read_records
-from packshot.errors import ConfigError
+from packshot.errors import ConfigError, first_line
 from packshot.evaluate.items import Item, by_ids
 from packshot.evaluate.samples import distinct_names
 from packshot.imaging.decode import decode_image, flatten
 from packshot.runs.files import readable
-from packshot.runs.folder import log
+from packshot.runs.folder import log, read_metrics
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
 LARGEST = 50_000  # px, a side of a box
@@ -69,10 +70,10 @@ def open_systems(paths: list[str], items: list[Item]) -> list[System]:
     for name, place in zip(distinct_names(places), places, strict=True):
         found = pictures_in_folder(place, ids) if place.is_dir() else pictures_in_table(place, ids)
         if not found:
-            raise ConfigError(
-                f"runs: {place} has no picture of any item.",
-                f"Name the files after the ids of items, such as {ids[0]}.png or {ids[0]}-0.png.",
-            )
+            hint = f"Name the files after the ids of items, such as {ids[0]}.png or {ids[0]}-0.png."
+            if not place.is_dir():
+                hint = f"A row of a table has the id of an item, such as {ids[0]}, and its picture."
+            raise ConfigError(f"runs: {place} has no picture of any item.", hint)
         missing = sorted(set(ids) - set(found))
         if missing:
             log.warning(
@@ -131,23 +132,32 @@ def owner_of(file: Path, ids: Collection[str]) -> tuple[str | None, int]:
                 f"runs: {file.name} may be the picture of {stem}, or another one of {other}.",
                 "Name the pictures in a table with the columns id and picture.",
             )
-        drawn = json.loads(certificate.read_text(encoding="utf-8")).get("input", {}).get("name")
+        drawn = product_of(certificate)
         return (other, int(numbered[2])) if numbered and drawn == other else (stem, 0)
     if stem in ids:
         return stem, 0
     return (other, int(numbered[2])) if numbered and other else (None, 0)
 
 
+def product_of(certificate: Path) -> str | None:
+    """The product that a certificate names. Raises ConfigError: the file is damaged, or is another thing."""
+    try:
+        name = json.loads(certificate.read_text(encoding="utf-8"))["input"]["name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"runs: {certificate} is no certificate of a picture ({first_line(error)}).",
+            "Copy it again, or name the pictures in a table with the columns id and picture.",
+        ) from error
+    return unicodedata.normalize("NFC", str(name))
+
+
 def run_seconds(folder: Path) -> dict[str, float]:
     """What each picture took, by its stem, where generate.py wrote the folder."""
-    metrics = folder / "metrics.jsonl"
-    if not metrics.exists():
-        return {}
     found = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        if "picture" in entry and "seconds" in entry:
-            found[entry["picture"]] = float(entry["seconds"])
+    for entry in read_metrics(folder):
+        if isinstance(entry, dict) and isinstance(entry.get("picture"), str) and "seconds" in entry:
+            with suppress(TypeError, ValueError):  # somebody else's file
+                found[entry["picture"]] = read_cost(entry["seconds"])
     return found
 
 
@@ -159,16 +169,22 @@ def pictures_in_table(table: Path, ids: Collection[str]) -> dict[str, list[Pictu
     """
     found: dict[str, list[Picture]] = {}
     others = []
-    for row in read_records(table, "runs"):
-        given = {name: str(value) for name, value in row.items() if value not in (None, "")}
+    for number, row in enumerate(read_records(table, "runs"), 1):
+        given = {name: str(value).strip() for name, value in row.items() if value not in (None, "")}
         if "id" not in given or "picture" not in given:
-            raise ConfigError(f"runs: a row of {table} has no id or no picture.", "Fill in both columns.")
+            raise ConfigError(
+                f"runs: row {number} of {table} has no id or no picture.",
+                f"Fill in both columns. The table has {', '.join(row)}.",
+            )
         file = table.parent / given["picture"]
+        given["id"] = unicodedata.normalize("NFC", given["id"])
         if given["id"] not in ids:
             others.append(given["id"])
             continue
         if not file.is_file():
             raise ConfigError(f"runs: {table} names {file}, and there is no such file.", "Check the path.")
+        if file in (picture.file for picture in found.get(given["id"], [])):
+            raise ConfigError(f"runs: {table} names {file} twice for {given['id']}.", "Delete one of the rows.")
         try:
             costs = {name: read_cost(given[name]) for name in COSTS if name in given}
             box = read_box(given["box"]) if "box" in given else None
@@ -191,7 +207,7 @@ def read_box(text: str) -> tuple[float, float, float, float]:
     return left, top, width, height
 
 
-def read_cost(text: str) -> float:
+def read_cost(text: str | float) -> float:
     """A number of at least 0. Raises ValueError where it is anything else."""
     value = float(text)
     if not math.isfinite(value) or value < 0:

@@ -94,16 +94,25 @@ def score_system(
     by_id = by_ids(items)
     measured: dict[str, dict[str, list[float]]] = {}
     seen: list[Seen] = []
-    names: list[str] = []
+    empty: list[str] = []
     with progress(f"pictures of {system.name}", total=sum(map(len, system.pictures.values()))) as advance:
         for name in sorted(system.pictures):
             for picture in system.pictures[name]:
                 trial = open_trial(by_id[name], picture, segment, floors.get(name, 0.0))
                 seen.append(Seen(trial.item, picture, trial.picture_HW3, trial.matte_HW))
-                names.append(picture.file.name)
+                if not trial.core_HW.any():
+                    empty.append(picture.file.name)
                 for measure, value in (measure_all(trial) if floors else {}).items():
                     measured.setdefault(measure, {}).setdefault(name, []).append(value)
                 advance()
+    if empty:
+        log.warning(
+            "%s: %d pictures have no pixel of the product's core, such as %s, so most measures leave them out; compare "
+            "their size and their box with the photographs",
+            system.path,
+            len(empty),
+            empty[0],
+        )
     by_item = {}
     for measure, values in measured.items():
         by_item[measure] = map_values(mean_or_nan, values)
