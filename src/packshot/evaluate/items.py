@@ -109,7 +109,11 @@ def open_items(path: Path, unpacked: Path) -> list[Item]:
 
 
 def read_item(record: Mapping[str, object], number: int, table: Path) -> Item:
-    """A row of a table, by its number; paths are relative to the table. Raises ConfigError where something is missing."""
+    """A row of a table, by its number; paths are relative to the table.
+
+    Raises:
+        ConfigError: a column or a file is missing.
+    """
     given = {name: str(value).strip() for name, value in record.items() if value not in (None, "")}
     for name in ("id", *NEEDED):
         if name not in given:
