@@ -211,6 +211,24 @@ def test_objectives_without_meaning_are_refused(overrides, says):
         compose("train_lora", overrides)
 
 
+@pytest.mark.parametrize(
+    ("script", "overrides", "says"),
+    [
+        ("merge", ["model.loras=[a]", "model.lora_scales=[nan]"], r"model.lora_scales=\[nan\] is out of range"),
+        ("train_lora", ["model.loras=[a]", "model.lora_scales=[1e30]"], "list of number from -10 to 10"),
+        (
+            "generate",
+            ["adapters.controlnets=[x]", "adapters.controlnet_scales=[inf]"],
+            "controlnet_scales=.* out of range",
+        ),
+        ("merge", ["model.loras=[a,b,a]"], "model.loras names a more than once"),
+    ],
+)
+def test_numbers_in_lists_are_checked_too(script, overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        compose(script, overrides)
+
+
 def test_timesteps_beyond_the_schedule_of_the_base_are_refused():
     from packshot.config.train import ObjectiveConfig, check_objective
 

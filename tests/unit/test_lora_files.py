@@ -6,11 +6,13 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from packshot.base.load import load_parts
 from packshot.base.lora_files import find_lora, merge_lora, peft_tensors, read_lora
+from packshot.base.merge import merge
 from packshot.base.original_names import block_names, original_name
 from packshot.base.shapes import meta_parts
 from packshot.config.compose import compose
@@ -397,8 +399,6 @@ def test_exports_are_written_in_the_precision_that_is_asked_for(parts, tmp_path)
 
 
 def test_a_merged_base_is_a_pipeline_folder(parts, tmp_path):
-    from packshot.base.merge import merge
-
     file = tmp_path / "look.safetensors"
     save_file(kohya(parts, published=True), file)
     keys = [f"model.loras=[{file}]", "model.lora_scales=[0.5]", f"run.dir={tmp_path / 'run'}"]
@@ -413,10 +413,45 @@ def test_a_merged_base_is_a_pipeline_folder(parts, tmp_path):
 
 
 def test_a_merge_without_loras_is_refused():
-    from packshot.base.merge import merge
-
     with pytest.raises(ConfigError, match=r"model\.loras is empty"):
         merge(compose("merge", []))
+
+
+def test_pickles_and_other_files_are_no_loras(tmp_path, parts):
+    pickled, listed, picture = (tmp_path / name for name in ("look.bin", "list.pt", "picture.png"))
+    torch.save({"unet.somewhere.lora.up.weight": torch.zeros(2, 2)}, pickled)
+    torch.save([1, 2], listed)
+    Image.new("RGB", (8, 8)).save(picture)
+    for file, says in (
+        (pickled, "belong to no layer"),
+        (listed, "no file of tensors"),
+        (picture, "no file of tensors"),
+    ):
+        with pytest.raises(ConfigError, match=f"{file.name}.* {says}"):
+            read_lora("model.loras", file, {"unet": parts.unet})
+    layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = parts.unet.get_submodule(layer).weight
+    up, down = torch.ones(len(weight), 2), torch.ones(2, weight.shape[1])
+    tensors = {f"unet.{layer}.lora.up.weight": up, f"unet.{layer}.lora.down.weight": down}
+    torch.save(tensors, pickled)
+    with pytest.raises(ConfigError, match=r"look\.bin is a pickle.*\n  Convert it once: safetensors"):
+        read_lora("model.loras", pickled, {"unet": parts.unet})
+    save_file(tensors, pickled)  # the content counts, not the name
+    assert list(read_lora("model.loras", pickled, {"unet": parts.unet}).updates["unet"]) == [layer]
+
+
+def test_a_merge_beyond_the_dtype_of_the_export_is_refused(parts, tmp_path):
+    layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = parts.unet.get_submodule(layer).weight
+    tensors = {
+        f"unet.{layer}.lora.up.weight": torch.full((len(weight), 2), 1e3),
+        f"unet.{layer}.lora.down.weight": torch.full((2, weight.shape[1]), 1e3),
+    }
+    save_file(tensors, tmp_path / "look.safetensors")
+    keys = [f"model.loras=[{tmp_path}/look.safetensors]", f"run.dir={tmp_path}/merged", "export.dtype=float16"]
+    with pytest.raises(ConfigError, match=r"too large for export\.dtype=float16"):
+        merge(compose("merge", keys))
+    assert not (tmp_path / "merged" / "model").exists()
 
 
 def test_a_lora_merged_into_a_text_encoder_changes_its_identity(parts, tmp_path):

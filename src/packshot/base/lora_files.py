@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from packshot.base.original_names import block_names, original_name
@@ -141,7 +141,7 @@ def read_lora(key: str, path: Path, networks: Mapping[str, nn.Module]) -> LoraFi
     if strange:
         raise foreign(key, path, strange, len(shapes))
     updates: dict[str, dict[str, Update]] = {}
-    with safe_open(path, framework="pt") as opened:
+    with opened_lora(key, path) as opened:
         metadata = dict(opened.metadata() or {})
         for tensor_name, (network, layer, factor) in places.items():
             update = updates.setdefault(network, {}).setdefault(layer, {})
@@ -154,6 +154,17 @@ def read_lora(key: str, path: Path, networks: Mapping[str, nn.Module]) -> LoraFi
     add_alphas(updates, metadata)
     refuse_misfits(key, path, updates, networks)
     return LoraFile(path, updates, metadata)
+
+
+def opened_lora(key: str, path: Path) -> safe_open:
+    """A LoRA's file, opened. Raises ConfigError: it is a pickle."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:  # its shapes could be read
+        raise ConfigError(
+            f"{key}={path} is a pickle, and LoRAs are read from .safetensors files.",
+            "Convert it once: safetensors.torch.save_file(torch.load(file, weights_only=True), new_file).",
+        ) from error
 
 
 def layer_names(kind: str, network: nn.Module) -> dict[str, str]:

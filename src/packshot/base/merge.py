@@ -14,6 +14,16 @@ from packshot.runs.folder import log, open_run
 from packshot.runs.licenses import licenses_of_weights, refuse_weights
 
 
+def refuse_overflow(network: torch.nn.Module, config: Merge) -> None:
+    """Raises ConfigError where a merged weight is larger than the export's dtype holds."""
+    for name, weight in network.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ConfigError(
+                f"{name} of the merged {type(network).__name__} is too large for export.dtype={config.export.dtype}.",
+                "Choose smaller model.lora_scales, or export.dtype=bfloat16 or float32.",
+            )
+
+
 def merge(config: Merge) -> None:
     """Write ``<run.dir>/model``, which ``model.base`` and ``StableDiffusionXLPipeline.from_pretrained`` take.
 
@@ -37,6 +47,7 @@ def merge(config: Merge) -> None:
     dtype: torch.dtype = getattr(torch, config.export.dtype.name)
     for network in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
         network.to(dtype)  # the VAE stays in fp32: SDXL's overflows in half precision
+        refuse_overflow(network, config)
     made_from = {
         "base": config.model.base,
         "loras": dict(zip(config.model.loras, config.model.merged_loras(), strict=True)),

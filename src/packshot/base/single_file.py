@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -54,7 +55,7 @@ def tensor_shapes(file: Path) -> Shapes:
     """The shape of each tensor in a .safetensors file, by name; only the head of the file is read.
 
     Raises:
-        ValueError: with the reason why it cannot be read.
+        ValueError: with the reason why it cannot be read, or why it is not a file of weights.
     """
     with file.open("rb") as opened:
         head = opened.read(64)
@@ -62,15 +63,28 @@ def tensor_shapes(file: Path) -> Shapes:
         raise ValueError("the file is empty")
     if head.startswith(b"version https://git-lfs"):
         raise ValueError("it is only a pointer of Git LFS: run git lfs pull")
-    if file.suffix != ".safetensors":
-        tensors = torch.load(file, map_location="meta", weights_only=True)
-        named = tensors.get("state_dict", tensors)
-        return {name: tuple(tensor.shape) for name, tensor in named.items() if isinstance(tensor, torch.Tensor)}
+    if file.suffix != ".safetensors" and not is_safetensors(head):
+        return pickled_shapes(file)
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"the file is damaged or cut off ({error})") from error
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Whether a file begins as those of safetensors do: with the length of a JSON object."""
+    return head[8:9] == b"{"
+
+
+def pickled_shapes(file: Path) -> Shapes:
+    """:func:`tensor_shapes` of a .ckpt, .bin or .pt file. Raises ValueError: it holds something else than tensors."""
+    try:
+        tensors = torch.load(file, map_location="meta", weights_only=True)
+        named = tensors.get("state_dict", tensors)
+        return {name: tuple(tensor.shape) for name, tensor in named.items() if isinstance(tensor, torch.Tensor)}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        raise ValueError(f"it is no file of tensors, or it is damaged ({first_line(error)})") from error
 
 
 def marked(names: Iterable[str], marks: Mapping[str, str]) -> str | None:

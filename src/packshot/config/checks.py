@@ -15,17 +15,21 @@ from packshot.errors import ConfigError
 
 
 def check_ranges(config: Any) -> None:
-    """Raises ConfigError for the first value that is outside its documented range."""
+    """Raises ConfigError for the first value, also in a list, that is outside its documented range or not finite."""
     for key, field, hint in fields(type(config)):
         value = config
         for part in key.split("."):
             value = getattr(value, part)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
         low = -math.inf if field.metadata.get("min") is None else field.metadata["min"]
         high = math.inf if field.metadata.get("max") is None else field.metadata["max"]
-        if not math.isfinite(value) or not low <= value <= high:
-            raise ConfigError(f"{key}={value} is out of range.", f"{key} takes {describe(field, hint)}.")
+        for number in filter(is_number, value if isinstance(value, list) else [value]):
+            if not math.isfinite(number) or not low <= number <= high:
+                raise ConfigError(f"{key}={value} is out of range.", f"{key} takes {describe(field, hint)}.")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is an integer or a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def parts(config: Any) -> Iterator[Any]:

@@ -104,7 +104,7 @@ class ModelConfig(make_dataclass("CaptionerWeights", captioner_weights())):
     loras: list[str] = opt(
         [], "LoRAs that are merged into the base, files, folders or hub ids: diffusers', kohya's or LyCORIS' layout"
     )
-    lora_scales: list[float] = opt([], "one weight for each of model.loras; default 1.0 each")
+    lora_scales: list[float] = opt([], "one weight for each of model.loras; default 1.0 each", min=-10, max=10)
     resolution: int = opt(128, "side of the square the base was trained on, px", min=32, max=2048)
     quantization: Quantization = opt(
         Quantization.none, "format of the frozen UNet's transformer layers while a LoRA is trained"
@@ -119,6 +119,12 @@ class ModelConfig(make_dataclass("CaptionerWeights", captioner_weights())):
             raise ConfigError(
                 f"model.lora_scales has {len(self.lora_scales)} values for {len(self.loras)} LoRAs.",
                 "Give one for each of model.loras, or none.",
+            )
+        twice = {name for name in self.loras if self.loras.count(name) > 1}
+        if twice:
+            raise ConfigError(
+                f"model.loras names {min(twice)} more than once.",
+                "Name it once; model.lora_scales says how much it counts.",
             )
 
 
