@@ -1,71 +1,365 @@
-"""Fits the two checks that weigh several signs, ``imaging.growth`` and ``imaging.footing``, on planted failures.
+"""Trains the network behind ``product_extended`` and ``product_floats`` on failures planted in rendered scenes.
 
-    python -m tools.fit_checks
-Three minutes on one core; prints the weights that stand in those modules. Training scenes only: the held-out ones
-measure the result (benchmarks/verifier.py).
+    OMP_NUM_THREADS=1 python -m tools.fit_checks
+
+Writes ``src/packshot/imaging/check_network.json``. Every sample is made anew: a scene, or its product with its shadow
+before another scene's plate; true or with a planted failure; then framed, mirrored and recoloured by chance. The
+even half of the held-out renders shows the progress; the odd one is measured by benchmarks/verifier.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import json
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import cv2
 import numpy as np
-from scipy.optimize import minimize
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from packshot.imaging import footing, growth
-from tools.planted import Case, extended, floating, open_cases
+from packshot.dataset.rows import load_rows
+from packshot.generate.composite import blend
+from packshot.imaging.check_network import LOOK, Block, CheckNetwork, Look, close_look, cut, planes_of, square_around
+from tools.planted import Case, enlarged, extended, floating, handle, open_cases, prolonged, swollen
 
-DECAY = 0.003  # of the standardised weights
+WEIGHTS = Path("src/packshot/imaging/check_network.json")
+BATCH = 32
+RATE = 3e-3
+DECAY = 0.02
+AVERAGE = 0.998  # of the weights that are kept, per step
+WARM_UP = 400  # steps from zero to RATE
+REPORT_EVERY = 250  # steps
+VISIBLE = 8  # steps of 255 by which planted pixels differ
+DARKEST = -1.5  # logarithm of a shadow
+LARGEST_VALUE = 99  # of a stored weight
 
 
-def growth_signs(case: Case) -> np.ndarray | None:
-    """What ``growth`` looks at; None where it proposes nothing, which needs no weights."""
-    proposal = growth.propose(case.picture_HW3, case.canvas.matte_HW)
-    if proposal is None or proposal.grown_HW.sum() < growth.FEWEST:
-        return None
-    return growth.looks(proposal)
+@dataclass(frozen=True)
+class Sample:
+    """planes: float32 (PLANES, LOOK, LOOK). grown_HW, shadow_HW: float32 at half that size. extends, hangs: 0 or 1."""
+
+    planes: np.ndarray
+    grown_HW: np.ndarray
+    shadow_HW: np.ndarray
+    extends: float
+    hangs: float
 
 
-def footing_signs(case: Case) -> np.ndarray | None:
-    return footing.signs(case.picture_HW3, case.canvas.matte_HW)
+@dataclass(frozen=True)
+class Scenes:
+    """Rendered scenes, and what each product does to the light around it, uint8 (H, W, 3)."""
+
+    cases: list[Case]
+    shadows: list[np.ndarray]
 
 
-def fit(true: list[np.ndarray], planted: list[np.ndarray]) -> tuple[np.ndarray, float]:
-    """Weights and offset of a logistic regression, both kinds weighing the same, for signs as they are measured."""
-    signs = np.array(true + planted)
-    kind = np.array([-1.0] * len(true) + [1.0] * len(planted))
-    share = np.where(kind > 0, 1 / len(planted), 1 / len(true))
-    mean = signs.mean(axis=0)
-    spread = signs.std(axis=0) + 1e-6
-    scaled = (signs - mean) / spread
+def open_scenes(renders: str) -> Scenes:
+    rows = load_rows("renders", renders)
+    shadows = [np.asarray(rows.read(number, ("shadow",))["shadow"].convert("RGB")) for number in range(len(rows))]
+    return Scenes([case for _, case in open_cases(renders)], shadows)
 
-    def loss(weights: np.ndarray) -> float:
-        margins = kind * (scaled @ weights[:-1] + weights[-1])
-        return float((np.logaddexp(0, -margins) * share).sum() + DECAY * (weights[:-1] ** 2).sum())
 
-    found = minimize(loss, np.zeros(signs.shape[1] + 1)).x
-    return found[:-1] / spread, float(found[-1] - (found[:-1] * mean / spread).sum())
+def shaded(plate_HW3: np.ndarray, shadow_HW3: np.ndarray) -> np.ndarray:
+    return cv2.multiply(plate_HW3, shadow_HW3, scale=1 / 255)
+
+
+def recoloured(picture_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The picture in another light, with noise, blur or a JPEG's marks by chance."""
+    curve = np.linspace(0, 1, 256) ** np.exp(rng.normal(0, 0.2))
+    gains = np.exp(rng.normal(0, 0.12) + rng.normal(0, 0.06, 3))
+    pixels = cv2.LUT(picture_HW3, np.asarray(curve[:, None] * gains, np.float32)[None])
+    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None]
+    pixels = grey + (pixels - grey) * float(rng.uniform(0.6, 1.3))
+    if rng.random() < 0.25:
+        pixels = cv2.GaussianBlur(pixels, (0, 0), float(rng.uniform(0.4, 0.9)))
+    if rng.random() < 0.4:
+        pixels = pixels + rng.normal(0, rng.uniform(0.002, 0.015), pixels.shape).astype(np.float32)
+    shown = np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+    if rng.random() < 0.4:
+        _, data = cv2.imencode(".jpg", shown, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(60, 96))])
+        shown = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))
+    return shown
+
+
+def cluttered(case: Case, rng: np.random.Generator) -> Case:
+    """Up to four things of any colour around the product and behind it, some of them soft: none is part of it."""
+    left, top, right, bottom = case.box
+    size = max(right - left, bottom - top)
+    behind = case.picture_HW3
+    for _ in range(int(rng.integers(1, 5))):
+        layer = np.zeros_like(case.canvas.matte_HW)
+        middle = int(rng.uniform(left - 0.3 * size, right + 0.3 * size)), int(rng.uniform(top, bottom + 0.3 * size))
+        axes = int(rng.uniform(0.06, 0.35) * size) + 1, int(rng.uniform(0.06, 0.35) * size) + 1
+        if rng.random() < 0.5:
+            cv2.ellipse(layer, middle, axes, float(rng.uniform(0, 180)), 0, 360, 255, -1)
+        else:
+            corners = (middle[0] - axes[0], middle[1] - axes[1]), (middle[0] + axes[0], middle[1] + axes[1])
+            cv2.rectangle(layer, *corners, 255, -1)
+        layer = cv2.GaussianBlur(layer, (0, 0), float(rng.uniform(0.4, 4)))
+        row, column = int(rng.integers(layer.shape[0])), int(rng.integers(layer.shape[1]))
+        scene_colour = case.plate_HW3[row, column].astype(np.float64)
+        colour = scene_colour * rng.uniform(0.5, 1.4) if rng.random() < 0.6 else rng.uniform(0, 255, 3)
+        shade = np.linspace(1, float(rng.uniform(0.5, 1)), layer.shape[1])[None, :, None]
+        thing = np.broadcast_to(np.clip(colour * shade, 0, 255), behind.shape)
+        behind = blend(np.rint(thing).astype(np.uint8), layer, behind)
+    return replace(case, picture_HW3=case.over(behind))
+
+
+def softened(case: Case, rng: np.random.Generator) -> np.ndarray:
+    """The picture as a decoder might give it, blurred and blotchy, with the product's own pixels over it."""
+    soft = cv2.GaussianBlur(case.picture_HW3, (0, 0), float(np.exp(rng.uniform(-0.7, 1.1))))
+    blotches = rng.normal(0, rng.uniform(2, 8), (16, 16, 3)).astype(np.float32)
+    height, width = case.canvas.matte_HW.shape
+    drawn = np.clip(soft + cv2.resize(blotches, (width, height), interpolation=cv2.INTER_CUBIC), 0, 255)
+    return case.over(np.rint(drawn).astype(np.uint8))
+
+
+def framed(box: tuple[int, int, int, int], shape: tuple[int, int], rng: np.random.Generator) -> tuple[slice, slice]:
+    """Rows and columns of a part of the picture that has the product: its place in the frame must tell nothing."""
+    left, top, right, bottom = box
+    height, width = shape
+    rows = slice(int(rng.uniform(0, top)), int(rng.uniform(bottom, height)) + 1)
+    columns = slice(int(rng.uniform(0, left)), int(rng.uniform(right, width)) + 1)
+    if rng.random() < 0.5:
+        return slice(0, height), slice(0, width)
+    return rows, columns
+
+
+def sample_of(
+    case: Case, before_HW3: np.ndarray, shadow_HW3: np.ndarray, hangs: bool, rng: np.random.Generator
+) -> Sample:
+    """A sample of a picture. before_HW3: it without what was planted. shadow_HW3: the layer that the picture shows."""
+    matte_HW = case.canvas.matte_HW
+    red, green, blue = cv2.split(cv2.absdiff(case.picture_HW3, before_HW3))
+    planted_HW = np.maximum(np.maximum(red, green), blue) > VISIBLE
+    grown_HW = planted_HW & (matte_HW < 128) & (not hangs)
+    shown_HW3 = softened(case, rng) if rng.random() < 0.35 else case.picture_HW3
+    window = framed(case.box, matte_HW.shape, rng)
+    step = 1 if rng.random() < 0.5 else -1
+    parts = []
+    for array in (shown_HW3, matte_HW, grown_HW.astype(np.uint8) * 255, shadow_HW3):
+        parts.append(np.ascontiguousarray(array[window][:, ::step]))
+    picture, matte, grown, shadow = parts
+    look = close_look(recoloured(picture, rng), matte)
+    square = square_around(matte)
+    assert look is not None
+    assert square is not None  # the frame is drawn around the product
+    half = LOOK // 2
+    goes_on = cut(grown, square, cv2.BORDER_CONSTANT, half).astype(np.float32) / 255
+    light = cv2.cvtColor(cut(shadow, square, cv2.BORDER_REPLICATE, half), cv2.COLOR_RGB2GRAY)
+    darkness = np.maximum(np.log(light.astype(np.float32) / 255 + 1e-3), DARKEST)
+    return Sample(planes_of(look), goes_on, darkness, float(grown_HW.sum() > 12), float(hangs))
+
+
+def hung(case: Case, rng: np.random.Generator) -> Case:
+    """The product without a shadow: lifted, among other things by chance."""
+    hanging = floating(case, rng)
+    return cluttered(hanging, rng) if rng.random() < 0.35 else hanging
+
+
+WAYS = (enlarged, handle, prolonged, swollen)
+WAY_SHARES = (0.15, 0.4, 0.25, 0.2)  # thin rings are the hardest to learn
+
+
+def draw(scenes: Scenes, rng: np.random.Generator) -> Sample:
+    """A fresh sample: 35 % grown, 30 % hanging, the others true."""
+    number = int(rng.integers(len(scenes.cases)))
+    case = scenes.cases[number]
+    shadow = scenes.shadows[number]
+    ground = rng.random()
+    if ground < 0.3:  # another scene behind the product and its shadow
+        case = replace(case, plate_HW3=scenes.cases[int(rng.integers(len(scenes.cases)))].plate_HW3)
+    if ground < 0.6:  # composed, as planted failures are
+        case = replace(case, picture_HW3=case.over(shaded(case.plate_HW3, shadow)))
+    if rng.random() < 0.35:
+        case = cluttered(case, rng)
+    kind = rng.random()
+    if kind < 0.35:
+        planted = WAYS[int(rng.choice(len(WAYS), p=WAY_SHARES))](case, rng)
+        return sample_of(planted, case.picture_HW3, shadow, False, rng)
+    if kind < 0.65:
+        hanging = hung(case, rng)
+        return sample_of(hanging, hanging.picture_HW3, np.full_like(shadow, 255), True, rng)
+    return sample_of(case, case.picture_HW3, shadow, False, rng)
+
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def batch_of(samples: list[Sample]) -> Batch:
+    columns = zip(*(vars(sample).values() for sample in samples), strict=True)
+    planes, grown, shadow, extends, hangs = (torch.from_numpy(np.array(column, np.float32)) for column in columns)
+    return planes, grown, shadow, extends, hangs
+
+
+def loss_of(network: CheckNetwork, batch: Batch) -> Tensor:
+    planes, grown, shadow, extends, hangs = batch
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = network(planes.to(memory_format=torch.channels_last))
+    pixels, grows, floats = (output.float() for output in outputs)
+    matte, valid = planes[:, 3], planes[:, 4]
+    seen = F.avg_pool2d(valid * (matte < 0.5), 2)
+    by_pixel = F.binary_cross_entropy_with_logits(pixels[:, 0], grown, pos_weight=torch.tensor(3.0), reduction="none")
+    by_light = F.smooth_l1_loss(pixels[:, 1], shadow, beta=0.1, reduction="none")
+    dense = ((4 * by_pixel + 2 * by_light) * seen).sum() / seen.sum()
+    whole = F.binary_cross_entropy_with_logits(grows, extends) + F.binary_cross_entropy_with_logits(floats, hangs)
+    return dense + whole
+
+
+def folded(network: CheckNetwork) -> CheckNetwork:
+    """The network with its normalisation folded into the convolutions before it."""
+    plain = copy.deepcopy(network).eval()
+    for block in plain.modules():
+        if isinstance(block, Block) and isinstance(block.norm, nn.BatchNorm2d):
+            block.depthwise = fuse_conv_bn_eval(block.depthwise, block.norm)
+            block.norm = nn.Identity()
+    return plain
+
+
+def as_text(network: CheckNetwork) -> str:
+    """Weights as whole numbers with a scale for each row of a tensor."""
+    entries = {}
+    for name, tensor in network.state_dict().items():
+        rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() > 1 else tensor[None]
+        scales = rows.abs().amax(dim=1).clamp(min=1e-8) / LARGEST_VALUE
+        scales = torch.tensor([float(f"{scale:.4g}") for scale in scales])
+        values = torch.round(rows / scales[:, None]).int()
+        entries[name] = {"scales": [float(f"{scale:.4g}") for scale in scales], "values": values.tolist()}
+    lines = [f'"{name}": {json.dumps(entry, separators=(",", ":"))}' for name, entry in entries.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def held_out(renders: str) -> dict[str, list[Look]]:
+    """Looks at the even half: true pictures, grown and hanging ones."""
+    found: dict[str, list[Look]] = {"true": [], "extension": [], "floating": []}
+    for number, case in open_cases(renders):
+        if number % 2:
+            continue
+        rng = np.random.default_rng([number, 1])
+        for name, shown in (("true", case), ("extension", extended(case, rng)), ("floating", floating(case, rng))):
+            look = close_look(shown.picture_HW3, shown.canvas.matte_HW)
+            assert look is not None
+            found[name].append(look)
+    return found
+
+
+@torch.inference_mode()
+def scores(network: CheckNetwork, looks: list[Look]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of growth and of hanging."""
+    grown: list[float] = []
+    hangs: list[float] = []
+    for look in looks:
+        _, grows, floats = network(torch.from_numpy(planes_of(look))[None])
+        grown.append(float(grows))
+        hangs.append(float(floats))
+    return np.array(grown), np.array(hangs)
+
+
+def progress(network: CheckNetwork, looks: dict[str, list[Look]]) -> str:
+    """Shares of planted failures found at 1, 2 and 5 % of false alarms."""
+    plain = folded(network)
+    of = {name: scores(plain, several) for name, several in looks.items()}
+    words = []
+    for index, kind in enumerate(("extension", "floating")):
+        true = of["true"][index]
+        shares = []
+        for alarms in (0.01, 0.02, 0.05):
+            limit = np.quantile(true, 1 - alarms)
+            shares.append(f"{(of[kind][index] > limit).mean():.0%}")
+        words.append(f"{kind} {'/'.join(shares)}")
+    return ", ".join(words)
+
+
+@dataclass
+class Training:
+    """network: with normalisation. average: of its weights over the last steps, which is what is kept."""
+
+    network: CheckNetwork
+    average: CheckNetwork
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    def save(self, file: Path) -> None:
+        state = {"network": self.network.state_dict(), "average": self.average.state_dict()}
+        torch.save(state | {"optimizer": self.optimizer.state_dict(), "step": self.step}, file)
+
+    def load(self, file: Path) -> None:
+        state = torch.load(file)
+        self.network.load_state_dict(state["network"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def learn(self, batch: Batch, rate: float) -> float:
+        """One step; returns the loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.network.train()
+        loss = loss_of(self.network, batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        keep = min(AVERAGE, self.step / (self.step + 9))
+        pairs = zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True)
+        for kept, value in pairs:
+            if kept.dtype.is_floating_point:
+                kept.lerp_(value, 1 - keep)
+        return loss.item()
+
+
+def begin(seed: int, state: Path | None) -> Training:
+    """A new training, or the one that a file keeps."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    network = CheckNetwork(norm=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
+    training = Training(network, copy.deepcopy(network), optimizer)
+    if state is not None and state.exists():
+        training.load(state)
+    return training
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Up in a straight line, down as a cosine."""
+    return RATE * min(1.0, (step + 1) / WARM_UP) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
+
+
+def fit(training: Training, scenes: Scenes, looks: dict[str, list[Look]], args: argparse.Namespace) -> None:
+    """Train up to ``args.steps``; weights are written, and the progress printed, now and then."""
+    losses: list[float] = []
+    began = time.process_time()
+    while training.step < args.steps:
+        rng = np.random.default_rng([args.seed, training.step])
+        batch = batch_of([draw(scenes, rng) for _ in range(BATCH)])
+        losses.append(training.learn(batch, rate_at(training.step, args.steps)))
+        if training.step % REPORT_EVERY == 0 or training.step == args.steps:
+            seconds = time.process_time() - began
+            found = progress(training.average, looks)
+            print(f"{training.step} {np.mean(losses[-REPORT_EVERY:]):.4f} {seconds:.0f}s {found}", flush=True)
+            args.out.write_text(as_text(folded(training.average)))
+            if args.state:
+                training.save(args.state)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--renders", default="data/rendered/train")
-    parser.add_argument("--every", type=int, default=3, help="take one scene of so many")
+    parser.add_argument("--held-out", default="data/rendered/heldout")
+    parser.add_argument("--steps", type=int, default=4800, help=f"of {BATCH} samples each")
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--state", type=Path, help="file that keeps the training; it is continued if it is there")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    kinds = {"growth": (growth_signs, extended), "footing": (footing_signs, floating)}
-    found: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {name: ([], []) for name in kinds}
-    for number, case in open_cases(args.renders, args.every):
-        for name, (signs, plant) in kinds.items():
-            failure = plant(case, np.random.default_rng(number))
-            for shown, into in zip((case, failure), found[name], strict=True):
-                seen = signs(shown)
-                if seen is not None:
-                    into.append(seen)
-    for name, (true, planted) in found.items():
-        weights, offset = fit(true, planted)
-        print(f"{name}: {len(true)} true, {len(planted)} planted")
-        print("WEIGHTS =", tuple(round(float(weight), 4) for weight in weights))
-        print("OFFSET =", round(offset, 4), flush=True)
+    fit(begin(args.seed, args.state), open_scenes(args.renders), held_out(args.held_out), args)
 
 
 if __name__ == "__main__":

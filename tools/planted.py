@@ -14,6 +14,7 @@ from packshot.evaluate.bench import studio_photo
 from packshot.generate.canvas import Canvas, place_original
 from packshot.generate.composite import blend
 from packshot.generate.product import prepare
+from packshot.imaging.check_network import continued
 
 WORDS = ("SALE", "Fresh", "ORGANIC", "premium", "Since 1987", "NEW", "Lorem ipsum", "50% OFF", "Original", "COFFEE")
 
@@ -135,6 +136,26 @@ def prolonged(case: Case, rng: np.random.Generator) -> Case:
             part[:, : right - depth] = 0
         matrix = np.array([[-1, 0, 2 * edge - (0 if place == "left" else 1)], [0, 1, 0]], np.float64)
     behind = blend(moved(case.canvas.foreground_HW3, matrix), moved(part, matrix), case.picture_HW3)
+    picture = np.where(case.canvas.core_HW[..., None], case.picture_HW3, case.over(behind))
+    return replace(case, picture_HW3=picture)
+
+
+def swollen(case: Case, rng: np.random.Generator) -> Case:
+    """The product is thicker on one side by 8 to 30 % of its size: its outermost colours go on there."""
+    left, top, right, bottom = case.box
+    matte = case.canvas.matte_HW
+    reach = max(3.0, float(rng.uniform(0.08, 0.3)) * min(right - left, bottom - top))
+    core = (cv2.erode(matte, np.ones((3, 3), np.uint8)) >= 250).astype(np.uint8)
+    core = core if core.any() else (matte >= 128).astype(np.uint8)
+    distance, colours = continued(case.canvas.foreground_HW3, core > 0)
+    rows, columns = np.indices(matte.shape, np.float32)
+    turn = float(rng.uniform(0, 2 * np.pi))
+    across = np.cos(turn) * (columns - (left + right) / 2) + np.sin(turn) * (rows - (top + bottom) / 2)
+    side = across - float(rng.uniform(-0.1, 0.3)) * max(right - left, bottom - top)
+    alpha = np.clip(reach - distance, 0, 1) * np.clip(side, 0, 1) * (rows < bottom + 1)
+    fading = np.exp(-float(rng.uniform(0, 0.5)) * distance / reach)[..., None]
+    grown = cv2.GaussianBlur(colours, (0, 0), 0.8) * fading
+    behind = blend(np.rint(grown).astype(np.uint8), np.rint(255 * alpha).astype(np.uint8), case.picture_HW3)
     picture = np.where(case.canvas.core_HW[..., None], case.picture_HW3, case.over(behind))
     return replace(case, picture_HW3=picture)
 

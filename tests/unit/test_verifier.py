@@ -169,7 +169,8 @@ def test_seeds_of_tries_follow_from_the_picture_alone():
 def test_a_try_is_the_picture_of_its_seed(tool, monkeypatch):
     """The certificate keeps the seed that was asked for, and names the one that was drawn."""
     limited(monkeypatch, background_flat=1000.0)
-    settings = replace(QUICK, verify=VerifyConfig(retries=2))
+    others = ["product_extended", "product_floats"]  # two denoising steps draw what they may well send to review
+    settings = replace(QUICK, verify=VerifyConfig(retries=2, ignore=others))
     [first] = tool.generate("a table", 1, seed=5, settings=settings)
     assert first.certificate["request"]["seed"] == 5
     assert len(first.certificate["tries"]) == 3

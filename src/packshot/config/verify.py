@@ -99,14 +99,14 @@ CHECKS = {
     ),
     "product_extended": CheckRow(
         f"{_MEASURES}:extension",
-        0.8,
+        0.6,
         "probability that the drawn object goes on beyond the product's mask",
         "the product seems to go on beyond its own outline",
     ),
     "product_floats": CheckRow(
         f"{_MEASURES}:floating",
-        1.0,  # never exceeded: no limit finds floating products without false alarms, so the number is only stated
-        "probability that the product hangs in the air, by the light on the ground at its foot",
+        0.83,
+        "probability that the product hangs in the air",
         "nothing shows that the product stands on the ground",
     ),
     "product_repeated": CheckRow(

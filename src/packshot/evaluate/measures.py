@@ -17,7 +17,7 @@ from packshot.evaluate.results import Picture
 from packshot.generate.color import delta_e
 from packshot.generate.composite import blend
 from packshot.generate.product import core_of
-from packshot.imaging.growth import extends
+from packshot.imaging.check_network import judge
 from packshot.imaging.matte import unmix
 from packshot.imaging.outline import Segment, compare_size, measure_extension
 
@@ -136,8 +136,8 @@ def extension(trial: Trial) -> float:
 
 
 def growth(trial: Trial) -> float:
-    probability = extends(trial.picture_HW3, trial.matte_HW)
-    return nan if probability is None else probability
+    judgement = judge(trial.picture_HW3, trial.matte_HW)
+    return nan if judgement is None else judgement.extends
 
 
 def loss(trial: Trial) -> float:
@@ -286,7 +286,7 @@ MEASURES: dict[str, Measure] = {
         extension,
     ),
     "growth": Measure(
-        "Probability, 0 to 1, that the product goes on beyond its mask, by the look of what GrabCut proposes there.",
+        "Probability, 0 to 1, that the product goes on beyond its mask, by the check network.",
         growth,
     ),
     "loss": Measure("Product area where no object is found, relative to the product.", loss),

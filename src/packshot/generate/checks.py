@@ -13,7 +13,7 @@ import numpy as np
 from packshot.config.verify import CHECKS
 from packshot.generate.canvas import Canvas
 from packshot.generate.json_types import Json
-from packshot.imaging import footing, growth, lettering, repeats
+from packshot.imaging import check_network, lettering, repeats
 from packshot.imaging.halo import old_background_left
 from packshot.imaging.mask_edge import shrink
 
@@ -39,6 +39,11 @@ class Shown:
         if side not in self.sizes:
             self.sizes[side] = shrink(self.picture_HW3, side), shrink(self.canvas.matte_HW, side)
         return self.sizes[side]
+
+    @cached_property
+    def judgement(self) -> check_network.Judgement | None:
+        """What a network thinks of the product's surroundings, for two checks."""
+        return check_network.judge(*self.at(check_network.SIDE))
 
     @cached_property
     def even_HW3(self) -> np.ndarray:
@@ -108,11 +113,13 @@ def old_background(shown: Shown) -> float | None:
 
 
 def extension(shown: Shown) -> float | None:
-    return growth.extends(*shown.at(growth.SIDE))
+    """None without a product."""
+    return None if shown.judgement is None else shown.judgement.extends
 
 
 def floating(shown: Shown) -> float | None:
-    return footing.floats(*shown.at(footing.SIDE))
+    """None without a product."""
+    return None if shown.judgement is None else shown.judgement.hangs
 
 
 def repeat(shown: Shown) -> float | None:
