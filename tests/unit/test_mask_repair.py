@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from packshot.config.schema import MatteConfig
-from packshot.imaging.mask_repair import left_out, mirror_line, shadow_at_foot
+from packshot.imaging.mask_repair import left_out, mirror_line, shadow_at_foot, soft_shadow, united
 from packshot.imaging.masks import find_mask
 from packshot.imaging.saliency import fit_ground
 
@@ -99,7 +99,7 @@ def test_a_hard_shadow_is_no_piece(color, kept):
     picture = on_studio_ground(lambda pen: pen.rectangle((200, 250, 280, 270), fill=color))
     mask = np.zeros((360, 360), bool)
     mask[100:250, 80:160] = True
-    added = left_out(picture, mask, fit_ground(picture).lab_HW3)
+    added = left_out(picture, mask, fit_ground(picture))
     assert added[252:268, 204:276].mean() == pytest.approx(kept, abs=0.02)
 
 
@@ -118,3 +118,73 @@ def test_a_dark_piece_is_cut_where_it_melts_into_the_ground(around, cut):
     found = shadow_at_foot(noisy(image), mask)
     assert (found[255:272, 145:215].mean() > 0.9) == cut
     assert not found[80:245].any()
+
+
+def test_a_fading_mirror_image_is_no_piece():
+    """It lies below the product and has less and less contrast."""
+
+    def draw(pen):
+        pen.rectangle((120, 60, 240, 250), fill=(40, 90, 160))
+        for row in range(254, 320):
+            share = 0.5 * (320 - row) / 66
+            ground = np.array((228, 226, 222)) * (1 - share)
+            color = tuple(int(value) for value in ground + share * np.array((40, 90, 160)))
+            pen.line((120, row, 240, row), fill=color)
+
+    picture = on_studio_ground(draw)
+    mask = np.zeros((360, 360), bool)
+    mask[60:251, 120:241] = True
+    assert not left_out(picture, mask, fit_ground(picture)).any()
+
+
+@pytest.mark.parametrize(("soft", "cut"), [(True, True), (False, False)], ids=["shadow", "base"])
+def test_a_soft_shadow_leaves_the_mask_and_a_base_stays(soft, cut):
+    """Both are grey; the shadow has no edge against the ground."""
+    dark = np.zeros((360, 360), np.float32)
+    dark[252:276, 120:240] = 0.35
+    dark = cv2.GaussianBlur(dark, (0, 0), 7) if soft else dark
+    picture = on_studio_ground(lambda pen: None) * (1 - dark[..., None])
+    picture[80:252, 110:250] = (40, 90, 160)
+    mask = np.zeros((360, 360), bool)
+    mask[80:252, 110:250] = True
+    mask[252:276, 120:240] = True
+    picture = picture.clip(0, 255).astype(np.uint8)
+    found = soft_shadow(picture, mask, fit_ground(picture))
+    assert (found[256:270, 130:230].mean() > 0.8) == cut
+    assert not found[80:248].any()
+
+
+def white_bottle():
+    """A white bottle with a faint outline and a red label, before white; the picture and the bottle."""
+    image = Image.new("RGB", (360, 360), (252, 252, 252))
+    pen = ImageDraw.Draw(image)
+    pen.rounded_rectangle((120, 60, 240, 300), 10, fill=(251, 251, 251), outline=(238, 238, 238), width=3)
+    pen.rectangle((120, 150, 240, 210), fill=(190, 40, 40))
+    truth = np.zeros((360, 360), bool)
+    truth[60:301, 120:241] = True
+    return np.asarray(image), truth
+
+
+def test_a_white_bottle_keeps_the_body_that_the_network_sees():
+    """Its colours are the ground's, but a faint outline goes all around; between two things there is none."""
+    picture, whole = white_bottle()
+    label = np.zeros((360, 360), bool)
+    label[150:211, 120:241] = True
+    mask, holes = united(picture, whole, label, fit_ground(picture))
+    assert mask[whole].mean() > 0.98
+    assert not holes.any()
+    seen = whole.copy()
+    seen[60:301, 241:330] = True  # the network's mask runs on over the ground
+    bottle_alone, holes = united(picture, seen, whole, fit_ground(picture))
+    assert not bottle_alone[:, 245:].any()
+    assert holes[:, 245:320].any()
+
+
+def test_the_hole_of_a_ring_is_open_though_the_network_fills_it():
+    picture = on_studio_ground(lambda pen: pen.ellipse((90, 90, 270, 270), outline=(170, 130, 40), width=30))
+    ring = picture[..., 2] < 130
+    disc = cv2.dilate(ring.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    disc[np.hypot(*(np.indices((360, 360)) - 180)) < 80] = True
+    mask, holes = united(picture, disc, ring, fit_ground(picture))
+    assert not mask[160:200, 160:200].any()
+    assert holes[160:200, 160:200].all()

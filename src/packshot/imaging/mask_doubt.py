@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from scipy.special import expit
 
 from packshot.imaging.color import to_lab
 from packshot.imaging.pixels import to_bytes
+from packshot.imaging.saliency import Ground
+from packshot.imaging.see_through import clear_share, ground_inside
 
 NETWORK_AGREES = 0.85  # IoU of the mask with the network's own from which the two count as one (docs/log.md)
 LINE = 0.03  # of the longer side, that an edge outside of a mask has at least
@@ -20,6 +23,7 @@ PLAIN_FRAME = 5.0  # ΔE; a frame of less spread is a studio's ground, see salie
 WEIGHTS = (6.514, 0.978, -1.537, -1.801, 11.018, 2.039, -1.019)
 OFFSET = -15.41
 MOST_LIKELY = 0.82  # there, 97 % of the masks with at least this probability were right
+LARGE = 256  # px, shorter side from which colours tell more than in small pictures
 _SQUARE = np.ones((3, 3), np.uint8)
 
 
@@ -95,7 +99,8 @@ class Finding:
     rgb_HWC: uint8. mask_HW: the mask that was chosen, bool. network_HW: the network's alpha in [0, 1]; None without a
     network. salient_HW: the mask that GrabCut finds from the saliency alone, bool. frame_spread: see ``saliency``.
     lost_HW: thin parts that the cleaning of the mask took away, bool. spread_HW: standard deviation of the network's
-    alpha over several views of the picture; None where it looked once.
+    alpha over several views of the picture; None where it looked once. ground: the plain ground before which the
+    product stands, or one that goes on from row to row; None where there is none such.
     """
 
     rgb_HWC: np.ndarray
@@ -105,6 +110,7 @@ class Finding:
     frame_spread: float
     lost_HW: np.ndarray
     spread_HW: np.ndarray | None = None
+    ground: Ground | None = None
 
     @property
     def plain(self) -> bool:
@@ -175,6 +181,20 @@ def thin_share_lost(found: Finding) -> float:
     return float(found.lost_HW.sum() / max(1, perimeter))
 
 
+def share_seen_through(found: Finding) -> float | None:
+    """:func:`clear_share`; None without a plain ground."""
+    if found.ground is None or not found.mask_HW.any():
+        return None
+    return clear_share(found.rgb_HWC, found.mask_HW, found.ground)
+
+
+def ground_repeated(found: Finding) -> float | None:
+    """:func:`ground_inside`; None in small pictures, where inside and outside are only a few pixels apart."""
+    if min(found.mask_HW.shape) < LARGE or not found.mask_HW.any():
+        return None
+    return ground_inside(found.rgb_HWC, found.mask_HW)
+
+
 def traits(found: Finding) -> np.ndarray | None:
     """What tells right masks from wrong ones, float (7,); None unless a network looked at several views.
 
@@ -203,7 +223,7 @@ def probability_right(found: Finding) -> float | None:
     measured = traits(found)
     if measured is None:
         return None
-    return float(1 / (1 + np.exp(-(measured @ np.array(WEIGHTS) + OFFSET))))
+    return float(expit(measured @ np.array(WEIGHTS) + OFFSET))
 
 
 @dataclass(frozen=True)
@@ -261,6 +281,18 @@ SIGNS = {
     "thin_share_lost": Sign(
         "thin_parts_lost", "length of thin parts that were not kept, in perimeters", thin_share_lost, lambda found: 0.2
     ),
+    "clear_share": Sign(
+        "product_see_through_in_photo",
+        "share of the product, inside of a rim that stands out, that has the ground's colour",
+        share_seen_through,
+        lambda found: 0.5,
+    ),
+    "ground_inside": Sign(
+        "product_see_through_in_photo",
+        "how much of the ground's changes along the outline goes on inside of it; 0 is opaque",
+        ground_repeated,
+        lambda found: 0.35,
+    ),
 }
 
 
@@ -293,6 +325,8 @@ REMEDIES = {
     "mask_incomplete": "something that looks like a part of the product is outside of the mask",
     "mask_touches_frame": "the mask runs along the frame; the product may be cut, or the ground was taken for it",
     "thin_parts_lost": "thin parts, such as a wire or a handle, were not kept",
+    "product_see_through_in_photo": "the old ground shows through the product or fills a hole of it; "
+    "glass needs a cut-out with its own alpha",
     "mask_inverted": "the mask is full along the frame; matte.invert=true swaps black and white",
 }
 

@@ -17,6 +17,15 @@ SHARP = 0.25  # slope at a part's outline by its contrast, per px; shadows are s
 SMALLEST = 2e-4  # of the picture: what is smaller is a speck of dust
 MOST = 12  # parts that are added; more are a pattern of the ground
 HOLE = 0.02  # of the mask: smaller ones are reflections
+FADED = 0.8  # contrast of a mirror image's lower third by that of its upper one
+SHADED_DEPTH = 1.5  # ΔE from the ground, of a shadow
+SHADED_SLOPE = 6.0  # ΔE per px, above which there is an edge between a shadow and the product
+SHADED_MOST = 0.3  # of the mask, that a shadow takes
+SHADED_SOFT = 0.2  # slope between a shadow and the ground by its contrast, per px
+FAINT_SHARE = 0.1  # of the mask, that a part of the ground's colour has at least which may be the product's
+FAINT_EDGE = 0.3  # ΔE per px, above the ground's noise, of such a part's outline
+FOOT = 0.85  # of the mask's height, below which a part may be a shadow or a mirror image
+SOFT = 0.6  # slope at the outline by the contrast, per px, below which a shaded part is a shadow
 GROUND_COLOUR = 2.0  # ΔE from the ground, besides its spread, that a hole has at most
 SHADOW_LIGHT = 0.35  # of the ground's, that a shadow before it has at least
 SHADOW_TINT = 8.0  # ΔE, by which a shadow's colour differs from the ground's with less light
@@ -37,14 +46,15 @@ MIRROR_REST = 22.0  # 8-bit steps: what the mirror image lacks of full contrast 
 _SQUARE = np.ones((3, 3), np.uint8)
 
 
-def left_out(rgb_HW3: np.ndarray, mask_HW: np.ndarray, ground_HW3: np.ndarray) -> np.ndarray:
+def left_out(rgb_HW3: np.ndarray, mask_HW: np.ndarray, ground: Ground) -> np.ndarray:
     """Parts before a studio's ground that stand out from it with sharp edges and are not in the mask, bool (H, W).
 
-    ground_HW3: the ground's Lab colours. Nothing where there are so many of them that the ground has a pattern.
+    Nothing where there are so many of them that the ground has a pattern. Mirror images, which fade, are no parts.
     """
     lab_HW3 = to_lab(rgb_HW3)
+    ground_HW3 = ground.lab_HW3
     contrast_HW = np.linalg.norm(lab_HW3 - ground_HW3, axis=-1)
-    candidates_HW = (contrast_HW > STANDS_OUT) & ~widened(mask_HW)
+    candidates_HW = (contrast_HW > STANDS_OUT + 2 * ground.spread) & ~widened(mask_HW)
     _, labels_HW, stats, _ = cv2.connectedComponentsWithStats(candidates_HW.astype(np.uint8), connectivity=8)
     slope_HW = cv2.dilate(colour_gradient(rgb_HW3) / 4, _SQUARE)
     large = 1 + np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= max(12, SMALLEST * mask_HW.size))
@@ -55,11 +65,21 @@ def left_out(rgb_HW3: np.ndarray, mask_HW: np.ndarray, ground_HW3: np.ndarray) -
         sharpness = np.median(slope_HW[rim_HW]) / np.percentile(contrast_HW[part_HW], 75)
         inner_HW = narrowed(part_HW)
         shaded = inner_HW.any() and is_shaded(lab_HW3[inner_HW], ground_HW3[inner_HW])
-        if sharpness >= SHARP and not shaded and not touches_frame(part_HW):
+        fading = is_low(part_HW, mask_HW) and fades(contrast_HW, part_HW)
+        if sharpness >= SHARP and not shaded and not fading and not touches_frame(part_HW):
             parts.append(part_HW)
     if not parts or len(parts) > MOST:
         return np.zeros_like(mask_HW)
     return np.logical_or.reduce(parts)
+
+
+def fades(contrast_HW: np.ndarray, part_HW: np.ndarray) -> bool:
+    """Whether a part's contrast with the ground decreases from its upper to its lower third."""
+    rows = np.flatnonzero(part_HW.any(axis=1))
+    third = max(1, len(rows) // 3)
+    upper = contrast_HW[rows[:third]][part_HW[rows[:third]]].mean()
+    lower = contrast_HW[rows[-third:]][part_HW[rows[-third:]]].mean()
+    return bool(lower < FADED * upper)
 
 
 def is_shaded(lab_N3: np.ndarray, ground_N3: np.ndarray) -> bool:
@@ -69,19 +89,71 @@ def is_shaded(lab_N3: np.ndarray, ground_N3: np.ndarray) -> bool:
     return bool(SHADOW_LIGHT < light < 1 and np.hypot(*tint) < SHADOW_TINT)
 
 
-def opened(rgb_HW3: np.ndarray, mask_HW: np.ndarray, colours_HW: np.ndarray, ground: Ground) -> np.ndarray:
-    """A mask without large parts that have the ground's colour and that colours alone leave out, such as a ring's hole.
+def united(
+    rgb_HW3: np.ndarray, network_HW: np.ndarray, colours_HW: np.ndarray, ground: Ground
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mask by colours with the large parts that only the network sees, and the holes among these that it lacks.
 
-    colours_HW: the mask by colours alone, bool.
+    Colours alone lose a white bottle before a white wall; the network fills rings and adds shadows. Both bool (H, W).
     """
-    distance_HW = np.linalg.norm(to_lab(cv2.GaussianBlur(rgb_HW3, (0, 0), 1.0)) - ground.lab_HW3, axis=-1)
-    _, labels_HW, stats, _ = cv2.connectedComponentsWithStats((mask_HW & ~colours_HW).astype(np.uint8), connectivity=4)
-    opened_HW = mask_HW.copy()
-    for number in 1 + np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= HOLE * mask_HW.sum()):
+    lab_HW3 = to_lab(cv2.GaussianBlur(rgb_HW3, (0, 0), 1.0))
+    distance_HW = np.linalg.norm(lab_HW3 - ground.lab_HW3, axis=-1)
+    slope_HW = colour_gradient(rgb_HW3, 0.7) / 4
+    enclosed_HW = ~touching_frame(~colours_HW)
+    parts_HW = network_HW & ~colours_HW
+    _, labels_HW, stats, _ = cv2.connectedComponentsWithStats(parts_HW.astype(np.uint8), connectivity=4)
+    smallest = HOLE * network_HW.sum()
+    united_HW = colours_HW.copy()
+    holes_HW = np.zeros_like(united_HW)
+    for number in 1 + np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= smallest):
         part_HW = labels_HW == number
+        inner_HW = narrowed(part_HW, 3)
+        inner_HW = inner_HW if inner_HW.any() else part_HW
+        around_HW = widened(part_HW) & ~network_HW & ~widened(colours_HW, 3)
         if np.median(distance_HW[part_HW]) < GROUND_COLOUR + ground.spread:
-            opened_HW &= ~part_HW
-    return opened_HW
+            large = part_HW.sum() >= FAINT_SHARE * network_HW.sum()
+            if (
+                not large
+                or (enclosed_HW & part_HW).any()
+                or not has_outline(slope_HW, around_HW, ~widened(network_HW | colours_HW, 4))
+            ):
+                holes_HW |= part_HW
+                continue
+        elif is_low(part_HW, colours_HW) and is_shaded(lab_HW3[inner_HW], ground.lab_HW3[inner_HW]):
+            edge = around_HW if around_HW.any() else part_HW
+            if np.median(slope_HW[edge]) < SOFT * np.percentile(distance_HW[part_HW], 75):
+                continue
+        united_HW |= part_HW
+    return closed(united_HW) & ~holes_HW, holes_HW
+
+
+def closed(mask_HW: np.ndarray) -> np.ndarray:
+    """A bool mask without gaps of a pixel or two."""
+    return cv2.morphologyEx(mask_HW.astype(np.uint8), cv2.MORPH_CLOSE, _SQUARE) > 0
+
+
+def has_outline(slope_HW: np.ndarray, around_HW: np.ndarray, outside_HW: np.ndarray) -> bool:
+    """Whether nearly all of a part's outer rim has an edge, however faint, that stands out from the ground's noise."""
+    highest_HW = cv2.dilate(slope_HW, np.ones((7, 7), np.uint8))
+    if not around_HW.any() or not outside_HW.any():
+        return False
+    noise = float(np.median(highest_HW[outside_HW]))
+    return float(np.percentile(highest_HW[around_HW], 15)) > FAINT_EDGE + 1.5 * noise
+
+
+def is_low(part_HW: np.ndarray, mask_HW: np.ndarray) -> bool:
+    """Whether a part lies at the foot of a mask or below it, where shadows and mirror images are."""
+    rows = np.flatnonzero(mask_HW.any(axis=1))
+    if not len(rows):
+        return False
+    return float(np.flatnonzero(part_HW.any(axis=1)).mean()) > rows[0] + FOOT * len(rows)
+
+
+def touching_frame(mask_HW: np.ndarray) -> np.ndarray:
+    """The pieces of a mask that reach the frame, bool (H, W)."""
+    _, labels_HW = cv2.connectedComponents(mask_HW.astype(np.uint8), connectivity=4)
+    frame = np.concatenate([labels_HW[0], labels_HW[-1], labels_HW[:, 0], labels_HW[:, -1]])
+    return np.isin(labels_HW, frame[frame > 0])
 
 
 def touches_frame(part_HW: np.ndarray) -> bool:
@@ -127,6 +199,34 @@ def shadow_at_foot(rgb_HW3: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
     if not found_HW.any():
         return found_HW
     found_HW |= widened(found_HW, SHADOW_RIM) & low_HW & (light_HW < SHADOW_LEVELS[-1])
+    return found_HW | cut_loose(mask_HW & ~found_HW)
+
+
+def soft_shadow(rgb_HW3: np.ndarray, mask_HW: np.ndarray, ground: Ground) -> np.ndarray:
+    """Pieces at the foot of a mask that have a studio's ground's colour with less light, an edge against the product
+    and none against the ground, bool (H, W)."""
+    lab_HW3 = to_lab(cv2.GaussianBlur(rgb_HW3, (0, 0), 1.0))
+    slope_HW = colour_gradient(rgb_HW3) / 4
+    distance_HW = np.linalg.norm(lab_HW3 - ground.lab_HW3, axis=-1)
+    light_HW = lab_HW3[..., 0] / np.maximum(ground.lab_HW3[..., 0], 1)
+    tint_HW = np.linalg.norm(lab_HW3[..., 1:] - light_HW[..., None] * ground.lab_HW3[..., 1:], axis=-1)
+    shaded_HW = (light_HW > SHADOW_LIGHT) & (light_HW < 1) & (tint_HW < SHADOW_TINT)
+    shaded_HW &= (distance_HW > SHADED_DEPTH + ground.spread) & mask_HW
+    pieces = (shaded_HW & (slope_HW < SHADED_SLOPE)).astype(np.uint8)
+    _, labels_HW, stats, _ = cv2.connectedComponentsWithStats(pieces, connectivity=4)
+    found_HW = np.zeros_like(mask_HW)
+    area = mask_HW.sum()
+    fits = (stats[1:, cv2.CC_STAT_AREA] >= SLIVER * area) & (stats[1:, cv2.CC_STAT_AREA] <= SHADED_MOST * area)
+    for number in 1 + np.flatnonzero(fits):
+        piece_HW = labels_HW == number
+        open_HW = widened(piece_HW, 3) & ~widened(mask_HW)
+        if not is_low(piece_HW, mask_HW) or not open_HW.any():
+            continue
+        if np.median(slope_HW[open_HW]) < SHADED_SOFT * np.percentile(distance_HW[piece_HW], 75):
+            found_HW |= piece_HW
+    if not found_HW.any():
+        return found_HW
+    found_HW |= widened(found_HW, SHADOW_RIM) & shaded_HW & ~narrowed(mask_HW & ~found_HW, 2)
     return found_HW | cut_loose(mask_HW & ~found_HW)
 
 
@@ -256,7 +356,10 @@ def repair(rgb_HW3: np.ndarray, mask_HW: np.ndarray, ground: Ground) -> np.ndarr
     shadow_HW = shadow_at_foot(rgb_HW3, mask_HW)
     mask_HW = mask_HW & ~shadow_HW
     if ground.spread < PLAIN_FRAME:
-        mask_HW = joined(mask_HW, left_out(rgb_HW3, mask_HW, ground.lab_HW3) & ~widened(shadow_HW))
+        soft_HW = soft_shadow(rgb_HW3, mask_HW, ground)
+        shadow_HW |= soft_HW
+        mask_HW &= ~soft_HW
+        mask_HW = joined(mask_HW, left_out(rgb_HW3, mask_HW, ground) & ~widened(shadow_HW))
     line = mirror_line(rgb_HW3, mask_HW)
     if line is not None:
         mask_HW[line:] = False

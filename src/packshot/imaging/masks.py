@@ -19,6 +19,7 @@ from packshot.errors import ConfigError, PackshotError
 from packshot.imaging.decode import flatten
 from packshot.imaging.grabcut import grabcut
 from packshot.imaging.mask_doubt import (
+    LARGE,
     PLAIN_FRAME,
     Finding,
     Measured,
@@ -26,6 +27,7 @@ from packshot.imaging.mask_doubt import (
     evidence,
     first_guess,
     full_frame,
+    iou,
     mask_file_doubts,
     measure_signs,
     plausible_area,
@@ -34,12 +36,13 @@ from packshot.imaging.mask_doubt import (
 )
 from packshot.imaging.mask_edge import refine, shrink, stretched, widened
 from packshot.imaging.mask_networks import Views, seen_by_family, seen_by_onnx, uses_family
-from packshot.imaging.mask_repair import opened, repair
+from packshot.imaging.mask_repair import repair, united
 from packshot.imaging.pixels import to_bytes, to_unit
-from packshot.imaging.saliency import Ground, fit_ground, saliency
+from packshot.imaging.saliency import Ground, fit_ground, fit_rows, saliency
 
 UNDECIDED = (0.2, 0.8)  # the network's alpha between which the colours decide
 WORK_SIDE = 400  # px, longer side at which GrabCut works: seconds at 12 megapixels, and its result is no better
+CONFIRMED = 0.5  # IoU with what stands out, from which the colours are believed in a scene
 CLEAR_SHARE = 0.05  # of a cut-out's pixels are fully transparent, at least
 FAINT = 0.02  # alpha that a cut-out exceeds somewhere; less is a forgotten channel
 OPAQUE_PEAK = 0.9  # matting tools stop a little short of full; such a peak means opaque
@@ -188,17 +191,18 @@ def _from_onnx(image: Image.Image, model: str) -> Mask:
     certainty = float(np.abs(2 * guess_HW[likely] - 1).mean()) if likely.any() else 0.0
     confidence = min(ramp(certainty, 0.5, 0.9), plausible_area(float((guess_HW >= 0.5).mean())))
     alpha_HW = cv2.resize(guess_HW, image.size, interpolation=cv2.INTER_LINEAR)
-    small_HWC = shrink(np.asarray(image), WORK_SIDE)
+    studied = _study(np.asarray(image))
+    small_HWC = studied.rgb_HWC
     seen_HW = cv2.resize(guess_HW, small_HWC.shape[1::-1], interpolation=cv2.INTER_AREA)
     by_colour = _candidate(small_HWC, seen_HW)
-    salient = _candidate(small_HWC, saliency(small_HWC))
     finding = Finding(
         rgb_HWC=small_HWC,
         mask_HW=seen_HW >= 0.5,
         network_HW=by_colour.clean_HW.astype(np.float32),
-        salient_HW=salient.clean_HW,
-        frame_spread=fit_ground(small_HWC).spread,
+        salient_HW=studied.salient.clean_HW,
+        frame_spread=studied.ground.spread,
         lost_HW=np.zeros(seen_HW.shape, bool),  # the network's own outline is kept
+        ground=studied.even_ground,
     )
     return judged(stretched(alpha_HW, *ONNX_LEVELS), "onnx", confidence, finding)
 
@@ -213,6 +217,32 @@ class Candidate:
     raw_HW: np.ndarray
     clean_HW: np.ndarray
     evidence: float
+
+
+@dataclass(frozen=True)
+class Studied:
+    """A picture at the size that GrabCut works at, and what is known of it without a network.
+
+    rgb_HWC: uint8. salient_HW: what stands out, in [0, 1]. salient: the mask from it. ground: as one smooth colour.
+    rows: as one that goes on from row to row.
+    """
+
+    rgb_HWC: np.ndarray
+    salient_HW: np.ndarray
+    salient: Candidate
+    ground: Ground
+    rows: Ground
+
+    @property
+    def plain(self) -> bool:
+        """Whether it was taken before a studio's ground."""
+        return self.ground.spread < PLAIN_FRAME
+
+    @property
+    def even_ground(self) -> Ground | None:
+        """The better of the two grounds; None in scenes, which neither describes."""
+        best = min(self.ground, self.rows, key=lambda ground: ground.spread)
+        return best if best.spread < PLAIN_FRAME else None
 
 
 def _candidate(rgb_HWC: np.ndarray, guess_HW: np.ndarray) -> Candidate:
@@ -252,22 +282,39 @@ def _is_part_of(seen: Candidate, salient: Candidate) -> bool:
     area = seen.clean_HW.sum()
     outside = (seen.clean_HW & ~salient.clean_HW).sum()
     contained = 0 < area < 0.7 * salient.clean_HW.sum() and outside < 0.1 * area
-    return bool(contained) and salient.evidence >= 0.85 and min(seen.clean_HW.shape) >= 256
+    return bool(contained) and salient.evidence >= 0.85 and min(seen.clean_HW.shape) >= LARGE
 
 
-def _by_network(
-    rgb_HWC: np.ndarray, small_HWC: np.ndarray, salient_HW: np.ndarray, ground: Ground
-) -> tuple[Candidate, Views]:
-    """The network's mask and what the network sees; before a studio's ground, both without large holes."""
-    views = seen_by_family(rgb_HWC, small_HWC.shape[:2])
-    seen = _seen_candidate(small_HWC, views.alpha_HW)
-    if ground.spread >= PLAIN_FRAME:
-        return seen, views
-    by_colour = _candidate(small_HWC, (views.alpha_HW + salient_HW) / 2)
-    open_HW = opened(small_HWC, seen.clean_HW, by_colour.clean_HW, ground)
-    holes_HW = seen.clean_HW & ~open_HW
-    alpha_HW = np.where(holes_HW, np.float32(0), views.alpha_HW)
-    return replace(seen, raw_HW=seen.raw_HW & ~holes_HW, clean_HW=open_HW), replace(views, alpha_HW=alpha_HW)
+def _study(rgb_HWC: np.ndarray) -> Studied:
+    """What is known of a picture of any size, uint8 RGB, without a network."""
+    small_HWC = shrink(rgb_HWC, WORK_SIDE)
+    salient_HW = saliency(small_HWC)
+    salient = _candidate(small_HWC, salient_HW)
+    return Studied(small_HWC, salient_HW, salient, fit_ground(small_HWC), fit_rows(small_HWC))
+
+
+def _by_network(studied: Studied, views: Views) -> tuple[Candidate, Views]:
+    """The mask by the network and by the colours, and what the network sees, without the holes that it fills.
+
+    The colours know outlines better than the network, and run away in scenes. So they decide before a ground that is
+    plain or goes on from row to row, and where what stands out confirms them.
+    """
+    seen = _seen_candidate(studied.rgb_HWC, views.alpha_HW)
+    guess_HW = (views.alpha_HW + studied.salient_HW) / 2
+    by_colour = _candidate(studied.rgb_HWC, guess_HW)
+    if not studied.plain:
+        large = min(seen.clean_HW.shape) >= LARGE
+        confirmed = large and iou(by_colour.clean_HW, studied.salient.clean_HW) > CONFIRMED
+        return (by_colour if confirmed or studied.rows.spread < PLAIN_FRAME else seen), views
+    mask_HW, holes_HW = united(studied.rgb_HWC, seen.clean_HW, by_colour.clean_HW, studied.ground)
+    chosen = replace(_weighed(studied.rgb_HWC, guess_HW, mask_HW), raw_HW=by_colour.raw_HW | mask_HW)
+    return chosen, replace(views, alpha_HW=np.where(holes_HW, np.float32(0), views.alpha_HW))
+
+
+def _stands_out_more(salient: Candidate, chosen: Candidate) -> bool:
+    """Whether more speaks for what stands out than for the chosen mask, and it is not only a label or a cap of it."""
+    whole = salient.clean_HW.sum() > 0.7 * chosen.clean_HW.sum()
+    return bool(whole) and salient.evidence > chosen.evidence
 
 
 def _from_grabcut(image: Image.Image, model: str) -> Mask:
@@ -277,30 +324,31 @@ def _from_grabcut(image: Image.Image, model: str) -> Mask:
     wires.
     """
     rgb_HWC = np.asarray(image)
-    small_HWC = shrink(rgb_HWC, WORK_SIDE)
-    salient_HW = saliency(small_HWC)
-    salient = _candidate(small_HWC, salient_HW)
-    ground = fit_ground(small_HWC)
+    studied = _study(rgb_HWC)
     method = "grabcut"
     views = None
-    chosen = salient
+    chosen = studied.salient
     if uses_family(model):
         method = "network"
-        chosen, views = _by_network(rgb_HWC, small_HWC, salient_HW, ground)
-        stronger = ground.spread < PLAIN_FRAME and salient.evidence > chosen.evidence
-        if stronger or _is_part_of(chosen, salient):
-            chosen = salient
+        chosen, views = _by_network(studied, seen_by_family(rgb_HWC, studied.rgb_HWC.shape[:2]))
+        stronger = studied.plain and _stands_out_more(studied.salient, chosen)
+        if stronger or _is_part_of(chosen, studied.salient):
+            chosen = studied.salient
     if not chosen.clean_HW.any():
         return Mask(np.zeros(rgb_HWC.shape[:2], np.float32), method, 0.0)
-    mask_HW = repair(small_HWC, chosen.clean_HW, ground)
+    mask_HW = repair(studied.rgb_HWC, chosen.clean_HW, studied.ground)
+    lost_HW = chosen.raw_HW & ~chosen.clean_HW & ~widened(mask_HW)
+    if views is not None and not studied.plain:  # in a scene, colours alone find specks everywhere
+        lost_HW &= views.alpha_HW >= UNDECIDED[0]
     finding = Finding(
-        rgb_HWC=small_HWC,
+        rgb_HWC=studied.rgb_HWC,
         mask_HW=mask_HW,
         network_HW=None if views is None else views.alpha_HW,
-        salient_HW=salient.clean_HW,
-        frame_spread=ground.spread,
-        lost_HW=chosen.raw_HW & ~chosen.clean_HW & ~widened(mask_HW),
+        salient_HW=studied.salient.clean_HW,
+        frame_spread=studied.ground.spread,
+        lost_HW=lost_HW,
         spread_HW=None if views is None else views.spread_HW,
+        ground=studied.even_ground,
     )
     return judged(refine(rgb_HWC, mask_HW), method, chosen.evidence, finding)
 

@@ -84,6 +84,29 @@ class Ground:
     spread: float
 
 
+def fit_rows(rgb_HWC: np.ndarray) -> Ground:
+    """A ground that each row continues from its two ends, such as a wall above a table, bowed across as the first and
+    last rows are."""
+    lab_HWC = to_lab(cv2.GaussianBlur(rgb_HWC, (0, 0), 1.0))
+    height, width = lab_HWC.shape[:2]
+    ring = max(2, round(0.06 * min(height, width)))
+    x_W1 = np.linspace(0, 1, width)[:, None]
+    y_H11 = np.linspace(0, 1, height)[:, None, None]
+    left_H13 = np.median(lab_HWC[:, :ring], axis=1, keepdims=True)
+    right_H13 = np.median(lab_HWC[:, -ring:], axis=1, keepdims=True)
+    ground_HW3 = left_H13 * (1 - x_W1) + right_H13 * x_W1
+    bow_W1 = 4 * x_W1 * (1 - x_W1)
+    middle = bow_W1[:, 0] > 0.3  # where the bow is large enough to divide by
+    residual_HW3 = (lab_HWC - ground_HW3)[:, middle] / bow_W1[middle]
+    top_3 = np.median(residual_HW3[:ring], axis=(0, 1))
+    bottom_3 = np.median(residual_HW3[-ring:], axis=(0, 1))
+    ground_HW3 = ground_HW3 + bow_W1 * (top_3 * (1 - y_H11) + bottom_3 * y_H11)
+    inner_HW = np.zeros((height, width), bool)
+    inner_HW[ring : height - ring, ring : width - ring] = True
+    distance_HW = np.linalg.norm(lab_HWC - ground_HW3, axis=-1)
+    return Ground(ground_HW3, float(np.percentile(distance_HW[~inner_HW], 90)))
+
+
 def fit_ground(rgb_HWC: np.ndarray) -> Ground:
     """A surface of second order through the colours along the frame, robust because a product may touch the frame."""
     lab_HWC = to_lab(cv2.GaussianBlur(rgb_HWC, (0, 0), 1.0))
