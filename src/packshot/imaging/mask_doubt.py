@@ -15,6 +15,7 @@ from packshot.imaging.saliency import Ground
 from packshot.imaging.see_through import clear_share, ground_inside
 
 NETWORK_AGREES = 0.85  # IoU of the mask with the network's own from which the two count as one (docs/log.md)
+NETWORK_AGREES_LARGE = 0.6  # the same in large pictures, where the network's mask is coarse and the colours decide
 LINE = 0.03  # of the longer side, that an edge outside of a mask has at least
 SHARPER = 1.5  # slope of a sharp edge by its slope when blurred by 3 px; that of a shadow hardly changes
 MOST_PIECES = 6  # of a product: a set of three bottles, a pair of shoes
@@ -23,6 +24,7 @@ PLAIN_FRAME = 5.0  # ΔE; a frame of less spread is a studio's ground, see salie
 WEIGHTS = (6.514, 0.978, -1.537, -1.801, 11.018, 2.039, -1.019)
 OFFSET = -15.41
 MOST_LIKELY = 0.82  # there, 97 % of the masks with at least this probability were right
+LIKELY_LARGE = 0.8  # the same in large pictures, of cut-outs before drawn grounds (docs/verifier.md)
 LARGE = 256  # px, shorter side from which colours tell more than in small pictures
 _SQUARE = np.ones((3, 3), np.uint8)
 
@@ -117,6 +119,11 @@ class Finding:
         """Whether the picture was taken before a studio's ground."""
         return self.frame_spread < PLAIN_FRAME
 
+    @property
+    def large(self) -> bool:
+        """Whether colours tell the outline better than a network that looks at few pixels."""
+        return min(self.mask_HW.shape) >= LARGE
+
 
 def edges_left(found: Finding) -> float:
     """Length of the sharp edges outside of the mask, in perimeters of the mask.
@@ -190,7 +197,7 @@ def share_seen_through(found: Finding) -> float | None:
 
 def ground_repeated(found: Finding) -> float | None:
     """:func:`ground_inside`; None in small pictures, where inside and outside are only a few pixels apart."""
-    if min(found.mask_HW.shape) < LARGE or not found.mask_HW.any():
+    if not found.large or not found.mask_HW.any():
         return None
     return ground_inside(found.rgb_HWC, found.mask_HW)
 
@@ -246,14 +253,14 @@ SIGNS = {
         "mask_ways_disagree",
         "probability that the mask is right, by how the network's views, the colours and the mask agree",
         probability_right,
-        lambda found: MOST_LIKELY,
+        lambda found: LIKELY_LARGE if found.large else MOST_LIKELY,
         at_least=True,
     ),
     "network_agreement": Sign(
         "mask_ways_disagree",
         "IoU of the mask with the network's own",
         network_agreement,
-        lambda found: NETWORK_AGREES,
+        lambda found: NETWORK_AGREES_LARGE if found.large else NETWORK_AGREES,
         at_least=True,
     ),
     "saliency_agreement": Sign(

@@ -296,19 +296,24 @@ def _study(rgb_HWC: np.ndarray) -> Studied:
 def _by_network(studied: Studied, views: Views) -> tuple[Candidate, Views]:
     """The mask by the network and by the colours, and what the network sees, without the holes that it fills.
 
-    The colours know outlines better than the network, and run away in scenes. So they decide before a ground that is
-    plain or goes on from row to row, and where what stands out confirms them.
+    The colours know outlines better than the network does, which looks at few pixels, and run away in scenes. So they
+    decide in large pictures, before a ground that is plain or goes on from row to row and where what stands out
+    confirms them. In small pictures the network's own outline is as fine.
     """
     seen = _seen_candidate(studied.rgb_HWC, views.alpha_HW)
     guess_HW = (views.alpha_HW + studied.salient_HW) / 2
     by_colour = _candidate(studied.rgb_HWC, guess_HW)
+    large = min(seen.clean_HW.shape) >= LARGE
     if not studied.plain:
-        large = min(seen.clean_HW.shape) >= LARGE
-        confirmed = large and iou(by_colour.clean_HW, studied.salient.clean_HW) > CONFIRMED
-        return (by_colour if confirmed or studied.rows.spread < PLAIN_FRAME else seen), views
+        confirmed = iou(by_colour.clean_HW, studied.salient.clean_HW) > CONFIRMED
+        even = studied.rows.spread < PLAIN_FRAME
+        return (by_colour if large and (confirmed or even) else seen), views
     mask_HW, holes_HW = united(studied.rgb_HWC, seen.clean_HW, by_colour.clean_HW, studied.ground)
-    chosen = replace(_weighed(studied.rgb_HWC, guess_HW, mask_HW), raw_HW=by_colour.raw_HW | mask_HW)
-    return chosen, replace(views, alpha_HW=np.where(holes_HW, np.float32(0), views.alpha_HW))
+    views = replace(views, alpha_HW=np.where(holes_HW, np.float32(0), views.alpha_HW))
+    if not large:
+        return replace(seen, raw_HW=seen.raw_HW & ~holes_HW, clean_HW=seen.clean_HW & ~holes_HW), views
+    chosen = _weighed(studied.rgb_HWC, guess_HW, mask_HW)
+    return replace(chosen, raw_HW=by_colour.raw_HW | mask_HW), views
 
 
 def _stands_out_more(salient: Candidate, chosen: Candidate) -> bool:
