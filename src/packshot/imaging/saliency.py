@@ -97,10 +97,11 @@ def fit_rows(rgb_HWC: np.ndarray) -> Ground:
     ground_HW3 = left_H13 * (1 - x_W1) + right_H13 * x_W1
     bow_W1 = 4 * x_W1 * (1 - x_W1)
     middle = bow_W1[:, 0] > 0.3  # where the bow is large enough to divide by
-    residual_HW3 = (lab_HWC - ground_HW3)[:, middle] / bow_W1[middle]
-    top_3 = np.median(residual_HW3[:ring], axis=(0, 1))
-    bottom_3 = np.median(residual_HW3[-ring:], axis=(0, 1))
-    ground_HW3 = ground_HW3 + bow_W1 * (top_3 * (1 - y_H11) + bottom_3 * y_H11)
+    if middle.any():
+        residual_HW3 = (lab_HWC - ground_HW3)[:, middle] / bow_W1[middle]
+        top_3 = np.median(residual_HW3[:ring], axis=(0, 1))
+        bottom_3 = np.median(residual_HW3[-ring:], axis=(0, 1))
+        ground_HW3 = ground_HW3 + bow_W1 * (top_3 * (1 - y_H11) + bottom_3 * y_H11)
     inner_HW = np.zeros((height, width), bool)
     inner_HW[ring : height - ring, ring : width - ring] = True
     distance_HW = np.linalg.norm(lab_HWC - ground_HW3, axis=-1)
