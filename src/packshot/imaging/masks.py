@@ -300,14 +300,17 @@ def _by_network(studied: Studied, views: Views) -> tuple[Candidate, Views]:
     decide in large pictures, before a ground that is plain or goes on from row to row and where what stands out
     confirms them. In small pictures the network's own outline is as fine.
     """
+    large = min(views.alpha_HW.shape) >= LARGE
+    if not studied.plain:
+        if large:
+            by_colour = _candidate(studied.rgb_HWC, (views.alpha_HW + studied.salient_HW) / 2)
+            confirmed = iou(by_colour.clean_HW, studied.salient.clean_HW) > CONFIRMED
+            if confirmed or studied.rows.spread < PLAIN_FRAME:
+                return by_colour, views
+        return _seen_candidate(studied.rgb_HWC, views.alpha_HW), views
     seen = _seen_candidate(studied.rgb_HWC, views.alpha_HW)
     guess_HW = (views.alpha_HW + studied.salient_HW) / 2
     by_colour = _candidate(studied.rgb_HWC, guess_HW)
-    large = min(seen.clean_HW.shape) >= LARGE
-    if not studied.plain:
-        confirmed = iou(by_colour.clean_HW, studied.salient.clean_HW) > CONFIRMED
-        even = studied.rows.spread < PLAIN_FRAME
-        return (by_colour if large and (confirmed or even) else seen), views
     mask_HW, holes_HW = united(studied.rgb_HWC, seen.clean_HW, by_colour.clean_HW, studied.ground)
     views = replace(views, alpha_HW=np.where(holes_HW, np.float32(0), views.alpha_HW))
     if not large:
