@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import importlib
 import io
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -121,13 +120,6 @@ def help_text(script: str, doc: str) -> str:
     return "\n".join(lines)
 
 
-def quiet_libraries() -> None:
-    """Silence messages of libraries on import about parts that are not used here (torchvision, GPU kernels)."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also transformers' bar for weights
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A script: what it does (the head of ``--help``), and the function that is called with its config."""
@@ -166,6 +158,8 @@ STAGES: dict[str, Stage] = {
 
 def run_target(target: str, config: object) -> None:
     """Call ``package.module:function`` with a config. A run that is refused before it did any work leaves no folder."""
+    from packshot.runs.quiet import quiet_libraries
+
     quiet_libraries()
     module, function = target.split(":")
     try:
@@ -320,6 +314,8 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
             print(f"{command.about}\n\nusage: packshot {name} {command.usage}")
             return
         refuse_other_encodings()
+        from packshot.runs.quiet import quiet_libraries
+
         quiet_libraries()
         module, function = command.target.split(":")
         getattr(importlib.import_module(module), function)(arguments)

@@ -11,7 +11,7 @@ from serving_fixtures import product_pair
 from packshot import verify
 from packshot.cli import run_command
 from packshot.config.compose import compose
-from packshot.errors import PackshotError
+from packshot.errors import ConfigError, PackshotError
 from packshot.generate.certificate_schema import Certificate, json_schema, read_certificate
 from packshot.generate.run import generate
 
@@ -157,3 +157,12 @@ def test_what_is_no_certificate_is_refused(made, tmp_path):
     shutil.copy(image, tmp_path / "c.json")
     with pytest.raises(PackshotError, match="is not a certificate"):
         read_certificate(tmp_path / "c.json")
+
+
+def test_a_missing_file_is_a_wrong_argument(tmp_path):
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"nowhere\.json: there is no such file.\n  packshot verify IMAGE"):
+        verify(*[str(picture), str(tmp_path / "nowhere.json")])
+    with pytest.raises(PackshotError, match=r"it is not JSON.\n  Name the \.json"):
+        verify(*[str(picture), str(picture)])

@@ -199,4 +199,6 @@ def read_certificate(file: Path) -> Certificate:
             "`packshot verify --schema` prints what a certificate holds.",
         ) from error
     except ValueError as error:
-        raise PackshotError(f"{file} is not a certificate: it is not JSON.") from error
+        raise PackshotError(
+            f"{file} is not a certificate: it is not JSON.", "Name the .json that was written beside the picture."
+        ) from error

@@ -143,10 +143,10 @@ def verify(
     Raises:
         PackshotError: a file is missing, or the certificate is not one.
     """
-    stated = read_certificate(Path(certificate))
-    for path in filter(None, (image, photo, mask)):
+    for path in filter(None, (image, certificate, photo, mask)):
         if not Path(path).is_file():
-            raise ConfigError(f"{path}: there is no such file.")
+            raise ConfigError(f"{path}: there is no such file.", "packshot verify IMAGE CERTIFICATE [PHOTO]")
+    stated = read_certificate(Path(certificate))
     findings = [check_file(Path(image), stated), check_core(stated)]
     if photo is not None:
         mask_file = None if mask is None else Path(mask)
