@@ -1,5 +1,6 @@
 """Networks are loaded whole: a file that lacks a tensor, or has one without a place, is refused with its name."""
 
+import logging
 import shutil
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from packshot.base.controlnets import load_controlnet
-from packshot.base.load import load_parts
+from packshot.base.load import load_parts, weights_hash
 from packshot.config.schema import AdaptersConfig, ModelConfig
 from packshot.errors import ConfigError
 from packshot.evaluate.features import named_encoder
@@ -162,3 +163,27 @@ def test_an_image_encoder_without_a_pooling_layer_is_used(tmp_path, cls):
     first, again = (named_encoder(str(tmp_path), "scores.dino")([picture]) for _ in range(2))
     assert first.shape == (1, 16)
     assert np.array_equal(first, again)
+
+
+def test_a_base_of_pickles_loads_without_an_alarm(tmp_path, caplog, monkeypatch):
+    base = tmp_path / "sdxl"
+    shutil.copytree(resolve("data/models/sdxl"), base)
+    for part, name in (("vae", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")):
+        (file,) = (base / part).glob("*.safetensors")
+        torch.save(load_file(file), base / part / name)
+        file.unlink()
+    for name in ("diffusers", "transformers"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    ours = load_parts(ModelConfig(base=str(base), vae=None))
+    shipped = load_parts(ModelConfig(vae=None))
+    for part in ("vae", "text_encoder"):
+        assert weights_hash(getattr(ours, part)) == weights_hash(getattr(shipped, part))
+    assert "rror" not in caplog.text
+
+
+def test_a_config_that_is_a_list_is_refused(tmp_path):
+    base = tmp_path / "sdxl"
+    shutil.copytree(resolve("data/models/sdxl"), base)
+    (base / "text_encoder" / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="text_encoder holds no CLIPTextModel"):
+        load_parts(ModelConfig(base=str(base))).text_encoder.eval()

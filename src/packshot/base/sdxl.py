@@ -135,7 +135,7 @@ class Source:
         """
         try:
             part = self._from_file(dtype) if self.place.is_file else self._from_folder(dtype)
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:  # TypeError: a config is JSON of another kind
             raise self.refused(first_line(error)) from error
         return part.requires_grad_(False).eval() if self.kind.network else part
 
@@ -150,6 +150,8 @@ class Source:
         if self.kind.network:
             arguments["torch_dtype" if self.kind.library == "diffusers" else "dtype"] = dtype
             arguments["variant"] = variant
+            if weights and not ending(weights, ".safetensors"):  # else diffusers reports an error before it reads them
+                arguments["use_safetensors"] = False
             return load_whole(cls, folder, self.kind.rest, **arguments)
         if self.name == "scheduler":
             cls = self._scheduler_class(json.loads((folder / self.kind.config).read_text()))
