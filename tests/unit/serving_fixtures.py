@@ -72,7 +72,12 @@ class FakePackshot:
         self.calls = []
         self.steps = 0
 
+    product = SimpleNamespace(rgb_HW3=np.zeros((8, 8, 3), np.uint8), alpha_HW=np.zeros((8, 8), np.uint8))
+
     def set_product(self, image, mask):
+        return self
+
+    def set_group(self, images, masks, names, most_pixels):
         return self
 
     def stream(self, scene, num_images, seed, reference, settings, on_step):

@@ -59,7 +59,7 @@ def random_form(schema, chooser):
     for name, field in schema["properties"].items():
         if name.endswith("_file"):
             wanted = 0.95 if name in schema["required"] else 0.15
-            count = chooser.choice([1, 1, 1, 2, 3, 9]) if field.get("type") == "array" else 1
+            count = chooser.choice([*[1] * 12, 2, 9]) if field.get("type") == "array" else 1
             for _ in range(count if chooser.random() < wanted else 0):
                 files.append((name, chooser.choice([png(), png(), png(), png(32, 32), b"", b"text", png()[:60]])))
         elif chooser.random() < share:
@@ -67,6 +67,8 @@ def random_form(schema, chooser):
                 fields[name] = [values_of(field["items"], chooser) for _ in range(chooser.choice([0, 1, 3, 17]))]
             else:
                 fields[name] = values_of(field, chooser)
+    if fields.get("together") in ("true", "1") and chooser.random() < 0.7:
+        files += [("product_file", png()), ("product_file", png())]
     if chooser.random() < 0.05:
         fields[chooser.choice(["sed", "__class__", "file", ""])] = "1"
     return {name: value for name, value in fields.items() if value is not None}, files
