@@ -25,7 +25,7 @@ WEIGHTS = (6.514, 0.978, -1.537, -1.801, 11.018, 2.039, -1.019)
 OFFSET = -15.41
 MOST_LIKELY = 0.82  # there, 97 % of the masks with at least this probability were right
 LIKELY_LARGE = 0.8  # the same in large pictures, of cut-outs before drawn grounds (docs/verifier.md)
-LARGE = 256  # px, shorter side from which colours tell more than in small pictures
+LARGE = 300  # px, longer side from which colours tell more than in small pictures
 _SQUARE = np.ones((3, 3), np.uint8)
 
 
@@ -122,7 +122,7 @@ class Finding:
     @property
     def large(self) -> bool:
         """Whether colours tell the outline better than a network that looks at few pixels."""
-        return min(self.mask_HW.shape) >= LARGE
+        return max(self.mask_HW.shape) >= LARGE
 
 
 def edges_left(found: Finding) -> float:

@@ -282,7 +282,7 @@ def _is_part_of(seen: Candidate, salient: Candidate) -> bool:
     area = seen.clean_HW.sum()
     outside = (seen.clean_HW & ~salient.clean_HW).sum()
     contained = 0 < area < 0.7 * salient.clean_HW.sum() and outside < 0.1 * area
-    return bool(contained) and salient.evidence >= 0.85 and min(seen.clean_HW.shape) >= LARGE
+    return bool(contained) and salient.evidence >= 0.85 and min(seen.clean_HW.shape) >= 256
 
 
 def _study(rgb_HWC: np.ndarray) -> Studied:
@@ -300,7 +300,7 @@ def _by_network(studied: Studied, views: Views) -> tuple[Candidate, Views]:
     decide in large pictures, before a ground that is plain or goes on from row to row and where what stands out
     confirms them. In small pictures the network's own outline is as fine.
     """
-    large = min(views.alpha_HW.shape) >= LARGE
+    large = max(views.alpha_HW.shape) >= LARGE
     if not studied.plain:
         if large:
             by_colour = _candidate(studied.rgb_HWC, (views.alpha_HW + studied.salient_HW) / 2)
