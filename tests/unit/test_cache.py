@@ -242,7 +242,8 @@ def test_files_of_another_version_are_counted_and_kept(tmp_path, caplog, monkeyp
     monkeypatch.undo()
     monkeypatch.setattr(log, "propagate", True)
     cache = fill(tmp_path, [["a"], ["d"]], 2.0, process())
-    assert caplog.text.count("holds files of another version of Packshot: 2") == 1
+    said = [record for record in caplog.records if "files of another version of Packshot: 2" in record.getMessage()]
+    assert len(set(map(id, said))) == 1  # the same record may reach the fixture in two ways
     assert cache.get("a")["x"] == 2
     assert not list(tmp_path.glob("*.damaged"))
 
