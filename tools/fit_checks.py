@@ -27,7 +27,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from packshot.dataset.rows import load_rows
 from packshot.generate.composite import blend
 from packshot.imaging.check_network import LOOK, Block, CheckNetwork, Look, close_look, cut, planes_of, square_around
-from tools.planted import Case, enlarged, extended, floating, handle, open_cases, prolonged, swollen
+from tools.planted import Case, enlarged, extended, floating, handle, lump, open_cases, prolonged, swollen
 
 WEIGHTS = Path("src/packshot/imaging/check_network.json")
 BATCH = 32
@@ -38,6 +38,7 @@ WARM_UP = 400  # steps from zero to RATE
 REPORT_EVERY = 250  # steps
 VISIBLE = 8  # steps of 255 by which planted pixels differ
 DARKEST = -1.5  # logarithm of a shadow
+OTHER = 60  # steps of 255 from the product's mean colour, from which on a thing is not taken for a part of it
 LARGEST_VALUE = 99  # of a stored weight
 
 
@@ -89,7 +90,8 @@ def recoloured(picture_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def cluttered(case: Case, rng: np.random.Generator) -> Case:
-    """Up to four things of any colour around the product and behind it, some of them soft: none is part of it."""
+    """Up to four things of other colours around the product and behind it, some of them soft: none is part of it."""
+    own = case.canvas.rgb_HW3[case.canvas.core_HW].mean(axis=0)
     left, top, right, bottom = case.box
     size = max(right - left, bottom - top)
     behind = case.picture_HW3
@@ -106,6 +108,8 @@ def cluttered(case: Case, rng: np.random.Generator) -> Case:
         row, column = int(rng.integers(layer.shape[0])), int(rng.integers(layer.shape[1]))
         scene_colour = case.plate_HW3[row, column].astype(np.float64)
         colour = scene_colour * rng.uniform(0.5, 1.4) if rng.random() < 0.6 else rng.uniform(0, 255, 3)
+        if np.linalg.norm(colour - own) < OTHER:
+            continue
         shade = np.linspace(1, float(rng.uniform(0.5, 1)), layer.shape[1])[None, :, None]
         thing = np.broadcast_to(np.clip(colour * shade, 0, 255), behind.shape)
         behind = blend(np.rint(thing).astype(np.uint8), layer, behind)
@@ -164,8 +168,8 @@ def hung(case: Case, rng: np.random.Generator) -> Case:
     return cluttered(hanging, rng) if rng.random() < 0.35 else hanging
 
 
-WAYS = (enlarged, handle, prolonged, swollen)
-WAY_SHARES = (0.15, 0.4, 0.25, 0.2)  # thin rings are the hardest to learn
+WAYS = (enlarged, handle, prolonged, swollen, lump)
+WAY_SHARES = (0.12, 0.38, 0.2, 0.15, 0.15)  # thin rings are the hardest to learn
 
 
 def draw(scenes: Scenes, rng: np.random.Generator) -> Sample:
@@ -354,7 +358,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--renders", default="data/rendered/train")
     parser.add_argument("--held-out", default="data/rendered/heldout")
-    parser.add_argument("--steps", type=int, default=4800, help=f"of {BATCH} samples each")
+    parser.add_argument("--steps", type=int, default=9000, help=f"of {BATCH} samples each")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--state", type=Path, help="file that keeps the training; it is continued if it is there")
     parser.add_argument("--seed", type=int, default=0)

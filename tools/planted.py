@@ -160,6 +160,28 @@ def swollen(case: Case, rng: np.random.Generator) -> Case:
     return replace(case, picture_HW3=picture)
 
 
+def lump(case: Case, rng: np.random.Generator) -> Case:
+    """A round or square piece on the outline, grainy, in the mean colour of the product or that of the place."""
+    left, top, right, bottom = case.box
+    points = np.argwhere(case.canvas.core_HW & ~(cv2.erode(case.canvas.core_HW.astype(np.uint8), np.ones((3, 3))) > 0))
+    row, column = map(int, points[rng.integers(len(points))])
+    colour = case.canvas.rgb_HW3[row, column].astype(np.float64)
+    if rng.random() < 0.6:
+        colour = case.canvas.rgb_HW3[case.canvas.core_HW].mean(axis=0)
+    size = bottom - top if rng.random() < 0.5 else right - left
+    across, down = (max(4, int(size * share)) for share in rng.uniform(0.12, 0.3, 2))
+    piece = np.zeros_like(case.canvas.matte_HW)
+    if rng.random() < 0.7:
+        cv2.ellipse(piece, (column, row), (across, down), 0, 0, 360, 255, -1)
+    else:
+        cv2.rectangle(piece, (column - across, row - down), (column + across, row + down), 255, -1)
+    grain = rng.normal(0, rng.uniform(0, 8), case.picture_HW3.shape)
+    shown = np.rint(np.clip(colour * rng.uniform(0.85, 1.1) + grain, 0, 255)).astype(np.uint8)
+    behind = blend(shown, piece, case.picture_HW3)
+    picture = np.where(case.canvas.core_HW[..., None], case.picture_HW3, case.over(behind))
+    return replace(case, picture_HW3=picture)
+
+
 def extended(case: Case, rng: np.random.Generator) -> Case:
     """One of three ways in which a product grows past its mask."""
     ways = (enlarged, handle, prolonged)

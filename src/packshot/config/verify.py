@@ -99,13 +99,13 @@ CHECKS = {
     ),
     "product_extended": CheckRow(
         f"{_MEASURES}:extension",
-        0.6,
+        0.7,
         "probability that the drawn object goes on beyond the product's mask",
         "the product seems to go on beyond its own outline",
     ),
     "product_floats": CheckRow(
         f"{_MEASURES}:floating",
-        0.83,
+        0.6,
         "probability that the product hangs in the air",
         "nothing shows that the product stands on the ground",
     ),
