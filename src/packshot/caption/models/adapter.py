@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
+from packshot.runs.networks import Network
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 IGNORED = -100  # label of every position that must not be learned: prompt, image, padding
-Network = Any  # a vision-language model of transformers, or a PeftModel around one; they share no annotated base
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from transformers import GenerationConfig
 
 from packshot.caption.models import weights
-from packshot.caption.models.adapter import Network
+from packshot.runs.networks import Network
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import MllamaForConditionalGeneration, MllamaProcessor
 
 from packshot.caption.models import weights
-from packshot.caption.models.adapter import IGNORED, Network, token_id
+from packshot.caption.models.adapter import IGNORED, token_id
 from packshot.caption.models.local import LocalModel
 from packshot.caption.target import mark
 from packshot.config.schema import CaptionerConfig, ModelConfig
 from packshot.errors import ConfigError
 from packshot.lists import select, without
+from packshot.runs.networks import Network
 
 KIND = "llama32_vision"  # the row in config/captioners.py
 TURN_END = "<|eot_id|>"  # ends an answer of the instruct checkpoints; the base ones know only their end of text

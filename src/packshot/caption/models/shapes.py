@@ -18,9 +18,9 @@ from transformers import (
     MllamaForConditionalGeneration,
 )
 
-from packshot.caption.models.adapter import Network
 from packshot.lists import without
 from packshot.runs.files import resolve
+from packshot.runs.networks import Network
 
 Settings: TypeAlias = Any  # a config of transformers, whose parts are annotated as optional
 PROMPT = 16  # tokens of an instruction, roughly

@@ -14,14 +14,13 @@ from transformers import AutoConfig, PreTrainedModel
 
 from packshot.base.places import fetch_model
 from packshot.base.quantize import quantize
-from packshot.caption.models.adapter import Network
 from packshot.config.captioners import CAPTIONERS, CaptionerFamily
 from packshot.config.schema import CaptionerConfig, ModelConfig, ProductTarget, Quantization
 from packshot.engine.checkpoints import trainable
 from packshot.errors import ConfigError, first_line
 from packshot.runs.files import readable, resolve
 from packshot.runs.folder import log
-from packshot.runs.networks import load_peft, load_whole
+from packshot.runs.networks import Network, load_peft, load_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, ProcessorMixin
