@@ -158,9 +158,9 @@ STAGES: dict[str, Stage] = {
 
 def run_target(target: str, config: object) -> None:
     """Call ``package.module:function`` with a config. A run that is refused before it did any work leaves no folder."""
-    from packshot.runs.quiet import quiet_libraries
+    from packshot.runs.start import start_process
 
-    quiet_libraries()
+    start_process()
     module, function = target.split(":")
     try:
         getattr(importlib.import_module(module), function)(config)
@@ -314,9 +314,9 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
             print(f"{command.about}\n\nusage: packshot {name} {command.usage}")
             return
         refuse_other_encodings()
-        from packshot.runs.quiet import quiet_libraries
+        from packshot.runs.start import start_process
 
-        quiet_libraries()
+        start_process()
         module, function = command.target.split(":")
         getattr(importlib.import_module(module), function)(arguments)
 

@@ -18,7 +18,7 @@ from PIL import Image
 from packshot.config.conditions import networks
 from packshot.config.schema import GenerateSettings, Serve
 from packshot.errors import ConfigError, PackshotError
-from packshot.runs.quiet import quiet_libraries
+from packshot.runs.start import start_process
 from packshot.scene import Scene
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ def work(pipe: Connection, config: Serve, visible: str | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all processes of a terminal; the server decides
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible  # before anything imports torch
-    quiet_libraries()
+    start_process()
     try:
         packshot = load_packshot(config)
     except Exception as error:
