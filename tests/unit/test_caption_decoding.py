@@ -2,6 +2,7 @@
 
 import math
 import random
+import threading
 from itertools import pairwise
 
 import llguidance
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from packshot.caption.decoding import write
+from packshot.caption.decoding import SceneConstraint, write
 from packshot.caption.models.load import load_adapter, load_captioner
 from packshot.config.schema import CaptionerConfig, CaptionerKind, Constraint, ModelConfig
 from packshot.scene import Scene
@@ -131,6 +132,28 @@ def test_an_untrained_model_writes_captions_when_constrained(senseless):
         assert caption.text.startswith("Professional photo of an object on ")
         if not caption.truncated:
             Scene.parse_strict(caption.text)
+
+
+def test_what_may_follow_is_found_while_the_model_reads(senseless, monkeypatch):
+    reads = threading.Event()
+    overlapped = []
+
+    class Watched(SceneConstraint):
+        def _consume(self, *latest):
+            overlapped.append(reads.wait(10))  # the model must begin to read the token before this has ended
+            reads.clear()
+            super()._consume(*latest)
+
+        def close(self):
+            reads.set()  # nothing reads the last token
+            super().close()
+
+    expected = write(senseless, IMAGES, NO_MASKS, Constraint.scene)
+    monkeypatch.setattr("packshot.caption.decoding.SceneConstraint", Watched)
+    with senseless.model.register_forward_pre_hook(lambda *_: reads.set()):
+        assert write(senseless, IMAGES, NO_MASKS, Constraint.scene) == expected
+    assert len(overlapped) > 10
+    assert all(overlapped)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPModel,
+    CLIPTextConfig,
     CLIPTextModel,
     CLIPVisionModelWithProjection,
     ViTConfig,
@@ -30,6 +33,12 @@ from packshot.runs.networks import CLIP_REST, load_whole
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")
 
 
+def own_memory() -> int:
+    """Bytes of this process that are not those of a file."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
 def without_one(tensors, name):
     del tensors[name]
 
@@ -40,6 +49,19 @@ def with_another(tensors, name):
 
 def cut(tensors, name):
     tensors[name] = tensors[name][:-1].contiguous()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_of_the_wanted_dtype_are_mapped_and_not_copied(tmp_path):
+    config = CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16)
+    CLIPTextModel(config).to(torch.bfloat16).save_pretrained(tmp_path)  # 300 MB
+    before = own_memory()
+    network = load_whole(CLIPTextModel, tmp_path, dtype=torch.bfloat16)
+    size = sum(weight.nbytes for weight in network.parameters())
+    assert own_memory() - before < size / 4
+    copies = network.float()  # so that the measure is known to see them
+    assert own_memory() - before > size
+    del copies
 
 
 @pytest.mark.parametrize("part", PARTS)

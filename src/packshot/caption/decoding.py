@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import llguidance
 import llguidance.hf
-import llguidance.torch
+import llguidance.numpy
 import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from packshot.caption.models.adapter import Adapter, Caption, token_id
 from packshot.config.schema import Constraint
 from packshot.lists import map_values
+from packshot.runs.cores import cores
 from packshot.scene.decoding_grammar import scene_grammar
 from packshot.scene.grammar import slot_spans
 
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
 class SceneConstraint(LogitsProcessor):
     """Leaves every row only the tokens with which its text can still become a caption in the scene grammar.
 
+    What may follow is worked out in a thread of its own as soon as a token is written (:meth:`follow`), while the
+    network already reads that token.
+
     given: number of ids before the written ones. lead: ids that are written before the caption itself. Use a new one
     for every call of ``generate``, with one beam, because the state of a row belongs to its place in the batch.
     """
@@ -38,7 +44,42 @@ class SceneConstraint(LogitsProcessor):
         self._lead = list(lead)
         known = known_tokenizer(tokenizer)
         self._matchers = [llguidance.LLMatcher(known, compiled_grammar()) for _ in range(rows)]
-        self._mask = llguidance.torch.allocate_token_bitmask(rows, known.vocab_size)
+        self._mask = llguidance.numpy.allocate_token_bitmask(rows, known.vocab_size)
+        self._workers = llguidance.LLExecutor(cores())
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._following = self._thread.submit(self._fill)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
+
+    def follow(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """For ``stopping_criteria``, which are asked after each token and before the network runs again: (B,), False.
+
+        scores: not read.
+        """
+        if input_ids.shape[1] - self._given > len(self._lead):
+            latest_B = input_ids[:, -1].to("cpu", non_blocking=True)
+            copied = torch.cuda.current_stream().record_event() if input_ids.is_cuda else None
+            self._following = self._thread.submit(self._consume, latest_B, copied)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def _consume(self, latest_B: Tensor, copied: torch.cuda.Event | None) -> None:
+        if copied is not None:
+            copied.synchronize()
+        for matcher, token in zip(self._matchers, latest_B.tolist(), strict=True):
+            if not matcher.is_stopped():
+                matcher.consume_token(token)
+        self._fill()
+
+    def _fill(self) -> None:
+        going = []
+        for row, matcher in enumerate(self._matchers):
+            if matcher.is_stopped():  # generate() pads a finished row and ignores its scores
+                self._mask[row] = -1
+            else:
+                going.append((matcher, row))
+        llguidance.numpy.fill_next_token_bitmask_par(self._workers, going, self._mask)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores_BV with -inf for tokens that may not follow."""
@@ -47,15 +88,8 @@ class SceneConstraint(LogitsProcessor):
             only = torch.full_like(scores, -math.inf)
             only[:, self._lead[written]] = 0.0
             return only
-        latest = input_ids[:, -1].tolist() if written > len(self._lead) else None
-        for row, matcher in enumerate(self._matchers):
-            if latest is not None and not matcher.is_stopped():
-                matcher.consume_token(latest[row])
-            if matcher.is_stopped():  # generate() pads a finished row and ignores its scores
-                self._mask[row] = -1
-            else:
-                llguidance.torch.fill_next_token_bitmask(matcher, self._mask, row)
-        bits = np.unpackbits(self._mask.numpy().view(np.uint8), axis=1, bitorder="little")[:, : scores.shape[1]]
+        self._following.result()
+        bits = np.unpackbits(self._mask.view(np.uint8), axis=1, bitorder="little")[:, : scores.shape[1]]
         return scores.masked_fill(torch.from_numpy(bits == 0).to(scores.device), -math.inf)
 
 
@@ -63,13 +97,13 @@ class Probabilities(LogitsProcessor):
     """Records the probability that the model itself gave to every chosen token; changes no score."""
 
     def __init__(self) -> None:
-        self.chosen: list[Tensor] = []  # log-probabilities, (B,) per written token but the last
+        self.chosen: list[Tensor] = []  # log-probabilities, (B,) per written token but the last, where the model is
         self._latest: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores_BV, unchanged."""
         if self._latest is not None:
-            self.chosen.append(self._latest.gather(1, input_ids[:, -1:]).squeeze(1).cpu())
+            self.chosen.append(self._latest.gather(1, input_ids[:, -1:]).squeeze(1))
         self._latest = torch.log_softmax(scores.float(), dim=-1)
         return scores
 
@@ -100,21 +134,22 @@ def write(
     model = adapter.model
     training = model.training
     model.eval()
-    try:
+    with ExitStack() as stack:
+        stack.callback(model.train, training)
         batch = map_values(lambda tensor: tensor.to(model.device), adapter.generate_batch(images, masks))
         given, lead = adapter.lead(batch)
         probabilities = Probabilities()
         processors = LogitsProcessorList([probabilities])  # first, so that it sees the scores before the constraint
+        criteria = StoppingCriteriaList()
         if constraint is Constraint.scene:
-            processors.append(SceneConstraint(adapter.tokenizer, len(images), given, lead))
-        ids_BT = model.generate(**batch, logits_processor=processors)
-    finally:
-        model.train(training)
-    written_BT = ids_BT[:, given:].cpu()
+            held = stack.enter_context(closing(SceneConstraint(adapter.tokenizer, len(images), given, lead)))
+            processors.append(held)
+            criteria.append(held.follow)
+        ids_BT = model.generate(**batch, logits_processor=processors, stopping_criteria=criteria)
+    chosen_BT = torch.stack(probabilities.chosen, dim=1).tolist() if probabilities.chosen else [[] for _ in images]
     captions: list[Caption] = []
-    for row, ids_T in enumerate(written_BT):
-        chosen = [step[row].item() for step in probabilities.chosen]
-        captions.append(to_caption(adapter.tokenizer, ids_T.tolist(), chosen))
+    for ids_T, chosen_T in zip(ids_BT[:, given:].tolist(), chosen_BT, strict=True):
+        captions.append(to_caption(adapter.tokenizer, ids_T, chosen_T))
     return captions
 
 
