@@ -285,7 +285,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "verify": Command(
         "Check a picture against its certificate, and against the photograph if it is given.",
-        "IMAGE CERTIFICATE [PHOTO] [--mask FILE]",
+        "IMAGE CERTIFICATE [PHOTO] [--mask FILE] [--matte MODEL] | --schema",
         "packshot.generate.verify:main",
     ),
     "bench": Command(

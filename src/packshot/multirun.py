@@ -114,7 +114,8 @@ def multirun(script: str, overrides: Sequence[str], config_dir: Path | None, dry
             failed.append(f"{shlex.join(job)} (exit code {code})")
         else:
             finished.append(job)
-    print("\n".join(compare(finished, swept(planned))), file=sys.stderr)
+    for line in compare(finished, swept(planned)):
+        print(line)
     if failed:
         raise PackshotError(
             f"{len(failed)} of {len(planned)} jobs failed:\n    " + "\n    ".join(failed),

@@ -214,7 +214,7 @@ def test_a_persons_caption_is_kept_reported_or_rejected(photos, tmp_path, capsys
         (photos / f"{seed}.txt").write_text(f"{CAPTION}, the scene can be seen in cream tones and ring light")
     (photos / "1.txt").write_text(NAMED)
     out = run(photos, tmp_path / policy, "dataset=background", f"captions.product={policy}")
-    assert f"1 of 5 captions name a product (captions.product={policy}" in capsys.readouterr().err
+    assert f"1 of 5 captions name a product (captions.product={policy}" in capsys.readouterr().out
     assert len(rows(out)) == texts
     assert [row["text"] for row in rows(out) if row["source"] == "photos/1.png"] == [NAMED] * (texts - 5)
     found = rejected(out).get("1.png")

@@ -197,7 +197,7 @@ def test_check_writes_sheet_findings_and_a_measured_step(tmp_path, capsys, monke
     assert "captions_duplicate" in {warning["name"] for warning in report["warnings"]}
     assert not (tmp_path / "lora" / "checkpoints").exists()
     assert (tmp_path / "lora" / "metrics.jsonl").read_text() == ""
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "one optimizer step of 4 samples" in said
     assert "train.max_steps=1000 would take" in said
 

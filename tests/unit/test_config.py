@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import assume, given
 from hypothesis.strategies import text
 
-from packshot.cli import STAGES, Stage, help_text, run_stage
+from packshot.cli import COMMANDS, STAGES, Stage, help_text, run_command, run_stage
 from packshot.config import compose as composing
 from packshot.config.compose import QUOTED, compose, quoted, to_plain, to_yaml
 from packshot.config.keys import fields
@@ -429,13 +429,14 @@ def test_a_sweep_ends_with_its_losses_the_best_one_first(tmp_path, monkeypatch, 
     monkeypatch.setattr("subprocess.run", train)
     with pytest.raises(SystemExit):
         run_stage("train_lora", ["-m", "method.rank=4,8,16", "train.max_steps=2", f"run.dir={tmp_path}/sweep"])
-    said = capsys.readouterr().err.splitlines()
+    printed = capsys.readouterr()
+    said = printed.out.splitlines()
     head = said.index("| method.rank | last loss | validation_loss | run.dir |")
     assert said[head + 2 : head + 4] == [
         f"| 8 | 0.25000 | 0.12500 | {tmp_path}/sweep/1 |",
         f"| 4 | 0.50000 | 0.25000 | {tmp_path}/sweep/0 |",
     ]
-    assert "1 of 3 jobs failed" in "\n".join(said[head + 4 :])
+    assert "1 of 3 jobs failed" in printed.err
 
 
 def test_a_sweep_with_one_refused_job_starts_none(monkeypatch, capsys):
@@ -459,6 +460,28 @@ def test_a_flag_that_is_not_known_is_refused(flags, capsys):
     with pytest.raises(SystemExit) as ended:
         run_stage("evaluate", flags)
     assert ended.value.code == 2
+
+
+WRONG = [(name, ["--nothing"]) for name in COMMANDS]
+WRONG += [
+    ("verify", []),
+    ("verify", ["a.png"]),
+    ("verify", ["a"] * 4),
+    ("verify", ["--mask"]),
+    ("bench", []),
+    ("show", []),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), WRONG)
+def test_commands_refuse_arguments_as_stages_do(name, arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command(name, arguments)
+    message, *hints = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert message.startswith("error: ")
+    assert hints
+    assert all(hint.startswith("  ") for hint in hints)
 
 
 def test_a_refused_config_leaves_no_run_folder(tmp_path, monkeypatch, capsys):

@@ -207,7 +207,7 @@ def test_faces_and_nudity_are_left_out_each_by_its_key(folder, tmp_path, capsys)
     assert set(rows) == {"green.png", "blue.png"}
     assert left["red.png"]["reason"] == "face"
     assert float(left["red.png"]["measure"].split()[1]) == pytest.approx(0.75 * 0.95, abs=0.03)
-    assert "curation.max_face=0.5" in capsys.readouterr().err
+    assert "curation.max_face=0.5" in capsys.readouterr().out
     rows, left = run(folder, tmp_path / "both", *keys, "curation.max_nudity=0.5")
     assert {name: row["reason"] for name, row in left.items()} == {"red.png": "face", "green.png": "nudity"}
     assert rows["blue.png"]["face_confidence"] < 0.1

@@ -182,7 +182,7 @@ def test_the_plan_is_written_and_says_what_it_counts(tmp_path, capsys):
         "frozen_weights_gib", "trained_weights_gib", "gradients_gib", "optimizer_gib", "ema_gib", "gathered_gib",
         "vae_gib",        "activations_gib",
     )))  # fmt: skip
-    assert "tflop_per_step" in capsys.readouterr().err
+    assert "tflop_per_step" in capsys.readouterr().out
 
 
 def test_several_processes_make_one_plan_for_all_of_them(tmp_path, monkeypatch):
@@ -260,7 +260,7 @@ def test_a_plan_for_a_gpu_needs_no_dataset(tmp_path, capsys):
     written = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert (written["samples"], written["processes"], written["verdict"]) == (20000, 8, "fits")
     assert written["samples_per_step"] == 8 * 4
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "It fits on H100 SXM" in said
     assert "It costs" in said
 

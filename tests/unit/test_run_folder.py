@@ -14,8 +14,8 @@ from packshot.cli import STAGES, Stage, run_stage
 from packshot.config.compose import compose
 from packshot.engine import processes
 from packshot.errors import ConfigError, PackshotError
-from packshot.runs.folder import discard_refused, log, open_run, printable, start_log
-from packshot.runs.plan_file import log_figures
+from packshot.runs.folder import answer, discard_refused, log, open_run, printable, start_log
+from packshot.runs.plan_file import answer_figures
 from packshot.runs.progress import lines
 
 
@@ -159,6 +159,6 @@ def test_a_refused_run_leaves_no_folder(tmp_path, worked):
 
 def test_a_plan_shows_figures_as_people_read_them(monkeypatch):
     shown = []
-    monkeypatch.setattr(log, "info", lambda line, *values: shown.append((line % values).split(maxsplit=1)))
-    log_figures({"seconds": (0.0000053, 1.5), "price": None, "change": "", "pictures": 5, "total_gib": 0.1})
+    monkeypatch.setattr(answer, "info", lambda line, *values: shown.append((line % values).split(maxsplit=1)))
+    answer_figures({"seconds": (0.0000053, 1.5), "price": None, "change": "", "pictures": 5, "total_gib": 0.1})
     assert shown == [["seconds", "5.3e-06 to 1.500"], ["pictures", "5"], ["total_gib", "0.100"]]

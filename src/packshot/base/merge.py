@@ -10,7 +10,7 @@ from packshot.base.load import load_parts
 from packshot.config.merge import Merge
 from packshot.errors import ConfigError
 from packshot.runs.files import replacing_folder, writing
-from packshot.runs.folder import log, open_run
+from packshot.runs.folder import answer, open_run
 from packshot.runs.licenses import licenses_of_weights, refuse_weights
 
 
@@ -57,4 +57,4 @@ def merge(config: Merge) -> None:
     with writing(str(target), "Name a run.dir on a disk with more room."), replacing_folder(target) as folder:
         pipe.save_pretrained(folder)
         (folder / "data.json").write_text(json.dumps(made_from, indent=2) + "\n")
-    log.info("merged %d LoRAs into %s", len(config.model.loras), target)
+    answer.info("merged %d LoRAs into %s", len(config.model.loras), target)

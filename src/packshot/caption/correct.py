@@ -12,7 +12,7 @@ from packshot.dataset.rows import load_rows
 from packshot.dataset.text_files import EncodingError, csv_rows, decode_text
 from packshot.errors import ConfigError
 from packshot.runs.files import readable
-from packshot.runs.folder import log
+from packshot.runs.folder import answer, log
 from packshot.scene import Scene
 from packshot.scene.scores import product_words
 
@@ -25,7 +25,7 @@ def correct(config: CaptionVLM) -> None:
     table = readable("data.corrections", config.data.corrections)
     rows = load_rows("data.input", config.data.input, captions=False, pictures=PICTURES)
     found = read_corrections(table, set(rows.ids))
-    log.info("%d corrections taken over, %d in %s", len(found), corrections.add(folder, found), folder)
+    answer.info("%d corrections taken over, %d in %s", len(found), corrections.add(folder, found), folder)
 
 
 def read_corrections(path: Path, known: set[str]) -> dict[str, str]:

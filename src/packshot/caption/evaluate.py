@@ -32,7 +32,7 @@ from packshot.engine.task import Sample
 from packshot.errors import ConfigError
 from packshot.lists import column, pick
 from packshot.runs.files import replacing_file
-from packshot.runs.folder import log
+from packshot.runs.folder import answer, log
 from packshot.scene import Scene
 
 WORST = 32  # captions on the page of the worst
@@ -139,14 +139,14 @@ def report_errors(name: str, errors: dict[str, int]) -> None:
 
 
 def figures(tables: dict[str, Figures]) -> dict[str, float]:
-    """The figures of every set of captions for the tracker; the main ones are logged."""
+    """The figures of every set of captions for the tracker; the main ones are printed."""
     found: dict[str, float] = {}
     for name, table in tables.items():
         found[f"{name}/soft_f1"] = table["mean"]["soft"]
         found[f"{name}/exact"] = table["mean"]["exact"]
         for rate in ("parse_rate", "leakage_rate", "truncated_rate"):
             found[f"{name}/{rate}"] = table[rate]
-        log.info(
+        answer.info(
             "%-17s soft F1 %.3f  exact %.3f  in the grammar %.3f  naming the product %.3f",
             name, table["mean"]["soft"], table["mean"]["exact"], table["parse_rate"], table["leakage_rate"],
         )  # fmt: skip

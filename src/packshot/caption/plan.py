@@ -32,8 +32,8 @@ from packshot.engine.checkpoints import trainable
 from packshot.engine.processes import DTYPES, planned_precision, refuse_launcher
 from packshot.engine.sharding import Sharding, blocks_of, read_sharding
 from packshot.lists import map_values
-from packshot.runs.folder import log, open_run
-from packshot.runs.plan_file import log_figures, write_plan
+from packshot.runs.folder import answer, open_run
+from packshot.runs.plan_file import answer_figures, write_plan
 
 WRITTEN = 48  # tokens of a caption in the grammar, roughly
 # Seconds that PyTorch takes to launch a decoder layer, at best and at worst: an assumption, not measured on a GPU.
@@ -253,7 +253,7 @@ def first_change(config: CaptionVLM) -> str:
 
 
 def plan(config: CaptionVLM) -> None:
-    """Write ``plan.json`` and log it as a table; the first of several processes does so for all of them."""
+    """Write ``plan.json`` and print it as a table; the first of several processes does so for all of them."""
     refuse_launcher()
     sharding = read_sharding(config) if trains(config) else None
     if int(os.environ.get("RANK", 0)):
@@ -272,7 +272,7 @@ def plan(config: CaptionVLM) -> None:
     if decided:
         written |= asdict(decided)
     write_plan(run, written)
-    log_figures(written)
-    log.info("A caption is counted with %d tokens. Workspaces of the device come on top.", WRITTEN)
+    answer_figures(written)
+    answer.info("A caption is counted with %d tokens. Workspaces of the device come on top.", WRITTEN)
     for sentence in decided.sentences() if decided else ():
-        log.info("%s", sentence)
+        answer.info("%s", sentence)

@@ -17,7 +17,7 @@ from packshot.errors import PackshotError
 from packshot.imaging.data_url import data_url
 from packshot.lists import without_none
 from packshot.runs.files import replacing_file
-from packshot.runs.folder import log
+from packshot.runs.folder import answer
 
 COLUMNS = ("id", "doubt", "text", "corrected")
 PAGE = """<!doctype html>
@@ -48,7 +48,7 @@ def review(config: CaptionVLM) -> None:
         if session.run:
             samples = doubtful(rows, config.data.review)
             write_review(session.path, samples, rows.path)
-            log.info("%d captions to review in %s", len(samples), session.path / "review.html")
+            answer.info("%d captions to review in %s", len(samples), session.path / "review.html")
     finally:
         session.finish()
 

@@ -21,7 +21,7 @@ from packshot.engine.processes import announce, refuse_launcher, start, translat
 from packshot.engine.sharding import read_sharding
 from packshot.errors import ConfigError
 from packshot.lists import map_values
-from packshot.runs.folder import log, read_metrics
+from packshot.runs.folder import answer, log, read_metrics
 from packshot.runs.markdown import markdown_table
 from packshot.runs.provenance import provenance_lines, write_provenance
 
@@ -79,7 +79,7 @@ def export(run: Path, task: CaptioningTask, ema: EMA | None, data: TrainingData,
         task.adapter.save(folder)
         lines = provenance_lines(write_provenance(folder, data.rows, config, data.records()))
         (folder / "README.md").write_text(card(run, config, lines))
-    log.info("exported to %s", run / "export")
+    answer.info("exported to %s", run / "export")
 
 
 def last_validation(run: Path, step: int) -> dict[str, float]:

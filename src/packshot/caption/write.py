@@ -22,7 +22,7 @@ from packshot.engine.processes import Session, start
 from packshot.errors import ConfigError, PackshotError
 from packshot.lists import without_none
 from packshot.runs.files import replacing_file
-from packshot.runs.folder import log
+from packshot.runs.folder import answer
 from packshot.runs.licenses import refuse_rows
 from packshot.runs.progress import progress
 
@@ -90,19 +90,19 @@ def report(session: Session, files: Sequence[Path], with_caption: int, given: Gi
     written = counts["captioned"] - kept
     with replacing_file(session.path / "captions.json") as file:
         file.write_text(json.dumps({**counts, "kept": kept, "written": written}, indent=2) + "\n")
-    log.info("%d of %d rows have a caption", counts["captioned"], counts["rows"])
+    answer.info("%d of %d rows have a caption", counts["captioned"], counts["rows"])
     if given.overwrite:
-        log.warning("%d captions of the source are replaced (captioner.overwrite=true)", with_caption - kept)
+        answer.warning("%d captions of the source are replaced (captioner.overwrite=true)", with_caption - kept)
         if kept:
-            log.warning("%d captions of the source stay, because the captioner failed on their images", kept)
-        log.info("%d captions written by %s", written, given.origin)
+            answer.warning("%d captions of the source stay, because the captioner failed on their images", kept)
+        answer.info("%d captions written by %s", written, given.origin)
     else:
-        log.info("%d captions of the source kept (captioner.overwrite=true replaces them)", kept)
-        log.info("%d empty captions filled by %s", written, given.origin)
+        answer.info("%d captions of the source kept (captioner.overwrite=true replaces them)", kept)
+        answer.info("%d empty captions filled by %s", written, given.origin)
     for reason, count in counts["errors"].items():
-        log.warning("%d rows not captioned: %s", count, reason)
+        answer.warning("%d rows not captioned: %s", count, reason)
     if counts["errors"]:
-        log.info("run.resume=true tries these rows again; their column %s holds the reason", ERROR_COLUMN)
+        answer.info("run.resume=true tries these rows again; their column %s holds the reason", ERROR_COLUMN)
 
 
 def summary(folder: Path, files: Sequence[Path]) -> Summary:

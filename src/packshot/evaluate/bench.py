@@ -7,13 +7,11 @@ docs/bench.md.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from PIL import Image
@@ -22,9 +20,10 @@ from packshot.config.compose import compose
 from packshot.dataset.rows import Rows, load_rows
 from packshot.errors import ConfigError
 from packshot.evaluate.items import TABLE, Item, Unpacked, by_ids, open_items, write_items
-from packshot.evaluate.run import evaluate
 from packshot.evaluate.samples import Json
+from packshot.evaluate.trial import evaluate_items
 from packshot.generate.composite import blend
+from packshot.runs.arguments import Arguments
 from packshot.runs.files import resolve
 from packshot.runs.folder import discard_refused
 
@@ -121,7 +120,7 @@ def score(pictures: list[str], out: Path, overrides: Sequence[str]) -> Json:
     # paths are set here, because they may have characters that overrides read otherwise
     config = replace(config, items=str(items / TABLE), runs=pictures, run=replace(config.run, dir=str(out)))
     try:
-        evaluate(config)
+        evaluate_items(config)
     except ConfigError:
         discard_refused()
         raise
@@ -174,13 +173,6 @@ def cell(found: Json, measure: str, form: str) -> str:
         return "–" if value is None else form.format(value)
     edges = f"{form.format(known['low'])} to {form.format(known['high'])}"
     return f"{form.format(known['mean'])} ({edges})"
-
-
-class Arguments(argparse.ArgumentParser):
-    """Refuses wrong arguments as every command does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}.", " ".join(self.format_usage().split()))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ from packshot.generate.run import generate
 from packshot.imaging.outline import EXTENSION_TOLERANCE
 from packshot.lists import by_name, map_values
 from packshot.runs.files import replacing_file
-from packshot.runs.folder import Run, log, open_run, start_log
+from packshot.runs.folder import Run, answer, log, open_run, start_log
 from packshot.runs.progress import progress
 from packshot.runs.tracking import open_tracker
 
@@ -69,7 +69,8 @@ def evaluate(config: Evaluate) -> None:
         PackshotError: a file of a run is missing or damaged.
     """
     if config.items:
-        evaluate_items(config)
+        for line in evaluate_items(config):
+            answer.info("%s", line)
         return
     runs = open_runs(config.runs) if config.runs else []
     run = open_run("evaluate", config)
@@ -90,7 +91,7 @@ def evaluate(config: Evaluate) -> None:
     run.metrics({"step": 0, **without_nan(figures)})
     tracker.log({key: value for key, value in figures.items() if math.isfinite(value)}, 0)
     tracker.finish()
-    log.info("report: %s", run.path / "report.html")
+    answer.info("report: %s", run.path / "report.html")
 
 
 def draw_base(config: Evaluate, run: Run) -> str:

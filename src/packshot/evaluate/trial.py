@@ -50,8 +50,8 @@ class Scored:
         return found
 
 
-def evaluate_items(config: Evaluate) -> None:
-    """Write ``report.json`` and ``report.html`` for the systems in ``runs``.
+def evaluate_items(config: Evaluate) -> list[str]:
+    """Write ``report.json`` and ``report.html`` for the systems in ``runs``; returns what they state, in lines.
 
     Raises:
         ConfigError: items or runs cannot be read.
@@ -76,10 +76,11 @@ def evaluate_items(config: Evaluate) -> None:
     run.metrics({"step": 0, **without_nan(figures)})
     tracker.log(finite(figures), 0)
     tracker.finish()
+    lines = []
     for one in scored:
         means = {name: round(known.mean, 4) for name, known in one.estimates().items() if name in MEASURES}
-        log.info("%s, %d items: %s", one.system.name, len(one.system.pictures), means)
-    log.info("report: %s", run.path / "report.html")
+        lines.append(f"{one.system.name}, {len(one.system.pictures)} items: {means}")
+    return [*lines, f"report: {run.path / 'report.html'}"]
 
 
 def score_system(

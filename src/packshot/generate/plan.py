@@ -13,8 +13,8 @@ from packshot.base.load import Parts
 from packshot.base.shapes import meta_parts
 from packshot.config.gpus import Gpu, hours_text, span, verdict_of, verdict_text
 from packshot.config.schema import Generate, InferenceDtype, Offload
-from packshot.runs.folder import log, open_run
-from packshot.runs.plan_file import log_figures, write_plan
+from packshot.runs.folder import answer, open_run
+from packshot.runs.plan_file import answer_figures, write_plan
 
 PICTURES = 1000  # that are planned for where plan.images names no number
 
@@ -182,7 +182,7 @@ def decide(config: Generate, result: GenerationPlan, gpu: Gpu, gpus: int, pictur
 
 
 def plan(config: Generate) -> None:
-    """Write ``plan.json`` and log it as a table."""
+    """Write ``plan.json`` and print it as a table."""
     gpu = planned_gpu(config.plan)
     result = make_plan(config, on_cuda=gpu is not None)
     pictures = config.plan.images or PICTURES
@@ -193,9 +193,10 @@ def plan(config: Generate) -> None:
     if decided:
         written |= asdict(decided)
     write_plan(run, written)
-    log_figures(written)
-    log.info("Networks alone are counted: photographs are prepared and pictures put together on the CPU.")
-    if config.background.refine.name != "none":
-        log.info("background.refine=%s is not counted: it depends on the photograph's size", config.background.refine)
+    answer_figures(written)
+    answer.info("Networks alone are counted: photographs are prepared and pictures put together on the CPU.")
+    refine = config.background.refine
+    if refine.name != "none":
+        answer.info("background.refine=%s is not counted: it depends on the photograph's size", refine)
     for sentence in decided.sentences() if decided else ():
-        log.info("%s", sentence)
+        answer.info("%s", sentence)

@@ -39,7 +39,7 @@ from packshot.generate.retries import effort
 from packshot.imaging.upscale import open_upscaler
 from packshot.lists import without
 from packshot.runs.files import file_sha256, readable, replacing_file, sha256, writing
-from packshot.runs.folder import Run, log, open_run
+from packshot.runs.folder import Run, answer, log, open_run
 from packshot.runs.licenses import refuse_weights
 from packshot.runs.progress import progress
 from packshot.runs.tracking import open_tracker
@@ -92,12 +92,12 @@ def generate(config: Generate) -> None:
         write_index(run.path, campaign)
     certificates = load_certificates(run.path)
     for text in outcome(certificates, drawing_seconds(run.path)):
-        log.info("%s", text)
+        answer.info("%s", text)
     stems = list(certificates)
     pictures = [run.path / f"{stem}.png" for stem in stems]
     tracker.images("pictures", pictures, stems, step=0)
     tracker.finish()
-    log.info("%d pictures; report: %s", len(pictures), run.path / "report.html")
+    answer.info("%d pictures; report: %s", len(pictures), run.path / "report.html")
     raise_failures(failures, len(jobs))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from packshot.generate.canvas import place_again
 from packshot.generate.certificate import digest, measure
 from packshot.generate.certificate_schema import Certificate, json_schema, read_certificate
 from packshot.generate.product import Product, open_image, prepare
+from packshot.runs.arguments import Arguments
 from packshot.runs.files import file_sha256
 
 
@@ -155,8 +155,13 @@ def verify(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command. Raises PackshotError if anything fails."""
-    parser = argparse.ArgumentParser(prog="packshot verify")
+    """``packshot verify``.
+
+    Raises:
+        ConfigError: the arguments do not fit.
+        PackshotError: a check failed.
+    """
+    parser = Arguments(prog="packshot verify")
     parser.add_argument("image", nargs="?")
     parser.add_argument("certificate", nargs="?")
     parser.add_argument("photo", nargs="?")

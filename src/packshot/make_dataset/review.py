@@ -22,7 +22,7 @@ from packshot.make_dataset.pictures import png
 from packshot.make_dataset.sources.reviewed import WRITTEN
 from packshot.pipeline.step import Sample
 from packshot.runs.files import replacing_file, sha256
-from packshot.runs.folder import log, open_run
+from packshot.runs.folder import answer, open_run
 from packshot.runs.progress import progress
 
 THUMBNAIL = 420  # px, longer side
@@ -97,9 +97,9 @@ def review_masks(config: BuildData) -> None:
     )
     with replacing_file(run.path / "review.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    log.info("%d of %d masks are in doubt; %d of them are in %s", len(doubtful), len(rows), len(chosen), run.path)
+    answer.info("%d of %d masks are in doubt; %d of them are in %s", len(doubtful), len(rows), len(chosen), run.path)
     if len(chosen) < len(doubtful):
-        log.info("review.count=%d leaves out %d", config.review.count, len(doubtful) - len(chosen))
+        answer.info("review.count=%d leaves out %d", config.review.count, len(doubtful) - len(chosen))
 
 
 def worst_first(rows: Rows) -> list[int]:

@@ -15,7 +15,7 @@ from packshot.make_dataset.report import write_report
 from packshot.make_dataset.review import review_masks
 from packshot.pipeline import run_steps
 from packshot.pipeline.shards import split
-from packshot.runs.folder import default_dir, log, open_run
+from packshot.runs.folder import answer, default_dir, log, open_run
 from packshot.runs.licenses import refuse_weights
 from packshot.runs.tracking import open_tracker
 
@@ -70,9 +70,9 @@ def build_held(config: BuildData, recipe: Recipe) -> None:
     else:
         log.info("everything was done already")
     for note in [*recipe.notes(config, report), *reason_counts(report, steps, config)]:
-        log.info(note)
-    log.info("look at %s", page)
-    log.info(
+        answer.info(note)
+    answer.info("look at %s", page)
+    answer.info(
         "%(accepted)d of %(images)d images accepted, %(needs_review)d kept that need review, %(rejected)d rejected",
         figures,
     )

@@ -22,7 +22,8 @@ from packshot.config.compose import to_yaml
 from packshot.errors import ConfigError
 from packshot.runs.files import remove_leftovers, replacing_file, writing
 
-log = logging.getLogger("packshot")
+log = logging.getLogger("packshot")  # what happens while a command works: standard error, and the run's log.txt
+answer = log.getChild("answer")  # what the command found or made: standard output, and log.txt
 LOCK = ".lock"
 METRICS = "metrics.jsonl"
 # Where a run writes. Other runs may write to other folders below it.
@@ -178,16 +179,32 @@ class EntryFormatter(logging.Formatter):
         return "\n    ".join(map(printable, super().format(record).split("\n")))
 
 
+class AnswerHandler(logging.StreamHandler):
+    """Writes answers to standard output. A reader that has gone (``| head -1``) is an error, as with ``print``."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # the error that emit() is handling
+
+
+def is_no_answer(record: logging.LogRecord) -> bool:
+    return record.name != answer.name
+
+
 def start_log(file: Path) -> None:
     """Log to the end of this file and to the screen, and to no other file. Raises OSError if it cannot be written."""
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
-        handler.close()
+    for logger in (log, answer):
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
     log.setLevel(logging.INFO)
     log.propagate = False
     to_file = logging.FileHandler(file)
     to_file.setFormatter(EntryFormatter("%(asctime)s %(levelname)s %(message)s"))
     to_screen = logging.StreamHandler(sys.stderr)
     to_screen.setFormatter(EntryFormatter("%(message)s"))
+    to_screen.addFilter(is_no_answer)
+    to_output = AnswerHandler(sys.stdout)
+    to_output.setFormatter(to_screen.formatter)
     log.addHandler(to_file)
     log.addHandler(to_screen)
+    answer.addHandler(to_output)

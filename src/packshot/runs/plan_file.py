@@ -1,4 +1,4 @@
-"""What a plan found: ``plan.json`` in the run folder, and a table on the screen."""
+"""What a plan found: ``plan.json`` in the run folder, and a table on standard output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 
 from packshot.runs.files import replacing_file
-from packshot.runs.folder import Run, log
+from packshot.runs.folder import Run, answer
 
 
 def write_plan(run: Run, figures: Mapping[str, object]) -> None:
@@ -15,11 +15,11 @@ def write_plan(run: Run, figures: Mapping[str, object]) -> None:
         file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def log_figures(figures: Mapping[str, object]) -> None:
+def answer_figures(figures: Mapping[str, object]) -> None:
     """One line for each figure that there is; what is None or empty has none."""
     for name, value in figures.items():
         if value is not None and value != "":
-            log.info("%-22s %s", name, as_figure(value))
+            answer.info("%-22s %s", name, as_figure(value))
 
 
 def as_figure(value: object) -> str:

@@ -19,8 +19,8 @@ from packshot.engine.processes import DTYPES, planned_precision
 from packshot.engine.sharding import Sharding, blocks_of
 from packshot.lists import map_values
 from packshot.methods import Method
-from packshot.runs.folder import log, open_run
-from packshot.runs.plan_file import log_figures, write_plan
+from packshot.runs.folder import answer, log, open_run
+from packshot.runs.plan_file import answer_figures, write_plan
 from packshot.train.cost import (
     count_parameters,
     frozen_bytes,
@@ -146,7 +146,7 @@ def sides(config: TrainScript) -> int:
 
 
 def plan(config: TrainScript, script: str, sharding: Sharding | None = None) -> None:
-    """Write ``plan.json`` and log it as a table; the first of several processes does so for all of them.
+    """Write ``plan.json`` and print it as a table; the first of several processes does so for all of them.
 
     sharding: as the launcher asks for it; ``plan.sharded`` counts if it is set.
     """
@@ -175,7 +175,7 @@ def plan(config: TrainScript, script: str, sharding: Sharding | None = None) -> 
     write_plan(run, written | {"sets": sets})
     for note in notes:
         log.info("%s", note)
-    log_figures(written)
-    log.info("Activations are counted from the graph; workspaces of the device come on top.")
+    answer_figures(written)
+    answer.info("Activations are counted from the graph; workspaces of the device come on top.")
     for sentence in decided.sentences() if decided else ():
-        log.info("%s", sentence)
+        answer.info("%s", sentence)

@@ -42,7 +42,7 @@ from packshot.engine.sharding import Sharding, read_sharding
 from packshot.errors import ConfigError
 from packshot.methods import build_method, method_class
 from packshot.methods.base import Exported
-from packshot.runs.folder import log
+from packshot.runs.folder import answer, log
 from packshot.runs.licenses import named_weights, refuse_weights
 from packshot.runs.tracking import Input, finishing
 from packshot.train.card import write_card
@@ -228,4 +228,4 @@ def export(session: Session, task: DiffusionTask, ema: EMA | None, data: Trainin
         made_from = write_card(folder, session.path, data.rows, config, method.used_as, data.records())
     if session.tracker:
         session.tracker.artifact("adapter", session.path / "export", made_from)
-    log.info("exported step %d to %s", made_from["step"], session.path / "export")
+    answer.info("exported step %d to %s", made_from["step"], session.path / "export")

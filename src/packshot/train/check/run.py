@@ -23,7 +23,7 @@ from packshot.engine.optimizers import learning_rate
 from packshot.engine.processes import Session
 from packshot.lists import map_values, pick
 from packshot.methods.base import FramedSample, Tensors
-from packshot.runs.folder import Run, log
+from packshot.runs.folder import Run, answer
 from packshot.runs.progress import clock
 from packshot.runs.tracking import NullTracker
 from packshot.train.check.drawing import Line, curve, from_condition, from_vae, from_weight, outlined, sheet
@@ -69,7 +69,7 @@ def check(
     config: TrainScript,
     order: Sequence[int] | None = None,
 ) -> None:
-    """Write ``check/``: ``batch.png``, ``learning_rate.png`` and ``check.json``; log findings and one measured step.
+    """Write ``check/``: ``batch.png``, ``learning_rate.png`` and ``check.json``; print findings and one measured step.
 
     order: indices of the samples at the places of an epoch; None: each sample once.
 
@@ -91,7 +91,7 @@ def check(
     report.update(measure_step(session, task, batch.samples, config))
     if session.run:
         (folder / "check.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-        log.info("look at %s", folder / "batch.png")
+        answer.info("look at %s", folder / "batch.png")
 
 
 # ---- the picture ----
@@ -152,16 +152,16 @@ def size(height_width: tuple[int, int]) -> str:
 def describe(
     session: Session, task: DiffusionTask, examples: Examples, config: TrainScript, sample: Example, shown: int
 ) -> dict[str, object]:
-    """Figures of the data and what is unusual about it, which are logged. shown: samples of an epoch with repeats."""
+    """Figures of the data and what is unusual about it, which are printed. shown: samples of an epoch with repeats."""
     buckets = {}
     for group, count in Counter(examples.groups).most_common():
         buckets[size(examples.encoder.shapes[group])] = count
     for bucket, count in buckets.items():
-        log.info("bucket %10s %6d samples", bucket, count)
+        answer.info("bucket %10s %6d samples", bucket, count)
     held_out = task.validator.examples.rows.ids
     found = findings(examples, held_out, config, session.accelerator.num_processes, shown)
     for finding in found:
-        log.warning("%s%s", finding.says, f" (such as {finding.samples[0][:16]})" if finding.samples else "")
+        answer.warning("%s%s", finding.says, f" (such as {finding.samples[0][:16]})" if finding.samples else "")
     tensors = [value for value in sample.values() if isinstance(value, Tensor)]
     tensors += sample["prompt"].values()
     entry = sum(map(attrgetter("nbytes"), tensors))
@@ -230,11 +230,11 @@ def measure_step(
     per_step = config.train.batch_size * config.train.gradient_accumulation_steps * session.accelerator.num_processes
     seconds = per_step / line["images_per_second"]
     remaining = seconds * config.train.max_steps
-    log.info(
+    answer.info(
         "one optimizer step of %d samples: %.3g s, %.3g images/s, peak memory %.2f GiB, loss %.4g",
         per_step, seconds, line["images_per_second"], line["peak_memory_gib"], line["loss"],
     )  # fmt: skip
-    log.info(
+    answer.info(
         "train.max_steps=%d would take %s, without encoding and validation", config.train.max_steps, clock(remaining)
     )
     return {
