@@ -45,17 +45,24 @@ def expand(script: str, overrides: Sequence[str]) -> list[list[str]]:
     return list(map(list, itertools.product(*choices)))
 
 
-def jobs(script: str, overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of each job, with a run folder and a tracker group that the jobs of a sweep share.
+def jobs(script: str, overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:
+    """The overrides of each job, with a run folder and, for W&B, a group that the jobs of a sweep share.
 
     The folder of job k is ``<run.dir>/<k>``; without ``run.dir`` it is a new folder in ``outputs``.
+
+    Raises:
+        ConfigError: an override cannot be read, or a job's config is refused.
     """
     given = {override.partition("=")[0].lstrip("+"): override.partition("=")[2] for override in overrides}
     folder = Path(given.get("run.dir") or default_dir(script))
     kept = [override for override in overrides if override.partition("=")[0] != "run.dir"]
-    if "tracking.group" not in given:
-        kept.append(f"tracking.group={folder.name}")
-    return [[*job, f"run.dir={folder / str(index)}"] for index, job in enumerate(expand(script, kept))]
+    found: list[list[str]] = []
+    for index, job in enumerate(expand(script, kept)):
+        config = compose(script, job, config_dir)
+        if config.tracking.uses_wandb and "tracking.group" not in given:
+            job.append(f"tracking.group={folder.name}")
+        found.append([*job, f"run.dir={folder / str(index)}"])
+    return found
 
 
 def swept(planned: Sequence[Sequence[str]]) -> list[str]:
@@ -97,9 +104,7 @@ def multirun(script: str, overrides: Sequence[str], config_dir: Path | None, dry
             "--multirun was started by a launcher of several processes.",
             "Print the commands with --multirun.dry=true, and start each with the launcher.",
         )
-    planned = jobs(script, overrides)
-    for job in planned:
-        compose(script, job, config_dir)
+    planned = jobs(script, overrides, config_dir)
     folder_flag = [] if config_dir is None else ["--config-dir", str(config_dir)]
     if dry:
         for job in planned:

@@ -243,9 +243,11 @@ def test_a_published_card_says_nothing_of_disks_and_networks(photos, tmp_path, c
     given.paste(255, (10, 10, 50, 50))
     for seed in range(5):
         given.save(masks / f"{seed}.png")
-    keys = [f"source.masks={masks}", f"matte.model={network}", f"captioner.adapter={tmp_path}/weights"]
-    out = run(photos, tmp_path / "out", *captioner, *keys, "captioner.endpoint='http://10.0.0.7:8001/v1?key=secret'")
-    card = (out / "README.md").read_text()
+    keys = [*captioner, f"source.masks={masks}", f"matte.model={network}"]
+    local = run(photos, tmp_path / "local", *keys, f"captioner.adapter={tmp_path}/weights")
+    server = ["captioner=endpoint", "captioner.endpoint='http://10.0.0.7:8001/v1?key=secret'"]
+    asked = run(photos, tmp_path / "asked", *keys, *server, "captioner.endpoint_model=any")
+    card = (local / "README.md").read_text() + (asked / "README.md").read_text()
     for private in (str(tmp_path), "10.0.0.7", "secret"):
         assert private not in card
     for said in ('"path": "photos"', '"masks": "drawn"', '"model": "isnet.onnx"', '"adapter": "weights"'):

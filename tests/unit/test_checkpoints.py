@@ -137,7 +137,7 @@ def test_settings_that_leave_the_weights_alone_may_change(log_text):
         (["train.lr_schedule=wsd"], ["train.max_steps=300"], 80, True),  # its decay starts at 80
         (["train.lr_schedule=wsd"], ["train.max_steps=300"], 82, False),
         (["train.lr_schedule=constant"], ["train.warmup_steps=10"], 5, False),
-        (["train.lr_schedule=constant"], ["train.lr_power=3.0"], 50, True),  # of another schedule
+        (["train.lr_schedule=wsd"], ["train.lr_decay_share=0.1"], 50, True),  # neither has begun to decay
         (["train.lr_schedule=constant"], ["train.learning_rate=2e-4"], 50, False),
     ],
 )

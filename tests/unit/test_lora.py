@@ -487,7 +487,7 @@ def lora_config(quantization=Quantization.none, kohya=False, **method):
             lora_config(Quantization.int8, kind=LoraKind.dora),
             "method.kind=dora cannot be trained over model.quantization=int8",
         ),
-        (lora_config(text_rank=4), "method.text_rank=4 has no effect without a LoRA"),
+        (lora_config(text_rank=4), "method.text_rank=4 has no effect with method.text_encoder=false"),
         (lora_config(target_modules="attn1(.to_q"), "is not a regular expression"),
         (TrainIPAdapter(model=ModelConfig(quantization=Quantization.nf4)), "only works in train_lora.py"),
     ],

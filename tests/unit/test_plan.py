@@ -134,7 +134,7 @@ def test_norms_in_fp32_cost_memory_on_a_gpu():
     """On CUDA autocast runs norms in fp32, so a plan for a GPU is higher than one for a CPU."""
     bf16 = "train.mixed_precision=bf16"
     cpu = make_plan(compose("train_lora", [bf16]), samples=10)
-    gpu = make_plan(compose("train_lora", [bf16, "plan.gpu=h100"]), samples=10)
+    gpu = make_plan(compose("train_lora", [bf16, "mode=plan", "plan.gpu=h100"]), samples=10)
     assert 1.2 < gpu.activations_gib / cpu.activations_gib < 2
 
 
@@ -217,7 +217,7 @@ def test_encoding_is_planned_for_a_whole_vae_batch(parts):
 
 
 def decided(*overrides, processes=1, script="train_lora"):
-    config = compose(script, ["plan.gpu=rtx4090", "plan.images=100", *overrides])
+    config = compose(script, ["mode=plan", "plan.gpu=rtx4090", "plan.images=100", *overrides])
     result = make_plan(config, config.plan.images, processes)
     return result, decide(config, result, planned_gpu(config.plan), processes)
 
@@ -255,7 +255,14 @@ def test_what_does_not_fit_names_the_first_change():
 
 
 def test_a_plan_for_a_gpu_needs_no_dataset(tmp_path, capsys):
-    keys = ["plan.gpu=h100", "plan.gpus=8", "plan.images=20000", "data.train=gone", "plan.gpu_hour_price=3"]
+    keys = [
+        "mode=plan",
+        "plan.gpu=h100",
+        "plan.gpus=8",
+        "plan.images=20000",
+        "data.train=gone",
+        "plan.gpu_hour_price=3",
+    ]
     plan(compose("train_lora", [*keys, "tracking=none", f"run.dir={tmp_path / 'run'}"]), "train_lora")
     written = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert (written["samples"], written["processes"], written["verdict"]) == (20000, 8, "fits")
@@ -292,7 +299,7 @@ def test_a_training_that_may_not_fit_is_announced(free, warned, monkeypatch, cap
     """Before anything is loaded, on a machine with a GPU."""
     from packshot.train.run import warn_of_memory
 
-    config = compose("train_lora", ["plan.gpu=h100"])
+    config = compose("train_lora", ["mode=plan", "plan.gpu=h100"])
     warn_of_memory(config, 10)
     assert not caplog.records or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -323,7 +330,7 @@ def test_sharding_divides_the_state_and_gathers_blocks():
 
 def test_a_plan_is_sharded_where_its_key_or_the_launcher_says_so(tmp_path):
     def written(name, key, sharding=None):
-        keys = ["plan.gpu=h100", "plan.gpus=8", "plan.images=10", "tracking=none", *key]
+        keys = ["mode=plan", "plan.gpu=h100", "plan.gpus=8", "plan.images=10", "tracking=none", *key]
         plan(compose("train_lora", [*keys, f"run.dir={tmp_path / name}"]), "train_lora", sharding)
         return json.loads((tmp_path / name / "plan.json").read_text())["gathered_gib"] > 0
 
@@ -334,7 +341,14 @@ def test_a_plan_is_sharded_where_its_key_or_the_launcher_says_so(tmp_path):
 
 
 def test_more_gpus_that_do_not_divide_the_state_are_told_to():
-    keys = ["model=sdxl", "plan.gpu=rtx4090", "plan.images=10", "train.mixed_precision=bf16", "optim=adam8bit"]
+    keys = [
+        "model=sdxl",
+        "mode=plan",
+        "plan.gpu=rtx4090",
+        "plan.images=10",
+        "train.mixed_precision=bf16",
+        "optim=adam8bit",
+    ]
     config = compose("train_controlnet", [*keys, "train.batch_size=1", "train.gradient_checkpointing=true"])
     assert "fsdp.yaml" in first_change(config, can_shard=True)
     assert "fsdp.yaml" not in first_change(config)

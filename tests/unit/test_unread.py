@@ -7,19 +7,26 @@ import pytest
 from packshot.config.background import BackgroundConfig
 from packshot.config.compose import compose
 from packshot.config.keys import fields
-from packshot.config.schema import Generate, GenerateSettings
-from packshot.config.unread import RULES, given_keys, unread_notes
+from packshot.config.schema import SCRIPTS, GenerateSettings
+from packshot.config.unread import RULES, SCRIPT_RULES, given_keys, unread_notes
 from packshot.errors import ConfigError
 from packshot.generate import Packshot
 from packshot.generate.run import generate
 
-KEYS = {key for key, _, _ in fields(Generate)}
+KEYS = {name: {key for key, _, _ in fields(schema)} for name, schema in SCRIPTS.items()}
+
+
+def has(script, key):
+    return any(known == key or (key.endswith(".") and known.startswith(key)) for known in KEYS[script])
 
 
 def test_every_rule_names_keys_that_exist():
     for rule in RULES:
         for key in (*rule.keys, *rule.by):
-            assert any(known == key or (key.endswith(".") and known.startswith(key)) for known in KEYS), key
+            assert has("generate", key), key
+    for rule in SCRIPT_RULES:
+        for key in rule.keys:
+            assert any(all(has(script, name) for name in (key, *rule.by)) for script in SCRIPTS), key
 
 
 @pytest.mark.parametrize(
@@ -53,6 +60,62 @@ def test_keys_that_nothing_reads_are_refused(keys, message):
         compose("generate", keys)
     assert str(error.value).startswith(message)
     assert error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("script", "keys", "message"),
+    [
+        ("train_lora", ["tracking=none", "tracking.tags=[a]"], "tracking.tags=['a'] has no effect with tracking.kind"),
+        ("build_data", ["tracking.project=p"], "tracking.project=p has no effect with tracking.kind=none"),
+        ("generate", ["tracking=tensorboard", "tracking.notes=n"], "tracking.notes=n has no effect"),
+        ("train_controlnet", ["plan.gpus=8"], "plan.gpus=8 has no effect with mode=train"),
+        ("caption_vlm", ["plan.images=8"], "plan.images=8 has no effect with mode=run"),
+        ("merge", ["licenses.allowed=[a]"], "licenses.allowed=['a'] has no effect with licenses.commercial=false"),
+        ("train_lora", ["train.lr_cycles=2"], "train.lr_cycles=2 has no effect with train.lr_schedule=cosine"),
+        ("train_lora", ["optim=schedule_free", "train.lr_min_ratio=0.1"], "train.lr_min_ratio=0.1 has no effect"),
+        (
+            "train_ip_adapter",
+            ["train.validation_steps=0", "train.validation_seeds=2"],
+            "train.validation_seeds=2 has no effect with train.validation_steps=0: nothing is validated",
+        ),
+        ("train_lora", ["data.validation=a", "data.holdout_share=0.2"], "data.holdout_share=0.2 has no effect"),
+        ("train_lora", ["data.buckets=false", "data.smallest_bucket=4"], "data.smallest_bucket=4 has no effect"),
+        ("train_lora", ["objective.boundary_width=1"], "objective.boundary_width=1 has no effect"),
+        ("train_lora", ["objective.logit_normal_scale=2"], "objective.logit_normal_scale=2 has no effect"),
+        ("train_lora", ["method.target_modules=a", "method.targets=all_linear"], "method.targets=all_linear has no"),
+        ("train_ip_adapter", ["method.reference=self", "method.peer_reference_prob=0.1"], "method.peer_reference_prob"),
+        ("train_controlnet", ["method.train_extras=true"], "method.train_extras=true has no effect"),
+        ("build_data", ["captioner.prompt=a"], "captioner.prompt=a has no effect with captioner.kind=none"),
+        ("evaluate", ["captioner.endpoint=a"], "captioner.endpoint=a has no effect with captioner.kind=florence2"),
+        (
+            "caption_vlm",
+            ["captioner=endpoint", "captioner.endpoint=a", "captioner.endpoint_model=b", "captioner.dtype=float16"],
+            "captioner.dtype=float16 has no effect with captioner.kind=endpoint, whose weights are not here",
+        ),
+        ("caption_vlm", ["captioner.lora_rank=4"], "captioner.lora_rank=4 has no effect with captioner.tuning=full"),
+        ("caption_vlm", ["data.corrections=a.csv"], "data.corrections=a.csv has no effect with task=train"),
+        ("build_data", ["review.count=1"], "review.count=1 has no effect with task=build"),
+        ("build_data", ["render.size=64"], "render.size=64 has no effect with dataset=product"),
+        ("build_data", ["dataset=rendered", "source.path=a"], "source.path=a has no effect with dataset=rendered"),
+        ("build_data", ["dataset=background", "source.masks=a"], "source.masks=a has no effect"),
+        ("build_data", ["curation.detector=a.onnx"], "curation.detector=a.onnx has no effect"),
+        ("build_data", ["dataset=rendered", "render.count=1", "render.seeds=[1]"], "render.count=1 has no effect"),
+        ("evaluate", ["scores.clip=a"], "scores.clip=a has no effect with items=null"),
+    ],
+)  # fmt: skip
+def test_every_script_refuses_keys_that_nothing_reads(script, keys, message):
+    with pytest.raises(ConfigError) as error:
+        compose(script, keys)
+    assert str(error.value).startswith(message)
+    assert error.value.hint
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_default_is_called_unread(script):
+    """Whatever else is chosen: a default is nothing that a person gave."""
+    compose(script, ["tracking=none"])
+    for captioner in ("none", "florence2") if script in ("build_data", "evaluate") else ():
+        compose(script, [f"captioner={captioner}"])
 
 
 @pytest.mark.parametrize(

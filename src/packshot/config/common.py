@@ -10,6 +10,7 @@ from typing import ClassVar
 from packshot.config.captioners import CAPTIONERS
 from packshot.config.keys import Names, nearest, opt
 from packshot.config.mask_models import MASK_MODELS
+from packshot.config.unread import SCRIPT_RULES, refuse_unread
 from packshot.errors import ConfigError
 from packshot.lists import in_words, map_values
 from packshot.scene import SLOTS
@@ -39,13 +40,6 @@ class LicenseConfig:
         "further licences to accept, and paths or ids of weights that name none and whose terms you have checked",
     )
 
-    def check(self) -> None:
-        if self.allowed and not self.commercial:
-            raise ConfigError(
-                "licenses.allowed has no effect, because every licence is accepted.",
-                "Add licenses.commercial=true, or leave it out.",
-            )
-
 
 @dataclass
 class TrackingConfig:
@@ -59,6 +53,10 @@ class TrackingConfig:
     notes: str | None = opt(None, "W&B notes: what the run is for")
     tags: list[str] = opt([], "W&B tags, at most 64 characters each")
     upload: bool = opt(True, "log export/ as a W&B artifact with its files; false: only as a reference to the folder")
+
+    @property
+    def uses_wandb(self) -> bool:
+        return self.kind in (TrackerKind.wandb, TrackerKind.wandb_tensorboard)
 
     def check(self) -> None:
         for tag in self.tags:
@@ -139,6 +137,7 @@ class Script:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def check(self) -> None:
+        refuse_unread(self, SCRIPT_RULES)
         if self.model.quantization is not Quantization.none and not self.can_quantize:
             raise ConfigError(
                 f"model.quantization={self.model.quantization} only works in train_lora.py.",

@@ -180,6 +180,7 @@ class BuildData(Script):
 
     def check(self) -> None:
         """Raises ConfigError where a limit for empty backgrounds meets a set of products."""
+        super().check()
         if self.dataset is DatasetKind.background:
             return
         limits = {"max_foreground": self.curation.max_foreground, "max_product": self.curation.max_product}

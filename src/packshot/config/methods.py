@@ -71,11 +71,6 @@ class LoraMethod:
     conv_alpha: float | None = opt(None, "alpha on the convolutions among targets; null: alpha", min=1e-3)
 
     def check(self) -> None:
-        if self.text_rank is not None and not self.text_encoder:
-            raise ConfigError(
-                f"method.text_rank={self.text_rank} has no effect without a LoRA on the text encoders.",
-                "Add method.text_encoder=true, or leave it out.",
-            )
         if self.init and not LORA_KINDS[self.kind.name].low_rank:
             raise ConfigError(
                 f"method.init={self.init} with method.kind={self.kind}: only products of two matrices are continued.",

@@ -338,20 +338,13 @@ def check_objective(objective: ObjectiveConfig, prediction_type: str, num_timest
     length of the base's schedule, once it is known.
 
     Raises:
-        ConfigError: a gamma without min-SNR; zero terminal SNR with epsilon; a prediction type that has no target;
+        ConfigError: zero terminal SNR with epsilon; a prediction type that has no target;
             an empty range of timesteps, or timesteps beyond the schedule.
     """
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ConfigError(
             f"The base predicts {prediction_type!r}; only epsilon and v_prediction can be trained.",
             "Choose another model.base, or set objective.prediction_type.",
-        )
-    gamma = objective.min_snr_gamma
-    weighting = objective.loss_weighting
-    if gamma != ObjectiveConfig.min_snr_gamma and weighting is not LossWeighting.min_snr:
-        raise ConfigError(
-            f"objective.min_snr_gamma={gamma} has no effect with objective.loss_weighting={weighting}.",
-            "Add objective.loss_weighting=min_snr, or leave it out.",
         )
     if objective.zero_terminal_snr and prediction_type == "epsilon":
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Keys of ``generate.py`` that are read only while another key has a certain value: one row for each such rule.
+"""Keys that are read only while another key has a certain value: one row for each such rule.
 
 A key that is given and not read is refused, or named on the screen where pictures that do read it may follow.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass
+from enum import Enum
 from operator import attrgetter
 from typing import Any
 
+from packshot.config.captioners import CAPTIONERS, presets
 from packshot.config.keys import fields
 from packshot.config.output import FORMATS
 from packshot.errors import ConfigError
@@ -45,6 +47,7 @@ def is_empty(value: object) -> bool:
 
 NOTHING_DRAWN = ": nothing is drawn"
 ADAPTERS = "adapters."
+# Of pictures: of generate.py, of the rows of a campaign, of a server and its requests.
 RULES = (
     ReadRule(
         ("size", "aspect_ratio", "position", "margin", "product_scale"),
@@ -131,7 +134,124 @@ RULES = (
         ", which loses nothing",
     ),
     ReadRule(("campaign_cross",), ("campaign",), bool, "Add campaign=<table.csv>."),
+)
+
+
+def is_given(value: object) -> bool:
+    return value is not None
+
+
+def tunes_by_lora(tuning: Enum) -> bool:
+    return any(preset.modules for _, preset in presets()[tuning.name])
+
+
+# Of whole scripts; a row whose deciding keys a script does not have is not for it. ``tracking.name`` is no key of W&B
+# alone: exported LoRAs have it as their title.
+SCRIPT_RULES = (
+    ReadRule(
+        ("tracking.project", "tracking.entity", "tracking.group", "tracking.notes", "tracking.tags", "tracking.upload"),
+        ("tracking.kind",),
+        lambda kind: "wandb" in kind.name,
+        "Add tracking=wandb, or leave it out.",
+    ),
     ReadRule(("plan.",), ("mode",), named("plan"), "Add mode=plan."),
+    ReadRule(
+        ("licenses.allowed",),
+        ("licenses.commercial",),
+        bool,
+        "Add licenses.commercial=true, or leave it out.",
+        ": every licence is accepted",
+    ),
+    # training
+    ReadRule(("train.lr_power",), ("train.lr_schedule",), named("polynomial"), "Add train.lr_schedule=polynomial."),
+    ReadRule(("train.lr_decay_share",), ("train.lr_schedule",), named("wsd"), "Add train.lr_schedule=wsd."),
+    ReadRule(
+        ("train.lr_cycles",), ("train.lr_schedule",), named("cosine_restarts"), "Add train.lr_schedule=cosine_restarts."
+    ),
+    ReadRule(
+        ("train.lr_min_ratio",),
+        ("train.lr_schedule",),
+        lambda schedule: schedule.name != "constant",
+        "Choose another train.lr_schedule, or leave it out.",
+    ),
+    ReadRule(
+        ("train.validate_first", "train.validation_samples", "train.validation_seeds", "train.validation_prompts")
+        + ("train.keep_best",),
+        ("train.validation_steps",),
+        bool,
+        "Set train.validation_steps, too.",
+        ": nothing is validated",
+    ),
+    ReadRule(("data.holdout_share",), ("data.validation",), is_empty, "Leave one of them out."),
+    ReadRule(("data.smallest_bucket",), ("data.buckets",), bool, "Add data.buckets=true."),
+    ReadRule(
+        ("objective.min_snr_gamma",),
+        ("objective.loss_weighting",),
+        named("min_snr"),
+        "Add objective.loss_weighting=min_snr, or leave it out.",
+    ),
+    ReadRule(
+        ("objective.logit_normal_location", "objective.logit_normal_scale"),
+        ("objective.timestep_sampling",),
+        named("logit_normal"),
+        "Add objective.timestep_sampling=logit_normal.",
+    ),
+    ReadRule(
+        ("objective.boundary_width",),
+        ("objective.boundary_weight",),
+        lambda weight: weight != 1,
+        "Set objective.boundary_weight, too.",
+    ),
+    ReadRule(("method.text_rank",), ("method.text_encoder",), bool, "Add method.text_encoder=true, or leave it out."),
+    ReadRule(("method.targets",), ("method.target_modules",), is_empty, "Leave one of them out."),
+    ReadRule(
+        ("method.peer_reference_prob",), ("method.reference",), named("look", "place"), "Add method.reference=look."
+    ),
+    ReadRule(("method.train_extras",), ("method.extra_controlnets",), bool, "Add method.extra_controlnets."),
+    # captioners
+    ReadRule(
+        ("captioner.",),
+        ("captioner.kind",),
+        lambda kind: CAPTIONERS[kind.name].writes,
+        "Choose a captioner, or leave it out.",
+    ),
+    ReadRule(
+        ("captioner.endpoint", "captioner.endpoint_model", "captioner.endpoint_requests", "captioner.endpoint_guided"),
+        ("captioner.kind",),
+        lambda kind: bool(CAPTIONERS[kind.name].connect),
+        "Add captioner=endpoint.",
+    ),
+    ReadRule(
+        ("captioner.adapter", "captioner.tuning", "captioner.lora_rank", "captioner.quantization", "captioner.dtype"),
+        ("captioner.kind",),
+        lambda kind: bool(CAPTIONERS[kind.name].adapter),
+        "Leave it out.",
+        ", whose weights are not here",
+    ),
+    ReadRule(("captioner.lora_rank",), ("captioner.tuning",), tunes_by_lora, "Choose a LoRA preset, or leave it out."),
+    ReadRule(("data.review",), ("task",), named("review"), "Add task=review."),
+    ReadRule(("data.corrections",), ("task",), named("correct"), "Add task=correct."),
+    # datasets
+    ReadRule(("review.",), ("task",), named("review_masks"), "Add task=review_masks."),
+    ReadRule(("render.",), ("dataset",), named("rendered"), "Add dataset=rendered."),
+    ReadRule(
+        ("source.", "captions.", "data.", "matte.", "depth.", "quality.", "curation."),
+        ("dataset",),
+        named("background", "product"),
+        "Add dataset=product or background, or leave it out.",
+        ": nothing is read from a source",
+    ),
+    ReadRule(("source.masks", "source.without_mask"), ("dataset",), named("product"), "Add dataset=product."),
+    ReadRule(
+        ("curation.detector",),
+        ("curation.max_face", "curation.max_nudity"),
+        is_given,
+        "Set one of them, or leave it out.",
+    ),
+    ReadRule(("curation.encoder",), ("curation.max_similarity",), is_given, "Set it, or leave the encoder out."),
+    ReadRule(("render.count",), ("render.seeds",), is_empty, "Leave one of them out."),
+    # evaluation
+    ReadRule(("scores.",), ("items",), bool, "Add items=<table of what was asked for>."),
 )
 
 
@@ -176,7 +296,7 @@ def unread(config: object, rules: Iterable[ReadRule]) -> Iterable[tuple[ReadRule
             continue
         deciding = " and ".join(f"{key}={shown(value)}" for key, value in known)
         for key, value in given.items():
-            if rule.covers(key.removeprefix("generate.")):
+            if rule.covers(key.removeprefix("generate.")) and key not in rule.by:
                 yield rule, f"{key}={shown(value)}", deciding
 
 

@@ -242,7 +242,7 @@ def open_tracker(run: Run, config: TrackedScript, job_type: str) -> Tracker:
     """The tracker that ``config.tracking`` asks for. Call it on the main process only."""
     kind = config.tracking.kind
     trackers: list[Tracker] = []
-    if kind in (TrackerKind.wandb, TrackerKind.wandb_tensorboard):
+    if config.tracking.uses_wandb:
         trackers.append(WandbTracker(run, config, job_type))
     if kind in (TrackerKind.tensorboard, TrackerKind.wandb_tensorboard):
         trackers.append(TensorboardTracker(run, config))
