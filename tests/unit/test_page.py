@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from serving_fixtures import eventually
 
 from packshot.config.compose import compose
-from packshot.config.verify import CHECKS
 from packshot.generate import Packshot
+from packshot.generate.reasons import REASONS
 from packshot.scene import SLOTS
 from packshot.serve.app import create_app
 from packshot.serve.routes import wants_json
@@ -114,7 +114,7 @@ def test_every_field_has_a_label(page):
 
 
 def test_every_reason_of_a_certificate_has_its_words(page):
-    assert {a["data-code"] for _, a in page.elements if "data-code" in a} == set(CHECKS)
+    assert {a["data-code"] for _, a in page.elements if "data-code" in a} == set(REASONS)
 
 
 def test_the_page_runs_its_own_script_and_nothing_else(answer, page):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from packshot.config.checks import validate
 from packshot.config.compose import compose
@@ -19,11 +19,12 @@ from packshot.generate.certificate import load_certificates
 from packshot.generate.certificate_schema import Certificate, read_certificate
 from packshot.generate.doubt_picture import MASK, draw_doubt
 from packshot.generate.product import prepare
+from packshot.generate.reasons import REASONS, STANDARD_MISSED
 from packshot.generate.report import write_report
 from packshot.generate.result import Result
 from packshot.generate.retries import draw_within_budget, effort, seed_of
 from packshot.generate.run import drawing_seconds, generate, outcome
-from packshot.imaging.mask_doubt import SIGNS
+from packshot.imaging.mask_doubt import SIGNS, mask_file_doubts
 from packshot.serve.devices import draw
 from packshot.serve.requests import read_settings
 from packshot.serve.schemas import ApiError, SceneForm
@@ -307,3 +308,20 @@ def test_the_report_shows_where_a_mask_is_in_doubt(tmp_path):
     text = (tmp_path / "run/report.html").read_text()
     assert "largest share of a side of the frame in the mask" in text
     assert "layers/cut-doubt.png" in text
+
+
+def test_every_reason_code_has_words_in_one_place():
+    """Reports, log lines and the page of the server read them there."""
+    masks = {sign.code for sign in SIGNS.values()} | set(mask_file_doubts(np.ones((8, 8), np.float32)))
+    assert set(REASONS) == {*CHECKS, *masks, STANDARD_MISSED}
+    assert all(REASONS.values())
+
+
+def test_a_report_says_what_its_codes_mean(tmp_path):
+    picture, mask = photo_and_mask()
+    picture.save(tmp_path / "p.png")
+    ImageOps.invert(mask).save(tmp_path / "m.png")
+    keys = [f"product={tmp_path / 'p.png'}", f"mask={tmp_path / 'm.png'}", "background.color=[9,9,9]", "tracking=none"]
+    generate(compose("generate", [*keys, "num_images=1", f"run.dir={tmp_path / 'run'}"]))
+    for text in ((tmp_path / "run" / "report.html").read_text(), (tmp_path / "run" / "log.txt").read_text()):
+        assert f"mask_inverted ({REASONS['mask_inverted']})" in text

@@ -14,6 +14,7 @@ from packshot.config.verify import CHECKS
 from packshot.generate.certificate import LAYERS, load_certificates
 from packshot.generate.doubt_picture import LEGEND, evidence_text
 from packshot.generate.json_types import Json
+from packshot.generate.reasons import explained
 from packshot.generate.retries import effort
 from packshot.imaging.data_url import data_url
 from packshot.runs.files import replacing_file
@@ -186,9 +187,7 @@ def failed_text(checks: Json) -> str:
     for code, check in checks.items():
         if not check["passed"]:
             note = ", ignored" if check["ignored"] else ""
-            parts.append(
-                f"{CHECKS[code].fault} ({CHECKS[code].about}: {check['measured']:g}, limit {check['limit']:g}{note})"
-            )
+            parts.append(f"{code} ({CHECKS[code].about}: {check['measured']:g}, limit {check['limit']:g}{note})")
     return "; ".join(parts)
 
 
@@ -213,7 +212,7 @@ def result_card(folder: Path, stem: str, certificate: Json, baseline: Path | Non
     fit = certificate["colour_fit"]
     details = {
         "before, after": "left, right" if before is not None and before.exists() else "",
-        "reasons": ", ".join(certificate["reasons"]),
+        "reasons": explained(certificate["reasons"]),
         "core": f"{core['pixels']:,} px{core_share(core)}, largest difference {core['max_abs_diff']}",
         "edge ΔE": f"median {edge['p50']:.1f}, 95th percentile {edge['p95']:.1f}",
         "colour fit": f"error {fit['error_before']:.3f} → {fit['error_after']:.3f}"

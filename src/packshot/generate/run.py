@@ -33,6 +33,7 @@ from packshot.generate.output import asked_output, deliver
 from packshot.generate.packshot import Packshot, Result
 from packshot.generate.plan import plan
 from packshot.generate.product import Product, prepare
+from packshot.generate.reasons import STANDARD_MISSED, explained
 from packshot.generate.references import open_references
 from packshot.generate.report import write_report
 from packshot.generate.retries import effort
@@ -337,7 +338,7 @@ def write(folder: Path, stem: str, result: Result, writers: Executor, output: Ou
     certificate["output_sha256"] = sha256(delivery.master)
     standard = delivery.report["standard"]
     if standard is not None and not standard["passed"]:
-        certificate |= verdict([*certificate["reasons"], "standard_missed"])
+        certificate |= verdict([*certificate["reasons"], STANDARD_MISSED])
     with writing(str(path), RESUME):
         files = {folder / LAYERS / f"{stem}-{layer}.png": image for layer, image in result.layers.items()}
         for _ in writers.map(write_layer, files, files.values()):
@@ -349,7 +350,7 @@ def write(folder: Path, stem: str, result: Result, writers: Executor, output: Ou
             text = json.dumps(certificate, indent=2, ensure_ascii=False) + "\n"
             temporary.write_text(text, encoding="utf-8")
     if certificate["reasons"]:
-        log.warning("%s needs review: %s", path, ", ".join(certificate["reasons"]))
+        log.warning("%s needs review: %s", path, explained(certificate["reasons"]))
     return certificate
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import re
 from importlib.resources import files
 
 from packshot.config.generate import POSITIONS
+from packshot.generate.reasons import REASONS
 from packshot.scene import SLOTS
 from packshot.scene.slots import Slot
 
@@ -32,12 +34,19 @@ def place_option(name: str) -> str:
     return f'<option value="{name}">{name.replace("_", " ")}</option>'
 
 
+def reason_item(code: str) -> str:
+    """What one reason code of a certificate means."""
+    return f'<li data-code="{code}">{html.escape(REASONS[code])}</li>'
+
+
 def page_text() -> str:
     """The page with the controls that follow from registry rows."""
     text = files("packshot.serve").joinpath("page.html").read_text(encoding="utf-8")
     slots = "\n".join(slot_control(name, row) for name, row in SLOTS.items())
     places = "\n".join(map(place_option, POSITIONS))
-    return text.replace("<!-- the slots of the scene -->", slots).replace("<!-- the places on a canvas -->", places)
+    reasons = "\n".join(map(reason_item, REASONS))
+    text = text.replace("<!-- the slots of the scene -->", slots).replace("<!-- the places on a canvas -->", places)
+    return text.replace("<!-- what the reason codes mean -->", reasons)
 
 
 PAGE = page_text()
