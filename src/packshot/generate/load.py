@@ -84,6 +84,14 @@ def pick_device(asked: InferenceDtype = InferenceDtype.auto) -> tuple[torch.devi
     return device, getattr(torch, asked.name)
 
 
+def offloads_networks(inference: InferenceConfig, device: torch.device) -> bool:
+    """Whether networks wait in main memory until they work. Raises ConfigError where there is no other memory."""
+    offloads = inference.offload is not Offload.none
+    if offloads and device.type == "cpu":
+        raise ConfigError("inference.offload=model needs a GPU.", "Leave it out: on a CPU all is in main memory.")
+    return offloads
+
+
 def load_models(
     model: ModelConfig, adapters: AdaptersConfig | None = None, inference: InferenceConfig | None = None
 ) -> Models:
@@ -98,9 +106,7 @@ def load_models(
     metadata = common_metadata(folders)
     entries = adapter_entries(adapters, folders)
     device, dtype = pick_device(inference.dtype)
-    offloads = inference.offload is not Offload.none
-    if offloads and device.type == "cpu":
-        raise ConfigError("inference.offload=model needs a GPU.", "Leave it out: on a CPU all is in main memory.")
+    offloads = offloads_networks(inference, device)
     parts = load_parts(model, dtype).to(torch.device("cpu") if offloads else device, dtype)
     parts.scheduler = trained_scheduler(parts.scheduler, metadata.prediction_type, metadata.zero_terminal_snr)
     shown = set_product_input(parts.unet, folders["lora"], metadata.product_conditioning)
@@ -112,8 +118,7 @@ def load_models(
         pipe.register_to_config(force_zeros_for_empty_prompt=False)
     if offloads:
         pipe.enable_model_cpu_offload(device=device)
-    manifest = {
-        **describe_models(model, entries),
+    stated = {
         "device": device.type,
         "vae_tiling": inference.vae_tiling,
         "dtype": str(dtype).removeprefix("torch."),
@@ -132,7 +137,7 @@ def load_models(
         unit=pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1),
         resolution=model.resolution,
         prompt_chunks=metadata.prompt_chunks,
-        manifest=manifest,
+        manifest=describe_models(model, entries) | stated,
         device=device,
     )
 

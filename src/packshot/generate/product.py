@@ -41,13 +41,36 @@ Source = str | Path | Image.Image | Photo
 
 
 @dataclass(frozen=True)
+class MaskOrigin:
+    """Where a mask came from.
+
+    about: in words, for certificates. given: by a person, so a fault of it is a wrong input. cut_out: it is the
+    photograph's own alpha. Then what lies under it is the photograph's, and glass may be clear everywhere.
+    """
+
+    about: str
+    given: bool = False
+    cut_out: bool = False
+
+
+# By the method of a mask.
+MASK_ORIGINS = {
+    "file": MaskOrigin("a mask file that was given", given=True),
+    "alpha": MaskOrigin("the photograph's own alpha channel", cut_out=True),
+    "onnx": MaskOrigin("the network of matte.model alone"),
+    "network": MaskOrigin("the shipped network, its outline refined by the colours"),
+    "grabcut": MaskOrigin("the colours alone, from what stands out of the picture"),
+}
+
+
+@dataclass(frozen=True)
 class Product:
     """A photo with its product told apart.
 
     rgb_HW3: the photo, uint8. alpha_HW: the mask as given or found, uint8, 255 = product.
     matte_HW: the alpha that compositing uses: alpha_HW, with a one-pixel soft edge where the mask had none.
     foreground_HW3: the product's own colours, uint8; equals the photo wherever matte_HW is 255.
-    method, confidence: where the mask came from (``file``, ``alpha``, ``onnx``, ``grabcut``) and how sure that is.
+    method, confidence: where the mask came from, a key of ``MASK_ORIGINS``, and how sure that is.
     mask_reasons: codes of what speaks against the mask, see ``imaging.mask_doubt``.
     mask_signs, mask_ways: the numbers behind them, and other masks that were found, see ``imaging.masks.Mask``.
     sha256, mask_sha256: of the files of the photo and, where one was given, of the mask (see :func:`open_image`).
@@ -122,10 +145,10 @@ def prepare(
     pictures = {key: open_alike(key, source, photo, name).image for key, source in (inputs or {}).items()}
     found = find_mask(photo, matte or MatteConfig(), given and given.image, name)
     alpha = to_bytes(found.alpha_HW)
-    check_alpha(alpha, name, "file" if given is not None else found.method)
+    check_alpha(alpha, name, found.method)
     # Under a cut-out's own alpha lies what it was cut out of, which shows how its edge was mixed. Under a mask from
     # elsewhere transparent pixels may count as product, and those have no colour but the white they are shown over.
-    rgb = np.ascontiguousarray(photo.convert("RGB") if found.method == "alpha" else flatten(photo))
+    rgb = np.ascontiguousarray(photo.convert("RGB") if MASK_ORIGINS[found.method].cut_out else flatten(photo))
     soft = soften_hard_edge(alpha)
     pictures |= estimated(rgb, without(networks or {}, *pictures))
     return Product(
@@ -169,12 +192,13 @@ def open_alike(key: str, source: Source, photo: Image.Image, name: str) -> Photo
 
 
 def check_alpha(alpha_HW: np.ndarray, name: str, method: str) -> None:
+    """Raises an error where a mask marks nothing, or everything: a ConfigError if a person gave it."""
+    origin = MASK_ORIGINS[method]
+    kind = ConfigError if origin.given else PackshotError
+    source = "the given mask" if origin.given else f"the mask found ({method})"
     share = float((alpha_HW >= 128).mean())
-    if method == "alpha" and alpha_HW.any():  # glass may be clear everywhere
-        share = max(share, 1e-6)
-    kind = ConfigError if method == "file" else PackshotError
-    source = "the given mask" if method == "file" else f"the mask found ({method})"
-    if share == 0:
+    marked = alpha_HW.any() if origin.cut_out else share > 0
+    if not marked:
         raise kind(f"product: {source} of {name} is empty (all black).", "White marks the product.")
     if share > 0.995:
         raise kind(

@@ -17,18 +17,9 @@ from packshot.generate.composite import blend
 from packshot.generate.grounding import NO_SHADOW, Grounding, shaded
 from packshot.generate.json_types import Json
 from packshot.generate.output import with_profile
-from packshot.generate.product import Product
+from packshot.generate.product import MASK_ORIGINS, Product
 from packshot.imaging.pixels import to_bytes
 from packshot.lists import map_values
-
-# Where a mask came from, in words, by its method.
-MASK_SOURCES = {
-    "file": "a mask file that was given",
-    "alpha": "the photograph's own alpha channel",
-    "onnx": "the network of matte.model alone",
-    "network": "the shipped network, its outline refined by the colours",
-    "grabcut": "the colours alone, from what stands out of the picture",
-}
 
 
 @dataclass(frozen=True)
@@ -128,7 +119,7 @@ def describe_mask(product: Product) -> Json:
         "sha256": certificates.digest(product.alpha_HW),
         "file_sha256": product.mask_sha256,
         "method": product.method,
-        "source": MASK_SOURCES.get(product.method, product.method),
+        "source": MASK_ORIGINS[product.method].about,
         "evidence": map_values(asdict, product.mask_signs),
         "confidence": round(product.confidence, 4),
         "edge": "as given" if product.matte_HW is product.alpha_HW else "hard mask, anti-aliased by 1 px",

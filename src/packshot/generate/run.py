@@ -67,17 +67,7 @@ def generate(config: Generate) -> None:
     campaign = plan_campaign(config) if config.campaign else None
     jobs = without_repeats(campaign.jobs if campaign else product_jobs(config))
     baseline = open_folder("baseline", config.baseline)
-    named_networks = networks(config)
-    for job in jobs:
-        with named(job.where) if campaign else nullcontext():
-            open_references(job.config.reference_files(), job.config.reference_weights)
-            needed = check_adapters(config.adapters, named_networks, job.config)
-    products = Products(config, needed)
-    if len({job.product for job in jobs}) == 1:  # then an unusable photo is a wrong input
-        only = products.of(jobs[0])
-        for job in jobs:
-            with named(job.where) if campaign else nullcontext():
-                check_place(only, job.config)
+    products = check_inputs(config, jobs)
     tool = load_tool(config, jobs)
     run = open_run("generate", config, resumable=False)
     check_made(run.path, tool, jobs)
@@ -100,6 +90,28 @@ def generate(config: Generate) -> None:
     tracker.finish()
     answer.info("%d pictures; report: %s", len(pictures), run.path / "report.html")
     raise_failures(failures, len(jobs))
+
+
+def check_inputs(config: Generate, jobs: list[Job]) -> Products:
+    """What prepares the products, once references, adapters and places fit every job.
+
+    Raises:
+        ConfigError: they do not, with the row of a campaign.
+        PackshotError: all jobs are of one product, and no product is found in its photo.
+    """
+    named_networks = networks(config)
+    needed: Mapping[str, str] = {}
+    for job in jobs:
+        with named(job.where) if config.campaign else nullcontext():
+            open_references(job.config.reference_files(), job.config.reference_weights)
+            needed = check_adapters(config.adapters, named_networks, job.config)
+    products = Products(config, needed)
+    if len({job.product for job in jobs}) == 1:  # then an unusable photo is a wrong input
+        only = products.of(jobs[0])
+        for job in jobs:
+            with named(job.where) if config.campaign else nullcontext():
+                check_place(only, job.config)
+    return products
 
 
 def drawing_seconds(folder: Path) -> float:

@@ -52,13 +52,7 @@ def build_held(config: BuildData, recipe: Recipe) -> None:
     tracker = open_tracker(run, config, "build_data")
     started = time.monotonic()
     shards = split(items, config.shard_size)
-    if len(shards) < config.executor.workers:
-        log.info(
-            "shard_size=%d makes %d shards: no more of executor.workers=%d have work",
-            config.shard_size,
-            len(shards),
-            config.executor.workers,
-        )
+    note_idle_workers(config, len(shards))
     report = run_steps(run.path, shards, recipe.fingerprints, steps, config.executor)
     recipe.finish(config, run.path)
     figures = write_extras(report, steps, config.dataset.name, recipe.settings(config), recipe.sheet, len(items))
@@ -84,4 +78,15 @@ def build_held(config: BuildData, recipe: Recipe) -> None:
         raise PackshotError(
             f"None of the {len(items)} images {recipe.what(config)} was accepted.",
             f"{run.path / 'rejected.parquet'} names the reason for each.",
+        )
+
+
+def note_idle_workers(config: BuildData, shards: int) -> None:
+    """Log that there are fewer shards than workers."""
+    if shards < config.executor.workers:
+        log.info(
+            "shard_size=%d makes %d shards: no more of executor.workers=%d have work",
+            config.shard_size,
+            shards,
+            config.executor.workers,
         )

@@ -62,6 +62,11 @@ def list_items(listing: Listing, paths: list[str], source: SourceConfig) -> list
 def list_rows(listing: Listing, path: str, source: SourceConfig) -> list[Item]:
     """The items of one table."""
     items: dict[tuple[str, ...], Item] = {}
+    limits = {
+        "seconds": source.download_seconds,
+        "mebibytes": source.download_mib,
+        "retries": source.download_retries,
+    }
     rows, notes = read_rows(listing.place(path))
     if rows:
         check_caption_column(source.caption_column, columns_of(rows), listing.named(path))
@@ -70,11 +75,7 @@ def list_rows(listing: Listing, path: str, source: SourceConfig) -> list[Item]:
     for number, row in enumerate(rows):
         target = target_of(row)
         if target is None:
-            raise ConfigError(
-                f"source.path: {path}, row {number} names no picture in a column like {', '.join(FILE_COLUMNS[:4])} or "
-                f"{URL_COLUMNS[0]}.",
-                f"Its columns: {', '.join(row)}.",
-            )
+            raise no_target(path, number, row)
         described = described_row(row, source.caption_column)
         place = place_of(listing.place(path), target)
         checksums = {name: str(row[name]).lower() for name in CHECKSUMS if row.get(name)}
@@ -89,11 +90,7 @@ def list_rows(listing: Listing, path: str, source: SourceConfig) -> list[Item]:
             **described,
             "checksums": checksums,
             "cache": listing.cache,
-            "limits": {
-                "seconds": source.download_seconds,
-                "mebibytes": source.download_mib,
-                "retries": source.download_retries,
-            },
+            "limits": limits,
         }
     if len(items) < len(rows):
         again = len(rows) - len(items)
@@ -102,6 +99,15 @@ def list_rows(listing: Listing, path: str, source: SourceConfig) -> list[Item]:
         )
     listing.notes.extend(notes)
     return list(items.values())
+
+
+def no_target(path: str, number: int, row: dict[str, Any]) -> ConfigError:
+    """The error for a row of a table that names no picture."""
+    columns = f"{', '.join(FILE_COLUMNS[:4])} or {URL_COLUMNS[0]}"
+    return ConfigError(
+        f"source.path: {path}, row {number} names no picture in a column like {columns}.",
+        f"Its columns: {', '.join(row)}.",
+    )
 
 
 def place_of(table: str, target: str) -> str:
