@@ -16,6 +16,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -217,7 +218,10 @@ def loss_of(network: CheckNetwork, batch: Batch) -> Tensor:
     return dense + whole
 
 
-def folded(network: CheckNetwork) -> CheckNetwork:
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def folded(network: Network) -> Network:
     """The network with its normalisation folded into the convolutions before it."""
     plain = copy.deepcopy(network).eval()
     for block in plain.modules():
@@ -227,7 +231,7 @@ def folded(network: CheckNetwork) -> CheckNetwork:
     return plain
 
 
-def as_text(network: CheckNetwork) -> str:
+def as_text(network: nn.Module) -> str:
     """Weights as whole numbers with a scale for each row of a tensor."""
     entries = {}
     for name, tensor in network.state_dict().items():

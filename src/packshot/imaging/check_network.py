@@ -206,9 +206,8 @@ class Judgement:
     hangs: float
 
 
-def read_weights(text: str) -> CheckNetwork:
-    """The network from JSON: each tensor as rows of whole numbers, with a scale for each row."""
-    network = CheckNetwork()
+def fill(network: nn.Module, text: str) -> None:
+    """Give a network the weights of a JSON text: each tensor as rows of whole numbers, with a scale for each row."""
     entries = json.loads(text)
     tensors = {}
     for name, value in network.state_dict().items():
@@ -216,7 +215,14 @@ def read_weights(text: str) -> CheckNetwork:
         scales = torch.tensor(entries[name]["scales"], dtype=torch.float32)
         tensors[name] = (rows * scales[:, None]).reshape(value.shape)
     network.load_state_dict(tensors)
-    return network.eval()
+    network.eval()
+
+
+def read_weights(text: str) -> CheckNetwork:
+    """The network that a JSON text describes."""
+    network = CheckNetwork()
+    fill(network, text)
+    return network
 
 
 @lru_cache(maxsize=1)

@@ -16,6 +16,10 @@ from packshot.imaging.see_through import clear_share, ground_inside
 
 NETWORK_AGREES = 0.85  # IoU of the mask with the network's own from which the two count as one (docs/log.md)
 NETWORK_AGREES_LARGE = 0.6  # the same in large pictures, where the network's mask is coarse and the colours decide
+MOST_EDGES = 1.0  # perimeters of a mask, of sharp edges outside of it
+# The same in large pictures, where a network weighs both: 98 % of the right masks of composed photographs are below.
+MOST_EDGES_LARGE = 2.0
+MOST_LEFT_LARGE = 0.4  # of the mask, that the segmentation network sees outside of it in a scene
 LINE = 0.03  # of the longer side, that an edge outside of a mask has at least
 SHARPER = 1.5  # slope of a sharp edge by its slope when blurred by 3 px; that of a shadow hardly changes
 MOST_PIECES = 6  # of a product: a set of three bottles, a pair of shoes
@@ -24,7 +28,7 @@ PLAIN_FRAME = 5.0  # ΔE; a frame of less spread is a studio's ground, see salie
 WEIGHTS = (6.514, 0.978, -1.537, -1.801, 11.018, 2.039, -1.019)
 OFFSET = -15.41
 MOST_LIKELY = 0.82  # there, 97 % of the masks with at least this probability were right
-LIKELY_LARGE = 0.8  # the same in large pictures, of cut-outs before drawn grounds (docs/verifier.md)
+LIKELY_LARGE = 0.8  # the same of the network that judges masks of large pictures (tools/fit_mask_judge.py)
 LARGE = 300  # px, longer side from which colours tell more than in small pictures
 _SQUARE = np.ones((3, 3), np.uint8)
 
@@ -176,6 +180,13 @@ def network_share_left(found: Finding) -> float | None:
     return None if found.network_HW is None else network_left(found)
 
 
+def most_left(found: Finding) -> float:
+    """The limit of :func:`network_share_left`: before a studio's ground the network seldom errs."""
+    if found.plain:
+        return 0.15
+    return MOST_LEFT_LARGE if found.large else 0.3
+
+
 def frame_share(found: Finding) -> float:
     """The largest share of a side of the frame that the mask takes."""
     mask = found.mask_HW
@@ -226,7 +237,14 @@ def traits(found: Finding) -> np.ndarray | None:
 
 
 def probability_right(found: Finding) -> float | None:
-    """Probability that a mask has an IoU of .9 with the truth, from its :func:`traits`; None without them."""
+    """Probability that a mask has an IoU of .9 with the truth; None unless a network looked at several views.
+
+    In large pictures another network judges the mask; in small ones the probability follows from its :func:`traits`.
+    """
+    if found.large:
+        from packshot.imaging.mask_judge import judge  # with torch, which mask files do not need
+
+        return judge(found)
     measured = traits(found)
     if measured is None:
         return None
@@ -251,7 +269,7 @@ class Sign:
 SIGNS = {
     "probability_right": Sign(
         "mask_ways_disagree",
-        "probability that the mask is right, by how the network's views, the colours and the mask agree",
+        "probability that the mask is right, by a network that judges masks or by how the ways to it agree",
         probability_right,
         lambda found: LIKELY_LARGE if found.large else MOST_LIKELY,
         at_least=True,
@@ -274,13 +292,13 @@ SIGNS = {
         "mask_incomplete",
         "length of sharp edges outside of the mask, in its perimeters",
         studio_edges,
-        lambda found: 1.0,
+        lambda found: MOST_EDGES_LARGE if found.large else MOST_EDGES,
     ),
     "network_outside": Sign(
         "mask_incomplete",
         "what the network sees of the product outside of the mask, as a share of its area",
         network_share_left,
-        lambda found: 0.15 if found.plain else 0.3,
+        most_left,
     ),
     "frame_share": Sign(
         "mask_touches_frame", "largest share of a side of the frame in the mask", frame_share, lambda found: 0.05

@@ -325,13 +325,21 @@ def _stands_out_more(salient: Candidate, chosen: Candidate) -> bool:
     return bool(whole) and salient.evidence > chosen.evidence
 
 
-def _from_grabcut(image: Image.Image, model: str) -> Mask:
-    """The network's mask, with an outline by GrabCut.
+@dataclass(frozen=True)
+class Sought:
+    """What was found without an ONNX network. evidence: of the chosen mask. finding: None where nothing was found."""
+
+    method: str
+    evidence: float
+    finding: Finding | None
+
+
+def seek(rgb_HWC: np.ndarray, model: str) -> Sought:
+    """The network's mask, with an outline by GrabCut, of a picture of any size, uint8 RGB.
 
     Before a studio's ground it is GrabCut from what stands out where more speaks for that: networks overlook rings and
     wires.
     """
-    rgb_HWC = np.asarray(image)
     studied = _study(rgb_HWC)
     method = "grabcut"
     views = None
@@ -343,7 +351,7 @@ def _from_grabcut(image: Image.Image, model: str) -> Mask:
         if stronger or _is_part_of(chosen, studied.salient):
             chosen = studied.salient
     if not chosen.clean_HW.any():
-        return Mask(np.zeros(rgb_HWC.shape[:2], np.float32), method, 0.0)
+        return Sought(method, 0.0, None)
     mask_HW = repair(studied.rgb_HWC, chosen.clean_HW, studied.ground)
     lost_HW = chosen.raw_HW & ~chosen.clean_HW & ~widened(mask_HW)
     if views is not None and not studied.plain:  # in a scene, colours alone find specks everywhere
@@ -358,7 +366,16 @@ def _from_grabcut(image: Image.Image, model: str) -> Mask:
         spread_HW=None if views is None else views.spread_HW,
         ground=studied.even_ground,
     )
-    return judged(refine(rgb_HWC, mask_HW), method, chosen.evidence, finding)
+    return Sought(method, chosen.evidence, finding)
+
+
+def _from_grabcut(image: Image.Image, model: str) -> Mask:
+    """The mask that :func:`seek` finds, at full size."""
+    rgb_HWC = np.asarray(image)
+    sought = seek(rgb_HWC, model)
+    if sought.finding is None:
+        return Mask(np.zeros(rgb_HWC.shape[:2], np.float32), sought.method, 0.0)
+    return judged(refine(rgb_HWC, sought.finding.mask_HW), sought.method, sought.evidence, sought.finding)
 
 
 def _object_from(rgb_HWC: np.ndarray, saliency_HW: np.ndarray, iterations: int = 6) -> np.ndarray:

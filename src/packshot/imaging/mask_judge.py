@@ -1,0 +1,201 @@
+"""A small network that judges a mask: whether it is right, and which of its pixels are wrong.
+
+It sees the picture around the mask, the mask, and what else is known of the product's place: the segmentation network's
+alpha and how much its views differ, what stands out, edges, the ground, and the mask that colours alone grow from this
+one. Its weights are text (``mask_judge.json``); ``tools/fit_mask_judge.py`` fits them on composed photographs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from packshot.imaging.check_network import Block, colour_shares, cut, fill
+from packshot.imaging.color import to_lab
+from packshot.imaging.grabcut import grabcut
+from packshot.imaging.mask_doubt import Finding, colour_gradient
+from packshot.imaging.mask_edge import narrowed, widened
+
+LOOK = 112  # px, side of the square that is looked at
+REACH = 1.5  # its side, in longer sides of the box around the mask and what the network sees
+STEEPEST = 40.0  # ΔE per px of an edge; more makes no difference
+FARTHEST = 60.0  # ΔE from the ground
+WIDTHS = (16, 24, 32)  # channels at 1/2, 1/4 and 1/8 of the look
+PLANES = 16
+_MASK_PLANE = 3
+_VALID_PLANE = 4
+RIGHT = 0.9  # IoU from which a mask is right
+
+
+@dataclass(frozen=True)
+class MaskLook:
+    """The square around a mask, LOOK px, all uint8; a bool plane is 0 or 255.
+
+    valid: within the picture's frame. edges: the steepest within a pixel. away: difference from the ground, 0 without
+    a known one. regrown: what GrabCut makes of the mask. known: whether the ground is.
+    """
+
+    rgb_HW3: np.ndarray
+    mask_HW: np.ndarray
+    valid_HW: np.ndarray
+    network_HW: np.ndarray
+    spread_HW: np.ndarray
+    salient_HW: np.ndarray
+    edges_HW: np.ndarray
+    away_HW: np.ndarray
+    regrown_HW: np.ndarray
+    known: bool
+
+
+def square_of(found: Finding) -> tuple[int, int, int]:
+    """Left, top and side in px of the square around the mask and what the network sees."""
+    assert found.network_HW is not None
+    shown = (found.mask_HW | (found.network_HW >= 0.5)).astype(np.uint8)
+    left, top, width, height = cv2.boundingRect(shown)
+    side = max(8, round(REACH * max(width, height)))
+    return left + (width - side) // 2, top + (height - side) // 2, side
+
+
+def levels(values_HW: np.ndarray, highest: float) -> np.ndarray:
+    """Numbers from 0 to ``highest`` as uint8."""
+    return np.rint(np.clip(values_HW / highest, 0, 1) * 255).astype(np.uint8)
+
+
+def regrown(rgb_HW3: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
+    """What the colours make of a mask: GrabCut, sure only of its inside and of what is far away. Bool (H, W)."""
+    reach = max(2, len(mask_HW) // 16)
+    labels_HW = np.where(mask_HW, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+    labels_HW[narrowed(mask_HW, 2 * reach)] = cv2.GC_FGD
+    labels_HW[~widened(mask_HW, 2 * reach)] = cv2.GC_BGD
+    if not mask_HW.any() or mask_HW.all():
+        return mask_HW
+    return grabcut(rgb_HW3, labels_HW, 2)
+
+
+def look_at(found: Finding, square: tuple[int, int, int] | None = None) -> MaskLook | None:
+    """What the network sees of a mask; None without a mask, or without the views of a segmentation network."""
+    if found.network_HW is None or found.spread_HW is None or not found.mask_HW.any():
+        return None
+    square = square or square_of(found)
+    steep_HW = colour_gradient(found.rgb_HWC, 0.7) / 4
+    step = square[2] // LOOK
+    if step > 1:
+        steep_HW = cv2.dilate(steep_HW, np.ones((step, step), np.uint8))
+    away_HW = np.zeros(found.mask_HW.shape, np.uint8)
+    if found.ground is not None:
+        smooth_HW3 = to_lab(cv2.GaussianBlur(found.rgb_HWC, (0, 0), 1.0))
+        away_HW = levels(np.linalg.norm(smooth_HW3 - found.ground.lab_HW3, axis=-1), FARTHEST)
+    rgb_HW3 = cut(found.rgb_HWC, square, cv2.BORDER_REPLICATE, LOOK)
+    mask_HW = cut(levels(found.mask_HW, 1), square, cv2.BORDER_CONSTANT, LOOK)
+    return MaskLook(
+        rgb_HW3=rgb_HW3,
+        mask_HW=mask_HW,
+        valid_HW=cut(np.full(away_HW.shape, 255, np.uint8), square, cv2.BORDER_CONSTANT, LOOK),
+        network_HW=cut(levels(found.network_HW, 1), square, cv2.BORDER_CONSTANT, LOOK),
+        spread_HW=cut(levels(found.spread_HW, 0.5), square, cv2.BORDER_CONSTANT, LOOK),
+        salient_HW=cut(levels(found.salient_HW, 1), square, cv2.BORDER_CONSTANT, LOOK),
+        edges_HW=cut(levels(np.sqrt(steep_HW), STEEPEST**0.5), square, cv2.BORDER_CONSTANT, LOOK),
+        away_HW=cut(away_HW, square, cv2.BORDER_CONSTANT, LOOK),
+        regrown_HW=levels(regrown(rgb_HW3, mask_HW >= 128), 1),
+        known=found.ground is not None,
+    )
+
+
+def planes_of(look: MaskLook) -> np.ndarray:
+    """The network's input: float32 (PLANES, LOOK, LOOK)."""
+    solid_HW = look.mask_HW >= 128
+    core_HW = narrowed(solid_HW)
+    core_HW = core_HW if core_HW.any() else solid_HW
+    free_HW = (look.mask_HW < 128) & (look.valid_HW >= 128)
+    outside_HW = free_HW & ~widened(solid_HW, 2)
+    rows = np.flatnonzero(solid_HW.any(axis=1))
+    foot = int(rows[-1]) + 1 if len(rows) else LOOK
+    height_H = (np.arange(LOOK, dtype=np.float32) - foot) / LOOK
+    grey_planes = [
+        look.mask_HW,
+        look.valid_HW,
+        look.network_HW,
+        look.spread_HW,
+        look.salient_HW,
+        look.edges_HW,
+        look.away_HW,
+        look.regrown_HW,
+    ]
+    planes = [
+        *np.moveaxis(look.rgb_HW3.astype(np.float32) / 127.5 - 1, 2, 0),
+        *(plane_HW.astype(np.float32) / 255 for plane_HW in grey_planes),
+        *colour_shares(look.rgb_HW3, core_HW, outside_HW if outside_HW.sum() > 50 else free_HW),
+        np.repeat(height_H[:, None], LOOK, axis=1),
+        np.full((LOOK, LOOK), float(look.known), np.float32),
+        2 * (look.regrown_HW.astype(np.float32) - look.mask_HW.astype(np.float32)) / 255,
+    ]
+    return np.stack(planes).astype(np.float32)
+
+
+class MaskJudge(nn.Module):
+    """A U-Net on a look at a mask. norm: with the normalisation that training needs; it is folded into the weights."""
+
+    def __init__(self, norm: bool = False):
+        super().__init__()
+        first, second, third = WIDTHS
+        self.stem = nn.Conv2d(4 * PLANES, first, 1)
+        self.fine = nn.Sequential(Block(first, 3, norm), Block(first, 3, norm))
+        self.to_middle = nn.Conv2d(4 * first, second, 1)
+        self.middle = nn.Sequential(Block(second, 5, norm), Block(second, 5, norm))
+        self.to_coarse = nn.Conv2d(4 * second, third, 1)
+        self.coarse = nn.Sequential(Block(third, 5, norm), Block(third, 5, norm))
+        self.whole = nn.Linear(2 * third, third)
+        self.from_coarse = nn.Conv2d(third, second, 1)
+        self.middle_again = Block(second, 5, norm)
+        self.from_middle = nn.Conv2d(second, first, 1)
+        self.fine_again = Block(first, 3, norm)
+        self.pixels = nn.Conv2d(first, 1, 1)  # whether the mask is wrong here
+        self.right = nn.Linear(third + 3, 1)
+
+    def forward(self, planes_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H / 2, W / 2): logit of a wrong pixel; (B,): logit of a right mask."""
+        fine = self.fine(F.relu(self.stem(F.pixel_unshuffle(planes_BCHW, 2))))
+        middle = self.middle(self.to_middle(F.pixel_unshuffle(fine, 2)))
+        coarse = self.coarse(self.to_coarse(F.pixel_unshuffle(middle, 2)))
+        pooled = torch.cat([coarse.mean(dim=(2, 3)), coarse.amax(dim=(2, 3))], dim=1)
+        whole = F.relu(self.whole(pooled))
+        coarse = coarse + whole[..., None, None]
+        middle = self.middle_again(middle + F.interpolate(self.from_coarse(coarse), scale_factor=2))
+        fine = self.fine_again(fine + F.interpolate(self.from_middle(middle), scale_factor=2))
+        pixels = self.pixels(fine)[:, 0].float()
+        mask = F.avg_pool2d(planes_BCHW[:, _MASK_PLANE].float(), 2)
+        wrong = pixels.sigmoid() * F.avg_pool2d(planes_BCHW[:, _VALID_PLANE].float(), 2)
+        area = mask.sum(dim=(1, 2)) + 1
+        missing = (wrong * (1 - mask)).sum(dim=(1, 2)) / area
+        surplus = (wrong * mask).sum(dim=(1, 2)) / area
+        overlap = (1 - surplus) / (1 + missing)  # the IoU that follows from the wrong pixels
+        signs = torch.stack(
+            [torch.log(1 - overlap + 0.01), torch.log(missing + 0.01), torch.log(surplus + 0.01)], dim=1
+        )
+        return pixels, self.right(torch.cat([whole.float(), signs], dim=1))[:, 0]
+
+
+@lru_cache(maxsize=1)
+def load_mask_judge() -> MaskJudge:
+    """The network that is shipped, once per process."""
+    network = MaskJudge()
+    fill(network, files("packshot.imaging").joinpath("mask_judge.json").read_text())
+    return network
+
+
+@torch.inference_mode()
+def judge(found: Finding) -> float | None:
+    """Probability that a mask has an IoU of RIGHT, by it and by its mirror image; None where it cannot be judged."""
+    look = look_at(found)
+    if look is None:
+        return None
+    planes = torch.from_numpy(planes_of(look))
+    _, right = load_mask_judge()(torch.stack([planes, planes.flip(-1)]))
+    return float(right.mean().sigmoid())
