@@ -234,7 +234,8 @@ def decide(config: CaptionVLM, result: CaptionPlan, gpu: Gpu, processes: int) ->
 
 def first_change(config: CaptionVLM) -> str:
     """The override that saves most memory among those that are not set yet, the cheapest in time first."""
-    captioner, train = config.captioner, config.train
+    captioner = config.captioner
+    train = config.train
     learns = trains(config)
     plain = CAPTIONERS[captioner.kind.name].presets[captioner.tuning.name].parameters
     weights_free = not learns or not plain

@@ -46,7 +46,6 @@ def is_empty(value: object) -> bool:
 
 
 NOTHING_DRAWN = ": nothing is drawn"
-ADAPTERS = "adapters."
 # Of pictures: of generate.py, of the rows of a campaign, of a server and its requests.
 RULES = (
     ReadRule(

@@ -160,7 +160,8 @@ class Rows(Sequence[Row]):
         return self._digests[index]
 
     def _digest(self, index: int) -> str:
-        sample_id, digest = self.ids[index], hashlib.sha256()
+        sample_id = self.ids[index]
+        digest = hashlib.sha256()
         parts = ["mask"] if _DIGEST.fullmatch(sample_id) else ["image", "mask"]
         digest.update(sample_id.encode())
         for name in parts:

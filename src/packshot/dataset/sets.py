@@ -102,7 +102,9 @@ def load_training(
     rows = concatenate(KEY, parts)
     if len(parts) == 1 and sum(times) == len(rows):
         return TrainingData(rows, sets, validation, notes=notes)
-    order = [index for index, count in enumerate(times) for _ in range(count)]
+    order: list[int] = []
+    for index, count in enumerate(times):
+        order += [index] * count
     for one in sets:
         share = f"{100 * one.shown / len(order):.1f} %"
         notes.append(f"{KEY}: {len(one.rows)} samples of {one.named.path} are {share} of an epoch of {len(order)}")
@@ -114,7 +116,9 @@ def hold_out(data: DataConfig, parts: list[Rows], validates: bool, notes: list[s
     whole = concatenate(KEY, parts)
     if not validates:
         return parts, whole
-    owners = [number for number, rows in enumerate(parts) for _ in range(len(rows))]
+    owners: list[int] = []
+    for number, rows in enumerate(parts):
+        owners += [number] * len(rows)
     held = choose(whole, owners, data.holdout_share, data.cache_dir) if data.holdout_share else []
     if not held:
         notes.append("validation uses samples that are trained on: data.validation names another set")
@@ -172,7 +176,10 @@ def repeated(parts: Sequence[Rows], named: Sequence[NamedSet], notes: list[str])
                     f"each of its samples {factor} times.",
                     f"At most {MOST_REPEATS} times: choose weights that are nearer to the sizes of the sets.",
                 )
-    return [factor * count for factor, times in zip(factors, own, strict=True) for count in times]
+    shown: list[int] = []
+    for factor, times in zip(factors, own, strict=True):
+        shown += [factor * count for count in times]
+    return shown
 
 
 def row_repeats(rows: Rows, notes: list[str]) -> list[int]:

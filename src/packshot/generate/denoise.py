@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def encode(
         lost[key] = lost_words(pipe.tokenizer, text, chunks) if cut else ""
         if lost[key]:
             log.warning("%s is longer than prompt_chunks=%d reads, lost: %r", key, chunks, lost[key])
-    weighted = any(piece.weight != 1 for parts in pieces.values() for piece in parts)
+    weighted = any(piece.weight != 1 for piece in chain.from_iterable(pieces.values()))
     if chunks > 1 or weighted:
         embeds = embed_chunks(pipe, pieces, chunks, guided, settings.negative_prompt is None)
     else:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,7 @@ def cut_out(products: list[Product], most_pixels: int | None = None) -> CutOut:
     parts = []
     for product, (left, top) in zip(products, corners, strict=True):
         parts.append(f"{product.name} (SHA-256 {product.sha256}) with its own pixels at {left},{top}")
-    reasons = [reason for product in products for reason in product.mask_reasons]
+    reasons = chain.from_iterable(product.mask_reasons for product in products)
     return CutOut(picture, tuple(dict.fromkeys(reasons)), tuple(parts))
 
 

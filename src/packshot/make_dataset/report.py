@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -181,7 +182,7 @@ def write_report(report: Report, kind: str, rejected: Sequence[Sample], items: S
     kind: of the dataset. rejected: rows of ``rejected.parquet``. items: of the source.
     """
     page = report.folder / "report.html"
-    files = [(entry.step, entry.shard, entry.sha256) for entries in report.entries.values() for entry in entries]
+    files = [(entry.step, entry.shard, entry.sha256) for entry in chain.from_iterable(report.entries.values())]
     identity = f"<!-- made from shards {sha256(repr(files).encode())} -->"
     if page.exists() and identity in page.read_text(encoding="utf-8"):
         return page

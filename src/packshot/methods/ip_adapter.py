@@ -196,7 +196,8 @@ def image_projection(
 
 def add_image_attention(unet: UNet2DConditionModel, config: IPAdapterMethod) -> list[IPAdapterAttnProcessor2_0]:
     """Give every cross-attention image keys and values, copied from its text ones; returns them in order."""
-    processors, added = {}, []
+    processors = {}
+    added = []
     modules = dict(unet.named_modules())
     for name, processor in unet.attn_processors.items():
         attention = modules[name.removesuffix(".processor")]

@@ -42,7 +42,8 @@ def _original_key(key: str) -> str:
 
 def to_original(projection: nn.Module, processors: Iterable[Any]) -> dict[str, Tensor]:
     """The adapter's tensors under their original names; a resampler's keys and values are one matrix there."""
-    state, tensors = projection.state_dict(), {}
+    state = projection.state_dict()
+    tensors = {}
     for key, value in state.items():
         if key.endswith(_KEYS):
             tensors[_original_key(key.replace("to_k", "to_kv"))] = torch.cat(

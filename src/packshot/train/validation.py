@@ -110,7 +110,8 @@ class Validator:
     """
 
     def __init__(self, examples: Examples, config: TrainScript) -> None:
-        self.examples, self.config = examples, config
+        self.examples = examples
+        self.config = config
         self.count = min(config.train.validation_samples, len(examples))
         self._texts: dict[str, dict[str, Tensor]] = {}
         self._held: dict[int, HeldOutSample] = {}
@@ -157,7 +158,8 @@ class Validator:
 
     def pictures(self) -> list[PictureSpec]:
         """Products x prompts x seeds. The prompts of one product share their noise, so that they can be compared."""
-        train, seed = self.config.train, self.config.run.seed
+        train = self.config.train
+        seed = self.config.run.seed
         prompts = (None, *train.validation_prompts)
         places = product(range(self.count), prompts, range(train.validation_seeds))
         specs: list[PictureSpec] = []
@@ -222,7 +224,8 @@ class Validator:
 
 def prepare_held_out(examples: Examples, index: int, device: torch.device) -> HeldOutSample:
     """Make one held-out sample ready; see :class:`HeldOutSample`."""
-    seen, encoder = examples.seen(index), examples.encoder
+    seen = examples.seen(index)
+    encoder = examples.encoder
     truth = np.asarray(seen["image"])
     mask = np.zeros(truth.shape[:2], np.uint8) if seen["mask"] is None else np.asarray(seen["mask"])
     matte = soften_hard_edge(mask)
@@ -286,7 +289,8 @@ def sheet(rows: list[Row], folder: Path) -> Image.Image:
         result.paste(pairs[specs[0]["picture"]][0], (0, top))
         _words(draw, (0, top + side), ["truth", name[:12]], side)
         for place, row in enumerate(specs, 1):
-            picture, left = pairs[row["picture"]][1], place * (side + 4)
+            picture = pairs[row["picture"]][1]
+            left = place * (side + 4)
             result.paste(picture, (left, top))
             if row["extended"]:
                 draw.rectangle((left, top, left + picture.width - 1, top + picture.height - 1), outline="red", width=2)

@@ -59,7 +59,8 @@ def _of(name: str, ids: Sequence[str], total: int, says: str) -> Iterator[Findin
 
 
 def _captions(examples: Examples) -> Iterator[Finding]:
-    texts, total = list(zip(examples.ids, examples.rows.texts, strict=False)), len(examples)
+    texts = list(zip(examples.ids, examples.rows.texts, strict=False))
+    total = len(examples)
     empty = [id for id, text in texts if not (text or "").strip()]
     yield from _of("captions_empty", empty, total, "captions are empty")
     counts = Counter(text for _, text in texts)
@@ -102,7 +103,8 @@ def _pictures(examples: Examples) -> Iterator[Finding]:
 def _picture(examples: Examples, index: int) -> tuple[list[str], float]:
     """Names of what is unusual about a sample, and how many times it is enlarged."""
     mask = examples.rows.read(index, ("mask",))["mask"]
-    size, target = examples.rows.sizes[index], examples.encoder.shapes[examples.groups[index]]
+    size = examples.rows.sizes[index]
+    target = examples.encoder.shapes[examples.groups[index]]
     frame = framing.plan(size, target, framing.product_box(mask))
     scale = frame.resized[0] / size[0]
     names = ["upscaled"] if scale > MOST_UPSCALED else []
@@ -138,7 +140,8 @@ def _held_out(examples: Examples, held_out: Sequence[str]) -> Iterator[Finding]:
 
 
 def _settings(config: TrainScript, count: int, per_step: int) -> Iterator[Finding]:
-    train, kind = config.train, config.optim.kind
+    train = config.train
+    kind = config.optim.kind
     low, high = OPTIMIZERS[kind.name].usual_rates
     if not low <= train.learning_rate <= high:
         usual = f"{low:g}" if low == high else f"{low:g} to {high:g}"
