@@ -20,6 +20,7 @@ from packshot.diffusion.latents import encode_pixels
 from packshot.diffusion.sample import NotFiniteError, sample
 from packshot.errors import PackshotError
 from packshot.generate.adapter_schedule import switching
+from packshot.generate.adapters import Pipe
 from packshot.generate.canvas import Working
 from packshot.generate.conditions import control_map, scene_inputs
 from packshot.generate.load import Models
@@ -95,7 +96,7 @@ def name_weights(prompts: Mapping[str, str]) -> None:
 
 
 def embed_chunks(
-    pipe: Any, pieces: Mapping[str, list[Piece]], chunks: int, guided: bool, silent: bool
+    pipe: Pipe, pieces: Mapping[str, list[Piece]], chunks: int, guided: bool, silent: bool
 ) -> tuple[torch.Tensor | None, ...]:
     """What ``pipe.encode_prompt`` returns, of prompts in chunks. silent: there is no negative prompt; then it is zeros
     where the pipeline has it so."""
@@ -138,7 +139,7 @@ class EncodedProduct:
 @torch.no_grad()
 def encode_product(models: Models, working: Working) -> EncodedProduct:
     """A product's latents, at one working size."""
-    pipe: Any = models.pipe
+    pipe: Pipe = models.pipe
     shown = None
     if isinstance(pipe.unet.conv_in, ProductConv):
         shown = product_input(pipe.vae, working).to(models.device)
@@ -163,7 +164,7 @@ def notifying(callback: Callback, on_step: OnStep | None) -> Callback:
     if on_step is None:
         return callback
 
-    def notified(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def notified(pipe: Pipe, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         on_step()
         return callback(pipe, step, timestep, tensors)
 
@@ -188,7 +189,7 @@ def denoise(
     Raises:
         PackshotError: the denoiser or the decoder produced NaN or infinity.
     """
-    pipe: Any = models.pipe
+    pipe: Pipe = models.pipe
     product = product or encode_product(models, working)
     if product.shown_15hw is not None:
         pipe.unet.conv_in.show(product.shown_15hw)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
 
 from packshot.config.schema import reference_weights
+from packshot.generate.adapters import Pipe
 from packshot.generate.product import Source, open_image
 
 GREY = (127, 127, 127)
@@ -39,7 +39,7 @@ def open_references(given: Source | Sequence[Source] | None, weights: Sequence[i
     return references
 
 
-def image_embeds(pipe: Any, references: Sequence[Reference], guided: bool, device: torch.device | str) -> torch.Tensor:
+def image_embeds(pipe: Pipe, references: Sequence[Reference], guided: bool, device: torch.device | str) -> torch.Tensor:
     """(2 or 1, n, ...) with the null image first; without a reference the null image stands on both sides.
 
     n is the sum of the weights: a reference of weight 2 stands there twice. Attention's softmax runs over the tokens of

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import cv2
 import numpy as np
@@ -137,7 +136,7 @@ def enlarged(drawing: Drawing, target: Working) -> np.ndarray:
 def later(callback: Callback, begin: int) -> Callback:
     """A callback that counts its steps from the first of a schedule whose first ``begin`` are left out."""
 
-    def shifted(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def shifted(pipe: Pipe, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return callback(pipe, step + begin, timestep, tensors)
 
     return shifted
