@@ -164,7 +164,9 @@ def notifying(callback: Callback, on_step: OnStep | None) -> Callback:
     if on_step is None:
         return callback
 
-    def notified(pipe: Pipe, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def notified(
+        pipe: Pipe, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         on_step()
         return callback(pipe, step, timestep, tensors)
 

@@ -136,7 +136,9 @@ def enlarged(drawing: Drawing, target: Working) -> np.ndarray:
 def later(callback: Callback, begin: int) -> Callback:
     """A callback that counts its steps from the first of a schedule whose first ``begin`` are left out."""
 
-    def shifted(pipe: Pipe, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def shifted(
+        pipe: Pipe, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         return callback(pipe, step + begin, timestep, tensors)
 
     return shifted
