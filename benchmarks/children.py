@@ -32,6 +32,7 @@ from packshot.base.load import Parts, load_parts
 from packshot.config.schema import ControlNetMethod, IPAdapterMethod, LoraMethod, ModelConfig
 from packshot.methods import METHODS
 from packshot.runs.files import resolve
+from packshot.runs.start import start_process
 
 WARM_UP = 5
 SIZE = 128
@@ -185,6 +186,7 @@ def reference_loss(
 
 def bare(name: str, steps: int, batch_size: int) -> Iterator[None]:
     """Forward, backward, clip and step of our method on tensors that lie in memory: the limit of any loop."""
+    start_process()  # the same allocator as ours
     parts = load_parts(ModelConfig())
     method: Any = METHODS[type(CONFIGS[name])](parts, CONFIGS[name])
     parameters = [p for p in method.parameters() if p.requires_grad]

@@ -116,6 +116,21 @@ def test_a_shadow_falls_away_from_the_light(mask):
         assert layers[angle][ground_rows, dark].mean() < layers[angle][ground_rows, bright].mean() - 3
 
 
+def test_strength_is_a_power_of_the_layer(mask):
+    layer = shadow_layer(mask, Light(0.0)).astype(float) / 255
+    doubled = shadow_layer(mask, Light(0.0), 2.0).astype(float) / 255
+    assert np.abs(doubled - np.maximum(layer**2, DARKEST)).max() < 0.01
+    assert doubled[150:200].mean() < layer[150:200].mean() - 0.02
+
+
+def test_a_stronger_shadow_is_stated_in_the_certificate():
+    plain, strong = drawn("contact"), drawn("contact", shadow_strength=2.0)
+    assert plain.certificate["request"]["shadow_strength"] is None
+    assert strong.certificate["request"]["shadow_strength"] == strong.certificate["shadow"]["strength"] == 2.0
+    lights = [np.asarray(result.layers["shadow"]).astype(float).mean() for result in (plain, strong)]
+    assert lights[1] < lights[0]
+
+
 def test_the_layer_does_not_depend_on_the_pictures_size():
     small = shadow_layer(np.asarray(bottle()[1]), Light()).astype(float)
     large = shadow_layer(np.asarray(bottle(4)[1]), Light())

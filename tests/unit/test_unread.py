@@ -51,6 +51,7 @@ def test_every_rule_names_keys_that_exist():
         (["depth.onnx=a.onnx"], "depth.onnx=a.onnx has no effect with adapters.controlnets=[]"),
         (["light_angle=90"], "light_angle=90 has no effect with shadow=none and adapters.controlnets=[]"),
         (["light_angle=90", "background.color=[1,2,3]"], "light_angle=90 has no effect with shadow=none"),
+        (["shadow_strength=2"], "shadow_strength=2 has no effect with shadow=none"),
         (["plan.gpu=h100"], "plan.gpu=h100 has no effect with mode=generate"),
         (["verify.control=0.5", "adapters.controlnets=[a]"], "verify.control=0.5 has no effect with verify.retries=0"),
     ],
@@ -122,6 +123,7 @@ def test_no_default_is_called_unread(script):
     "keys",
     [
         ["light_angle=90", "shadow=contact"],
+        ["shadow_strength=2", "shadow=auto"],
         ["plan.gpu=h100", "mode=plan"],
         ["background.refine=tiled", "background.refine_strength=0.5", "background.sharpen=0"],
         ["adapters.lora_scale=0.5", "adapters.lora=a"],

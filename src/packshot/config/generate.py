@@ -162,6 +162,7 @@ class GenerateSettings(settings_class()):
         Shadow.none,
         "a shadow of the product as a layer of its own: contact adds one, auto where the drawn ground has none",
     )
+    shadow_strength: float = opt(1.0, "of that shadow; 2 takes away the light that it leaves once more", min=0.1, max=4)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
 
     def most_steps(self) -> int:

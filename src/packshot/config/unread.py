@@ -97,6 +97,9 @@ RULES = (
         lambda value: bool(value) if isinstance(value, list) else value.name != "none",
         "Describe the light in words (scene.lighting), add shadow=contact, or a ControlNet that reads light.",
     ),
+    ReadRule(
+        ("shadow_strength",), ("shadow",), lambda value: value.name != "none", "Add shadow=contact, or leave it out."
+    ),
     ReadRule(("verify.control",), ("verify.retries",), bool, "Set verify.retries, too."),
     ReadRule(
         ("verify.control", "adapters.controlnet_scales", "adapters.controlnet_starts", "adapters.controlnet_ends")

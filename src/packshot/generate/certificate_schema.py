@@ -133,6 +133,7 @@ class Shadow(Part):
     applied: bool
     darkening: float | None = Field(None, description="share of its light that the drawn ground has lost at the foot")
     threshold: float | None = Field(None, description="from which on `auto` adds nothing")
+    strength: float | None = Field(None, description="null: of an older version, or nothing was added")
 
 
 class PictureCheck(Part):

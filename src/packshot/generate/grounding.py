@@ -54,12 +54,13 @@ def ground(canvas: Canvas, background_HW3: np.ndarray, settings: GenerateSetting
         "threshold": DARKENED,
         "light_angle": light.angle,
         "harsh": light.harsh,
+        "strength": settings.shadow_strength,
     }
     if settings.shadow is Shadow.auto and (darkening is None or darkening >= DARKENED):
         report["applied"] = False
         report["reason"] = "no ground in sight" if darkening is None else "the drawn ground is dark below the product"
         return Grounding(None, report)
-    return Grounding(layer_around(canvas.matte_HW, light), report)
+    return Grounding(layer_around(canvas.matte_HW, light, settings.shadow_strength), report)
 
 
 def standing_things(matte_HW: np.ndarray) -> list[np.ndarray]:
@@ -79,7 +80,7 @@ def standing_things(matte_HW: np.ndarray) -> list[np.ndarray]:
     return [thing for thing, size in zip(things, sizes, strict=True) if size and size >= SPECK * max(sizes)]
 
 
-def layer_around(matte_HW: np.ndarray, light: Light) -> np.ndarray:
+def layer_around(matte_HW: np.ndarray, light: Light, strength: float = 1.0) -> np.ndarray:
     """:func:`shadow_layer` of each thing, only as far as its shadow reaches: most of a large picture has none."""
     layer = np.full_like(matte_HW, 255)
     for thing in standing_things(matte_HW):
@@ -90,7 +91,7 @@ def layer_around(matte_HW: np.ndarray, light: Light) -> np.ndarray:
         reach = reach_of(outline)
         rows = slice(max(0, outline.top - reach), outline.bottom + reach)
         columns = slice(max(0, outline.left - reach), outline.right + reach)
-        layer[rows, columns] = times(layer[rows, columns], shadow_layer(thing[rows, columns], light))
+        layer[rows, columns] = times(layer[rows, columns], shadow_layer(thing[rows, columns], light, strength))
     return layer
 
 

@@ -28,7 +28,7 @@ def plain_request(settings: GenerateSettings) -> Json:
         "guidance_scale": 1.0,
         "references": [],
         "background_color": list(settings.background.color),
-        "shadow": stated_shadow(settings),
+        **stated_shadow(settings),
         "light_angle": getattr(settings, "light_angle", None),
         "verify": stated_verify(settings.verify),
     }

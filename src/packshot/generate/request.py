@@ -27,9 +27,14 @@ def usable_references(
     return references
 
 
-def stated_shadow(settings: GenerateSettings) -> str | None:
+def stated_shadow(settings: GenerateSettings) -> Json:
     """The shadow that was asked for, in certificates; null where none was, as in those of older versions."""
-    return None if settings.shadow is Shadow.none else settings.shadow.name
+    asked = settings.shadow is not Shadow.none
+    changed = asked and settings.shadow_strength != GenerateSettings.shadow_strength
+    return {
+        "shadow": settings.shadow.name if asked else None,
+        "shadow_strength": settings.shadow_strength if changed else None,
+    }
 
 
 def stated_refine(background: BackgroundConfig) -> Json | None:
@@ -75,7 +80,7 @@ def describe_request(
         "prompt_weights": settings.prompt_weights or None,
         "prompt_chunks": settings.prompt_chunks if settings.prompt_chunks > 1 else None,
         "scheduler": settings.scheduler,
-        "shadow": stated_shadow(settings),
+        **stated_shadow(settings),
         "refine": stated_refine(settings.background),
         "verify": stated_verify(settings.verify),
         "references": [{"sha256": reference.sha256, "weight": reference.weight} for reference in references],
