@@ -468,6 +468,7 @@ WRONG += [
     ("verify", ["a.png"]),
     ("verify", ["a"] * 4),
     ("verify", ["--mask"]),
+    ("verify", ["a", "b", "--matte", "grabcat"]),
     ("bench", []),
     ("show", []),
 ]

@@ -174,7 +174,9 @@ def main(arguments: Sequence[str]) -> None:
         return
     if given.certificate is None:
         parser.error("name the picture and its certificate")
-    findings = verify(given.image, given.certificate, given.photo, given.mask, MatteConfig(model=given.matte))
+    matte = MatteConfig(model=given.matte)
+    matte.check()
+    findings = verify(given.image, given.certificate, given.photo, given.mask, matte)
     print("\n".join(map(str, findings)))
     failed = sum(not finding.passed for finding in findings)
     if failed:
