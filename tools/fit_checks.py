@@ -10,37 +10,30 @@ even half of the held-out renders shows the progress; the odd one is measured by
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from packshot.dataset.rows import load_rows
 from packshot.generate.composite import blend
-from packshot.imaging.check_network import LOOK, Block, CheckNetwork, Look, close_look, cut, planes_of, square_around
+from packshot.imaging.check_network import LOOK, CheckNetwork, Look, close_look, cut, planes_of, square_around
 from tools.planted import Case, enlarged, extended, floating, handle, lump, open_cases, prolonged, swollen
+from tools.small_network import Batch, Training, as_text, begin, folded, rate_at
+from tools.variety import shaded
 
 WEIGHTS = Path("src/packshot/imaging/check_network.json")
 BATCH = 32
-RATE = 3e-3
-DECAY = 0.02
-AVERAGE = 0.998  # of the weights that are kept, per step
-WARM_UP = 400  # steps from zero to RATE
 REPORT_EVERY = 250  # steps
 VISIBLE = 8  # steps of 255 by which planted pixels differ
 DARKEST = -1.5  # logarithm of a shadow
 OTHER = 60  # steps of 255 from the product's mean colour, from which on a thing is not taken for a part of it
-LARGEST_VALUE = 99  # of a stored weight
 
 
 @dataclass(frozen=True)
@@ -66,10 +59,6 @@ def open_scenes(renders: str) -> Scenes:
     rows = load_rows("renders", renders)
     shadows = [np.asarray(rows.read(number, ("shadow",))["shadow"].convert("RGB")) for number in range(len(rows))]
     return Scenes([case for _, case in open_cases(renders)], shadows)
-
-
-def shaded(plate_HW3: np.ndarray, shadow_HW3: np.ndarray) -> np.ndarray:
-    return cv2.multiply(plate_HW3, shadow_HW3, scale=1 / 255)
 
 
 def recoloured(picture_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -117,12 +106,20 @@ def cluttered(case: Case, rng: np.random.Generator) -> Case:
     return replace(case, picture_HW3=case.over(behind))
 
 
-def softened(case: Case, rng: np.random.Generator) -> np.ndarray:
+Blotches = Callable[[np.random.Generator], np.ndarray]
+
+
+def small_blotches(rng: np.random.Generator) -> np.ndarray:
+    """Steps of 255 that are added to the colours, on a coarse grid: (rows, columns, 3)."""
+    return rng.normal(0, rng.uniform(2, 8), (16, 16, 3))
+
+
+def softened(case: Case, rng: np.random.Generator, blotches: Blotches = small_blotches) -> np.ndarray:
     """The picture as a decoder might give it, blurred and blotchy, with the product's own pixels over it."""
     soft = cv2.GaussianBlur(case.picture_HW3, (0, 0), float(np.exp(rng.uniform(-0.7, 1.1))))
-    blotches = rng.normal(0, rng.uniform(2, 8), (16, 16, 3)).astype(np.float32)
     height, width = case.canvas.matte_HW.shape
-    drawn = np.clip(soft + cv2.resize(blotches, (width, height), interpolation=cv2.INTER_CUBIC), 0, 255)
+    added = cv2.resize(blotches(rng).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    drawn = np.clip(soft + added, 0, 255)
     return case.over(np.rint(drawn).astype(np.uint8))
 
 
@@ -195,16 +192,13 @@ def draw(scenes: Scenes, rng: np.random.Generator) -> Sample:
     return sample_of(case, case.picture_HW3, shadow, False, rng)
 
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
 def batch_of(samples: list[Sample]) -> Batch:
     columns = zip(*(vars(sample).values() for sample in samples), strict=True)
     planes, grown, shadow, extends, hangs = (torch.from_numpy(np.array(column, np.float32)) for column in columns)
     return planes, grown, shadow, extends, hangs
 
 
-def loss_of(network: CheckNetwork, batch: Batch) -> Tensor:
+def loss_of(network: nn.Module, batch: Batch) -> Tensor:
     planes, grown, shadow, extends, hangs = batch
     with torch.autocast("cpu", torch.bfloat16):
         outputs = network(planes.to(memory_format=torch.channels_last))
@@ -216,32 +210,6 @@ def loss_of(network: CheckNetwork, batch: Batch) -> Tensor:
     dense = ((4 * by_pixel + 2 * by_light) * seen).sum() / seen.sum()
     whole = F.binary_cross_entropy_with_logits(grows, extends) + F.binary_cross_entropy_with_logits(floats, hangs)
     return dense + whole
-
-
-Network = TypeVar("Network", bound=nn.Module)
-
-
-def folded(network: Network) -> Network:
-    """The network with its normalisation folded into the convolutions before it."""
-    plain = copy.deepcopy(network).eval()
-    for block in plain.modules():
-        if isinstance(block, Block) and isinstance(block.norm, nn.BatchNorm2d):
-            block.depthwise = fuse_conv_bn_eval(block.depthwise, block.norm)
-            block.norm = nn.Identity()
-    return plain
-
-
-def as_text(network: nn.Module) -> str:
-    """Weights as whole numbers with a scale for each row of a tensor."""
-    entries = {}
-    for name, tensor in network.state_dict().items():
-        rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() > 1 else tensor[None]
-        scales = rows.abs().amax(dim=1).clamp(min=1e-8) / LARGEST_VALUE
-        scales = torch.tensor([float(f"{scale:.4g}") for scale in scales])
-        values = torch.round(rows / scales[:, None]).int()
-        entries[name] = {"scales": [float(f"{scale:.4g}") for scale in scales], "values": values.tolist()}
-    lines = [f'"{name}": {json.dumps(entry, separators=(",", ":"))}' for name, entry in entries.items()]
-    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def held_out(renders: str) -> dict[str, list[Look]]:
@@ -259,7 +227,7 @@ def held_out(renders: str) -> dict[str, list[Look]]:
 
 
 @torch.inference_mode()
-def scores(network: CheckNetwork, looks: list[Look]) -> tuple[np.ndarray, np.ndarray]:
+def scores(network: nn.Module, looks: list[Look]) -> tuple[np.ndarray, np.ndarray]:
     """Logits of growth and of hanging."""
     grown: list[float] = []
     hangs: list[float] = []
@@ -270,7 +238,7 @@ def scores(network: CheckNetwork, looks: list[Look]) -> tuple[np.ndarray, np.nda
     return np.array(grown), np.array(hangs)
 
 
-def progress(network: CheckNetwork, looks: dict[str, list[Look]]) -> str:
+def progress(network: nn.Module, looks: dict[str, list[Look]]) -> str:
     """Shares of planted failures found at 1, 2 and 5 % of false alarms."""
     plain = folded(network)
     of = {name: scores(plain, several) for name, several in looks.items()}
@@ -283,62 +251,6 @@ def progress(network: CheckNetwork, looks: dict[str, list[Look]]) -> str:
             shares.append(f"{(of[kind][index] > limit).mean():.0%}")
         words.append(f"{kind} {'/'.join(shares)}")
     return ", ".join(words)
-
-
-@dataclass
-class Training:
-    """network: with normalisation. average: of its weights over the last steps, which is what is kept."""
-
-    network: CheckNetwork
-    average: CheckNetwork
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-
-    def save(self, file: Path) -> None:
-        state = {"network": self.network.state_dict(), "average": self.average.state_dict()}
-        torch.save(state | {"optimizer": self.optimizer.state_dict(), "step": self.step}, file)
-
-    def load(self, file: Path) -> None:
-        state = torch.load(file)
-        self.network.load_state_dict(state["network"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-
-    def learn(self, batch: Batch, rate: float) -> float:
-        """One step; returns the loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.network.train()
-        loss = loss_of(self.network, batch)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self.optimizer.step()
-        self.step += 1
-        keep = min(AVERAGE, self.step / (self.step + 9))
-        pairs = zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True)
-        for kept, value in pairs:
-            if kept.dtype.is_floating_point:
-                kept.lerp_(value, 1 - keep)
-        return loss.item()
-
-
-def begin(seed: int, state: Path | None) -> Training:
-    """A new training, or the one that a file keeps."""
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    network = CheckNetwork(norm=True)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
-    training = Training(network, copy.deepcopy(network), optimizer)
-    if state is not None and state.exists():
-        training.load(state)
-    return training
-
-
-def rate_at(step: int, steps: int) -> float:
-    """Up in a straight line, down as a cosine."""
-    return RATE * min(1.0, (step + 1) / WARM_UP) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
 
 
 def fit(training: Training, scenes: Scenes, looks: dict[str, list[Look]], args: argparse.Namespace) -> None:
@@ -367,7 +279,8 @@ def main() -> None:
     parser.add_argument("--state", type=Path, help="file that keeps the training; it is continued if it is there")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    fit(begin(args.seed, args.state), open_scenes(args.renders), held_out(args.held_out), args)
+    training = begin(lambda: CheckNetwork(norm=True), loss_of, args.seed, args.state)
+    fit(training, open_scenes(args.renders), held_out(args.held_out), args)
 
 
 if __name__ == "__main__":

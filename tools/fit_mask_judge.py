@@ -34,7 +34,7 @@ from packshot.imaging.mask_judge import LOOK, RIGHT, MaskJudge, MaskLook, cut, l
 from packshot.imaging.masks import seek
 from tools import composites
 from tools.composites import GROUNDS, Cutout, Photograph, Rng, Setting
-from tools.fit_checks import as_text, folded
+from tools.small_network import as_text, folded
 
 WEIGHTS = Path("src/packshot/imaging/mask_judge.json")
 FINDINGS_PER_FILE = 40

@@ -111,8 +111,8 @@ CHECKS = {
     ),
     "product_repeated": CheckRow(
         f"{_MEASURES}:repeat",
-        0.46,
-        "likeness of the product to the most similar place of the background, 1 being the same",
+        0.6,
+        "probability that the background shows the product once more",
         "the background shows the product a second time",
     ),
     "background_has_writing": CheckRow(
