@@ -18,6 +18,7 @@ from packshot.generate.checks import Shown, run_checks
 from tools.planted import KINDS, OWN_CHECK, Case, open_cases
 
 Measures = dict[str, float | None]
+LEARNED = ("extension", "floating", "duplicate")  # kinds whose checks are small networks
 
 
 def measures_of(case: Case) -> Measures:
@@ -97,6 +98,22 @@ def curve(true: list[Measures], planted: dict[str, list[Measures]]) -> None:
         print(f"| {kind} | {' | '.join(found)} |")
 
 
+def together(true: list[Measures], planted: dict[str, list[Measures]]) -> None:
+    """Print the alarms of all checks, if each check by probability sends a share of these very pictures to review."""
+    codes = [OWN_CHECK[kind] for kind in LEARNED]
+    others = [bool(failing(values) - set(codes)) for values in true]
+    print(f"\n| each of them | any alarm | {' | '.join(LEARNED)} |\n|---|---|{'---|' * len(LEARNED)}")
+    for share in (0.005, 0.01, 0.02, 0.03):
+        alarms = np.array(others)
+        found = []
+        for kind, code in zip(LEARNED, codes, strict=True):
+            values = np.array([-np.inf if row[code] is None else row[code] for row in true], float)
+            limit = np.quantile(known(true, code), 1 - share)
+            alarms |= values > limit
+            found.append(f"{(known(planted[kind], code) > limit).sum() / len(planted[kind]):.1%}")
+        print(f"| {share:.1%} | {alarms.mean():.1%} | {' | '.join(found)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--renders", default="data/rendered/heldout")
@@ -108,10 +125,12 @@ def main() -> None:
         suggest(true, args.choose)
         report(true, planted)
         curve(true, planted)
+        together(true, planted)
         return
     true, planted, seconds = collect(args.renders, 1, args.count)
     report(true, planted)
     curve(true, planted)
+    together(true, planted)
     print(f"\n{seconds:.2f} CPU seconds a picture")
 
 
