@@ -21,9 +21,9 @@ from tools.variety import Piece, composed, joined, stretched
 HELD_OUT = "data/rendered/heldout"
 # Shares of planted failures that docs/verifier.md states for the odd half, a little below, and of false alarms, above.
 LEAST_FOUND = {
-    "core": 1.0, "edge": 0.93, "extension": 0.93, "floating": 0.75, "duplicate": 0.93, "blank": 1.0, "text": 0.9,
+    "core": 1.0, "edge": 0.93, "extension": 0.93, "floating": 0.75, "duplicate": 0.95, "blank": 1.0, "text": 0.9,
 }  # fmt: skip
-MOST_ALARMS = 0.09
+MOST_ALARMS = 0.08
 
 
 @pytest.fixture(scope="module")

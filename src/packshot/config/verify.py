@@ -111,7 +111,7 @@ CHECKS = {
     ),
     "product_repeated": CheckRow(
         f"{_MEASURES}:repeat",
-        0.6,
+        0.7,
         "probability that the background shows the product once more",
         "the background shows the product a second time",
     ),
