@@ -24,8 +24,8 @@ from packshot.imaging.mask_judge import (
 from packshot.imaging.masks import seek
 from tools import composites
 from tools.composites import GROUNDS, Cutout, Setting
-from tools.small_network import as_text
 from tools.fit_mask_judge import CHANGES, fit, study, target_of
+from tools.small_network import as_text
 
 CALM = Setting(shadow=0.3, mirror=0.0, vignette=0.0, noise=1.5, quality=90, grey=False)
 SHAPE = (480, 480)
