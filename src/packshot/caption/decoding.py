@@ -64,7 +64,7 @@ class SceneConstraint(LogitsProcessor):
             self._following = self._thread.submit(self._consume, latest_B, copied)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    def _consume(self, latest_B: Tensor, copied: torch.cuda.Event | None) -> None:
+    def _consume(self, latest_B: Tensor, copied: torch.Event | None) -> None:
         if copied is not None:
             copied.synchronize()
         for matcher, token in zip(self._matchers, latest_B.tolist(), strict=True):

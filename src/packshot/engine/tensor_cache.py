@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, field
@@ -57,11 +57,6 @@ class Job:
     key: str
     name: str
     item: Item
-
-
-def keys_of(chunk: Iterable[Job]) -> set[str]:
-    """The keys of some jobs."""
-    return set(map(attrgetter("key"), chunk))
 
 
 def content_key(*parts: object) -> str:
