@@ -251,7 +251,7 @@ RATE = 3e-3
 DECAY = 0.05
 AVERAGE = 0.998  # of the weights that are kept, per step
 WARM_UP = 300  # steps from zero to RATE
-REPORT_EVERY = 250  # steps
+REPORT_EVERY = 400  # steps
 FOUND_SHARE = 0.45  # of a batch, masks as users get them
 BLURRED = 0.06  # of the IoU around RIGHT, in which a mask is neither right nor wrong
 PIXELS_MATTER = 3.0  # the loss of wrong pixels by that of the whole mask
@@ -397,8 +397,8 @@ def main() -> None:
     parser.add_argument("--cutouts", type=Path, required=True, help="folder of pictures with alpha")
     parser.add_argument("--renders", default="data/rendered/train")
     parser.add_argument("--findings", type=Path, default=Path("outputs/findings"), help="folder that keeps found masks")
-    parser.add_argument("--photographs", type=int, default=2800)
-    parser.add_argument("--steps", type=int, default=6000, help=f"of {BATCH} masks each")
+    parser.add_argument("--photographs", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2400, help=f"of {BATCH} masks each")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

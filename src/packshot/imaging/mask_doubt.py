@@ -28,7 +28,7 @@ PLAIN_FRAME = 5.0  # ΔE; a frame of less spread is a studio's ground, see salie
 WEIGHTS = (6.514, 0.978, -1.537, -1.801, 11.018, 2.039, -1.019)
 OFFSET = -15.41
 MOST_LIKELY = 0.82  # there, 97 % of the masks with at least this probability were right
-LIKELY_LARGE = 0.8  # the same of the network that judges masks of large pictures (tools/fit_mask_judge.py)
+LIKELY_LARGE = 0.75  # the same of the network that judges masks of large pictures (docs/verifier.md)
 LARGE = 300  # px, longer side from which colours tell more than in small pictures
 _SQUARE = np.ones((3, 3), np.uint8)
 
