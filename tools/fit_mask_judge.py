@@ -12,7 +12,6 @@ out: the curve that is printed is of these.
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import pickle
 import time
@@ -34,7 +33,7 @@ from packshot.imaging.mask_judge import LOOK, RIGHT, MaskJudge, MaskLook, cut, l
 from packshot.imaging.masks import seek
 from tools import composites
 from tools.composites import GROUNDS, Cutout, Photograph, Rng, Setting
-from tools.small_network import as_text, folded
+from tools.small_network import Batch, as_text, begin, folded, rate_at
 
 WEIGHTS = Path("src/packshot/imaging/mask_judge.json")
 FINDINGS_PER_FILE = 40
@@ -247,10 +246,7 @@ def find_all(material: Material, folder: Path, count: int, seed: int) -> None:
 # ---- training ----
 
 BATCH = 32
-RATE = 3e-3
-DECAY = 0.05
-AVERAGE = 0.998  # of the weights that are kept, per step
-WARM_UP = 300  # steps from zero to RATE
+DECAY = 0.05  # of the weights; there are fewer masks than scenes
 REPORT_EVERY = 400  # steps
 FOUND_SHARE = 0.45  # of a batch, masks as users get them
 BLURRED = 0.06  # of the IoU around RIGHT, in which a mask is neither right nor wrong
@@ -292,9 +288,6 @@ def target_of(overlap: float) -> float:
     return float(np.clip((overlap - RIGHT) / BLURRED + 0.5, 0, 1))
 
 
-Batch = tuple[Tensor, Tensor, Tensor]
-
-
 def batch_of(pools: tuple[list[Judged], list[Judged]], rng: Rng) -> Batch:
     """Planes, truth (B, LOOK / 2, LOOK / 2) and whether the mask is right (B,). pools: found masks, and variants."""
     planes, truths, rights = [], [], []
@@ -308,7 +301,7 @@ def batch_of(pools: tuple[list[Judged], list[Judged]], rng: Rng) -> Batch:
     return torch.from_numpy(np.array(planes)), truth, torch.tensor(rights)
 
 
-def loss_of(network: MaskJudge, batch: Batch) -> Tensor:
+def loss_of(network: nn.Module, batch: Batch) -> Tensor:
     planes, truth, right = batch
     with torch.autocast("cpu", torch.bfloat16):
         pixels, whole = network(planes.to(memory_format=torch.channels_last))
@@ -321,7 +314,7 @@ def loss_of(network: MaskJudge, batch: Batch) -> Tensor:
 
 
 @torch.inference_mode()
-def probabilities(network: MaskJudge, judged: list[Judged]) -> np.ndarray:
+def probabilities(network: nn.Module, judged: list[Judged]) -> np.ndarray:
     found = []
     for one in judged:
         planes = torch.from_numpy(planes_of(one.look))
@@ -335,7 +328,7 @@ def passes_besides(studied: Studied) -> bool:
     return studied.evidence >= LEAST_EVIDENCE and all(sign.passed for sign in others)
 
 
-def curve(network: MaskJudge, held_out: list[Studied]) -> str:
+def curve(network: nn.Module, held_out: list[Studied]) -> str:
     """Share of the right masks that are accepted, where so many of the accepted are right, and the limit for it."""
     likely = probabilities(network, [studied.judged[0] for studied in held_out])
     right = np.array([studied.judged[0].overlap >= RIGHT for studied in held_out])
@@ -351,44 +344,25 @@ def curve(network: MaskJudge, held_out: list[Studied]) -> str:
     return ", ".join(words)
 
 
-def rate_at(step: int, steps: int) -> float:
-    """Up in a straight line, down as a cosine."""
-    return RATE * min(1.0, (step + 1) / WARM_UP) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
-
-
 def fit(studied: list[Studied], steps: int, seed: int, out: Path) -> None:
     """Train, write the weights and print the progress now and then."""
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
     learnt = [judged for one in studied if not one.held_out for judged in one.judged]
     pools = [judged for judged in learnt if judged.found], [judged for judged in learnt if not judged.found]
     held_out = [one for one in studied if one.held_out]
     print(f"{len(pools[0])} found masks, {len(pools[1])} variants, {len(held_out)} held out", flush=True)
-    network = MaskJudge(norm=True)
-    average = copy.deepcopy(network)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
+    training = begin(lambda: MaskJudge(norm=True), loss_of, seed, None)
+    for group in training.optimizer.param_groups:
+        group["weight_decay"] = DECAY
     losses: list[float] = []
     began = time.process_time()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, steps)
-        network.train()
-        loss = loss_of(network, batch_of(pools, np.random.default_rng([seed, step])))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        keep = min(AVERAGE, (step + 1) / (step + 10))
-        for kept, value in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
-            if kept.dtype.is_floating_point:
-                kept.lerp_(value, 1 - keep)
-        if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
-            plain = folded(average)
+    while training.step < steps:
+        batch = batch_of(pools, np.random.default_rng([seed, training.step]))
+        losses.append(training.learn(batch, rate_at(training.step, steps)))
+        if training.step % REPORT_EVERY == 0 or training.step == steps:
+            plain = folded(training.average)
             seconds = time.process_time() - began
-            print(
-                f"{step + 1} {np.mean(losses[-REPORT_EVERY:]):.4f} {seconds:.0f}s {curve(plain, held_out)}", flush=True
-            )
+            mean = np.mean(losses[-REPORT_EVERY:])
+            print(f"{training.step} {mean:.4f} {seconds:.0f}s {curve(plain, held_out)}", flush=True)
             out.write_text(as_text(plain))
 
 
