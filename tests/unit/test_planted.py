@@ -104,6 +104,13 @@ def test_a_second_product_is_found_and_not_the_first():
     assert strongest_repeat(picture, np.zeros_like(matte)) is None
 
 
+@pytest.mark.parametrize("colour", [(16, 200, 30), (10, 10, 10), (200, 200, 210), (255, 255, 255), (170, 30, 40)])
+def test_one_colour_all_around_is_no_second_product(colour):
+    picture, matte = scene()
+    picture[matte == 0] = colour
+    assert strongest_repeat(picture, matte) < 0.5
+
+
 def test_printed_marks_count_and_scattered_ones_do_not():
     even = [Mark(10 + 12 * k, 40, 8, 12, 100.0, 0.5) for k in range(6)]
     wild = [Mark(10 + 12 * k, 40 + 9 * (k % 3), 8, 6 + 5 * (k % 3), 40.0 + 30 * (k % 2), 0.5) for k in range(6)]

@@ -26,6 +26,7 @@ VISIBLE = 0.45  # share of a second product that must not be hidden or cut by th
 SMALLEST = 8  # px, each side of what is searched; smaller things resemble everything
 FEWEST = 30  # px of its area
 DIFFERENCE = 40.0  # ΔE (root mean square) that outweighs a perfect correlation
+UNLIKE = -0.5  # likeness below which no place is a second product: the network was hardly shown such
 PLACES = 4  # that are compared
 OF_A_SCALE = 2  # likeliest places of one scale
 APART = 0.35  # of a place's size: nearer ones are the same place
@@ -244,4 +245,7 @@ def strongest_repeat(picture_HW3: np.ndarray, matte_HW: np.ndarray) -> float | N
     pairs = pairs_of(shrink(picture_HW3, SIDE), shrink(matte_HW, SIDE))
     if pairs is None:
         return None
-    return float(load_repeat_network()(torch.from_numpy(pairs.planes)).max().sigmoid())
+    alike = [place.likeness > UNLIKE for place in pairs.places]
+    if not any(alike):
+        return 0.0
+    return float(load_repeat_network()(torch.from_numpy(pairs.planes[alike])).max().sigmoid())
