@@ -8,10 +8,11 @@ from packshot.config.background import BackgroundConfig
 from packshot.config.compose import compose
 from packshot.config.keys import fields
 from packshot.config.schema import SCRIPTS, GenerateSettings
-from packshot.config.unread import RULES, SCRIPT_RULES, given_keys, unread_notes
+from packshot.config.unread import NOTED_IN_SCRIPTS, RULES, SCRIPT_RULES, given_keys, script_notes, unread_notes
 from packshot.errors import ConfigError
 from packshot.generate import Packshot
 from packshot.generate.run import generate
+from packshot.runs.folder import open_run
 
 KEYS = {name: {key for key, _, _ in fields(schema)} for name, schema in SCRIPTS.items()}
 
@@ -24,7 +25,7 @@ def test_every_rule_names_keys_that_exist():
     for rule in RULES:
         for key in (*rule.keys, *rule.by):
             assert has("generate", key), key
-    for rule in SCRIPT_RULES:
+    for rule in (*SCRIPT_RULES, *NOTED_IN_SCRIPTS):
         for key in rule.keys:
             assert any(all(has(script, name) for name in (key, *rule.by)) for script in SCRIPTS), key
 
@@ -71,7 +72,6 @@ def test_keys_that_nothing_reads_are_refused(keys, message):
         ("generate", ["tracking=tensorboard", "tracking.notes=n"], "tracking.notes=n has no effect"),
         ("train_controlnet", ["plan.gpus=8"], "plan.gpus=8 has no effect with mode=train"),
         ("caption_vlm", ["plan.images=8"], "plan.images=8 has no effect with mode=run"),
-        ("merge", ["licenses.allowed=[a]"], "licenses.allowed=['a'] has no effect with licenses.commercial=false"),
         ("train_lora", ["train.lr_cycles=2"], "train.lr_cycles=2 has no effect with train.lr_schedule=cosine"),
         ("train_lora", ["optim=schedule_free", "train.lr_min_ratio=0.1"], "train.lr_min_ratio=0.1 has no effect"),
         (
@@ -90,7 +90,8 @@ def test_keys_that_nothing_reads_are_refused(keys, message):
         ("evaluate", ["captioner.endpoint=a"], "captioner.endpoint=a has no effect with captioner.kind=florence2"),
         (
             "caption_vlm",
-            ["captioner=endpoint", "captioner.endpoint=a", "captioner.endpoint_model=b", "captioner.dtype=float16"],
+            ["task=caption", "data.input=a", "captioner=endpoint", "captioner.endpoint=a", "captioner.endpoint_model=b"]
+            + ["captioner.dtype=float16"],
             "captioner.dtype=float16 has no effect with captioner.kind=endpoint, whose weights are not here",
         ),
         ("caption_vlm", ["captioner.lora_rank=4"], "captioner.lora_rank=4 has no effect with captioner.tuning=full"),
@@ -104,19 +105,38 @@ def test_keys_that_nothing_reads_are_refused(keys, message):
         ("evaluate", ["scores.clip=a"], "scores.clip=a has no effect with items=null"),
     ],
 )  # fmt: skip
-def test_every_script_refuses_keys_that_nothing_reads(script, keys, message):
+def test_every_script_names_keys_that_nothing_reads(script, keys, message):
+    (line,) = script_notes(compose(script, keys))
+    assert line.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["licenses.allowed=[a]"], "licenses.allowed=['a'] has no effect with licenses.commercial=false"),
+        (["method.text_rank=2"], "method.text_rank=2 has no effect with method.text_encoder=false"),
+        (["objective.loss_weighting=none", "objective.min_snr_gamma=2"], "objective.min_snr_gamma=2 has no effect"),
+    ],
+)
+def test_keys_that_can_only_be_a_mistake_are_refused(keys, message):
     with pytest.raises(ConfigError) as error:
-        compose(script, keys)
+        compose("train_lora", keys)
     assert str(error.value).startswith(message)
     assert error.value.hint
+
+
+def test_a_run_says_which_of_its_keys_nothing_reads(tmp_path, capsys):
+    config = compose("train_lora", ["tracking=none", "tracking.tags=[a]", f"run.dir={tmp_path / 'run'}"])
+    open_run("train_lora", config)
+    assert "tracking.tags=['a'] has no effect with tracking.kind=none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_default_is_called_unread(script):
     """Whatever else is chosen: a default is nothing that a person gave."""
-    compose(script, ["tracking=none"])
+    assert not script_notes(compose(script, ["tracking=none"]))
     for captioner in ("none", "florence2") if script in ("build_data", "evaluate") else ():
-        compose(script, [f"captioner={captioner}"])
+        assert not script_notes(compose(script, [f"captioner={captioner}"]))
 
 
 @pytest.mark.parametrize(

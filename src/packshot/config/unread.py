@@ -6,7 +6,7 @@ A key that is given and not read is refused, or named on the screen where pictur
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, Field, dataclass
+from dataclasses import MISSING, Field, dataclass, replace
 from enum import Enum
 from operator import attrgetter
 from typing import Any
@@ -100,6 +100,7 @@ RULES = (
     ReadRule(
         ("shadow_strength",), ("shadow",), lambda value: value.name != "none", "Add shadow=contact, or leave it out."
     ),
+    ReadRule(("plan.",), ("mode",), named("plan"), "Add mode=plan."),
     ReadRule(("verify.control",), ("verify.retries",), bool, "Set verify.retries, too."),
     ReadRule(
         ("verify.control", "adapters.controlnet_scales", "adapters.controlnet_starts", "adapters.controlnet_ends")
@@ -149,14 +150,12 @@ def tunes_by_lora(tuning: Enum) -> bool:
 
 # Of whole scripts; a row whose deciding keys a script does not have is not for it. ``tracking.name`` is no key of W&B
 # alone: exported LoRAs have it as their title.
+def noted(*rules: ReadRule) -> tuple[ReadRule, ...]:
+    return tuple(replace(rule, noted=True) for rule in rules)
+
+
+# Of all scripts: what can only be a mistake.
 SCRIPT_RULES = (
-    ReadRule(
-        ("tracking.project", "tracking.entity", "tracking.group", "tracking.notes", "tracking.tags", "tracking.upload"),
-        ("tracking.kind",),
-        lambda kind: "wandb" in kind.name,
-        "Add tracking=wandb, or leave it out.",
-    ),
-    ReadRule(("plan.",), ("mode",), named("plan"), "Add mode=plan."),
     ReadRule(
         ("licenses.allowed",),
         ("licenses.commercial",),
@@ -164,11 +163,38 @@ SCRIPT_RULES = (
         "Add licenses.commercial=true, or leave it out.",
         ": every licence is accepted",
     ),
+    ReadRule(
+        ("objective.min_snr_gamma",),
+        ("objective.loss_weighting",),
+        named("min_snr"),
+        "Add objective.loss_weighting=min_snr, or leave it out.",
+    ),
+    ReadRule(("method.text_rank",), ("method.text_encoder",), bool, "Add method.text_encoder=true, or leave it out."),
+)
+# A config file or a sweep may give a key that one of its runs does not read.
+NOTED_IN_SCRIPTS = noted(
+    ReadRule(
+        (
+            "tracking.project",
+            "tracking.entity",
+            "tracking.group",
+            "tracking.notes",
+            "tracking.tags",
+            "tracking.upload",
+        ),
+        ("tracking.kind",),
+        lambda kind: "wandb" in kind.name,
+        "Add tracking=wandb, or leave it out.",
+    ),
+    ReadRule(("plan.",), ("mode",), named("plan"), "Add mode=plan."),
     # training
     ReadRule(("train.lr_power",), ("train.lr_schedule",), named("polynomial"), "Add train.lr_schedule=polynomial."),
     ReadRule(("train.lr_decay_share",), ("train.lr_schedule",), named("wsd"), "Add train.lr_schedule=wsd."),
     ReadRule(
-        ("train.lr_cycles",), ("train.lr_schedule",), named("cosine_restarts"), "Add train.lr_schedule=cosine_restarts."
+        ("train.lr_cycles",),
+        ("train.lr_schedule",),
+        named("cosine_restarts"),
+        "Add train.lr_schedule=cosine_restarts.",
     ),
     ReadRule(
         ("train.lr_min_ratio",),
@@ -187,12 +213,6 @@ SCRIPT_RULES = (
     ReadRule(("data.holdout_share",), ("data.validation",), is_empty, "Leave one of them out."),
     ReadRule(("data.smallest_bucket",), ("data.buckets",), bool, "Add data.buckets=true."),
     ReadRule(
-        ("objective.min_snr_gamma",),
-        ("objective.loss_weighting",),
-        named("min_snr"),
-        "Add objective.loss_weighting=min_snr, or leave it out.",
-    ),
-    ReadRule(
         ("objective.logit_normal_location", "objective.logit_normal_scale"),
         ("objective.timestep_sampling",),
         named("logit_normal"),
@@ -204,7 +224,6 @@ SCRIPT_RULES = (
         lambda weight: weight != 1,
         "Set objective.boundary_weight, too.",
     ),
-    ReadRule(("method.text_rank",), ("method.text_encoder",), bool, "Add method.text_encoder=true, or leave it out."),
     ReadRule(("method.targets",), ("method.target_modules",), is_empty, "Leave one of them out."),
     ReadRule(
         ("method.peer_reference_prob",), ("method.reference",), named("look", "place"), "Add method.reference=look."
@@ -218,13 +237,24 @@ SCRIPT_RULES = (
         "Choose a captioner, or leave it out.",
     ),
     ReadRule(
-        ("captioner.endpoint", "captioner.endpoint_model", "captioner.endpoint_requests", "captioner.endpoint_guided"),
+        (
+            "captioner.endpoint",
+            "captioner.endpoint_model",
+            "captioner.endpoint_requests",
+            "captioner.endpoint_guided",
+        ),
         ("captioner.kind",),
         lambda kind: bool(CAPTIONERS[kind.name].connect),
         "Add captioner=endpoint.",
     ),
     ReadRule(
-        ("captioner.adapter", "captioner.tuning", "captioner.lora_rank", "captioner.quantization", "captioner.dtype"),
+        (
+            "captioner.adapter",
+            "captioner.tuning",
+            "captioner.lora_rank",
+            "captioner.quantization",
+            "captioner.dtype",
+        ),
         ("captioner.kind",),
         lambda kind: bool(CAPTIONERS[kind.name].adapter),
         "Leave it out.",
@@ -306,6 +336,12 @@ def refuse_unread(config: object, rules: Sequence[ReadRule] = RULES) -> None:
     """Raises ConfigError for the first key that is given and that nothing reads."""
     for rule, key, deciding in unread(config, [rule for rule in rules if not rule.noted]):
         raise ConfigError(f"{key} has no effect with {deciding}{rule.why}.", rule.way)
+
+
+def script_notes(config: object) -> list[str]:
+    """A line for each noted key of a script's config that is given and that nothing reads."""
+    found = unread(config, NOTED_IN_SCRIPTS)
+    return [f"{key} has no effect with {deciding}{rule.why}. {rule.way}" for rule, key, deciding in found]
 
 
 def unread_notes(configs: Iterable[object]) -> list[str]:

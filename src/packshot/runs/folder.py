@@ -19,6 +19,7 @@ from weakref import WeakSet
 
 from packshot.config.common import RunConfig
 from packshot.config.compose import to_yaml
+from packshot.config.unread import script_notes
 from packshot.errors import ConfigError
 from packshot.runs.files import remove_leftovers, replacing_file, writing
 
@@ -125,6 +126,8 @@ def open_run(script: str, config: RunScript, resumable: bool = True) -> Run:
     except OSError as error:
         raise ConfigError(f"run.dir={path} cannot be written: {error.strerror}.", "Choose another folder.") from error
     log.info("%s in %s", "resuming" if used else "running", path)
+    for text in script_notes(config):
+        log.warning("%s", text)
     return run
 
 
