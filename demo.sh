@@ -35,13 +35,13 @@ step "4/8  train a LoRA" train_lora.py experiment=lora_mini run.dir=$out/lora
 step "5/8  train an IP-Adapter" train_ip_adapter.py experiment=ip_adapter_mini run.dir=$out/ip_adapter
 step "6/8  train a ControlNet" train_controlnet.py experiment=controlnet_mini run.dir=$out/controlnet
 step "7/8  generate: without the adapters, then with all three" \
-    generate.py "${product[@]}" "${scene[@]}" run.dir=$out/before
+    generate.py "${product[@]}" "${scene[@]}" shadow=auto run.dir=$out/before
 step "     " \
-    generate.py "${product[@]}" "${scene[@]}" adapters.lora=$out/lora/export \
+    generate.py "${product[@]}" "${scene[@]}" shadow=auto adapters.lora=$out/lora/export \
     "adapters.controlnets=[$out/controlnet/export]" adapters.ip_adapter=$out/ip_adapter/export baseline=$out/before \
     run.dir=$out/packshots
 step "     and once more, a cut-out led by a reference picture alone" \
-    generate.py product=data/products/serum.png reference=data/references/yellow_wall.png num_images=2 guidance_scale=3.5 \
+    generate.py product=data/products/serum.png reference=data/references/yellow_wall.png num_images=2 shadow=auto guidance_scale=3.5 \
     "adapters.controlnets=[$out/controlnet/export]" adapters.ip_adapter=$out/ip_adapter/export \
     run.dir=$out/by_reference
 step "8/8  compare" \
