@@ -9,8 +9,6 @@ even half of the held-out renders shows the progress; the odd one is measured by
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,12 +23,11 @@ from packshot.dataset.rows import load_rows
 from packshot.generate.composite import blend
 from packshot.imaging.check_network import LOOK, CheckNetwork, Look, close_look, cut, planes_of, square_around
 from tools.planted import Case, enlarged, extended, floating, handle, lump, open_cases, prolonged, swollen
-from tools.small_network import Batch, Training, as_text, begin, folded, rate_at
+from tools.small_network import Batch, arguments, begin, fit, folded
 from tools.variety import shaded
 
 WEIGHTS = Path("src/packshot/imaging/check_network.json")
 BATCH = 32
-REPORT_EVERY = 250  # steps
 VISIBLE = 8  # steps of 255 by which planted pixels differ
 DARKEST = -1.5  # logarithm of a shadow
 OTHER = 60  # steps of 255 from the product's mean colour, from which on a thing is not taken for a part of it
@@ -253,34 +250,16 @@ def progress(network: nn.Module, looks: dict[str, list[Look]]) -> str:
     return ", ".join(words)
 
 
-def fit(training: Training, scenes: Scenes, looks: dict[str, list[Look]], args: argparse.Namespace) -> None:
-    """Train up to ``args.steps``; weights are written, and the progress printed, now and then."""
-    losses: list[float] = []
-    began = time.process_time()
-    while training.step < args.steps:
-        rng = np.random.default_rng([args.seed, training.step])
-        batch = batch_of([draw(scenes, rng) for _ in range(BATCH)])
-        losses.append(training.learn(batch, rate_at(training.step, args.steps)))
-        if training.step % REPORT_EVERY == 0 or training.step == args.steps:
-            seconds = time.process_time() - began
-            found = progress(training.average, looks)
-            print(f"{training.step} {np.mean(losses[-REPORT_EVERY:]):.4f} {seconds:.0f}s {found}", flush=True)
-            args.out.write_text(as_text(folded(training.average)))
-            if args.state:
-                training.save(args.state)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--renders", default="data/rendered/train")
-    parser.add_argument("--held-out", default="data/rendered/heldout")
-    parser.add_argument("--steps", type=int, default=9000, help=f"of {BATCH} samples each")
-    parser.add_argument("--out", type=Path, default=WEIGHTS)
-    parser.add_argument("--state", type=Path, help="file that keeps the training; it is continued if it is there")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = arguments(__doc__, WEIGHTS, steps=9000, step=f"{BATCH} samples").parse_args()
+    scenes = open_scenes(args.renders)
+    looks = held_out(args.held_out)
+
+    def draw_batch(rng: np.random.Generator) -> Batch:
+        return batch_of([draw(scenes, rng) for _ in range(BATCH)])
+
     training = begin(lambda: CheckNetwork(norm=True), loss_of, args.seed, args.state)
-    fit(training, open_scenes(args.renders), held_out(args.held_out), args)
+    fit(training, draw_batch, lambda network: progress(network, looks), args)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ is whether one lies where the second product was put. The even half of the held-
 
 from __future__ import annotations
 
-import argparse
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +21,11 @@ from packshot.generate.composite import blend
 from packshot.imaging.repeats import PAIR, PLANES, Pairs, Place, RepeatNetwork, pairs_of
 from tools.fit_checks import Scenes, cluttered, open_scenes, recoloured, softened
 from tools.planted import Case, duplicate, open_cases
-from tools.small_network import Batch, Training, as_text, begin, folded, rate_at
+from tools.small_network import Batch, arguments, begin, fit, folded
 from tools.variety import Piece, composed, put, varied
 
 WEIGHTS = Path("src/packshot/imaging/repeat_network.json")
 PICTURES = 12  # of a step
-REPORT_EVERY = 250  # steps
 TONED = 0.3  # share of the scenes whose ground has the product's colour
 SHOWN = 0.4  # share of a second product that must be seen
 SAME, OTHER = 0.5, 0.2  # overlap of boxes from which on a place is the second product's, and up to which it is not
@@ -168,33 +165,12 @@ def progress(network: nn.Module, looks: dict[str, list[Pairs | None]]) -> str:
     return "/".join(shares)
 
 
-def fit(training: Training, scenes: Scenes, looks: dict[str, list[Pairs | None]], args: argparse.Namespace) -> None:
-    """Train up to ``args.steps``; weights are written, and the progress printed, now and then."""
-    losses: list[float] = []
-    began = time.process_time()
-    while training.step < args.steps:
-        batch = batch_of(scenes, np.random.default_rng([args.seed, training.step]))
-        losses.append(training.learn(batch, rate_at(training.step, args.steps)))
-        if training.step % REPORT_EVERY == 0 or training.step == args.steps:
-            seconds = time.process_time() - began
-            found = progress(training.average, looks)
-            print(f"{training.step} {np.mean(losses[-REPORT_EVERY:]):.4f} {seconds:.0f}s {found}", flush=True)
-            args.out.write_text(as_text(folded(training.average)))
-            if args.state:
-                training.save(args.state)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--renders", default="data/rendered/train")
-    parser.add_argument("--held-out", default="data/rendered/heldout")
-    parser.add_argument("--steps", type=int, default=2000, help=f"of {PICTURES} pictures each")
-    parser.add_argument("--out", type=Path, default=WEIGHTS)
-    parser.add_argument("--state", type=Path, help="file that keeps the training; it is continued if it is there")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = arguments(__doc__, WEIGHTS, steps=2000, step=f"{PICTURES} pictures").parse_args()
+    scenes = open_scenes(args.renders)
+    looks = held_out(args.held_out)
     training = begin(lambda: RepeatNetwork(norm=True), loss_of, args.seed, args.state)
-    fit(training, open_scenes(args.renders), held_out(args.held_out), args)
+    fit(training, lambda rng: batch_of(scenes, rng), lambda network: progress(network, looks), args)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -20,6 +23,7 @@ RATE = 3e-3
 DECAY = 0.02
 AVERAGE = 0.998  # of the weights that are kept, per step
 WARM_UP = 400  # steps from zero to RATE
+REPORT_EVERY = 250  # steps
 LARGEST_VALUE = 99  # of a stored weight
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -105,3 +109,39 @@ def as_text(network: nn.Module) -> str:
         entries[name] = {"scales": [float(f"{scale:.4g}") for scale in scales], "values": values.tolist()}
     lines = [f'"{name}": {json.dumps(entry, separators=(",", ":"))}' for name, entry in entries.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def fit(
+    training: Training,
+    draw_batch: Callable[[np.random.Generator], Batch],
+    progress: Callable[[nn.Module], str],
+    args: argparse.Namespace,
+) -> None:
+    """Train up to ``args.steps``; weights are written, and the progress printed, every REPORT_EVERY steps.
+
+    draw_batch: of a step's own generator. progress: what is printed of a network. args: see :func:`arguments`.
+    """
+    losses: list[float] = []
+    began = time.process_time()
+    while training.step < args.steps:
+        batch = draw_batch(np.random.default_rng([args.seed, training.step]))
+        losses.append(training.learn(batch, rate_at(training.step, args.steps)))
+        if training.step % REPORT_EVERY == 0 or training.step == args.steps:
+            seconds = time.process_time() - began
+            found = progress(training.average)
+            print(f"{training.step} {np.mean(losses[-REPORT_EVERY:]):.4f} {seconds:.0f}s {found}", flush=True)
+            args.out.write_text(as_text(folded(training.average)))
+            if args.state:
+                training.save(args.state)
+
+
+def arguments(about: str | None, weights: Path, steps: int, step: str) -> argparse.ArgumentParser:
+    """The arguments of a tool that trains on rendered scenes. weights: where they go. step: what one reads."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--renders", default="data/rendered/train")
+    parser.add_argument("--held-out", default="data/rendered/heldout")
+    parser.add_argument("--steps", type=int, default=steps, help=f"of {step} each")
+    parser.add_argument("--out", type=Path, default=weights)
+    parser.add_argument("--state", type=Path, help="file that keeps the training; it is continued if it is there")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser

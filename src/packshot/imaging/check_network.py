@@ -154,23 +154,49 @@ class Block(nn.Module):
         return features_BCHW + self.narrower(F.relu(self.wider(inner)))
 
 
-class CheckNetwork(nn.Module):
-    """A U-Net on a close look. norm: with the normalisation that training needs; it is folded into the weights."""
+class UNet(nn.Module):
+    """The body of the networks that look at a square around a product or a mask.
 
-    def __init__(self, norm: bool = False):
+    planes: of the look. highest: whether the whole is told by the highest values besides the mean ones. norm: with the
+    normalisation that training needs; it is folded into the weights.
+    """
+
+    def __init__(self, planes: int, highest: bool, norm: bool):
         super().__init__()
         first, second, third = WIDTHS
-        self.stem = nn.Conv2d(4 * PLANES, first, 1)
+        self.highest = highest
+        self.stem = nn.Conv2d(4 * planes, first, 1)
         self.fine = nn.Sequential(Block(first, 3, norm), Block(first, 3, norm))
         self.to_middle = nn.Conv2d(4 * first, second, 1)
         self.middle = nn.Sequential(Block(second, 5, norm), Block(second, 5, norm))
         self.to_coarse = nn.Conv2d(4 * second, third, 1)
         self.coarse = nn.Sequential(Block(third, 5, norm), Block(third, 5, norm))
-        self.whole = nn.Linear(third, third)
+        self.whole = nn.Linear(2 * third if highest else third, third)
         self.from_coarse = nn.Conv2d(third, second, 1)
         self.middle_again = Block(second, 5, norm)
         self.from_middle = nn.Conv2d(second, first, 1)
         self.fine_again = Block(first, 3, norm)
+
+    def see(self, planes_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (B, WIDTHS[0], H / 2, W / 2), (B, WIDTHS[1], H / 4, W / 4), and of the whole (B, WIDTHS[2])."""
+        fine = self.fine(F.relu(self.stem(F.pixel_unshuffle(planes_BCHW, 2))))
+        middle = self.middle(self.to_middle(F.pixel_unshuffle(fine, 2)))
+        coarse = self.coarse(self.to_coarse(F.pixel_unshuffle(middle, 2)))
+        pooled = coarse.mean(dim=(2, 3))
+        if self.highest:
+            pooled = torch.cat([pooled, coarse.amax(dim=(2, 3))], dim=1)
+        whole = F.relu(self.whole(pooled))
+        coarse = coarse + whole[..., None, None]
+        middle = self.middle_again(middle + F.interpolate(self.from_coarse(coarse), scale_factor=2))
+        return self.fine_again(fine + F.interpolate(self.from_middle(middle), scale_factor=2)), middle, whole
+
+
+class CheckNetwork(UNet):
+    """What goes on beyond a product, and whether it hangs. norm: see :class:`UNet`."""
+
+    def __init__(self, norm: bool = False):
+        super().__init__(PLANES, highest=False, norm=norm)
+        first, second, third = WIDTHS
         self.pixels = nn.Conv2d(first, 2, 1)  # whether the object goes on here, and the logarithm of the shadow
         self.grown = nn.Linear(len(LARGEST) + third, 1)
         self.standing = nn.Linear(2 * second + third, 16)
@@ -178,13 +204,7 @@ class CheckNetwork(nn.Module):
 
     def forward(self, planes_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 2, H / 2, W / 2): logit of growth and shadow of each pixel; (B,) logits of growth; (B,) of hanging."""
-        fine = self.fine(F.relu(self.stem(F.pixel_unshuffle(planes_BCHW, 2))))
-        middle = self.middle(self.to_middle(F.pixel_unshuffle(fine, 2)))
-        coarse = self.coarse(self.to_coarse(F.pixel_unshuffle(middle, 2)))
-        whole = F.relu(self.whole(coarse.mean(dim=(2, 3))))
-        coarse = coarse + whole[..., None, None]
-        middle = self.middle_again(middle + F.interpolate(self.from_coarse(coarse), scale_factor=2))
-        fine = self.fine_again(fine + F.interpolate(self.from_middle(middle), scale_factor=2))
+        fine, middle, whole = self.see(planes_BCHW)
         pixels = self.pixels(fine)
         free = F.avg_pool2d(planes_BCHW[:, _VALID_PLANE] * (planes_BCHW[:, _MATTE_PLANE] < 0.5), 2)
         likely = torch.where(free > 0.5, pixels[:, 0], torch.full_like(pixels[:, 0], -8.0)).clamp(min=-8.0)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from packshot.imaging.check_network import Block, colour_shares, cut, fill
+from packshot.imaging.check_network import WIDTHS, UNet, colour_shares, cut, fill
 from packshot.imaging.color import to_lab
 from packshot.imaging.grabcut import grabcut
 from packshot.imaging.mask_doubt import Finding, colour_gradient
@@ -27,7 +27,6 @@ LOOK = 112  # px, side of the square that is looked at
 REACH = 1.5  # its side, in longer sides of the box around the mask and what the network sees
 STEEPEST = 40.0  # ΔE per px of an edge; more makes no difference
 FARTHEST = 60.0  # ΔE from the ground
-WIDTHS = (16, 24, 32)  # channels at 1/2, 1/4 and 1/8 of the look
 PLANES = 16
 _MASK_PLANE = 3
 _VALID_PLANE = 4
@@ -139,36 +138,18 @@ def planes_of(look: MaskLook) -> np.ndarray:
     return np.stack(planes).astype(np.float32)
 
 
-class MaskJudge(nn.Module):
-    """A U-Net on a look at a mask. norm: with the normalisation that training needs; it is folded into the weights."""
+class MaskJudge(UNet):
+    """Which pixels of a mask are wrong, and whether it is right. norm: see :class:`UNet`."""
 
     def __init__(self, norm: bool = False):
-        super().__init__()
-        first, second, third = WIDTHS
-        self.stem = nn.Conv2d(4 * PLANES, first, 1)
-        self.fine = nn.Sequential(Block(first, 3, norm), Block(first, 3, norm))
-        self.to_middle = nn.Conv2d(4 * first, second, 1)
-        self.middle = nn.Sequential(Block(second, 5, norm), Block(second, 5, norm))
-        self.to_coarse = nn.Conv2d(4 * second, third, 1)
-        self.coarse = nn.Sequential(Block(third, 5, norm), Block(third, 5, norm))
-        self.whole = nn.Linear(2 * third, third)
-        self.from_coarse = nn.Conv2d(third, second, 1)
-        self.middle_again = Block(second, 5, norm)
-        self.from_middle = nn.Conv2d(second, first, 1)
-        self.fine_again = Block(first, 3, norm)
+        super().__init__(PLANES, highest=True, norm=norm)
+        first, _, third = WIDTHS
         self.pixels = nn.Conv2d(first, 1, 1)  # whether the mask is wrong here
         self.right = nn.Linear(third + 3, 1)
 
     def forward(self, planes_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H / 2, W / 2): logit of a wrong pixel; (B,): logit of a right mask."""
-        fine = self.fine(F.relu(self.stem(F.pixel_unshuffle(planes_BCHW, 2))))
-        middle = self.middle(self.to_middle(F.pixel_unshuffle(fine, 2)))
-        coarse = self.coarse(self.to_coarse(F.pixel_unshuffle(middle, 2)))
-        pooled = torch.cat([coarse.mean(dim=(2, 3)), coarse.amax(dim=(2, 3))], dim=1)
-        whole = F.relu(self.whole(pooled))
-        coarse = coarse + whole[..., None, None]
-        middle = self.middle_again(middle + F.interpolate(self.from_coarse(coarse), scale_factor=2))
-        fine = self.fine_again(fine + F.interpolate(self.from_middle(middle), scale_factor=2))
+        fine, _, whole = self.see(planes_BCHW)
         pixels = self.pixels(fine)[:, 0].float()
         mask = F.avg_pool2d(planes_BCHW[:, _MASK_PLANE].float(), 2)
         wrong = pixels.sigmoid() * F.avg_pool2d(planes_BCHW[:, _VALID_PLANE].float(), 2)
