@@ -3,6 +3,7 @@
 import math
 import random
 import threading
+from contextlib import closing
 from itertools import pairwise
 
 import llguidance
@@ -154,6 +155,18 @@ def test_what_may_follow_is_found_while_the_model_reads(senseless, monkeypatch):
         assert write(senseless, IMAGES, NO_MASKS, Constraint.scene) == expected
     assert len(overlapped) > 10
     assert all(overlapped)
+
+
+def test_rows_that_have_all_ended_are_left_alone():
+    """Where checks for the end are deferred, as on a GPU, scores are asked for once more."""
+    ids = [
+        *MINI("Professional photo of an object on a beige table", add_special_tokens=False).input_ids,
+        MINI.eos_token_id,
+    ]
+    with closing(SceneConstraint(MINI, rows=1, given=0, lead=[])) as held:
+        for count in range(1, len(ids) + 1):
+            held.follow(torch.tensor([ids[:count]]), torch.zeros(1, len(MINI)))
+        assert not held(torch.tensor([ids]), torch.zeros(1, len(MINI))).isinf().any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

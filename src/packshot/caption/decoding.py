@@ -79,7 +79,8 @@ class SceneConstraint(LogitsProcessor):
                 self._mask[row] = -1
             else:
                 going.append((matcher, row))
-        llguidance.numpy.fill_next_token_bitmask_par(self._workers, going, self._mask)
+        if going:  # none: generate() may ask once more before it stops
+            llguidance.numpy.fill_next_token_bitmask_par(self._workers, going, self._mask)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores_BV with -inf for tokens that may not follow."""
