@@ -200,27 +200,29 @@ MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, 
 @contextmanager
 def exiting() -> Iterator[None]:
     """End the process after a piece of work: 0 done, 1 failed, 2 bad arguments or config, with one message."""
+    from packshot.runs.start import end_process
+
     prepare_screen()
     try:
         yield
         sys.stdout.flush()
     except PackshotError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
-    except BrokenPipeError as error:
+        end_process(error.exit_code)
+    except BrokenPipeError:
         if not reader_has_gone():
             raise
-        raise SystemExit(0) from error
+        end_process(0)
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
         # Most places raise a PackshotError that also names the key. The others deserve no traceback either.
         print(system_message(error), file=sys.stderr)
-        raise SystemExit(1) from error
-    except KeyboardInterrupt as error:
+        end_process(1)
+    except KeyboardInterrupt:
         print("interrupted; the run folder keeps what is finished, run.resume=true continues", file=sys.stderr)
-        raise SystemExit(130) from error
-    raise SystemExit(0)
+        end_process(130)
+    end_process(0)
 
 
 def prepare_screen() -> None:

@@ -10,10 +10,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 
 from test_loop import ROWS, Regression, Samples
 
+from packshot.cli import exiting
 from packshot.config.schema import CaptionVLM, LRSchedule, TrainConfig
 from packshot.engine.loop import fit
 from packshot.engine.processes import start
 from packshot.errors import Interrupted
+from packshot.runs.start import start_process
 
 
 class Signalled(Regression):
@@ -43,4 +45,6 @@ def main(folder: str, signalled: str, resume: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    start_process()
+    with exiting():
+        main(*sys.argv[1:])

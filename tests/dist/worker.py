@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from packshot.cli import exiting
 from packshot.config.compose import compose
 from packshot.dataset.rows import load_rows
 from packshot.base.load import load_parts
@@ -13,6 +14,7 @@ from packshot.engine.loop import fit
 from packshot.train.run import build_task
 from packshot.engine.processes import start
 from packshot.engine.checkpoints import trainable
+from packshot.runs.start import start_process
 
 HELDOUT = "data/rendered/heldout"
 
@@ -44,4 +46,6 @@ def main(script: str, folder: str, *overrides: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    start_process()
+    with exiting():
+        main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""What every process sets when it starts."""
+"""How every process starts and ends."""
 
 import json
 import os
@@ -54,3 +54,39 @@ def test_freed_memory_is_used_again_without_new_pages():
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_the_environment_decides_over_the_allocator():
     assert measured(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")["mapped"] > 20_000
+
+
+GROUP = """
+import atexit, sys
+from packshot.runs.start import end_process, start_process
+
+class Kept:
+    def __del__(self):
+        print("Python took itself apart")
+
+start_process()
+import torch
+import torch.distributed as distributed
+
+file, rank, processes = sys.argv[1:]
+atexit.register(print, "exit handlers have run")
+if int(processes):
+    distributed.init_process_group("gloo", f"file://{file}", rank=int(rank), world_size=int(processes))
+    distributed.all_reduce(torch.ones(1))
+kept = Kept()
+end_process(3)
+"""
+
+
+@pytest.mark.parametrize("processes", [0, 1, 2])  # 0: without a group
+def test_a_process_of_a_group_leaves_with_its_code(processes, tmp_path):
+    """Its exit handlers run. Python does not take itself apart beside the threads of the group."""
+    command = [sys.executable, "-c", GROUP, str(tmp_path / "store")]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(processes)], stdout=subprocess.PIPE, text=True)
+        for rank in range(max(1, processes))
+    ]
+    expected = "exit handlers have run\n" + ("" if processes else "Python took itself apart\n")
+    for process in ranks:
+        printed, _ = process.communicate(timeout=120)
+        assert (process.returncode, printed) == (3, expected)

@@ -1,11 +1,14 @@
-"""What every process sets before it imports the libraries that do the work."""
+"""How every process starts, before it imports the libraries that do the work, and how it ends."""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import logging
 import os
 import sys
+from dataclasses import dataclass
+from typing import NoReturn
 
 # glibc's mallopt: https://man7.org/linux/man-pages/man3/mallopt.3.html
 _TRIM_THRESHOLD = -1
@@ -14,10 +17,43 @@ _LARGEST_KEPT = 32 * 2**20  # bytes of a block; the largest that mallopt takes
 _KEPT = 2**30  # bytes
 
 
+@dataclass
+class Ending:
+    """code: the exit code of a process that is about to end; None while it works, or after a traceback."""
+
+    code: int | None = None
+
+
+ENDING = Ending()
+
+
 def start_process() -> None:
     """Each process calls it first."""
+    atexit.register(leave_group)  # exit handlers run in reverse order: those of all libraries come before this one
     quiet_libraries()
     keep_freed_memory()
+
+
+def end_process(code: int) -> NoReturn:
+    """Each script ends with it. See :func:`leave_group`."""
+    ENDING.code = code
+    raise SystemExit(code)
+
+
+def leave_group() -> None:
+    """A process that a launcher started leaves here, before Python takes itself apart.
+
+    gloo's threads may still hold a tensor of the last collective. They need Python's lock to let go of it. A thread
+    that asks for the lock after Python's end aborts the process, and the launcher then kills the others, the main
+    process with its unfinished export among them. DistributedDataParallel keeps the group, so that
+    ``destroy_process_group`` does not end these threads.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if ENDING.code is None or distributed is None or not distributed.is_initialized():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ENDING.code)
 
 
 def quiet_libraries() -> None:
