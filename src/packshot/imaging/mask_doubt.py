@@ -15,20 +15,26 @@ from packshot.imaging.saliency import Ground
 from packshot.imaging.see_through import clear_share, ground_inside
 
 NETWORK_AGREES = 0.85  # IoU of the mask with the network's own from which the two count as one (docs/log.md)
-NETWORK_AGREES_LARGE = 0.6  # the same in large pictures, where the network's mask is coarse and the colours decide
 MOST_EDGES = 1.0  # perimeters of a mask, of sharp edges outside of it
-# The same in large pictures, where a network weighs both: 98 % of the right masks of composed photographs are below.
+MOST_LEFT = 0.3  # of the mask, that the segmentation network sees outside of it
+MOST_LEFT_PLAIN = 0.15  # the same before a studio's ground, where that network seldom errs
+MOST_LOST = 0.2  # perimeters of a mask, of thin parts that were not kept
+# The same limits in large pictures, where the judge of masks weighs most of this (docs/verifier.md).
+NETWORK_AGREES_LARGE = 0.5
 MOST_EDGES_LARGE = 2.0
-MOST_LEFT_LARGE = 0.4  # of the mask, that the segmentation network sees outside of it in a scene
+MOST_LEFT_LARGE = 1.5
+MOST_LEFT_PLAIN_LARGE = 0.5
+MOST_LOST_LARGE = 0.3
 LINE = 0.03  # of the longer side, that an edge outside of a mask has at least
 SHARPER = 1.5  # slope of a sharp edge by its slope when blurred by 3 px; that of a shadow hardly changes
 MOST_PIECES = 6  # of a product: a set of three bottles, a pair of shoes
+SPECK = 0.02  # of a mask's largest piece
 PLAIN_FRAME = 5.0  # ΔE; a frame of less spread is a studio's ground, see saliency.Ground
 # A logistic fit on half of the products of held-out renders, in scenes and before walls (benchmarks/mask_doubts.py).
 WEIGHTS = (6.514, 0.978, -1.537, -1.801, 11.018, 2.039, -1.019)
 OFFSET = -15.41
 MOST_LIKELY = 0.82  # there, 97 % of the masks with at least this probability were right
-LIKELY_LARGE = 0.75  # the same of the network that judges masks of large pictures (docs/verifier.md)
+LIKELY_LARGE = 0.7  # the same of the network that judges masks of large pictures (docs/verifier.md)
 LARGE = 300  # px, longer side from which colours tell more than in small pictures
 _SQUARE = np.ones((3, 3), np.uint8)
 
@@ -91,6 +97,12 @@ def filled(mask_HW: np.ndarray) -> np.ndarray:
     solid_HW = np.zeros(mask_HW.shape, np.uint8)
     cv2.drawContours(solid_HW, contours, -1, 1, cv2.FILLED)
     return solid_HW > 0
+
+
+def in_pieces(mask_HW: np.ndarray) -> bool:
+    """Whether a mask has a second piece that is not a speck."""
+    pieces = np.sort(cv2.connectedComponentsWithStats(mask_HW.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA])
+    return len(pieces) > 1 and pieces[-2] > SPECK * pieces[-1]
 
 
 def iou(a_HW: np.ndarray, b_HW: np.ndarray) -> float:
@@ -181,10 +193,13 @@ def network_share_left(found: Finding) -> float | None:
 
 
 def most_left(found: Finding) -> float:
-    """The limit of :func:`network_share_left`: before a studio's ground the network seldom errs."""
-    if found.plain:
-        return 0.15
-    return MOST_LEFT_LARGE if found.large else 0.3
+    """The limit of :func:`network_share_left`.
+
+    Pieces before a studio's ground may be cap and label of a bottle that has the ground's colour.
+    """
+    if not found.plain:
+        return MOST_LEFT_LARGE if found.large else MOST_LEFT
+    return MOST_LEFT_PLAIN_LARGE if found.large and not in_pieces(found.mask_HW) else MOST_LEFT_PLAIN
 
 
 def frame_share(found: Finding) -> float:
@@ -304,7 +319,10 @@ SIGNS = {
         "mask_touches_frame", "largest share of a side of the frame in the mask", frame_share, lambda found: 0.05
     ),
     "thin_share_lost": Sign(
-        "thin_parts_lost", "length of thin parts that were not kept, in perimeters", thin_share_lost, lambda found: 0.2
+        "thin_parts_lost",
+        "length of thin parts that were not kept, in perimeters",
+        thin_share_lost,
+        lambda found: MOST_LOST_LARGE if found.large else MOST_LOST,
     ),
     "clear_share": Sign(
         "product_see_through_in_photo",

@@ -28,8 +28,10 @@ REACH = 1.5  # its side, in longer sides of the box around the mask and what the
 STEEPEST = 40.0  # ΔE per px of an edge; more makes no difference
 FARTHEST = 60.0  # ΔE from the ground
 PLANES = 16
-_MASK_PLANE = 3
-_VALID_PLANE = 4
+_MASK_PLANE, _VALID_PLANE, _NETWORK_PLANE, _SPREAD_PLANE, _SALIENT_PLANE, _EDGES_PLANE = range(3, 9)
+_REGROWN_PLANE = 10
+_KNOWN_PLANE = 14
+NUMBERS = 8  # of the whole mask, see ``agreement``
 RIGHT = 0.9  # IoU from which a mask is right
 
 
@@ -138,6 +140,39 @@ def planes_of(look: MaskLook) -> np.ndarray:
     return np.stack(planes).astype(np.float32)
 
 
+def overlap_of(a_BHW: Tensor, b_BHW: Tensor) -> Tensor:
+    """IoU of soft masks, (B,)."""
+    return torch.minimum(a_BHW, b_BHW).sum(dim=(1, 2)) / (torch.maximum(a_BHW, b_BHW).sum(dim=(1, 2)) + 1)
+
+
+def agreement(planes_BCHW: Tensor) -> Tensor:
+    """How far the other ways to a mask confirm it, (B, NUMBERS).
+
+    Agreement with the network, with what stands out and with what colours grow from it, as log(1 - IoU); how undecided
+    the network is, and how much its views differ, as shares of the mask; its alpha within the mask; how steep the edges
+    outside are, if the ground is known; whether it is.
+    """
+    planes = planes_BCHW.float()
+    mask = planes[:, _MASK_PLANE]
+    network = planes[:, _NETWORK_PLANE]
+    known = planes[:, _KNOWN_PLANE].mean(dim=(1, 2))
+    area = mask.sum(dim=(1, 2)) + 1
+    others = (network, planes[:, _SALIENT_PLANE], planes[:, _REGROWN_PLANE])
+    away_from_mask = 1 - F.max_pool2d(mask[:, None], 5, 1, 2)[:, 0]
+    edges = (planes[:, _EDGES_PLANE] * away_from_mask).sum(dim=(1, 2)) / area
+    return torch.stack(
+        [
+            *(torch.log(1.01 - overlap_of(mask, other)) for other in others),
+            (network * (1 - network)).sum(dim=(1, 2)) / area,
+            planes[:, _SPREAD_PLANE].sum(dim=(1, 2)) / area,
+            (network * mask).sum(dim=(1, 2)) / area,
+            edges * known,
+            known,
+        ],
+        dim=1,
+    )
+
+
 class MaskJudge(UNet):
     """Which pixels of a mask are wrong, and whether it is right. norm: see :class:`UNet`."""
 
@@ -145,7 +180,7 @@ class MaskJudge(UNet):
         super().__init__(PLANES, highest=True, norm=norm)
         first, _, third = WIDTHS
         self.pixels = nn.Conv2d(first, 1, 1)  # whether the mask is wrong here
-        self.right = nn.Linear(third + 3, 1)
+        self.right = nn.Linear(third + 3 + NUMBERS, 1)
 
     def forward(self, planes_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H / 2, W / 2): logit of a wrong pixel; (B,): logit of a right mask."""
@@ -160,7 +195,7 @@ class MaskJudge(UNet):
         signs = torch.stack(
             [torch.log(1 - overlap + 0.01), torch.log(missing + 0.01), torch.log(surplus + 0.01)], dim=1
         )
-        return pixels, self.right(torch.cat([whole.float(), signs], dim=1))[:, 0]
+        return pixels, self.right(torch.cat([whole.float(), signs, agreement(planes_BCHW)], dim=1))[:, 0]
 
 
 @lru_cache(maxsize=1)
