@@ -71,14 +71,16 @@ def part_of(file: Path, shape: tuple[int, int], rng: Rng) -> np.ndarray:
     return rgb_HW3[top : top + shape[0], left : left + shape[1]].astype(np.float32)
 
 
-def pictures(products: list[Cutout], wallpapers: list[Path], drawn: int) -> Iterator[tuple[str, composites.Photograph]]:
+def pictures(
+    products: list[Cutout], wallpapers: list[Path], drawn: int, seed: int = SEED
+) -> Iterator[tuple[str, composites.Photograph]]:
     """Every stamp before three grounds, and drawn packages before one each, a fifth of them in the ground's colour."""
     names = [*GROUNDS, *(["wallpaper"] if wallpapers else [])]
     jobs: list[Cutout | None] = [product for product in products for _ in range(3)] + [None] * drawn
     for number, product in enumerate(jobs):
-        rng = np.random.default_rng([SEED, number])
+        rng = np.random.default_rng([seed, number])
         shape = SIZES[int(rng.integers(len(SIZES)))]
-        name = names[(number * 5 + number // len(names)) % len(names)]
+        name = names[(number * 5 + number // len(names) + seed - SEED) % len(names)]
         if name == "wallpaper":
             ground_HW3 = part_of(wallpapers[int(rng.integers(len(wallpapers)))], shape, rng)
         else:
@@ -117,10 +119,11 @@ def main() -> None:
     parser.add_argument("--stamps", type=Path, required=True, help="folder of stamps")
     parser.add_argument("--wallpapers", type=Path, help="folder of photographs that serve as a ninth kind of ground")
     parser.add_argument("--drawn", type=int, default=60, help="drawn packages")
+    parser.add_argument("--seed", type=int, default=SEED, help="of what is drawn; another one makes another set")
     args = parser.parse_args()
     wallpapers = sorted(args.wallpapers.rglob("*.jpg")) if args.wallpapers else []
     results = []
-    for kind, photograph in pictures(stamps(args.stamps), wallpapers, args.drawn):
+    for kind, photograph in pictures(stamps(args.stamps), wallpapers, args.drawn, args.seed):
         results.append(result(kind, photograph))
     print(
         "| masks | number | right (IoU .9) | accepted | right of those | accepted of the right | accepted and wrong |"
