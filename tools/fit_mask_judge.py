@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 import pickle
-import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,9 +30,9 @@ from packshot.imaging.mask_doubt import Finding, Measured, iou, measure_signs
 from packshot.imaging.mask_edge import narrowed, widened
 from packshot.imaging.mask_judge import LOOK, RIGHT, MaskJudge, MaskLook, cut, look_at, planes_of, square_of
 from packshot.imaging.masks import seek
-from tools import composites
+from tools import composites, small_network
 from tools.composites import GROUNDS, Cutout, Photograph, Rng, Setting
-from tools.small_network import Batch, as_text, begin, folded, rate_at
+from tools.small_network import Batch, begin, folded
 
 WEIGHTS = Path("src/packshot/imaging/mask_judge.json")
 FINDINGS_PER_FILE = 40
@@ -247,7 +246,6 @@ def find_all(material: Material, folder: Path, count: int, seed: int) -> None:
 
 BATCH = 32
 DECAY = 0.05  # of the weights; there are fewer masks than scenes
-REPORT_EVERY = 400  # steps
 FOUND_SHARE = 0.45  # of a batch, masks as users get them
 BLURRED = 0.06  # of the IoU around RIGHT, in which a mask is neither right nor wrong
 PIXELS_MATTER = 3.0  # the loss of wrong pixels by that of the whole mask
@@ -344,26 +342,18 @@ def curve(network: nn.Module, held_out: list[Studied]) -> str:
     return ", ".join(words)
 
 
-def fit(studied: list[Studied], steps: int, seed: int, out: Path) -> None:
-    """Train, write the weights and print the progress now and then."""
+def fit(studied: list[Studied], args: argparse.Namespace) -> None:
+    """Train; weights are written, and the curve of the held-out photographs printed. args: see :func:`main`."""
     learnt = [judged for one in studied if not one.held_out for judged in one.judged]
     pools = [judged for judged in learnt if judged.found], [judged for judged in learnt if not judged.found]
     held_out = [one for one in studied if one.held_out]
     print(f"{len(pools[0])} found masks, {len(pools[1])} variants, {len(held_out)} held out", flush=True)
-    training = begin(lambda: MaskJudge(norm=True), loss_of, seed, None)
+    training = begin(lambda: MaskJudge(norm=True), loss_of, args.seed, args.state)
     for group in training.optimizer.param_groups:
         group["weight_decay"] = DECAY
-    losses: list[float] = []
-    began = time.process_time()
-    while training.step < steps:
-        batch = batch_of(pools, np.random.default_rng([seed, training.step]))
-        losses.append(training.learn(batch, rate_at(training.step, steps)))
-        if training.step % REPORT_EVERY == 0 or training.step == steps:
-            plain = folded(training.average)
-            seconds = time.process_time() - began
-            mean = np.mean(losses[-REPORT_EVERY:])
-            print(f"{training.step} {mean:.4f} {seconds:.0f}s {curve(plain, held_out)}", flush=True)
-            out.write_text(as_text(plain))
+    small_network.fit(
+        training, lambda rng: batch_of(pools, rng), lambda network: curve(folded(network), held_out), args
+    )
 
 
 def main() -> None:
@@ -374,6 +364,7 @@ def main() -> None:
     parser.add_argument("--photographs", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=2400, help=f"of {BATCH} masks each")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--state", type=Path, help="file that keeps the training; it is continued if it is there")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     files = sorted(file for file in args.cutouts.iterdir() if file.suffix in (".png", ".webp"))
@@ -381,7 +372,7 @@ def main() -> None:
     studied: list[Studied] = []
     for file in sorted(args.findings.glob("*.pkl")):
         studied += pickle.loads(file.read_bytes())
-    fit(studied, args.steps, args.seed, args.out)
+    fit(studied, args)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The network that judges masks of large pictures, and the composed photographs that it learns from."""
 
+from argparse import Namespace
 from dataclasses import replace
 from importlib.resources import files
 
@@ -13,6 +14,7 @@ from packshot.imaging.mask_judge import (
     LOOK,
     PLANES,
     MaskJudge,
+    agreement,
     fill,
     judge,
     load_mask_judge,
@@ -141,6 +143,26 @@ def test_a_mask_without_its_lower_half_is_doubted(findings):
         assert not signs["probability_right"].passed
 
 
+def test_other_ways_that_agree_are_seen_as_agreeing(findings):
+    """Each number is of its own plane: one way at a time is replaced by the mask itself, or by nothing."""
+    look = look_at(findings[0][0])
+    assert look is not None
+    for number, name in enumerate(("network_HW", "salient_HW", "regrown_HW")):
+        same = replace(look, **{name: look.mask_HW})
+        none = replace(look, **{name: np.zeros_like(look.mask_HW)})
+        agreeing, lacking = agreement(torch.from_numpy(np.stack([planes_of(same), planes_of(none)])))
+        assert agreeing[number] < -4 < -0.1 < lacking[number]
+        others = [index for index in range(3) if index != number]
+        assert torch.equal(agreeing[others], lacking[others])
+    full_HW, none_HW = np.full_like(look.mask_HW, 255), np.zeros_like(look.mask_HW)
+    unsure = replace(look, spread_HW=full_HW, edges_HW=full_HW, known=True)
+    sure = replace(look, spread_HW=none_HW, edges_HW=none_HW, known=True)
+    loud, quiet = agreement(torch.from_numpy(np.stack([planes_of(unsure), planes_of(sure)])))
+    assert loud[4] > quiet[4] == 0
+    assert loud[6] > quiet[6] == 0
+    assert loud[7] == 1
+
+
 def test_colours_grow_back_what_a_mask_lacks():
     picture = np.full((LOOK, LOOK, 3), 230, np.uint8)
     picture[30:90, 40:70] = (40, 60, 120)
@@ -221,6 +243,6 @@ def test_training_writes_whole_weights(tmp_path, capsys):
         one = study("packages", photograph("wall", seed), seed == 0, np.random.default_rng(seed))
         assert one is not None
         studied.append(one)
-    fit(studied, 6, 0, tmp_path / "weights.json")
+    fit(studied, Namespace(steps=6, seed=0, out=tmp_path / "weights.json", state=None))
     fill(MaskJudge(), (tmp_path / "weights.json").read_text())
     assert "3 found masks, 9 variants, 1 held out" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from packshot.dataset.rows import load_rows
 from packshot.errors import ConfigError
 from packshot.imaging.decode import decode_image
 from packshot.imaging.depth import estimate_depth, input_size
-from packshot.imaging.mask_doubt import Finding, doubts, evidence, plausible_area
+from packshot.imaging.mask_doubt import Finding, doubts, evidence, in_pieces, plausible_area
 from packshot.imaging.mask_networks import load_network, seen_by_onnx
 from packshot.imaging.masks import DoubtfulMaskError, MaskFileError, NoProductError, find_mask
 from packshot.imaging.onnx import load_session
@@ -440,3 +440,13 @@ def test_depth_has_the_pictures_size(tmp_path):
     assert input_size([1, 3, "height", "width"], image) == (784, 518)
     with pytest.raises(ConfigError, match=r"depth\.onnx=.*no such file"):
         estimate_depth(image, str(tmp_path / "gone.onnx"))
+
+
+def test_pieces_are_counted_without_specks():
+    mask = np.zeros((100, 100), bool)
+    mask[10:50, 10:50] = True
+    mask[90, 90] = True
+    assert not in_pieces(mask)
+    mask[60:70, 10:20] = True
+    assert in_pieces(mask)
+    assert not in_pieces(np.zeros((100, 100), bool))

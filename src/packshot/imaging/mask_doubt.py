@@ -79,7 +79,7 @@ def evidence(rgb_HWC: np.ndarray, saliency_HW: np.ndarray, raw_HW: np.ndarray, m
     ranks = np.searchsorted(np.sort(gradient_HW, axis=None), gradient_HW[outline], side="left") / gradient_HW.size
     frame = np.concatenate([mask_HW[1], mask_HW[-2], mask_HW[:, 1], mask_HW[:, -2]])
     first_HW, _ = first_guess(saliency_HW)
-    pieces = np.sort(cv2.connectedComponentsWithStats(mask_HW.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA])[::-1]
+    pieces = piece_areas(mask_HW)
     return {
         "area": plausible_area(float(mask_HW.mean())),
         "border": 1 - ramp(float(frame.mean()), 0.15, 0.6),
@@ -99,10 +99,15 @@ def filled(mask_HW: np.ndarray) -> np.ndarray:
     return solid_HW > 0
 
 
+def piece_areas(mask_HW: np.ndarray) -> np.ndarray:
+    """The areas of a bool mask's pieces in pixels, the largest first."""
+    return np.sort(cv2.connectedComponentsWithStats(mask_HW.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA])[::-1]
+
+
 def in_pieces(mask_HW: np.ndarray) -> bool:
     """Whether a mask has a second piece that is not a speck."""
-    pieces = np.sort(cv2.connectedComponentsWithStats(mask_HW.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA])
-    return len(pieces) > 1 and pieces[-2] > SPECK * pieces[-1]
+    pieces = piece_areas(mask_HW)
+    return len(pieces) > 1 and bool(pieces[1] > SPECK * pieces[0])
 
 
 def iou(a_HW: np.ndarray, b_HW: np.ndarray) -> float:

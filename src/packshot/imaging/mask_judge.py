@@ -148,9 +148,10 @@ def overlap_of(a_BHW: Tensor, b_BHW: Tensor) -> Tensor:
 def agreement(planes_BCHW: Tensor) -> Tensor:
     """How far the other ways to a mask confirm it, (B, NUMBERS).
 
-    Agreement with the network, with what stands out and with what colours grow from it, as log(1 - IoU); how undecided
-    the network is, and how much its views differ, as shares of the mask; its alpha within the mask; how steep the edges
-    outside are, if the ground is known; whether it is.
+    The first three numbers compare the mask with the network, with what stands out and with what colours grow from it:
+    log(1.01 - IoU), which is low where both agree. Then follow how undecided the network is and how much its views
+    differ, as shares of the mask's area, and its mean alpha within the mask. The last two are the edges outside of the
+    mask, where the ground is known, and whether it is known.
     """
     planes = planes_BCHW.float()
     mask = planes[:, _MASK_PLANE]
