@@ -70,9 +70,12 @@ def pixels(cell):
     return np.asarray(Image.open(io.BytesIO(cell["bytes"])), np.float64)
 
 
-def test_a_killed_build_ends_with_the_same_bytes(unbroken, tmp_path):
-    """The build is killed at random moments and resumed."""
+def test_a_killed_build_ends_with_the_same_bytes(unbroken, tmp_path, monkeypatch):
+    """The build is killed at random moments and resumed; what Blender kept in temporary files is gone, too."""
     out, rng, kills = tmp_path / "set", random.Random(1), 0
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     for _ in range(3):
         process = start(out, "executor.workers=2", "run.resume=true")
         time.sleep(rng.uniform(4, 9))
@@ -83,6 +86,7 @@ def test_a_killed_build_ends_with_the_same_bytes(unbroken, tmp_path):
     finish(start(out, "executor.workers=2", "run.resume=true"))
     assert kills
     assert contents(out) == contents(unbroken)
+    assert not [*temporary.glob("*blender*"), *temporary.glob("packshot-*")]
 
 
 def test_a_finished_build_does_nothing(unbroken):

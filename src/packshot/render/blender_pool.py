@@ -131,6 +131,7 @@ def open_farm(config: BuildData, run: Path) -> Farm:
     folder.mkdir(parents=True, exist_ok=True)
     for draft in folder.glob(".*.draft"):
         shutil.rmtree(draft, ignore_errors=True)
+    _scratch(folder).mkdir(exist_ok=True)
     threads = max(1, cores // config.executor.workers)
     return Farm(
         str(blender_python(render.environment)),
@@ -141,6 +142,11 @@ def open_farm(config: BuildData, run: Path) -> Farm:
         threads,
         pinned=threads == 1 and cores > 1,
     )
+
+
+def _scratch(folder: str | Path) -> Path:
+    """Where Blender keeps temporary files (16 MB of unpacked meshes a process), so that a killed run's go at the next."""
+    return Path(folder) / ".scratch.draft"
 
 
 def render_step(farm: Farm) -> Step:
@@ -179,6 +185,7 @@ class Blender:
         if farm.pinned and number is not None:
             cores = sorted(os.sched_getaffinity(0))
             command += ["--core", str(cores[number % len(cores)])]
+        paths = {"PYTHONPATH": str(CHECKOUT / "src"), "TMPDIR": str(_scratch(farm.folder).absolute())}
         self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the process)
         self._process = subprocess.Popen(
             command,
@@ -186,7 +193,7 @@ class Blender:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(CHECKOUT / "src")},
+            env={**os.environ, **paths},
         )
 
     def render(self, job: Job) -> str | None:
