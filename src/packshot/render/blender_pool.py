@@ -145,7 +145,7 @@ def open_farm(config: BuildData, run: Path) -> Farm:
 
 
 def _scratch(folder: str | Path) -> Path:
-    """Where Blender keeps temporary files (16 MB of unpacked meshes a process), so that a killed run's go at the next."""
+    """Blender's temporary files, 16 MB of unpacked meshes a process: the next run clears away a killed run's."""
     return Path(folder) / ".scratch.draft"
 
 
