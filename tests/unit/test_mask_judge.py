@@ -19,7 +19,9 @@ from packshot.imaging.mask_judge import (
     judge,
     load_mask_judge,
     look_at,
+    opinion_of,
     planes_of,
+    put_back,
     regrown,
     square_of,
 )
@@ -246,3 +248,29 @@ def test_training_writes_whole_weights(tmp_path, capsys):
     fit(studied, Namespace(steps=6, seed=0, out=tmp_path / "weights.json", state=None))
     fill(MaskJudge(), (tmp_path / "weights.json").read_text())
     assert "3 found masks, 9 variants, 1 held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("square", [(-20, -30, 90), (30, 10, 40), (70, 50, 80), (-10, -10, 200)])
+def test_what_a_square_shows_returns_to_its_place(square):
+    """Squares may lie beyond the frame on any side."""
+    whole_HW = put_back(np.ones((56, 56), np.float32), square, (100, 120))
+    left, top, side = square
+    expected_HW = np.zeros((100, 120), np.float32)
+    expected_HW[max(0, top) : top + side, max(0, left) : left + side] = 1
+    np.testing.assert_allclose(whole_HW, expected_HW)
+
+
+def test_the_judge_finds_the_half_that_a_mask_lacks():
+    found = seek(photograph().rgb_HW3, "mini").finding
+    rows = np.flatnonzero(found.mask_HW.any(axis=1))
+    upper_HW = found.mask_HW.copy()
+    upper_HW[int(rows.mean()) :] = False
+    wrong_HW = opinion_of(replace(found, mask_HW=upper_HW)).wrong_HW
+    lacking_HW = found.mask_HW & ~upper_HW
+    assert wrong_HW[lacking_HW].mean() > 0.5
+    assert wrong_HW[upper_HW].mean() < 0.1
+
+
+def test_a_correction_is_believed_no_more_than_the_mask_before():
+    found = seek(photograph().rgb_HW3, "mini").finding
+    assert probability_right(replace(found, right_before=0.25)) == 0.25

@@ -34,7 +34,7 @@ PLAIN_FRAME = 5.0  # ΔE; a frame of less spread is a studio's ground, see salie
 WEIGHTS = (6.514, 0.978, -1.537, -1.801, 11.018, 2.039, -1.019)
 OFFSET = -15.41
 MOST_LIKELY = 0.82  # there, 97 % of the masks with at least this probability were right
-LIKELY_LARGE = 0.7  # the same of the network that judges masks of large pictures (docs/verifier.md)
+LIKELY_LARGE = 0.6  # the same of the network that judges masks of large pictures (docs/verifier.md)
 LARGE = 300  # px, longer side from which colours tell more than in small pictures
 _SQUARE = np.ones((3, 3), np.uint8)
 
@@ -123,7 +123,8 @@ class Finding:
     network. salient_HW: the mask that GrabCut finds from the saliency alone, bool. frame_spread: see ``saliency``.
     lost_HW: thin parts that the cleaning of the mask took away, bool. spread_HW: standard deviation of the network's
     alpha over several views of the picture; None where it looked once. ground: the plain ground before which the
-    product stands, or one that goes on from row to row; None where there is none such.
+    product stands, or one that goes on from row to row; None where there is none such. right_before: probability that
+    the mask was right before the judge of masks corrected it.
     """
 
     rgb_HWC: np.ndarray
@@ -134,6 +135,7 @@ class Finding:
     lost_HW: np.ndarray
     spread_HW: np.ndarray | None = None
     ground: Ground | None = None
+    right_before: float = 1.0
 
     @property
     def plain(self) -> bool:
@@ -260,11 +262,13 @@ def probability_right(found: Finding) -> float | None:
     """Probability that a mask has an IoU of .9 with the truth; None unless a network looked at several views.
 
     In large pictures another network judges the mask; in small ones the probability follows from its :func:`traits`.
+    The network believes what it corrected itself too easily, so what it said before counts as well.
     """
     if found.large:
         from packshot.imaging.mask_judge import judge  # with torch, which mask files do not need
 
-        return judge(found)
+        right = judge(found)
+        return None if right is None else min(right, found.right_before)
     measured = traits(found)
     if measured is None:
         return None

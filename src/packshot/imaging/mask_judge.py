@@ -207,12 +207,44 @@ def load_mask_judge() -> MaskJudge:
     return network
 
 
+@dataclass(frozen=True)
+class Opinion:
+    """What the network says of a mask. right: probability of an IoU of RIGHT. wrong_HW: probability that the mask is
+    wrong at a pixel, float32 at the mask's size; 0 outside of the square that was looked at."""
+
+    right: float
+    wrong_HW: np.ndarray
+
+
 @torch.inference_mode()
-def judge(found: Finding) -> float | None:
-    """Probability that a mask has an IoU of RIGHT, by it and by its mirror image; None where it cannot be judged."""
-    look = look_at(found)
+def opinion_of(found: Finding) -> Opinion | None:
+    """What the network says of a mask and of its mirror image, the mean of both; None where it cannot be judged."""
+    if found.network_HW is None:
+        return None
+    square = square_of(found)
+    look = look_at(found, square)
     if look is None:
         return None
     planes = torch.from_numpy(planes_of(look))
-    _, right = load_mask_judge()(torch.stack([planes, planes.flip(-1)]))
-    return float(right.mean().sigmoid())
+    pixels, right = load_mask_judge()(torch.stack([planes, planes.flip(-1)]))
+    seen, mirrored = pixels.sigmoid()
+    wrong_SS = ((seen + mirrored.flip(-1)) / 2).numpy()
+    return Opinion(float(right.mean().sigmoid()), put_back(wrong_SS, square, found.mask_HW.shape))
+
+
+def put_back(seen_SS: np.ndarray, square: tuple[int, int, int], shape: tuple[int, ...]) -> np.ndarray:
+    """What was seen in a square (left, top and side in px), at its place in a picture (H, W); 0 elsewhere."""
+    left, top, side = square
+    large_SS = cv2.resize(seen_SS, (side, side), interpolation=cv2.INTER_LINEAR)
+    whole_HW = np.zeros(shape, np.float32)
+    below = min(shape[0], top + side)
+    beside = min(shape[1], left + side)
+    inside = large_SS[max(0, -top) : below - top, max(0, -left) : beside - left]
+    whole_HW[max(0, top) : below, max(0, left) : beside] = inside
+    return whole_HW
+
+
+def judge(found: Finding) -> float | None:
+    """Probability that a mask has an IoU of RIGHT; None where it cannot be judged."""
+    opinion = opinion_of(found)
+    return None if opinion is None else opinion.right

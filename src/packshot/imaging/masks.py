@@ -41,6 +41,7 @@ from packshot.imaging.pixels import to_bytes, to_unit
 from packshot.imaging.saliency import Ground, fit_ground, fit_rows, saliency
 
 UNDECIDED = (0.2, 0.8)  # the network's alpha between which the colours decide
+UNDECIDED_JUDGE = (0.05, 0.95)  # the same of a mask that the judge of masks corrected; docs/log.md
 WORK_SIDE = 400  # px, longer side at which GrabCut works: seconds at 12 megapixels, and its result is no better
 CONFIRMED = 0.5  # IoU with what stands out, from which the colours are believed in a scene
 CLEAR_SHARE = 0.05  # of a cut-out's pixels are fully transparent, at least
@@ -253,11 +254,11 @@ def _candidate(rgb_HWC: np.ndarray, guess_HW: np.ndarray) -> Candidate:
     return _weighed(rgb_HWC, guess_HW, _object_from(rgb_HWC, guess_HW))
 
 
-def _seen_candidate(rgb_HWC: np.ndarray, alpha_HW: np.ndarray) -> Candidate:
+def _seen_candidate(rgb_HWC: np.ndarray, alpha_HW: np.ndarray, undecided: tuple[float, float] = UNDECIDED) -> Candidate:
     """The mask of a network's alpha (H, W): the colours decide, by GrabCut, where the network is undecided."""
     labels_HW = np.where(alpha_HW >= 0.5, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
-    labels_HW[alpha_HW < UNDECIDED[0]] = cv2.GC_BGD
-    labels_HW[alpha_HW > UNDECIDED[1]] = cv2.GC_FGD
+    labels_HW[alpha_HW < undecided[0]] = cv2.GC_BGD
+    labels_HW[alpha_HW > undecided[1]] = cv2.GC_FGD
     likely_share = float((alpha_HW >= 0.5).mean())
     if likely_share in (0.0, 1.0):  # GrabCut learns the colours of both
         return _weighed(rgb_HWC, alpha_HW, alpha_HW >= 0.5)
@@ -325,9 +326,45 @@ def _stands_out_more(salient: Candidate, chosen: Candidate) -> bool:
     return bool(whole) and salient.evidence > chosen.evidence
 
 
+def _repaired(studied: Studied, chosen: Candidate, views: Views | None) -> Finding:
+    """A mask with the parts that it lacks and without shadows, and the other ways to it."""
+    mask_HW = repair(studied.rgb_HWC, chosen.clean_HW, studied.ground)
+    lost_HW = chosen.raw_HW & ~chosen.clean_HW & ~widened(mask_HW)
+    if views is not None and not studied.plain:  # in a scene, colours alone find specks everywhere
+        lost_HW &= views.alpha_HW >= UNDECIDED[0]
+    return Finding(
+        rgb_HWC=studied.rgb_HWC,
+        mask_HW=mask_HW,
+        network_HW=None if views is None else views.alpha_HW,
+        salient_HW=studied.salient.clean_HW,
+        frame_spread=studied.ground.spread,
+        lost_HW=lost_HW,
+        spread_HW=None if views is None else views.spread_HW,
+        ground=studied.even_ground,
+    )
+
+
+def _corrected(studied: Studied, found: Finding, views: Views | None) -> Finding:
+    """The mask that starts from the pixels which the judge of masks calls right, where it believes that one more."""
+    from packshot.imaging.mask_judge import judge, opinion_of  # with torch, which mask files do not need
+
+    opinion = opinion_of(found)
+    if opinion is None:
+        return found
+    product_HW = np.where(found.mask_HW, 1 - opinion.wrong_HW, opinion.wrong_HW)
+    again = _seen_candidate(studied.rgb_HWC, product_HW, UNDECIDED_JUDGE)
+    if not again.clean_HW.any():
+        return found
+    corrected = replace(_repaired(studied, again, views), right_before=opinion.right)
+    return corrected if (judge(corrected) or 0) > opinion.right else found
+
+
 @dataclass(frozen=True)
 class Sought:
-    """What was found without an ONNX network. evidence: of the chosen mask. finding: None where nothing was found."""
+    """What was found without an ONNX network.
+
+    evidence: of the mask before the judge corrected it. finding: None where nothing was found.
+    """
 
     method: str
     evidence: float
@@ -352,21 +389,8 @@ def seek(rgb_HWC: np.ndarray, model: str) -> Sought:
             chosen = studied.salient
     if not chosen.clean_HW.any():
         return Sought(method, 0.0, None)
-    mask_HW = repair(studied.rgb_HWC, chosen.clean_HW, studied.ground)
-    lost_HW = chosen.raw_HW & ~chosen.clean_HW & ~widened(mask_HW)
-    if views is not None and not studied.plain:  # in a scene, colours alone find specks everywhere
-        lost_HW &= views.alpha_HW >= UNDECIDED[0]
-    finding = Finding(
-        rgb_HWC=studied.rgb_HWC,
-        mask_HW=mask_HW,
-        network_HW=None if views is None else views.alpha_HW,
-        salient_HW=studied.salient.clean_HW,
-        frame_spread=studied.ground.spread,
-        lost_HW=lost_HW,
-        spread_HW=None if views is None else views.spread_HW,
-        ground=studied.even_ground,
-    )
-    return Sought(method, chosen.evidence, finding)
+    finding = _repaired(studied, chosen, views)
+    return Sought(method, chosen.evidence, _corrected(studied, finding, views) if finding.large else finding)
 
 
 def _from_grabcut(image: Image.Image, model: str) -> Mask:
