@@ -13,6 +13,7 @@ from packshot.imaging.mask_doubt import LARGE, iou, measure_signs, probability_r
 from packshot.imaging.mask_judge import (
     LOOK,
     PLANES,
+    RIGHT,
     MaskJudge,
     agreement,
     fill,
@@ -260,17 +261,27 @@ def test_what_a_square_shows_returns_to_its_place(square):
     np.testing.assert_allclose(whole_HW, expected_HW)
 
 
-def test_the_judge_finds_the_half_that_a_mask_lacks():
-    found = seek(photograph().rgb_HW3, "mini").finding
-    rows = np.flatnonzero(found.mask_HW.any(axis=1))
-    upper_HW = found.mask_HW.copy()
-    upper_HW[int(rows.mean()) :] = False
-    wrong_HW = opinion_of(replace(found, mask_HW=upper_HW)).wrong_HW
-    lacking_HW = found.mask_HW & ~upper_HW
-    assert wrong_HW[lacking_HW].mean() > 0.5
-    assert wrong_HW[upper_HW].mean() < 0.1
+def test_the_judge_finds_the_half_that_a_mask_lacks(findings):
+    for finding, truth_HW in findings:
+        upper_HW = without_lower_half(truth_HW)
+        wrong_HW = opinion_of(replace(finding, mask_HW=upper_HW)).wrong_HW
+        assert wrong_HW[truth_HW & ~upper_HW].mean() > 0.5
+        assert wrong_HW[upper_HW].mean() < 0.1
 
 
-def test_a_correction_is_believed_no_more_than_the_mask_before():
-    found = seek(photograph().rgb_HW3, "mini").finding
-    assert probability_right(replace(found, right_before=0.25)) == 0.25
+def test_a_correction_is_believed_no_more_than_the_mask_before(findings):
+    finding, _ = findings[0]
+    assert probability_right(replace(finding, right_before=0.25)) == 0.25
+
+
+def test_a_wrong_mask_is_corrected(monkeypatch):
+    taken = photograph("clutter", 11)
+
+    def overlap():
+        mask_HW = seek(taken.rgb_HW3, "mini").finding.mask_HW
+        truth_HW = cv2.resize(taken.alpha_HW, mask_HW.shape[::-1], interpolation=cv2.INTER_AREA) >= 0.5
+        return iou(mask_HW, truth_HW)
+
+    corrected = overlap()
+    monkeypatch.setattr("packshot.imaging.mask_judge.opinion_of", lambda found: None)
+    assert overlap() < RIGHT < corrected

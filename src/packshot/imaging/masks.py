@@ -40,6 +40,7 @@ from packshot.imaging.mask_repair import repair, united
 from packshot.imaging.pixels import to_bytes, to_unit
 from packshot.imaging.saliency import Ground, fit_ground, fit_rows, saliency
 
+VERSION = 4  # raise it when the same picture gives another mask: finished masks of datasets are found again then
 UNDECIDED = (0.2, 0.8)  # the network's alpha between which the colours decide
 UNDECIDED_JUDGE = (0.05, 0.95)  # the same of a mask that the judge of masks corrected; docs/log.md
 WORK_SIDE = 400  # px, longer side at which GrabCut works: seconds at 12 megapixels, and its result is no better

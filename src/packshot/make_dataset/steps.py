@@ -22,6 +22,7 @@ from packshot.imaging.decode import MAX_PIXELS, DecodeError, decode, decode_imag
 from packshot.imaging.depth import estimate_depth
 from packshot.imaging.mask_networks import network_file
 from packshot.imaging.masks import ONNX_LEVELS, DoubtfulMaskError, MaskFileError, NoProductError, find_mask
+from packshot.imaging.masks import VERSION as MASKS_VERSION
 from packshot.imaging.profiles import READ_AS_SRGB
 from packshot.lists import column, map_values, pick, select, without, without_none
 from packshot.make_dataset.pictures import encode_scaled, keeps_bytes, open_png, picture, png, scaled, stored_picture
@@ -266,7 +267,7 @@ def mask_step(config: BuildData) -> Step:
         ]
     )
     function = partial(find_masks, matte=config.matte, from_files=from_files)
-    return Step("mask", 3, settings, columns, function, reads=(*PICTURE, "mask_file"))
+    return Step("mask", MASKS_VERSION, settings, columns, function, reads=(*PICTURE, "mask_file"))
 
 
 def depth_step(config: BuildData) -> Step:
