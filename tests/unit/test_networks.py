@@ -35,7 +35,7 @@ PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")
 
 
 def own_memory() -> int:
-    """Bytes of this process that are not those of a file, what other tests left aside."""
+    """Bytes of this process's own memory, without mapped files and without what other tests have freed."""
     return_freed_memory()
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024

@@ -209,8 +209,11 @@ def load_mask_judge() -> MaskJudge:
 
 @dataclass(frozen=True)
 class Opinion:
-    """What the network says of a mask. right: probability of an IoU of RIGHT. wrong_HW: probability that the mask is
-    wrong at a pixel, float32 at the mask's size; 0 outside of the square that was looked at."""
+    """What the network says of a mask.
+
+    right: probability of an IoU of RIGHT. wrong_HW: probability that the mask is wrong at a pixel, float32 at the
+    mask's size; 0 outside of the square that was looked at.
+    """
 
     right: float
     wrong_HW: np.ndarray

@@ -346,7 +346,7 @@ def _repaired(studied: Studied, chosen: Candidate, views: Views | None) -> Findi
 
 
 def _corrected(studied: Studied, found: Finding, views: Views | None) -> Finding:
-    """The mask that starts from the pixels which the judge of masks calls right, where it believes that one more."""
+    """The mask that GrabCut finds from what the judge of masks says of each pixel, if the judge believes it more."""
     from packshot.imaging.mask_judge import judge, opinion_of  # with torch, which mask files do not need
 
     opinion = opinion_of(found)

@@ -145,7 +145,7 @@ def open_farm(config: BuildData, run: Path) -> Farm:
 
 
 def _scratch(folder: str | Path) -> Path:
-    """Blender's temporary files, 16 MB of unpacked meshes a process: the next run clears away a killed run's."""
+    """Folder of Blender's temporary files, 16 MB of meshes a process. The next run clears what a killed one left."""
     return Path(folder) / ".scratch.draft"
 
 
